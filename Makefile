@@ -1,0 +1,47 @@
+# Every target works on a fresh machine with Python >= 3.10 and pip: it creates .venv and installs what it needs.
+# The stamps in .venv make the second call start at once; they expire when a requirement changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/lightning-hybrid fit --config recipes/quickstart.yaml
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) runs
+
+# Some distributions ship Python without the wheels that `venv` takes pip from; there the system's pip fetches it.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lightning-hybrid needs Python >= 3.10, set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV) || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+# torch first and by itself, pinned, so that no other package decides which build of it is installed.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.installed: $(REQUIREMENTS) $(VENV)/.torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(REQUIREMENTS) $(VENV)/.torch
+	$(PIP) --editable '.[dev]'
+	touch $@

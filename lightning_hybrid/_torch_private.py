@@ -1,0 +1,74 @@
+"""Every private PyTorch API that this package uses, in one place. Checked with torch 2.11 and 2.13."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+_SKIPPED_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+def make_wrapper(cls: type, meta: torch.Tensor, device: torch.device, requires_grad: bool) -> Any:
+    """A storage-less tensor of class `cls` that claims the shape and dtype of `meta` on `device`."""
+    return torch.Tensor._make_wrapper_subclass(
+        cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device, requires_grad=requires_grad
+    )
+
+
+def disable_torch_function() -> AbstractContextManager:
+    """Inside, functions run without `__torch_function__` of tensor subclasses."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def intercept_calls(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Routes `module(...)` to `call`, before any of its hooks; None ends it.
+
+    `nn.Module.__call__` hands over to `_compiled_call_impl` where it is set, which `nn.Module.compile` also uses.
+    """
+    module._compiled_call_impl = call
+
+
+def intercepted_call(module: nn.Module) -> Callable[..., Any]:
+    """What `module(...)` runs at present, to be called by an interceptor."""
+    return module._compiled_call_impl or module._call_impl
+
+
+def user_location() -> str:
+    """File and line of the innermost frame outside torch and this package, as `file.py:12 (function)`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_SKIPPED_FOLDERS) and not name.startswith("<"):
+            return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return "unknown location"
+
+
+def after_this_backward(callback: Callable[[], None]) -> None:
+    """Runs `callback` at the end of the backward pass that is running, as DistributedDataParallel does."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def finish_sharded_backward(module: FSDPModule) -> None:
+    """Reduces the gradients that a fully sharded module has accumulated over the microbatches of a pipeline.
+
+    As `torch.distributed.pipelining` does it at the end of a schedule for a stage that is itself fully sharded.
+    """
+    module.set_is_last_backward(True)
+    module.set_reshard_after_backward(True)
+    module.set_requires_gradient_sync(True)
+    root = fully_shard.state(module)  # type: ignore[attr-defined]
+    for state in root._state_ctx.all_states:
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch 2.11
+            groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+        for group in groups:
+            group.post_backward()
+    root._root_post_backward_final_callback()

@@ -1,0 +1,149 @@
+"""Ghost tensors: shape, dtype and the real device, but no storage.
+
+A parameter that a rank does not own is replaced by a ghost. Every operation that touches a ghost gives a ghost, so the
+user's own code runs unchanged up to the part that the rank owns; operations on real tensors (masks, position ids) stay
+real. Once the value that a ghost stands for has been received, `Ghost.materialize` makes every later use of it, from
+any list or local variable of the user's code, use the received tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from lightning_hybrid._torch_private import disable_torch_function, make_wrapper, user_location
+
+_aten = torch.ops.aten
+_VALUE_READS = {_aten._local_scalar_dense, _aten.equal, _aten.is_nonzero}
+
+
+class GhostReadError(RuntimeError):
+    """The value of a ghost was read (`.item()`, `if tensor:`), which needs a tensor that lives on another rank."""
+
+
+class GhostWriteError(RuntimeError):
+    """A real tensor was written in place with the value of a ghost; going on would lose the write."""
+
+
+class GhostObserver:
+    """What happens to ghosts; the dry run overrides these to record it. The defaults are those of a real run."""
+
+    def used(self, func: Any, ghosts: list[Ghost]) -> None:
+        """Called before `func` runs on `ghosts`."""
+
+    def made(self, func: Any, args: tuple, kwargs: dict, out: Any, ghosts: list[Ghost]) -> None:
+        """Called after `func(*args, **kwargs)` (on meta tensors) gave `out`; `ghosts` are the new ghosts."""
+
+    def ran(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        """Called after `func(*args, **kwargs)` (on ghosts) gave `result`."""
+
+    def read(self, ghost: Ghost) -> Any:
+        """Called when the value of `ghost` is read; returns the value to go on with, or raises."""
+        raise GhostReadError(
+            f"{user_location()} reads the value of a tensor of shape {tuple(ghost.shape)} that is computed on another "
+            "pipeline stage."
+        )
+
+    def written(self, func: Any, target: torch.Tensor) -> None:
+        """Called when a real tensor `target` is written in place with the value of a ghost."""
+        raise GhostWriteError(
+            f"{user_location()} writes a value that is computed on another pipeline stage into a tensor of shape "
+            f"{tuple(target.shape)} with `{func}`."
+        )
+
+
+class Ghost(torch.Tensor):
+    """A tensor of the real device with no storage; see the module docstring."""
+
+    meta: torch.Tensor
+    received: torch.Tensor | None
+    observer: GhostObserver
+    uid: int
+
+    @staticmethod
+    def __new__(
+        cls, meta: torch.Tensor, device: torch.device, observer: GhostObserver | None = None, requires_grad: bool = False
+    ) -> Ghost:
+        self = make_wrapper(cls, meta, device, requires_grad)
+        self.meta, self.received, self.uid = meta, None, -1
+        self.observer = observer if observer is not None else GhostObserver()
+        return self
+
+    def materialize(self, real: torch.Tensor) -> None:
+        """From now on every use of this ghost uses `real` (same shape and dtype)."""
+        self.received = real
+
+    def __deepcopy__(self, memo: dict) -> Ghost:
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Ghost(shape={tuple(self.meta.shape)}, dtype={self.meta.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        flat, spec = tree_flatten((args, kwargs))
+        if any(isinstance(x, Ghost) and x.received is not None for x in flat):
+            args, kwargs = tree_unflatten([x.received if isinstance(x, Ghost) and x.received is not None else x for x in flat], spec)
+            return func(*args, **kwargs)
+        with disable_torch_function():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        flat, spec = tree_flatten((args, kwargs or {}))
+        ghosts = [x for x in flat if isinstance(x, Ghost)]
+        observer, device = ghosts[0].observer, ghosts[0].device
+        packet = func.overloadpacket
+        if packet in _VALUE_READS:
+            return observer.read(ghosts[0])
+        observer.used(func, ghosts)
+        _check_real_writes(func, args, observer)
+        if packet is _aten._to_copy:
+            device = (kwargs or {}).get("device") or device
+        meta_args, meta_kwargs = tree_unflatten([_to_meta(x) for x in flat], spec)
+        out = func(*meta_args, **meta_kwargs)
+        known = {id(g.meta): g for g in ghosts}
+        made: list[Ghost] = []
+
+        def wrap(tensor: torch.Tensor) -> Ghost:
+            if id(tensor) in known:
+                return known[id(tensor)]  # an in-place operation returns its own argument
+            ghost = Ghost(tensor, device, observer)
+            made.append(ghost)
+            return ghost
+
+        wrapped = tree_map_only(torch.Tensor, wrap, out)
+        observer.made(func, meta_args, meta_kwargs, out, made)
+        observer.ran(func, args, kwargs or {}, wrapped)
+        return wrapped
+
+
+def _to_meta(x: Any) -> Any:
+    if isinstance(x, Ghost):
+        return x.meta
+    if isinstance(x, torch.device):
+        return torch.device("meta")
+    return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+
+def _check_real_writes(func: Any, args: tuple, observer: GhostObserver) -> None:
+    if not func._schema.is_mutable:
+        return
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor):
+            if not isinstance(value, Ghost):
+                observer.written(func, value)
+
+
+def ghost_like(tensor: torch.Tensor, observer: GhostObserver | None = None, device: torch.device | None = None) -> Ghost:
+    """A leaf ghost with the shape, dtype and `requires_grad` of `tensor`, on `device` (default: that of `tensor`)."""
+    if isinstance(tensor, Ghost):
+        meta = tensor.meta
+    else:
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    ghost = Ghost(meta, device or tensor.device, observer, tensor.requires_grad)
+    ghost._is_param = isinstance(tensor, torch.nn.Parameter)  # isinstance(ghost, nn.Parameter) as for the original
+    return ghost

@@ -1,0 +1,116 @@
+"""Infers the tensor parallelism inside one unit: trials, proposals, proofs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_hybrid.analyze.tensor_attributes import attribute_choices
+from lightning_hybrid.analyze.tensor_numbers import Numbers, make_numbers, probing, shorter_sizes
+from lightning_hybrid.analyze.tensor_probe import FORWARD_ERRORS, Probe, Trial, linear_dims, run_trial
+from lightning_hybrid.analyze.tensor_regions import Constraints, Rejection, propose
+from lightning_hybrid.analyze.tensor_verify import Mismatch, verify
+from lightning_hybrid.spec.tensor_plan import UnitPlan
+
+_SEEDS = (11, 12)
+"""Two trials: a channel that happens to be dead in one is alive in the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitFlow:
+    """What was found out about one unit; names are relative to it."""
+
+    plan: UnitPlan = field(default_factory=UnitPlan)
+    called: tuple[str, ...] = ()
+    """Its linears whose forward ran, in order."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why a linear does not close a region."""
+
+
+def infer_unit(
+    module: nn.Module, args: tuple, kwargs: dict, ranks: int, constraints: Constraints, forced: Callable[[str], bool]
+) -> UnitFlow:
+    """Finds and proves the regions of one unit.
+
+    Args:
+        module: The unit; it is left as it was.
+        args: Positional arguments of a recorded call.
+        kwargs: Its keyword arguments.
+        ranks: Size of the `tp` axis.
+        constraints: What may not be divided.
+        forced: Whether a linear (by relative name) must be tried as a row before the others.
+    """
+    linears = [n for n, m in module.named_modules() if linear_dims(m) is not None]
+    if len(linears) < 2:
+        return UnitFlow(called=tuple(linears))
+    with probing(module):
+        try:
+            trials = _trials(module, args, kwargs)
+        except FORWARD_ERRORS as error:
+            return UnitFlow(reasons={"": f"it could not be run on random numbers: {type(error).__name__}: {error}"})
+        for trial in trials:
+            trial.drop_results(constraints.unused_results)
+        probe = Probe(trials)
+        plan, reasons = UnitPlan(), {}
+        for row in sorted(probe.linears, key=lambda name: not forced(name)):
+            if row in plan.rows or row in plan.columns:
+                continue
+            try:
+                region = propose(row, probe, trials[0].numbers, ranks, constraints).plan(trials[0].numbers, ranks)
+                joined = _joined(plan, region)
+                plan = verify(joined, attribute_choices(joined.attributes, region, module, ranks), trials[0], ranks)
+            except (Rejection, Mismatch) as error:
+                reasons[row] = str(error)
+    divided = {*plan.rows, *plan.columns}
+    return UnitFlow(
+        plan=plan,
+        called=tuple(probe.linears),
+        reasons={name: reason for name, reason in reasons.items() if name not in divided},
+    )
+
+
+def _trials(module: nn.Module, args: tuple, kwargs: dict) -> list[Trial]:
+    choices = shorter_sizes(args, kwargs)
+    for sizes in choices:
+        try:
+            return [run_trial(_numbers(module, args, kwargs, seed, sizes)) for seed in _SEEDS]
+        except FORWARD_ERRORS:
+            if sizes is choices[-1]:
+                raise
+    return []
+
+
+def _numbers(module: nn.Module, args: tuple, kwargs: dict, seed: int, sizes: dict[int, int]) -> Numbers:
+    return make_numbers(module, args, kwargs, seed=seed, sizes=sizes)
+
+
+def _joined(plan: UnitPlan, region: UnitPlan) -> UnitPlan:
+    """Both together.
+
+    Raises:
+        Rejection: If they divide the same weight differently.
+    """
+    taken = {*plan.rows, *plan.columns} & {*region.rows, *region.columns}
+    if taken:
+        raise Rejection(f"`{min(taken)}` belongs to another region already")
+    for name, sharded in region.parameters.items():
+        if plan.parameters.get(name, sharded) != sharded or name in plan.partial:
+            raise Rejection(f"`{name}` is used by another region in another way")
+    clash = {n for n in region.partial if n in plan.parameters} | (set(plan.shared_outputs) & set(region.columns))
+    clash |= set(region.shared_outputs) & {*plan.columns}
+    clash |= set(region.partial) & set(plan.partial) | set(region.shared_outputs) & set(plan.shared_outputs)
+    if clash:
+        raise Rejection(f"`{min(clash)}` is used by another region already")
+    return UnitPlan(
+        columns=plan.columns + region.columns,
+        rows=plan.rows + region.rows,
+        parameters={**plan.parameters, **region.parameters},
+        buffers={**plan.buffers, **region.buffers},
+        partial=plan.partial + region.partial,
+        shared_outputs={**plan.shared_outputs, **region.shared_outputs},
+        attributes={**plan.attributes, **region.attributes},
+        slices=tuple(dict.fromkeys(plan.slices + region.slices)),
+        shared_arguments=tuple(dict.fromkeys(plan.shared_arguments + region.shared_arguments)),
+    )

@@ -1,0 +1,77 @@
+"""A sample of what a language model learned, printed when training ends."""
+
+import inspect
+from typing import Protocol, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+from rich.panel import Panel
+from rich.syntax import Syntax
+from torch import Tensor
+
+
+class Generative(Protocol):
+    """What :class:`GenerateSample` asks of a module."""
+
+    def generate(
+        self, prompt_BT: Tensor, max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> Tensor:
+        """Return prompts and continuations, of shape ``(B, T + max_new_tokens)``, as byte values."""
+        ...
+
+
+class GenerateSample(Callback):
+    """Continues a prompt with the trained byte-level model and prints the text.
+
+    However the weights were partitioned in training, rank 0 collects them into an ordinary module, built again from its
+    hyperparameters on the CPU, and generates with that.
+
+    Args:
+        prompt: The text to continue.
+        max_new_tokens: Bytes to add.
+        temperature: Below 1 favours likely bytes, 0 always takes the likeliest.
+        seed: Decides what is drawn.
+    """
+
+    def __init__(
+        self, prompt: str = "def ", max_new_tokens: int = 400, temperature: float = 0.7, seed: int = 0
+    ) -> None:
+        if not prompt:
+            raise ValueError("`prompt` must have at least one character to continue. Got ''. Use '\\n' for no context.")
+        self._prompt = prompt
+        self._max_new_tokens = max_new_tokens
+        self._temperature = temperature
+        self._seed = seed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that can't generate, before it is trained."""
+        if not callable(getattr(pl_module, "generate", None)):
+            raise TypeError(
+                f"`GenerateSample` needs a module with `generate(prompt, max_new_tokens, temperature, generator)`. "
+                f"Got {type(pl_module).__name__}. Add the method or remove the callback."
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generate and print the sample on rank 0."""
+        # Every rank takes part in collecting the weights.
+        state = trainer.strategy.lightning_module_state_dict()
+        if not trainer.is_global_zero:
+            return
+        with isolate_rng():
+            module = _plain_copy(pl_module)
+        module.load_state_dict(state)
+        module.eval()
+        prompt_BT = torch.tensor([list(self._prompt.encode())])
+        generator = torch.Generator().manual_seed(self._seed)
+        tokens_BT = cast(Generative, module).generate(prompt_BT, self._max_new_tokens, self._temperature, generator)
+        text = bytes(tokens_BT[0].tolist()).decode("utf-8", errors="replace")
+        Console().print(Panel(Syntax(text, "python", word_wrap=True), title="Sample", title_align="left"))
+
+
+def _plain_copy(module: LightningModule) -> LightningModule:
+    """Build a module of the same class from its saved hyperparameters, on the CPU."""
+    names = inspect.signature(type(module).__init__).parameters
+    arguments = {name: value for name, value in module.hparams.items() if name in names}
+    return type(module)(**arguments)

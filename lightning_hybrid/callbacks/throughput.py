@@ -1,0 +1,77 @@
+"""How fast training goes, in tokens a second."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils._pytree import tree_leaves
+
+
+class ThroughputMonitor(Callback):
+    """Logs ``tokens_per_second`` of the global batch and shows it in the progress bar.
+
+    The tokens of a batch are the elements of its first tensor, such as ``input_ids``; every data-parallel replica
+    contributes its own, pipeline and tensor ranks do not count again. The first batch, with its warm-up, and the time
+    spent in validation are left out. All ranks log the figure of rank 0, so that the metrics agree everywhere.
+
+    Args:
+        every_n_batches: Training batches between two figures; each is the mean over them.
+    """
+
+    def __init__(self, every_n_batches: int = 10) -> None:
+        if every_n_batches < 1:
+            raise ValueError(f"`every_n_batches` must be at least 1. Got {every_n_batches}.")
+        self._every_n_batches = every_n_batches
+        self._batches = 0
+        self._tokens = 0
+        self._window_start_seconds: float | None = None
+        self._validation_start_seconds: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier run."""
+        self._window_start_seconds = None
+        self._validation_start_seconds = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a batch; at the end of a window, log its rate."""
+        if self._window_start_seconds is None:
+            self._start_window()
+            return
+        self._batches += 1
+        self._tokens += _tokens(batch)
+        if self._batches < self._every_n_batches:
+            return
+        seconds = time.perf_counter() - self._window_start_seconds
+        sampler = trainer.distributed_sampler_kwargs
+        replicas = sampler["num_replicas"] if sampler else 1
+        rate = trainer.strategy.broadcast(self._tokens * replicas / seconds)
+        pl_module.log("tokens_per_second", rate, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+        self._start_window()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._validation_start_seconds = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the clock go on from where it stopped."""
+        if self._window_start_seconds is not None and self._validation_start_seconds is not None:
+            self._window_start_seconds += time.perf_counter() - self._validation_start_seconds
+        self._validation_start_seconds = None
+
+    def _start_window(self) -> None:
+        self._batches = 0
+        self._tokens = 0
+        self._window_start_seconds = time.perf_counter()
+
+
+def _tokens(batch: Any) -> int:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            return leaf.numel()
+    raise TypeError(
+        f"`ThroughputMonitor` counts the elements of the first tensor of a batch. Got a batch of type "
+        f"{type(batch).__name__} without a tensor. Remove the callback, or let the data module return tensors."
+    )

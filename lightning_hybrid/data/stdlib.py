@@ -1,0 +1,109 @@
+"""A data module over the Python sources that every machine with Python has."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_hybrid.data.text import ByteWindows, read_bytes, stdlib_modules, stdlib_sources
+
+Batches = DataLoader[tuple[Tensor, Tensor]]
+
+TABLES = ("encodings", "pydoc_data", "test")
+"""Left out of the training text: character maps, one file of help topics, and 17 MB of tests with generated data."""
+
+
+class StdlibText(LightningDataModule):
+    """Python's own standard library as byte-level text; whole packages are held out.
+
+    A batch is a pair ``(tokens_BT, targets_BT)`` of bytes and the bytes that follow them. ``batch_size`` is that of the
+    global batch. The Trainer's strategy says how many data-parallel replicas share it, and they get the windows
+    that one process would have got together, so that the number of replicas does not change what is learned.
+
+    Args:
+        batch_size: Windows in a global batch; a multiple of the number of data-parallel replicas.
+        context_length: Bytes in a window, T.
+        validation_modules: Top-level packages or modules that training never sees, for validation.
+        test_modules: The same, for testing and prediction.
+        evaluation_windows: Windows in the validation set and in the test set, evenly spaced over the held-out text and
+            rounded down to whole global batches, so that every layout evaluates each window once.
+        seed: Decides the order of the training windows.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        context_length: int = 256,
+        validation_modules: Sequence[str] = ("email", "logging", "statistics"),
+        test_modules: Sequence[str] = ("http", "json", "textwrap"),
+        evaluation_windows: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if evaluation_windows < batch_size:
+            raise ValueError(
+                f"`evaluation_windows` must be at least `batch_size`, for one whole batch. "
+                f"Got {evaluation_windows} with a batch size of {batch_size}."
+            )
+        self.batch_size = batch_size
+        self.context_length = context_length
+        self.validation_modules = tuple(validation_modules)
+        self.test_modules = tuple(test_modules)
+        self.evaluation_windows = evaluation_windows // batch_size * batch_size
+        self.seed = seed
+        self._training: ByteWindows | None = None
+        self._validation: ByteWindows | None = None
+        self._test: ByteWindows | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read the text that a stage needs.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        """
+        if stage == "fit" and self._training is None:
+            held_out = {*self.validation_modules, *self.test_modules, *TABLES}
+            self._training = self._windows([name for name in stdlib_modules() if name not in held_out])
+        if stage in ("fit", "validate") and self._validation is None:
+            self._validation = self._windows(self.validation_modules, self.evaluation_windows)
+        if stage in ("test", "predict") and self._test is None:
+            self._test = self._windows(self.test_modules, self.evaluation_windows)
+
+    def train_dataloader(self) -> Batches:
+        """Return this replica's share of the training batches, in an order that the seed and the epoch decide."""
+        return self._loader(self._training, shuffle=True)
+
+    def val_dataloader(self) -> Batches:
+        """Return this replica's share of the validation batches."""
+        return self._loader(self._validation, shuffle=False)
+
+    def test_dataloader(self) -> Batches:
+        """Return this replica's share of the test batches."""
+        return self._loader(self._test, shuffle=False)
+
+    def predict_dataloader(self) -> Batches:
+        """Return this replica's share of the test batches."""
+        return self._loader(self._test, shuffle=False)
+
+    def _windows(self, modules: Sequence[str], limit: int | None = None) -> ByteWindows:
+        return ByteWindows(read_bytes(stdlib_sources(modules)), self.context_length, limit)
+
+    def _loader(self, windows: ByteWindows | None, *, shuffle: bool) -> Batches:
+        if windows is None:
+            raise RuntimeError("The data must be read before it is loaded. Call `setup` with the stage first.")
+        replicas, replica = self._replicas()
+        if self.batch_size % replicas:
+            raise ValueError(
+                f"`batch_size` is that of the global batch and must be a multiple of the {replicas} data-parallel "
+                f"replicas. Got {self.batch_size}. Use {self.batch_size // replicas * replicas or replicas}."
+            )
+        # Replica r of n takes the windows r, r + n, ... of one shuffled list, so its k-th batch is a part of the k-th
+        # global batch. With a single device as well: Lightning's own sampler there would shuffle differently.
+        sampler = DistributedSampler(windows, replicas, replica, shuffle=shuffle, seed=self.seed, drop_last=True)
+        return DataLoader(windows, batch_size=self.batch_size // replicas, sampler=sampler, drop_last=True)
+
+    def _replicas(self) -> tuple[int, int]:
+        """Return the number of data-parallel replicas and this process's index among them."""
+        layout = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (layout["num_replicas"], layout["rank"]) if layout else (1, 0)

@@ -1,0 +1,138 @@
+"""Batches: how many samples one has, splitting it into microbatches, and a first batch to plan with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_convert
+
+from lightning_hybrid.analyze.preserve import random_streams_kept
+from lightning_hybrid.spec.errors import PartitionError
+
+
+def batch_size(batch: Any) -> int:
+    """The number of samples: the size of dimension 0, on which all tensors with dimensions must agree.
+
+    Raises:
+        PartitionError: If they do not, or there is no tensor.
+    """
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0]) if t.ndim else None)
+    if not sizes or len(set(sizes)) > 1:
+        found = f"tensors with first dimensions {sorted(set(sizes))}" if sizes else "no tensor"
+        raise PartitionError(
+            f"A pipeline splits each batch into microbatches along dimension 0, so the tensors of a batch must agree on "
+            f"its size. Got {found}. Put the samples on dimension 0, or set `microbatches=1`."
+        )
+    return sizes[0]
+
+
+def count_samples(batch: Any) -> int:
+    """The number of samples by the first tensor that has dimensions; 1 where there is none."""
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0]) if t.ndim else None)
+    return sizes[0] if sizes else 1
+
+
+def split_batch(batch: Any, count: int) -> list[Any]:
+    """Splits a batch of any nested structure into `count` equal parts along dimension 0.
+
+    Tensors and lists with one element a sample are split; everything else goes whole into every part.
+    """
+    if count == 1:
+        return [batch]
+    size = batch_size(batch)
+    return [_part(batch, size, i * (size // count), (i + 1) * (size // count)) for i in range(count)]
+
+
+def _part(value: Any, size: int, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.ndim else value
+    if isinstance(value, list | tuple) and len(value) == size and not _holds_tensors(value):
+        return type(value)(value[start:stop])
+    if isinstance(value, Mapping):
+        items = {k: _part(v, size, start, stop) for k, v in value.items()}
+        return items if type(value) is dict else type(value)(items)  # e.g. transformers' BatchEncoding
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_part(v, size, start, stop) for v in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_part(v, size, start, stop) for v in value)
+    return apply_to_collection(value, Tensor, lambda t: t[start:stop] if t.ndim else t)  # dataclasses
+
+
+def _holds_tensors(values: list | tuple) -> bool:
+    return any(isinstance(v, Tensor | list | tuple | Mapping) for v in values)
+
+
+def signature(batch: Any) -> Hashable:
+    """Equal for batches that run the same way: shapes and types of tensors, and everything that is not a tensor."""
+    parts: list[Hashable] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor):
+            parts.append((tuple(value.shape), value.dtype))
+        elif isinstance(value, Mapping):
+            for key in value:
+                parts.append(key)
+                walk(value[key])
+        elif isinstance(value, list | tuple):
+            parts.append(len(value))
+            for item in value:
+                walk(item)
+        else:
+            parts.append(type(value).__name__)
+            apply_to_collection(value, Tensor, walk)
+
+    walk(batch)
+    return tuple(parts)
+
+
+def first_batch(loaders: Any) -> Any:
+    """The first batch of a loader, or of a collection of loaders, without advancing anything.
+
+    Raises:
+        PartitionError: If a loader can be iterated only once.
+    """
+    if isinstance(loaders, Mapping):
+        return {k: first_batch(v) for k, v in loaders.items()}
+    if isinstance(loaders, list | tuple):
+        return type(loaders)(first_batch(v) for v in loaders)
+    with random_streams_kept():
+        if isinstance(loaders, DataLoader):
+            return _first_of_data_loader(loaders)
+        iterator = iter(loaders)
+        if iterator is loaders:
+            raise PartitionError(
+                f"`layout` with `tp` or `pp` looks at the first batch before training, but the data loader of type "
+                f"{type(loaders).__name__} can be iterated only once. Wrap it in an object whose `__iter__` starts anew."
+            )
+        return next(iterator)
+
+
+def _first_of_data_loader(loader: DataLoader) -> Any:
+    with _generators_kept(loader):
+        if isinstance(loader.dataset, IterableDataset):
+            samples: Any = itertools.islice(iter(loader.dataset), loader.batch_size or 1)
+            samples = list(samples) if loader.batch_size is not None else next(samples)
+        elif loader.batch_sampler is None:
+            samples = loader.dataset[next(iter(loader.sampler))]
+        else:
+            indices = next(iter(loader.batch_sampler))
+            fetch = getattr(loader.dataset, "__getitems__", None)
+            samples = fetch(indices) if fetch is not None else [loader.dataset[i] for i in indices]
+    return (loader.collate_fn or default_convert)(samples)
+
+
+@contextmanager
+def _generators_kept(loader: DataLoader) -> Iterator[None]:
+    owners = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    with ExitStack() as stack:
+        for generator in {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}.values():
+            stack.callback(generator.set_state, generator.get_state())
+        yield

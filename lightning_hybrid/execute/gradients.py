@@ -1,0 +1,187 @@
+"""Gradient synchronisation: the mean over replicas, and the sum over stages that share a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_hybrid._torch_private import after_this_backward
+
+BUCKET_BYTES = 25 * 1024 * 1024
+"""As in DistributedDataParallel (Li et al., 2020, section 4.2: 25 MB is robust across models)."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class _Bucket:
+    """Gradients that are reduced together, as views into one flat buffer; the last elements flag the used ones."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        shards = [local(p.detach()) for p in parameters]
+        total = sum(s.numel() for s in shards)
+        self.flat = torch.zeros(total + len(parameters), dtype=shards[0].dtype, device=shards[0].device)
+        self.flags = self.flat[total:]
+        self.views: list[Tensor] = []
+        offset = 0
+        for shard in shards:
+            self.views.append(self.flat[offset : offset + shard.numel()].view(shard.shape))
+            offset += shard.numel()
+        self.ready = 0
+        self.work: dist.Work | None = None
+
+    def launch(self, group: dist.ProcessGroup, scale: float) -> None:
+        missing = [i for i, p in enumerate(self.parameters) if p.grad is None]
+        present = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        self.flags.fill_(1.0)
+        for i in missing:
+            self.views[i].zero_()
+            self.flags[i] = 0.0
+        grads = [local(self.parameters[i].grad) for i in present]  # type: ignore[arg-type]
+        moved = [(self.views[i], g) for i, g in zip(present, grads, strict=True) if g.data_ptr() != self.views[i].data_ptr()]
+        if moved:
+            torch._foreach_copy_([v for v, _ in moved], [g for _, g in moved])
+        self.flat.mul_(scale)
+        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+
+    def collect(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        self.work, self.ready = None, 0
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                if self.flags[i].item() == 0.0:
+                    continue  # used on no replica
+                parameter.grad = torch.zeros_like(parameter)
+            if isinstance(parameter.grad, DTensor):
+                local(parameter.grad).copy_(self.views[i])
+            else:
+                parameter.grad = self.views[i]
+
+
+class ReplicaReducer:
+    """Averages gradients over replicas in buckets, overlapping with the backward pass.
+
+    Unlike DistributedDataParallel it takes DTensor parameters, parameters that some replicas do not use, and gradients
+    that a pipeline schedule has accumulated before; buckets are reduced in one fixed order, so replicas always match.
+
+    Args:
+        parameters: This rank's trainable parameters, in the order of the forward pass.
+        group: The replicas.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+        self.group, self.enabled = group, True
+        self._scale = 1.0 / dist.get_world_size(group)
+        self._buckets = [_Bucket(chunk) for chunk in _chunks(list(parameters)[::-1])]
+        self._bucket_of = {p: b for b in self._buckets for p in b.parameters}
+        self._next = 0
+        self._queued = False
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def overlap(self) -> None:
+        """Starts reducing a bucket as soon as its gradients are complete in the backward pass."""
+        for parameter in self._bucket_of:
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if not self.enabled:
+            return
+        if not self._queued:
+            self._queued = True
+            after_this_backward(self.finish)
+        self._bucket_of[parameter].ready += 1  # type: ignore[index]
+        while self._next < len(self._buckets):
+            bucket = self._buckets[self._next]
+            if bucket.ready < len(bucket.parameters):
+                break
+            bucket.launch(self.group, self._scale)
+            self._next += 1
+
+    def finish(self) -> None:
+        """Reduces what has not been reduced yet and waits; afterwards every `.grad` is the mean over the replicas."""
+        if not self.enabled:
+            return
+        for bucket in self._buckets[self._next :]:
+            bucket.launch(self.group, self._scale)
+        self._next, self._queued = 0, False
+        for bucket in self._buckets:
+            bucket.collect()
+
+
+def _chunks(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    chunks: list[list[nn.Parameter]] = []
+    sizes: dict[tuple, int] = {}
+    open_chunk: dict[tuple, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kind = (parameter.dtype, parameter.device)
+        size = parameter.numel() * parameter.element_size()
+        if kind not in open_chunk or sizes[kind] + size > BUCKET_BYTES:
+            open_chunk[kind], sizes[kind] = [], 0
+            chunks.append(open_chunk[kind])
+        open_chunk[kind].append(parameter)
+        sizes[kind] += size
+    return chunks
+
+
+def sum_over_holders(shared: Mapping[str, dist.ProcessGroup], parameter: Callable[[str], Tensor]) -> None:
+    """Sums the gradients of weights that several pipeline ranks hold, so that all copies take the same update."""
+    for name, group in shared.items():
+        weight = parameter(name)
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        dist.all_reduce(local(weight.grad), group=group)
+
+
+class SetAside:
+    """Gradients made inside `training_step` by a pipeline schedule, kept until Lightning calls `backward`.
+
+    Lightning's order is training_step, zero_grad, backward; without this, zero_grad would erase them.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._old = [p.grad for p in self._parameters]
+        self._new: list[Tensor | None] = []
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def keep(self) -> None:
+        """After the schedule: takes its gradients away and puts the earlier ones back."""
+        self._new = [p.grad for p in self._parameters]
+        for parameter, old in zip(self._parameters, self._old, strict=True):
+            parameter.grad = old
+        self._old = []
+
+    def add(self) -> None:
+        """In `backward`: adds them to what is there."""
+        for parameter, new in zip(self._parameters, self._new, strict=True):
+            if new is not None:
+                parameter.grad = new if parameter.grad is None else parameter.grad + new
+        self._new = []
+
+
+class GradientsOfPipeline(torch.autograd.Function):
+    """A loss whose backward pass runs `deliver`: the pipeline has already computed its gradients."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, loss: Tensor, deliver: Callable[[], None]) -> Tensor:  # type: ignore[override]
+        ctx.deliver = deliver
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[None, None, None]:
+        ctx.deliver()
+        return None, None, None

@@ -1,0 +1,279 @@
+"""Running a step through pipeline stages: torch's schedules for training, one pass in stage order for evaluation."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from lightning_hybrid.analyze.trace import CrossingValue, Trace, trace_step
+from lightning_hybrid.execute.batches import batch_size, count_samples, signature, split_batch
+from lightning_hybrid.execute.logs import LogRecorder
+from lightning_hybrid.partition.mesh import Mesh
+from lightning_hybrid.execute.stage import StageProgram, StageRun, StopStage
+from lightning_hybrid.partition.partition import Partition
+from lightning_hybrid.plan.stages import choose_microbatches, runnable_schedule
+from lightning_hybrid.spec.errors import PartitionError
+
+_KEPT_SHAPES = 8
+"""Stage buffers are kept for this many batch shapes; the least recently used go first."""
+
+
+@dataclass
+class _Prepared:
+    """Everything that depends on the shape of a batch."""
+
+    programs: dict[int, StageProgram]
+    schedule: Any = None
+    microbatches: int = 1
+
+
+class _StageModule(nn.Module):
+    """What torch's `PipelineStage` calls: one stage on one microbatch."""
+
+    def __init__(self, pipeline: Pipeline, stage: int, program: StageProgram) -> None:
+        super().__init__()
+        self._run, self._names = pipeline.run_stage, frozenset(pipeline.partition.plan.stages[stage].parameters)
+        self._program, self._partition, self._stage = program, pipeline.partition, stage
+
+    def forward(self, *received: Tensor, index: Tensor) -> Any:
+        out = self._run(self._stage, self._program, received if self._program.first else (), int(index))
+        return out if isinstance(out, Tensor) or len(out) > 1 else out[0]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        # FSDP swaps parameter objects while a stage runs, so they are looked up when asked for
+        held = self._partition.parameters.held()
+        return iter([held[n] for n in self._names if n in held])
+
+
+class Pipeline:
+    """The stages of this rank.
+
+    Args:
+        root: The partitioned LightningModule.
+        partition: Its partition.
+        mesh: The device mesh.
+        device: This rank's device.
+        precision: Enters the precision of a step (autocast).
+    """
+
+    def __init__(
+        self,
+        root: pl.LightningModule,
+        partition: Partition,
+        mesh: Mesh,
+        device: torch.device,
+        precision: Callable[[], AbstractContextManager],
+    ) -> None:
+        self.root, self.partition, self.mesh, self.device, self.precision = root, partition, mesh, device, precision
+        self.local = [s.index for s in partition.plan.stages if s.rank == mesh.rank("pp")]
+        self.has_last = len(partition.plan.stages) - 1 in self.local
+        self.last_rank = partition.plan.stages[-1].rank
+        self._prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
+        self._step = _Step()
+
+    # ---- training
+
+    def train(self, args: tuple, scale: float, requested: int | str) -> tuple[Tensor | None, LogRecorder]:
+        """Runs `training_step` forward and backward; gradients are added to `.grad`.
+
+        Args:
+            args: Arguments of `training_step`, the batch first.
+            scale: Factor on the loss (1 / accumulated batches).
+            requested: Microbatches, or `"auto"`.
+
+        Returns:
+            The mean loss where this rank holds the last stage, else None; and what was logged.
+        """
+        size = batch_size(args[0]) if requested != 1 else 1
+        plan = self.partition.plan
+        count = choose_microbatches(size, requested, plan.layout.pp, plan.schedule)
+        parts = split_batch(args[0], count)
+        prepared = self._prepare("training_step", (parts[0], *args[1:]), count)
+        recorder = LogRecorder(self.root)
+        self._step = _Step("training_step", [(p, *args[1:]) for p in parts], recorder, scale / count)
+        losses: list[Tensor] = []
+        first = [torch.zeros(count)] if 0 in self.local else []
+        with self._common_random_stream():
+            try:
+                prepared.schedule.step(
+                    *first,
+                    index=torch.arange(count),
+                    target=torch.zeros(count) if self.has_last else None,
+                    losses=losses if self.has_last else None,
+                    return_outputs=False,
+                )
+            except RuntimeError as error:  # torch wraps what a stage raises
+                raise (error.__cause__ or error) from None
+        return (torch.stack(losses).sum() / scale if self.has_last else None), recorder
+
+    def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
+        """Runs one stage on microbatch `index`: what it sends, or for the last stage what the step returns."""
+        step = self._step
+        run = StageRun(program, inputs)
+        torch.manual_seed(step.seed + 7919 * index + 104_729 * self.mesh.replica)
+        method = getattr(self.root, step.name)
+        samples = count_samples(step.arguments[index][0])
+        switch = self.partition.switch
+        with step.recorder.recording(samples, run), switch.handled_by(run), self.precision():
+            try:
+                out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
+            except StopStage as stop:
+                return stop.values
+        if isinstance(out, _Stopped):
+            return out.values
+        if program.stop is not None:
+            raise PartitionError(
+                f"`{step.name}` ended before it reached `{program.trace.calls[program.stop].name}`, which it called in the "
+                "dry run. A pipeline needs the same modules to be called in every microbatch."
+            )
+        return self._loss(out, step) if step.name == "training_step" else out
+
+    def _loss(self, out: Any, step: _Step) -> Tensor:
+        loss = out.get("loss") if isinstance(out, dict) else out
+        if not isinstance(loss, Tensor):
+            raise PartitionError(
+                f"`training_step` must return a loss under a layout with `pp`. Got {type(loss).__name__}. To skip a batch, "
+                "return a loss multiplied by 0."
+            )
+        return loss
+
+    # ---- evaluation
+
+    def evaluate(self, name: str, args: tuple) -> tuple[Any, LogRecorder]:
+        """Runs `validation_step`, `test_step` or `predict_step` on the whole batch, stage after stage.
+
+        Returns:
+            What the step returns, on every rank; and what was logged.
+        """
+        prepared = self._prepare(name, args, 1, train=False)
+        recorder = LogRecorder(self.root)
+        self._step = _Step(name, [args], recorder, 1.0)
+        plan, group = self.partition.plan, self.mesh.group("pp")
+        values: tuple[Tensor, ...] = ()
+        out: Any = None
+        with self._common_random_stream():
+            for stage in plan.stages:
+                if stage.index not in self.local:
+                    continue
+                program = prepared.programs[stage.index]
+                if stage.index and plan.stages[stage.index - 1].index not in self.local:
+                    values = tuple(self._receive(v, plan.stages[stage.index - 1].rank) for v in program.received)
+                result = self.run_stage(stage.index, program, values, 0)
+                if program.stop is None:
+                    out = result
+                    break
+                values = result
+                if stage.index + 1 not in self.local:
+                    for value in values:
+                        dist.send(value, dist.get_global_rank(group, plan.stages[stage.index + 1].rank), group=group)
+        return self._share(out), recorder
+
+    def _receive(self, value: CrossingValue, rank: int) -> Tensor:
+        group = self.mesh.group("pp")
+        tensor = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+        dist.recv(tensor, dist.get_global_rank(group, rank), group=group)
+        return tensor
+
+    def _share(self, out: Any) -> Any:
+        group = self.mesh.group("pp")
+        box = [apply_to_collection(out, Tensor, lambda t: t.detach().cpu())] if self.has_last else [None]
+        dist.broadcast_object_list(box, dist.get_global_rank(group, self.last_rank), group=group)
+        return out if self.has_last else apply_to_collection(box[0], Tensor, lambda t: t.to(self.device))
+
+    # ---- preparation
+
+    def _prepare(self, name: str, args: tuple, count: int, train: bool = True) -> _Prepared:
+        key = (name, count, signature(args[0]))
+        if key in self._prepared:
+            self._prepared.move_to_end(key)
+            return self._prepared[key]
+        with self.partition.bare():
+            trace = trace_step(
+                self.root, self.partition.switch, getattr(self.root, name), args, device=self.device, context=self.precision
+            )
+        prepared = _Prepared(self._programs(name, trace), microbatches=count)
+        if train:
+            prepared.schedule = self._build_schedule(prepared, count)
+        self._prepared[key] = prepared
+        if len(self._prepared) > _KEPT_SHAPES:
+            self._prepared.popitem(last=False)
+        return prepared
+
+    def _programs(self, name: str, trace: Trace) -> dict[int, StageProgram]:
+        bounds = self.partition.stage_bounds(name, trace)
+        count = len(bounds) - 1
+        return {
+            s: StageProgram(trace=trace, first=bounds[s], stop=bounds[s + 1] if s + 1 < count else None) for s in self.local
+        }
+
+    def _build_schedule(self, prepared: _Prepared, count: int) -> Any:
+        plan, group = self.partition.plan, self.mesh.group("pp")
+        stages = []
+        for s in self.local:
+            program = prepared.programs[s]
+            module = _StageModule(self, s, program)
+            inputs = tuple(self._example(v) for v in program.received) if program.first else (torch.empty(1),)
+            outputs = tuple(self._example(v) for v in program.sent) or (torch.empty((), requires_grad=True),)
+            stages.append(
+                PipelineStage(
+                    module, s, len(plan.stages), self.device, input_args=inputs, output_args=outputs, group=group
+                )
+            )
+        name = runnable_schedule(plan.schedule, plan.layout.pp, count)
+        single = len(stages) == 1
+        return get_schedule_class(name)(
+            stages[0] if single else stages,  # type: ignore[arg-type]
+            n_microbatches=count,
+            loss_fn=lambda loss, _: loss * self._step.scale,
+            scale_grads=False,
+        )
+
+    def _example(self, value: CrossingValue) -> Tensor:
+        floating = value.dtype.is_floating_point
+        return torch.empty(value.shape, dtype=value.dtype, device=self.device, requires_grad=floating)
+
+    @contextmanager
+    def _common_random_stream(self) -> Iterator[None]:
+        """One draw from the stream that all ranks share seeds the step; afterwards the streams agree again."""
+        self._step.seed = int(torch.randint(2**31, (1,)))
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            yield
+
+
+@dataclass
+class _Step:
+    """The step that is running."""
+
+    name: str = ""
+    arguments: list[tuple] = None  # type: ignore[assignment]
+    recorder: LogRecorder = None  # type: ignore[assignment]
+    scale: float = 1.0
+    seed: int = 0
+
+
+class _Stopped(NamedTuple):  # a tuple, so that hooks of the step module find the tensors in it
+    values: tuple[Tensor, ...]
+
+
+def _catching_stop(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns `StopStage` into a return value inside the step module, whose own hooks must run to the end."""
+
+    def run(*args: Any) -> Any:
+        try:
+            return method(*args)
+        except StopStage as stop:
+            return _Stopped(stop.values)
+
+    return run

@@ -1,0 +1,168 @@
+"""From a LightningModule and a first batch to a Partition that is ready to be applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_hybrid.analyze.trace import Trace, UnitCall, trace_step
+from lightning_hybrid.analyze.units import CallSwitch, Units, find_units
+from lightning_hybrid.execute.batches import batch_size, split_batch
+from lightning_hybrid.partition.batch_norm import has_batch_norm
+from lightning_hybrid.partition.mesh import Mesh
+from lightning_hybrid.partition.ownership import Parameters
+from lightning_hybrid.partition.partition import Partition, StepModule
+from lightning_hybrid.plan.plan import Plan, StagePlan, plan_stages
+from lightning_hybrid.plan.stages import choose_microbatches
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked for."""
+
+    layout: Layout
+    schedule: str
+    microbatches: int | str
+    tensor_plan: Mapping[str, str] | None
+
+
+def make_partition(
+    root: pl.LightningModule,
+    request: Request,
+    mesh: Mesh,
+    device: torch.device,
+    precision: Callable[[], AbstractContextManager],
+    sample: Callable[[], tuple[str, tuple]],
+) -> Partition:
+    """Looks at the module, and if it is to be cut or divided runs it once on ghosts, and decides everything.
+
+    Args:
+        root: The LightningModule.
+        request: The strategy's arguments.
+        mesh: The device mesh.
+        device: This rank's device.
+        precision: Enters the precision of a step.
+        sample: Gives the name of the step function to plan with and its arguments, the first batch leading.
+
+    Raises:
+        PartitionError: If the layout does not suit the module.
+    """
+    units = find_units(root)
+    switch = CallSwitch(root, units)
+    parameters = Parameters(root)
+    layout = request.layout
+    switch.install()
+    try:
+        if layout.pp == 1 and layout.tp == 1:
+            return Partition(root, mesh, _whole_plan(layout, parameters, units), None, switch, parameters, StepModule(root))
+        name, args = sample()
+        _check_pipeline(root, request, name)
+        count = microbatches_for(root, request, args[0])
+        arguments = (split_batch(args[0], count)[0], *args[1:])
+        for buffer_owner in root.modules():
+            for key, buffer in buffer_owner._buffers.items():
+                if buffer is not None and buffer.device != device:
+                    buffer_owner._buffers[key] = buffer.to(device)
+        step = getattr(root, name)
+        trace = trace_step(root, switch, step, arguments, device=device, context=precision)
+        if layout.pp > 1:
+            plan = _staged_plan(request, units, trace, parameters, count)
+        else:
+            plan = _whole_plan(layout, parameters, units)
+        partition = Partition(root, mesh, plan, trace, switch, parameters, StepModule(root))
+        if layout.tp > 1:
+            from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
+            calls = _distinct_calls(root, trace, units)
+            partition.tensor_plan = infer_tensor_plan(root, calls, layout.tp, request.tensor_plan)
+        for call in trace.calls:
+            call.args, call.kwargs = (), {}
+        return partition
+    except BaseException:
+        switch.remove()
+        raise
+
+
+def _check_pipeline(root: pl.LightningModule, request: Request, name: str) -> None:
+    if request.layout.pp > 1 and not root.automatic_optimization and name == "training_step":
+        others = Layout(dp=request.layout.dp * request.layout.pp, fsdp=request.layout.fsdp, tp=request.layout.tp)
+        raise PartitionError(
+            f"`layout='{request.layout}'` has `pp={request.layout.pp}`, but {type(root).__name__} optimizes manually "
+            "(`automatic_optimization = False`): its `training_step` calls the optimizer itself, and a pipeline has to run "
+            f"forward and backward of several microbatches interleaved. Use a layout without `pp`, such as '{others}'."
+        )
+
+
+def microbatches_for(root: pl.LightningModule, request: Request, batch: Any) -> int:
+    """The number of microbatches for a first batch like `batch`.
+
+    Raises:
+        PartitionError: If a number was given that does not suit the batch or the model.
+    """
+    layout, asked = request.layout, request.microbatches
+    if layout.pp == 1:
+        return 1
+    normalised = has_batch_norm(root) and root.training
+    if asked == "auto":
+        return 1 if normalised else choose_microbatches(batch_size(batch), asked, layout.pp, request.schedule)
+    asked = int(asked)
+    if asked == 1:
+        return 1
+    if normalised:
+        raise PartitionError(
+            f"`microbatches={asked}` cannot give the result of one process for a model with BatchNorm, whose statistics "
+            "are those of the whole batch. Use `microbatches=1` or 'auto', or GroupNorm or LayerNorm in the model."
+        )
+    size = batch_size(batch)
+    if size < asked or size % asked:
+        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        raise PartitionError(
+            f"`microbatches={asked}` must divide the batch of each replica, which has {size} samples. "
+            f"Use one of {divisors}, a larger batch, or 'auto'."
+        )
+    count = choose_microbatches(size, asked, layout.pp, request.schedule)
+    if count != asked:
+        raise PartitionError(
+            f"`microbatches={asked}` with `schedule='{request.schedule}'` must be a multiple of its rounds of about "
+            f"`pp={layout.pp}` microbatches. Use {count} or 'auto'."
+        )
+    return asked
+
+
+def _whole_plan(layout: Layout, parameters: Parameters, units: Units) -> Plan:
+    names = tuple(parameters.names)
+    stage = StagePlan(
+        index=0, rank=0, first=0, stop=len(units.names), units=units.names, parameters=names, flop_share=1.0
+    )
+    return Plan(layout=layout, schedule="1F1B", microbatches=1, stages=(stage,), holders={n: (0,) for n in names})
+
+
+def _staged_plan(request: Request, units: Units, trace: Trace, parameters: Parameters, count: int) -> Plan:
+    first_names = {slot.name: name for name, places in parameters.slots.items() for slot in places}
+    chosen = set(units.blocks)
+    return plan_stages(
+        layout=request.layout,
+        schedule=request.schedule,
+        microbatches=count,
+        names=[call.name for call in trace.calls],
+        parameters=parameters.names,
+        uses={first_names[n]: intervals for n, intervals in trace.parameter_uses.items()},
+        flops=trace.flops,
+        refusals={c: cut.refusal for c, cut in trace.cuts.items()},
+        blocks=sum(call.name in chosen for call in trace.calls),
+    )
+
+
+def _distinct_calls(root: pl.LightningModule, trace: Trace, units: Units) -> list[UnitCall]:
+    """One call of each unit that holds weights; of the blocks where there are some."""
+    calls: dict[str, UnitCall] = {}
+    for call in trace.calls:
+        if not units.blocks or call.name in units.blocks:
+            calls.setdefault(call.name, call)
+    return list(calls.values())

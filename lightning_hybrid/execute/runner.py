@@ -1,0 +1,171 @@
+"""The partitioned module at work: one step of training or evaluation under any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from lightning_hybrid._torch_private import finish_sharded_backward
+from lightning_hybrid.execute.batches import count_samples
+from lightning_hybrid.execute.clipping import clip_by_global_norm
+from lightning_hybrid.execute.gradients import GradientsOfPipeline, ReplicaReducer, SetAside, sum_over_holders
+from lightning_hybrid.execute.logs import LogRecorder, reduce_over_replicas, replay, share_over_stages
+from lightning_hybrid.execute.pipeline import Pipeline
+from lightning_hybrid.partition.partition import Partition
+
+
+class Runner:
+    """Runs steps of a partitioned LightningModule.
+
+    Args:
+        root: The LightningModule.
+        partition: Its applied partition.
+        device: This rank's device.
+        precision: Lightning's precision plugin.
+        microbatches: Microbatches of a training step, or `"auto"`.
+    """
+
+    def __init__(
+        self,
+        root: pl.LightningModule,
+        partition: Partition,
+        device: torch.device,
+        precision: pl.plugins.Precision,
+        microbatches: int | str,
+    ) -> None:
+        self.root, self.partition, self.device, self.precision = root, partition, device, precision
+        self.mesh, self._microbatches = partition.mesh, microbatches
+        self.optimizer_names: dict[int, list[list[str]]] = {}
+        self._sync = True
+        layout = partition.plan.layout
+        self.pipeline: Pipeline | None = None
+        if layout.pp > 1:
+            self.pipeline = Pipeline(root, partition, self.mesh, device, precision.forward_context)
+        self.reducer = self._make_reducer()
+        if self.reducer is not None and self.pipeline is None:
+            self.reducer.overlap()
+
+    def _make_reducer(self) -> ReplicaReducer | None:
+        layout, held = self.partition.plan.layout, self.partition.parameters.held()
+        if layout.replicas == 1:
+            return None
+        names = held if layout.fsdp == 1 else self.partition.whole
+        parameters = [held[n] for n in names if held[n].requires_grad]
+        return ReplicaReducer(parameters, self.mesh.replica_group) if parameters else None
+
+    @property
+    def _sharded(self) -> FSDPModule | None:
+        return self.partition.step_module if isinstance(self.partition.step_module, FSDPModule) else None
+
+    # ---- training
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One `training_step` of the user, under the layout; what it logs is logged on every rank."""
+        if self.pipeline is not None:
+            return self._pipelined_step(*args, **kwargs)
+        recorder = LogRecorder(self.root)
+        with self.precision.train_step_context(), recorder.recording(count_samples(args[0])):
+            out = self.partition.step_module(self.root.training_step, *args, **kwargs)
+        self._log(recorder)
+        return out
+
+    def _pipelined_step(self, *args: Any) -> Any:
+        assert self.pipeline is not None
+        held = [p for p in self.partition.parameters.held().values() if p.requires_grad]
+        if self._sharded is not None:
+            self._sharded.set_requires_gradient_sync(False)
+            self._sharded.set_is_last_backward(False)
+            self._sharded.set_reshard_after_backward(False)
+        aside = SetAside(held)
+        scale = 1.0 / self.root.trainer.accumulate_grad_batches
+        loss, recorder = self.pipeline.train(args, scale, self._microbatches)
+        aside.keep()
+        mean_loss = self._log(recorder, loss)
+        anchor = torch.zeros((), device=self.device, requires_grad=True)
+        return GradientsOfPipeline.apply(anchor, mean_loss, partial(self._deliver, aside))
+
+    def _deliver(self, aside: SetAside) -> None:
+        aside.add()
+        if self._sync:
+            if self._sharded is not None:
+                finish_sharded_backward(self._sharded)
+            if self.reducer is not None:
+                self.reducer.finish()
+            sum_over_holders(self.partition.shared_groups, self.partition.parameters.__getitem__)
+
+    def _log(self, recorder: LogRecorder, loss: Tensor | None = None) -> Tensor:
+        entries = recorder.entries
+        reduce_over_replicas(entries, self.mesh, self.device)
+        shared = torch.zeros(())
+        if self.pipeline is not None:
+            shared = share_over_stages(entries, loss, self.mesh, self.device)
+        replay(self.root, entries)
+        return shared
+
+    @contextmanager
+    def gradients_stay_local(self) -> Iterator[None]:
+        """Inside, backward passes accumulate without communication (all but the last accumulated batch)."""
+        self._set_sync(False)
+        try:
+            yield
+        finally:
+            self._set_sync(True)
+
+    def _set_sync(self, sync: bool) -> None:
+        self._sync = sync
+        if self.reducer is not None:
+            self.reducer.enabled = sync
+        if self._sharded is not None and self.pipeline is None:
+            self._sharded.set_requires_gradient_sync(sync)
+
+    # ---- evaluation
+
+    def evaluation_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """One `validation_step`, `test_step` or `predict_step` on the whole batch; its result on every rank."""
+        step: Callable[..., Any] = getattr(self.root, name)
+        if self.pipeline is not None:
+            out, recorder = self.pipeline.evaluate(name, args)
+        else:
+            recorder = LogRecorder(self.root)
+            with self.precision.forward_context(), recorder.recording(count_samples(args[0])):
+                out = self.partition.step_module(step, *args, **kwargs)
+        if recorder.entries or name != "predict_step":
+            self._log(recorder)
+        return out
+
+    # ---- optimizers
+
+    @contextmanager
+    def parameters_for_optimizers(self, strategy: Strategy) -> Iterator[None]:
+        """Inside, `configure_optimizers` sees every parameter; afterwards the optimizers hold this rank's only."""
+        parameters = self.partition.parameters
+        names = {}
+        with parameters.all_visible() as ghosts:
+            names = {id(parameters.visible(n)): n for n in parameters.names}
+            yield
+        self.optimizer_names = {}
+        for optimizer in strategy.optimizers:
+            self.optimizer_names[id(optimizer)] = [
+                [names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups
+            ]
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in ghosts]
+
+    def clip(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        """Clips by the norm over the optimizer's parameters on all ranks; returns that norm."""
+        rank, plan = self.mesh.rank("pp"), self.partition.plan
+        counted = {id(p) for n, p in self.partition.parameters.held().items() if plan.ranks_of(n)[0] == rank}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        pipeline = self.mesh.group("pp") if plan.layout.pp > 1 else None
+        return clip_by_global_norm(parameters, float(max_norm), counted=counted, pipeline=pipeline)
+
+

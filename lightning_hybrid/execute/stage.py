@@ -1,0 +1,151 @@
+"""One stage running the user's own step on one microbatch.
+
+The step starts at its first line on every stage. Units of earlier stages are skipped (their output is made of ghosts);
+at the entry of the stage's first unit what was received takes the place of the ghosts; at the entry of the next stage's
+first unit the step is left with `StopStage`, taking along what has to be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_hybrid.analyze.ghost import Ghost
+from lightning_hybrid.analyze.trace import CrossingValue, Trace
+from lightning_hybrid.spec.errors import PartitionError
+
+
+class StopStage(BaseException):
+    """Leaves the user's step where the next stage takes over. Not an `Exception`, so that user code lets it pass."""
+
+    def __init__(self, values: tuple[torch.Tensor, ...]) -> None:
+        super().__init__()
+        self.values = values
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProgram:
+    """What one stage does in one step function for one shape of microbatch."""
+
+    trace: Trace
+    first: int
+    """Index of its first unit call; 0 for the first stage."""
+    stop: int | None
+    """Index of the next stage's first unit call; None for the last stage."""
+
+    @property
+    def received(self) -> tuple[CrossingValue, ...]:
+        return self.trace.cuts[self.first].values if self.first else ()
+
+    @property
+    def sent(self) -> tuple[CrossingValue, ...]:
+        return self.trace.cuts[self.stop].values if self.stop is not None else ()
+
+
+@dataclass
+class StageRun:
+    """Takes the unit calls of one run of the step (see `CallSwitch`)."""
+
+    program: StageProgram
+    inputs: Sequence[torch.Tensor]
+    calls: int = 0
+    own: bool = False
+    """True from the entry of the stage's first unit on: what the user's code does now is this stage's to do."""
+    _outputs: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.own = self.program.first == 0
+        self._wanted = {v.source[1] for v in self.program.sent if v.source[0] == "out"}
+        self._wanted |= {v.source[1] for v in self.program.received if v.source[0] == "out"}
+
+    def metric_call(self, metric: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """A metric is updated by the stage that computes its input; elsewhere the call does nothing."""
+        if self.own:
+            return call(*args, **kwargs)
+        return Ghost(torch.empty((), device="meta"), torch.device("cpu"))
+
+    def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Skips, runs or stops, by the position of this call."""
+        index, program = self.calls, self.program
+        recorded = program.trace.calls
+        if index >= len(recorded) or recorded[index].name != name:
+            expected = f"`{recorded[index].name}`" if index < len(recorded) else "no further module"
+            raise PartitionError(
+                f"A pipeline needs the same modules to be called in every microbatch. Call {index} was {expected} in the "
+                f"dry run and is `{name}` now. Use `tp`, `dp` or `fsdp`, which allow any control flow."
+            )
+        if index == program.first and index > 0:
+            args, kwargs = self._enter(args, kwargs)
+        if index == program.stop:
+            self._leave(args, kwargs)
+        self.calls += 1
+        if index >= program.first:
+            out = call(*args, **kwargs)
+        elif recorded[index].skippable:
+            out = self._skip(index, args, kwargs)
+        else:
+            out = call(*args, **kwargs)
+        if index in self._wanted:
+            for i, leaf in enumerate(tree_flatten(out)[0]):
+                self._outputs["out", index, i] = leaf
+        return out
+
+    def _skip(self, index: int, args: tuple, kwargs: dict) -> Any:
+        record = self.program.trace.calls[index]
+        flat = tree_flatten((args, kwargs))[0]
+        leaves: list[Any] = []
+        device = torch.device("cpu")
+        for kind, value in record.leaves:
+            if kind == "ghost":
+                device = next((x.device for x in flat if isinstance(x, torch.Tensor)), device)
+                leaves.append(Ghost(value, device))
+            else:
+                leaves.append(flat[value] if kind == "in" else value)
+        return tree_unflatten(leaves, record.spec)  # type: ignore[arg-type]
+
+    def _enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self.own = True
+        flat, spec = tree_flatten((args, kwargs))
+        for value, tensor in zip(self.program.received, self.inputs, strict=True):
+            if value.written:
+                tensor = tensor.clone()  # the received buffer is a leaf of the autograd graph
+            kind, _, i = value.source
+            stand_in = flat[i] if kind == "arg" else self._outputs[value.source]
+            if isinstance(stand_in, Ghost):
+                stand_in.materialize(tensor)
+            if kind == "arg":
+                flat[i] = tensor
+        flat = [x.received if isinstance(x, Ghost) and x.received is not None else x for x in flat]
+        return tree_unflatten(flat, spec)
+
+    def _leave(self, args: tuple, kwargs: dict) -> None:
+        flat, _ = tree_flatten((args, kwargs))
+        values = []
+        for value in self.program.sent:
+            kind, _, i = value.source
+            tensor = flat[i] if kind == "arg" else self._outputs[value.source]
+            if isinstance(tensor, Ghost):
+                tensor = tensor.received
+            if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != value.shape:
+                got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
+                raise PartitionError(
+                    f"A pipeline needs equal shapes in every microbatch of a step. The tensor before "
+                    f"`{self.program.trace.calls[self.program.stop or 0].name}` had shape {value.shape} in the dry run and "
+                    f"is {got} now."
+                )
+            values.append(_to_send(tensor))
+        raise StopStage(tuple(values))
+
+
+def _to_send(tensor: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled() or not tensor.is_floating_point():
+        return tensor.detach().contiguous()
+    if not tensor.requires_grad:
+        return tensor.detach().contiguous().requires_grad_()  # frozen so far; torch wants to hand back a gradient
+    if tensor.is_leaf:
+        return tensor.view_as(tensor)  # passed through: received by this stage and sent on
+    return tensor.contiguous()

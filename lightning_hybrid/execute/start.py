@@ -1,0 +1,174 @@
+"""Before the first step: the trainer's settings, equal weights on all ranks, a first batch, the partition."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from lightning_hybrid.execute.batches import first_batch
+from lightning_hybrid.execute.planning import Request, make_partition
+from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.observe.table import plan_table, print_table
+from lightning_hybrid.partition.build import BuildTape, built_on_tape
+from lightning_hybrid.partition.partition import Partition
+
+if TYPE_CHECKING:
+    from lightning_hybrid.execute.strategy import HybridStrategy
+
+TESTED_TORCH = ("2.11", "2.13")
+
+
+def warn_if_untested() -> None:
+    """One warning if torch is newer than the releases this version was tested with."""
+    release = tuple(int(x) for x in torch.__version__.split(".")[:2])
+    if release > tuple(int(x) for x in TESTED_TORCH[-1].split(".")):
+        warnings.warn(
+            f"lightning_hybrid was tested with torch {' and '.join(TESTED_TORCH)}; this is torch {torch.__version__}.",
+            stacklevel=2,
+        )
+
+
+def prepare_trainer(trainer: pl.Trainer) -> bool:
+    """Takes over the splitting of data, and evaluates under `no_grad`.
+
+    A sharded module whose first forward ran in inference mode (sanity validation) cannot train afterwards.
+
+    Returns:
+        Whether the user wants data to be split over the replicas (`use_distributed_sampler`).
+    """
+    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        loop.inference_mode = False
+    wanted = trainer._accelerator_connector.use_distributed_sampler
+    trainer._accelerator_connector.use_distributed_sampler = False
+    return wanted
+
+
+def release_trainer(trainer: pl.Trainer, split: bool) -> None:
+    """Undoes `prepare_trainer`, so that the trainer can be run again."""
+    trainer._accelerator_connector.use_distributed_sampler = split
+
+
+def agree_on_random_streams() -> None:
+    """All ranks take the random streams of rank 0, so that samplers and initial weights are the same everywhere."""
+    state = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
+    dist.broadcast_object_list(state, 0)
+    random.setstate(state[0])  # type: ignore[arg-type]
+    np.random.set_state(state[1])  # type: ignore[arg-type]
+    torch.set_rng_state(state[2])  # type: ignore[arg-type]
+
+
+@contextmanager
+def built_on_ghosts(root: pl.LightningModule | None) -> Iterator[None]:
+    """Around `configure_model`: what it builds has no storage; each rank makes its own part real afterwards."""
+    if root is None or not is_overridden("configure_model", root):
+        yield
+        return
+    with built_on_tape() as tape:
+        yield
+    root.__dict__["_hybrid_tape"] = tape
+
+
+def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *, compile_blocks: bool) -> Runner:
+    """Plans and partitions the trainer's module; collective.
+
+    Raises:
+        PartitionError: On rank 0, if any rank cannot partition; the other ranks exit quietly.
+    """
+    root = strategy.lightning_module
+    assert root is not None
+    earlier: Partition | None = root.__dict__.pop("_hybrid_partition", None)
+    if earlier is not None:
+        earlier.remove()
+    tape: BuildTape | None = root.__dict__.pop("_hybrid_tape", None)
+    if tape is None:
+        _agree_on_weights(root, strategy.root_device)
+    root.train(trainer.state.fn == TrainerFn.FITTING)
+    precision = strategy.precision_plugin
+
+    def plan() -> Partition:
+        return make_partition(
+            root, request, strategy.mesh, strategy.root_device, precision.forward_context, lambda: _sample(trainer)
+        )
+
+    made = _together(plan)
+    sizes = {name: made.parameters[name].numel() for name in made.parameters.names}
+    made.apply(strategy.root_device, compile_blocks, tape)
+    root.__dict__["_hybrid_partition"] = made
+    if dist.get_rank() == 0:
+        print_table(plan_table(made.plan, sizes, made.switch.units.blocks, _sharded_rows(made)))
+    return Runner(root, made, strategy.root_device, precision, request.microbatches)
+
+
+def _sharded_rows(made: Partition) -> list[tuple[str, str]]:
+    rows = []
+    layout = made.plan.layout
+    if made.tensor_plan is not None:
+        rows += made.tensor_plan.rows()
+    if layout.fsdp > 1:
+        whole = f", {len(made.whole)} scalars whole" if made.whole else ""
+        rows.append((f"all weights{whole}", f"1/{layout.fsdp} a rank"))
+    return rows
+
+
+def _agree_on_weights(root: pl.LightningModule, device: torch.device) -> None:
+    """All ranks take the weights and buffers of rank 0, as DistributedDataParallel does."""
+    gpu = dist.get_backend() == "nccl"
+    with torch.no_grad():
+        for tensor in {id(t): t for t in [*root.parameters(), *root.buffers()]}.values():
+            moved = tensor.to(device) if gpu else tensor.contiguous()
+            dist.broadcast(moved.detach(), 0)
+            tensor.copy_(moved)
+
+
+def _together(plan: Callable[[], Partition]) -> Partition:
+    """Runs `plan` on every rank; if it fails on any, rank 0 raises that error and the others leave without a word."""
+    made: Partition | None = None
+    error: Exception | None = None
+    try:
+        made = plan()
+    except Exception as caught:  # noqa: BLE001 -- any error of one rank has to reach the others, or they would hang
+        error = caught
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    failed = [r for r, text in enumerate(errors) if text is not None]
+    if not failed:
+        assert made is not None
+        return made
+    if dist.get_rank() != 0:
+        sys.exit(1)
+    raise error or RuntimeError(f"Rank {failed[0]} could not be set up: {errors[failed[0]]}")
+
+
+def _sample(trainer: pl.Trainer) -> tuple[str, tuple]:
+    """The step function of the trainer's first step, and its arguments with a first batch on the device."""
+    loops: dict[Any, tuple[str, Any]] = {
+        TrainerFn.FITTING: ("training_step", trainer.fit_loop),
+        TrainerFn.VALIDATING: ("validation_step", trainer.validate_loop),
+        TrainerFn.TESTING: ("test_step", trainer.test_loop),
+        TrainerFn.PREDICTING: ("predict_step", trainer.predict_loop),
+    }
+    assert trainer.state.fn is not None
+    name, loop = loops[trainer.state.fn]
+    loaders = loop._data_source.dataloader()
+    extra: tuple = ()
+    if name != "training_step" and isinstance(loaders, list | tuple):
+        extra = (0,) if len(loaders) > 1 else ()
+        loaders = loaders[0]
+    batch = trainer.precision_plugin.convert_input(first_batch(loaders))
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    step = getattr(trainer.lightning_module, name)
+    index = (0,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
+    return name, (batch, *index, *extra)

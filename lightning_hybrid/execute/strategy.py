@@ -1,0 +1,305 @@
+"""`HybridStrategy`: Lightning's hooks, each handing over to the room that does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_hybrid.execute import start, state
+from lightning_hybrid.execute.data import replica_loader
+from lightning_hybrid.execute.planning import Request
+from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.partition.mesh import Mesh
+from lightning_hybrid.plan.stages import SCHEDULES
+from lightning_hybrid.spec.layout import Layout
+
+
+class HybridStrategy(ParallelStrategy):
+    """Trains any LightningModule, unmodified, under a layout of replicas, sharding, tensor and pipeline parallelism.
+
+    Args:
+        layout: Sizes of the axes, such as `"dp2-tp2-pp2"`; their product is the number of devices. None: `fsdp` over
+            all devices.
+        schedule: The pipeline schedule: `GPipe`, `1F1B`, `Interleaved1F1B`, `ZBVZeroBubble` or `DualPipeV`.
+        microbatches: Into how many parts a replica's batch is split under `pp`; `"auto"` chooses.
+        tensor_plan: Overrides of the inferred tensor plan: patterns of module names to `"column"`, `"row"`,
+            `"column_gather"` or `"replicate"`.
+        compile: Compile each block with `torch.compile`.
+        process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
+        timeout: After which a collective that waits for another rank fails.
+
+    Raises:
+        ValueError: If an argument is not one of its possible values.
+    """
+
+    def __init__(
+        self,
+        layout: str | Layout | None = None,
+        *,
+        schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"] = "1F1B",
+        microbatches: int | Literal["auto"] = "auto",
+        tensor_plan: Mapping[str, str] | None = None,
+        compile: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__()
+        if schedule not in SCHEDULES:
+            raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}. Got {schedule!r}.")
+        if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
+            raise ValueError(f"`microbatches` must be 'auto' or a whole number of at least 1. Got {microbatches!r}.")
+        self._layout = Layout.parse(layout) if isinstance(layout, str) else layout
+        self._schedule, self._microbatches, self._tensor_plan = schedule, microbatches, tensor_plan
+        self._compile, self._backend, self._timeout = compile, process_group_backend, timeout
+        self._mesh: Mesh | None = None
+        self._runner: Runner | None = None
+        self._splits_data = True
+        self.num_nodes = 1
+
+    # ---- what Lightning asks about
+
+    @property
+    def layout(self) -> Layout:
+        """The layout; with none given, `fsdp` over all devices."""
+        return self._layout or Layout(fsdp=self.num_nodes * self.num_processes)
+
+    @property
+    def mesh(self) -> Mesh:
+        """This rank's place in the layout, once the processes are connected."""
+        if self._mesh is None:
+            raise RuntimeError("`strategy.mesh` is there only after the processes have been connected (Trainer.fit).")
+        return self._mesh
+
+    @property
+    def runner(self) -> Runner:
+        """The partitioned module, once it is set up."""
+        if self._runner is None:
+            raise RuntimeError("`strategy.runner` is there only after the strategy has been set up (Trainer.fit).")
+        return self._runner
+
+    @property
+    def is_distributed(self) -> bool:
+        """True: Lightning injects distributed samplers and reduces what is logged with `sync_dist`."""
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """The backend of the default process group."""
+        return self._backend
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.mesh.layout.replicas, "rank": self.mesh.replica}
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    # ---- start
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self.layout.validate(self.num_nodes * self.num_processes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self._set_world_ranks()
+        assert self.cluster_environment is not None
+        self._backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
+        device_id = self.root_device if self._backend == "nccl" else None
+        _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device_id)
+        self._mesh = Mesh.create(self.layout, self.root_device.type)
+        assert self.lightning_module is not None
+        start.agree_on_random_streams()
+        self._splits_data = start.prepare_trainer(self.lightning_module.trainer)
+
+    def _set_world_ranks(self) -> None:
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self.lightning_module is not None
+        if not self._splits_data:
+            return dataloader
+        return replica_loader(dataloader, self.mesh, self.lightning_module.trainer, start.agree_on_random_streams)
+
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        with start.built_on_ghosts(self.lightning_module):
+            yield
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        with self.precision_plugin.tensor_init_context():  # on the CPU, as in one process; the device comes later
+            yield
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        if self._runner is None or self._runner.root is not self.lightning_module:
+            self.model = self.precision_plugin.convert_module(self.model)
+            request = Request(
+                layout=self.layout,
+                schedule=self._schedule,
+                microbatches=self._microbatches,
+                tensor_plan=self._tensor_plan,
+            )
+            self._runner = start.partition(trainer, self, request, compile_blocks=self._compile)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+
+    @override
+    def model_to_device(self) -> None:
+        """Nothing: partitioning moves this rank's part to the device."""
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        self._reset_optimizers_and_schedulers()
+        with self.runner.parameters_for_optimizers(self):
+            super().setup_optimizers(trainer)
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        self.runner.clip(optimizer, clip_val)
+
+    # ---- steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.runner.training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.runner.evaluation_step("validation_step", *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.runner.evaluation_step("test_step", *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.runner.evaluation_step("predict_step", *args, **kwargs)
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        with self.runner.gradients_stay_local():
+            yield
+
+    # ---- collectives
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if _distributed_is_initialized():
+            if dist.get_backend() == "nccl":
+                dist.barrier(device_ids=[self.root_device.index or 0])
+            else:
+                dist.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not _distributed_is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduces over the replicas: ranks of `tp` and `pp` hold copies of the same value."""
+        if not isinstance(tensor, Tensor) or not _distributed_is_initialized():
+            return tensor
+        if group is None and self._mesh is not None:
+            if self.mesh.layout.replicas == 1:
+                return tensor
+            group = self.mesh.replica_group
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes)
+        return bool(votes == self.world_size) if all else bool(votes)
+
+    # ---- state
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """All weights and buffers under their original names, on the CPU of rank 0; `{}` on other ranks. Collective."""
+        return state.full_state_dict(self.runner)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return self.full_state_dict()
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        state.load_full_state_dict(self.runner, checkpoint["state_dict"], strict)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return state.full_optimizer_state(self.runner, optimizer)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            state.load_full_optimizer_state(self.runner, optimizer, saved)
+
+    @override
+    def teardown(self) -> None:
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        if self.lightning_module is not None:
+            start.release_trainer(self.lightning_module.trainer, self._splits_data)
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()

@@ -1,0 +1,71 @@
+"""BatchNorm over the global batch: replicas normalise with common statistics, as one process would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class _SumOverReplicas(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of the gradients (every replica's loss depends on every input)."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        total = value.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def has_batch_norm(root: nn.Module) -> bool:
+    """Whether a module normalises with the statistics of the batch."""
+    return any(isinstance(m, _BatchNorm) for m in root.modules())
+
+
+def global_batch_norm(module: _BatchNorm, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
+    """A `forward` for `module` with the statistics of all replicas together.
+
+    The two-pass form, mean first and then the mean squared deviation, keeps the rounding of one process.
+
+    Reference: Ioffe and Szegedy, 2015, Algorithm 1, with the minibatch taken over all replicas.
+    """
+    original = module.forward
+
+    def forward(x_NC: Tensor) -> Tensor:  # noqa: N803 -- N samples, C channels, then any spatial dimensions
+        if not module.training:
+            return original(x_NC)
+        module._check_input_dim(x_NC)
+        dims = [d for d in range(x_NC.ndim) if d != 1]
+        shape = [1, -1] + [1] * (x_NC.ndim - 2)
+        size = torch.tensor(float(x_NC.numel() // x_NC.shape[1]), device=x_NC.device)
+        dist.all_reduce(size, group=group)
+        mean_C = _SumOverReplicas.apply(x_NC.sum(dims), group) / size
+        centred_NC = x_NC - mean_C.view(shape)
+        variance_C = _SumOverReplicas.apply(centred_NC.square().sum(dims), group) / size
+        _update_running(module, mean_C.detach(), variance_C.detach() * size / (size - 1).clamp(min=1))
+        out = centred_NC * torch.rsqrt(variance_C + module.eps).view(shape)
+        return out * module.weight.view(shape) + module.bias.view(shape) if module.affine else out
+
+    return forward
+
+
+def _update_running(module: _BatchNorm, mean_C: Tensor, variance_C: Tensor) -> None:  # noqa: N803
+    if not module.track_running_stats or module.running_mean is None or module.running_var is None:
+        return
+    with torch.no_grad():
+        factor = module.momentum
+        if module.num_batches_tracked is not None:
+            module.num_batches_tracked.add_(1)
+            factor = 1.0 / float(module.num_batches_tracked) if factor is None else factor
+        module.running_mean.lerp_(mean_C.to(module.running_mean.dtype), factor or 0.0)
+        module.running_var.lerp_(variance_C.to(module.running_var.dtype), factor or 0.0)

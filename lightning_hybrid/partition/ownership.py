@@ -1,0 +1,119 @@
+"""Which parameters a rank holds: the others stand in the module as ghosts, under the same names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_hybrid.analyze.ghost import Ghost, ghost_like
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place in the module tree where a parameter stands."""
+
+    module: nn.Module
+    key: str
+    name: str
+
+
+class Parameters:
+    """All parameters of a module by name, held or not; a shared parameter has one entry, under its first name.
+
+    Ghosts stand in a module's `__dict__`, so `parameters()` and optimizers see the held ones only.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        slots: dict[int, list[Slot]] = defaultdict(list)
+        objects: dict[int, torch.Tensor] = {}
+        for prefix, module in root.named_modules():
+            ghosts = {k: v for k, v in module.__dict__.items() if isinstance(v, Ghost)}
+            for key, value in {**module._parameters, **ghosts}.items():
+                if value is not None:
+                    slots[id(value)].append(Slot(module, key, f"{prefix}.{key}" if prefix else key))
+                    objects[id(value)] = value
+        self.slots: dict[str, tuple[Slot, ...]] = {places[0].name: tuple(places) for places in slots.values()}
+        self.requires_grad: dict[str, bool] = {}
+        for places, value in zip(slots.values(), objects.values(), strict=True):
+            wants = getattr(value, "wants_grad", value.requires_grad)
+            self.requires_grad[places[0].name] = wants
+
+    @property
+    def names(self) -> list[str]:
+        """First names, in the order of `named_parameters`."""
+        return list(self.slots)
+
+    def first_name(self, name: str) -> str:
+        """The first name of the parameter that stands at `name`."""
+        return next(first for first, places in self.slots.items() if any(slot.name == name for slot in places))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        slot = self.slots[name][0]
+        return slot.module.__dict__[slot.key] if slot.key in slot.module.__dict__ else slot.module._parameters[slot.key]
+
+    def visible(self, name: str) -> torch.Tensor:
+        """The parameter or ghost that `parameters()` shows for `name` at present."""
+        slot = self.slots[name][0]
+        return slot.module._parameters[slot.key]  # type: ignore[return-value]
+
+    def held(self) -> dict[str, nn.Parameter]:
+        """The parameters that this rank holds, by first name."""
+        return {n: self[n] for n in self.slots if not isinstance(self[n], Ghost)}  # type: ignore[misc]
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Puts a parameter or a ghost at every place of `name`."""
+        for slot in self.slots[name]:
+            # FSDP and tensor parallelism replace the object under the name, so it is looked up anew each time
+            slot.module._parameters.pop(slot.key, None)
+            slot.module.__dict__.pop(slot.key, None)
+            if isinstance(value, Ghost):
+                slot.module.__dict__[slot.key] = value
+            else:
+                slot.module.register_parameter(slot.key, value)  # type: ignore[arg-type]
+
+    def release(self, names: Collection[str], device: torch.device) -> None:
+        """Replaces the parameters `names` by ghosts on `device`; their memory is free."""
+        for name in names:
+            ghost = ghost_like(self[name], device=device).requires_grad_(False)
+            ghost.wants_grad = self.requires_grad[name]
+            self.put(name, ghost)
+
+    @contextmanager
+    def all_visible(self) -> Iterator[set[int]]:
+        """Inside, ghosts stand among the parameters, so that `configure_optimizers` finds every name and shape.
+
+        Yields:
+            The ids of the ghosts, to be taken out of the optimizers' groups.
+        """
+        ghosts = {n: self[n] for n in self.slots if isinstance(self[n], Ghost)}
+        orders = {slot.module: None for places in self.slots.values() for slot in places}
+        for name, ghost in ghosts.items():
+            ghost.requires_grad_(self.requires_grad[name])
+            for slot in self.slots[name]:
+                slot.module.__dict__.pop(slot.key)
+                slot.module._parameters[slot.key] = ghost  # type: ignore[assignment]
+        self._sort(orders)
+        try:
+            yield {id(g) for g in ghosts.values()}
+        finally:
+            for name, ghost in ghosts.items():
+                ghost.requires_grad_(False)
+                self.put(name, ghost)
+
+    def _sort(self, modules: Mapping[nn.Module, None]) -> None:
+        """Parameters of a module in their original order: optimizers number them by it."""
+        wanted: dict[nn.Module, list[str]] = {module: [] for module in modules}
+        for places in self.slots.values():
+            for slot in places:
+                wanted[slot.module].append(slot.key)
+        for module, keys in wanted.items():
+            present = dict(module._parameters)
+            module._parameters.clear()
+            for key in [*keys, *(k for k in present if k not in keys)]:
+                if key in present:
+                    module._parameters[key] = present[key]

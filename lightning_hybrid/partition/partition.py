@@ -1,0 +1,206 @@
+"""A LightningModule under a plan: what was put on, in which order, and taking it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_hybrid.analyze.trace import Trace
+from lightning_hybrid.analyze.units import CallSwitch
+from lightning_hybrid.partition.batch_norm import global_batch_norm
+from lightning_hybrid.partition.build import BuildTape
+from lightning_hybrid.partition.mesh import Mesh
+from lightning_hybrid.partition.ownership import Parameters
+from lightning_hybrid.partition.shard import shard_replicas
+from lightning_hybrid.plan.plan import Plan
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.tensor_plan import TensorPlan
+
+
+class StepModule(nn.Module):
+    """Runs a step of the LightningModule inside its own `forward`, so that hooks of `fully_shard` surround it."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.root = root
+        self.tensor: Any = None
+
+    def forward(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns `step(*args, **kwargs)`, where `step` is a bound method of the LightningModule."""
+        if self.tensor is None:
+            return step(*args, **kwargs)
+        with self.tensor.root_context():
+            return step(*args, **kwargs)
+
+
+@dataclass
+class Partition:
+    """Everything that `apply` put on a module."""
+
+    root: nn.Module
+    mesh: Mesh
+    plan: Plan
+    trace: Trace | None
+    switch: CallSwitch
+    parameters: Parameters
+    step_module: StepModule
+    tensor_plan: TensorPlan | None = None
+    tensor: Any = None
+    whole: set[str] = field(default_factory=set)
+    """Parameters that `fsdp` leaves whole (scalars)."""
+    shared_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+    """For each weight that several pipeline ranks hold, this one included: the group of its holders."""
+    _overrides: list[tuple[nn.Module, Callable]] = field(default_factory=list)
+    _hooks: dict[nn.Module, tuple[dict, dict]] = field(default_factory=dict)
+
+    def apply(self, device: torch.device, compile_blocks: bool, tape: BuildTape | None) -> None:
+        """Puts everything on. This is the one place where the order is written.
+
+        1. parameters of other stages become ghosts; 2. what stays becomes real and goes to the device; 3. tensor parallelism;
+        4. common batch statistics; 5. compilation of blocks; 6. sharded replicas; 7. groups for shared weights.
+        """
+        before = self._present_hooks()
+        held = self._held_names()
+        self.parameters.release([n for n in self.parameters.names if n not in held], device)
+        if tape is not None:
+            tape.make_real(self.parameters, held)
+        self.root.to(device)
+        layout = self.plan.layout
+        if self.tensor_plan is not None:
+            from lightning_hybrid.partition.tensor import apply_tensor_plan
+            self.tensor = apply_tensor_plan(self.root, self.tensor_plan, self.mesh.device_mesh["tp"], held.__contains__)
+            self.step_module.tensor = self.tensor
+        if layout.replicas > 1:
+            self._share_batch_statistics()
+        blocks = [b for b in self.switch.units.blocks if any(True for _ in self.root.get_submodule(b).parameters())]
+        if compile_blocks:
+            self.switch.compile(blocks)
+        if layout.fsdp > 1:
+            mesh = self.mesh.device_mesh["dp", "fsdp"] if layout.dp > 1 else self.mesh.device_mesh["fsdp"]
+            self.whole = shard_replicas(self.root, self.step_module, blocks, self.parameters, mesh)
+        self._create_shared_groups()
+        self._hooks = self._new_hooks(before)
+
+    def _held_names(self) -> set[str]:
+        rank = self.mesh.rank("pp")
+        return {n for n in self.parameters.names if rank in self.plan.ranks_of(n)}
+
+    def _share_batch_statistics(self) -> None:
+        for module in self.root.modules():
+            if isinstance(module, _BatchNorm):
+                forward = global_batch_norm(module, self.mesh.replica_group)
+                self._overrides.append((module, forward))
+                module.__dict__["forward"] = forward
+
+    def _create_shared_groups(self) -> None:
+        """Groups of pipeline ranks that hold the same weight; every rank takes part in creating every group."""
+        shared = {n: self.plan.ranks_of(n) for n in self.parameters.names if len(self.plan.ranks_of(n)) > 1}
+        columns = self.mesh.device_mesh.mesh.flatten(1).T.tolist()
+        groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        for ranks in sorted(set(shared.values())):
+            for column in columns:
+                members = [column[r] for r in ranks]
+                group = dist.new_group(members)
+                if dist.get_rank() in members:
+                    groups[ranks] = group  # type: ignore[assignment]
+        self.shared_groups = {n: groups[r] for n, r in shared.items() if r in groups}
+
+    # ---- the module as the user wrote it, for dry runs
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, calls of the module run without anything that was put on, as a dry run on ghosts needs it."""
+        with ExitStack() as stack:
+            for module, (pre, post) in self._hooks.items():
+                for hooks, ours in ((module._forward_pre_hooks, pre), (module._forward_hooks, post)):
+                    kept = dict(hooks)
+                    stack.callback(_replace, hooks, kept)
+                    _replace(hooks, {k: v for k, v in kept.items() if k not in ours})
+            for module, forward in self._overrides:
+                del module.__dict__["forward"]
+                stack.callback(module.__dict__.__setitem__, "forward", forward)
+            if self.tensor is not None:
+                stack.enter_context(self.tensor.disabled())
+            yield
+
+    def _present_hooks(self) -> dict[nn.Module, tuple[set, set]]:
+        return {m: (set(m._forward_pre_hooks), set(m._forward_hooks)) for m in self.root.modules()}
+
+    def _new_hooks(self, before: dict[nn.Module, tuple[set, set]]) -> dict[nn.Module, tuple[dict, dict]]:
+        found = {}
+        for module in self.root.modules():
+            pre, post = before.get(module, (set(), set()))
+            new_pre = {k: v for k, v in module._forward_pre_hooks.items() if k not in pre}
+            new_post = {k: v for k, v in module._forward_hooks.items() if k not in post}
+            if new_pre or new_post:
+                found[module] = (new_pre, new_post)
+        return found
+
+    # ---- stages
+
+    def stage_bounds(self, name: str, trace: Trace) -> list[int]:
+        """Where the stages of the plan begin in the trace of a step function: one index a stage, and the end.
+
+        Raises:
+            PartitionError: If this step goes through the model in another order than the one that was planned with.
+        """
+        assert self.trace is not None
+        stage_of = {}
+        for key, index in _occurrences(self.trace).items():
+            stage_of[key] = next(s.index for s in self.plan.stages if s.first <= index < s.stop)
+        bounds, stage = [0], 0
+        for key, index in _occurrences(trace).items():
+            target = stage_of.get(key, stage)
+            if target < stage:
+                raise PartitionError(
+                    f"`{name}` calls `{key[0]}` after modules of later stages, other than the step that the stages were "
+                    "planned with. Use a layout without `pp`, or the same order of modules in every step."
+                )
+            bounds += [index] * (target - stage)
+            stage = target
+        bounds += [len(trace.calls)] * (len(self.plan.stages) - stage)
+        if stage < len(self.plan.stages) - 1 or len(set(bounds)) < len(bounds):
+            raise PartitionError(
+                f"`{name}` calls no module of stage {stage + 1}, so it cannot run through the pipeline. "
+                "Use a layout without `pp`."
+            )
+        self._check_cuts(name, trace, bounds)
+        return bounds
+
+    def _check_cuts(self, name: str, trace: Trace, bounds: list[int]) -> None:
+        for c in bounds[1:-1]:
+            if trace.cuts[c].refusal is not None:
+                raise PartitionError(
+                    f"`{name}` cannot be cut before `{trace.calls[c].name}`: {trace.cuts[c].refusal}. Use a layout "
+                    "without `pp`."
+                )
+        for parameter, intervals in trace.parameter_uses.items():
+            for interval in intervals:
+                stage = max(s for s in range(len(bounds) - 1) if bounds[s] <= max(0, interval))
+                if stage not in self.plan.holders[parameter]:
+                    raise PartitionError(
+                        f"`{name}` uses `{parameter}` on stage {stage}, which holds it on stage "
+                        f"{self.plan.holders[parameter][0]} only. Use a layout without `pp`."
+                    )
+
+
+def _occurrences(trace: Trace) -> dict[tuple[str, int], int]:
+    """(unit, how many calls of it came before) to the index of the call."""
+    seen: dict[str, int] = {}
+    result = {}
+    for index, call in enumerate(trace.calls):
+        result[call.name, seen.get(call.name, 0)] = index
+        seen[call.name] = seen.get(call.name, 0) + 1
+    return result
+
+
+def _replace(target: dict, content: dict) -> None:
+    target.clear()
+    target.update(content)

@@ -1,0 +1,114 @@
+"""Differentiable collectives of tensor parallelism; each is the backward of another, so gradients have gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Sum.apply(gradients[0], ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Copy.apply(gradients[0], ctx.group), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.dim, ctx.group = dim, group
+        return all_gather(tensor, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Part.apply(gradients[0], ctx.dim, ctx.group), None, None
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.dim, ctx.group = dim, group
+        length = tensor.shape[dim] // group.size()
+        return tensor.narrow(dim, group.rank() * length, length).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Gather.apply(gradients[0], ctx.dim, ctx.group), None, None
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, factor: float) -> torch.Tensor:
+        return tensor * factor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
+
+
+class _CopyChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, channels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.channels, ctx.group = channels, group
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        total = _Sum.apply(gradients[0].index_select(-1, ctx.channels), ctx.group)
+        return gradients[0].index_copy(-1, ctx.channels, total), None, None  # type: ignore[arg-type]
+
+
+def all_gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's `tensor`, joined along `dim` in order of rank."""
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor, group=group)
+    return torch.cat(parts, dim)
+
+
+def copy_to_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """`tensor`, equal on all ranks, each of which uses it for a part of the work: its gradients are summed."""
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return tensor
+    return _Copy.apply(tensor, group)
+
+
+def copy_channels_to_ranks(tensor: torch.Tensor, channels: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """As `copy_to_ranks`, for some channels (last dim); the gradients of the others are equal on all ranks already."""
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return tensor
+    return _CopyChannels.apply(tensor, channels, group)
+
+
+def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """The sum of every rank's `tensor`, used equally by all."""
+    return _Sum.apply(tensor, group)
+
+
+def gather_from_ranks(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> Any:
+    """Every rank's `tensor` joined along `dim`, used equally by all."""
+    return _Gather.apply(tensor, dim, group)
+
+
+def divided_by_ranks(bias: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """A bias that is added on every rank before a sum over them; its gradient is that of one whole bias."""
+    return _Scale.apply(bias, 1.0 / group.size())

@@ -1,0 +1,9 @@
+"""Errors that the project raises when a request cannot be met."""
+
+
+class PartitionError(ValueError):
+    """A module cannot be partitioned as the layout asks.
+
+    Raised before training starts, and always with three things in the message: the module, the rule it breaks, and
+    the layouts that do work.
+    """

@@ -1,0 +1,121 @@
+"""What a tensor-parallel plan says: plain data, no torch.
+
+All names are full names from the root module. A plan is equal on every rank, so it is applied without communication.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+Path = tuple[str | int, ...]
+
+
+def one_of_many(name: str) -> str:
+    """A module name with the numbers of list elements as `*`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedParameter:
+    """One dim of a weight is divided among the ranks of the `tp` axis."""
+
+    dim: int
+    """The dim that is divided."""
+    size: int
+    """Its full length; a multiple of the axis size."""
+    order: tuple[int, ...] | None = None
+    """The permutation of the dim after which every rank's part is contiguous; None where it already is."""
+
+    def part(self, rank: int, ranks: int) -> tuple[int, ...]:
+        """The indices of the full dim that belong to `rank`, in ascending order of the permuted dim."""
+        length = self.size // ranks
+        indices = self.order if self.order is not None else range(self.size)
+        return tuple(indices[rank * length : (rank + 1) * length])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlicedArgument:
+    """A floating-point argument of a unit of which each rank uses its own part (attention biases by head)."""
+
+    path: Path
+    """Where it stands: `("args", 0, ...)` or `("kwargs", "name", ...)`, then indices into containers."""
+    dim: int
+    owners: tuple[int, ...]
+    """The rank that uses index i is `owners[i % len(owners)]`; the period lets the batch size change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitPlan:
+    """The tensor parallelism inside one unit; names are relative to the unit."""
+
+    columns: tuple[str, ...] = ()
+    """Linears whose output channels are divided: input replicated, output local."""
+    rows: tuple[str, ...] = ()
+    """Linears whose input channels are divided: input local, output summed over the ranks."""
+    parameters: dict[str, ShardedParameter] = field(default_factory=dict)
+    buffers: dict[str, ShardedParameter] = field(default_factory=dict)
+    partial: tuple[str, ...] = ()
+    """Replicated parameters used inside a region: each rank has a part of the gradient."""
+    shared_outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Replicated linears of which these output channels are used inside a region."""
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Integer attributes (numbers of heads, widths) by module, with their value on each rank."""
+    slices: tuple[SlicedArgument, ...] = ()
+    shared_arguments: tuple[Path, ...] = ()
+    """Arguments used whole inside a region: each rank has a part of the gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """How every weight of a model is laid out on the `tp` axis, and which modules communicate."""
+
+    size: int
+    """Ranks on the axis."""
+    units: dict[str, UnitPlan] = field(default_factory=dict)
+    """By name of the unit; every unit that was seen, also those without tensor parallelism."""
+    parameters: dict[str, ShardedParameter] = field(default_factory=dict)
+    """Every divided parameter under every name it has."""
+    embeddings: tuple[str, ...] = ()
+    """Embeddings divided by rows (vocabulary-parallel)."""
+    gathered: tuple[str, ...] = ()
+    """Linears or convolutions with divided output channels whose output is gathered again."""
+    attention: tuple[str, ...] = ()
+    """`nn.MultiheadAttention` modules divided by heads."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why a module that was considered stays replicated."""
+    sharded_elements: int = 0
+    """Elements of the divided parameters; shared parameters count once."""
+    total_elements: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of the parameter elements that is divided."""
+        return self.sharded_elements / max(self.total_elements, 1)
+
+    def modules(self) -> dict[str, str]:
+        """How each divided module is divided: module name to one of a few words."""
+        found: dict[str, str] = {}
+        for unit, plan in self.units.items():
+            prefix = f"{unit}." if unit else ""
+            found |= {prefix + name: "column" for name in plan.columns}
+            found |= {prefix + name: "row" for name in plan.rows}
+            for name in plan.parameters:
+                owner = (prefix + name).rpartition(".")[0]
+                found.setdefault(owner, "by channel")
+        found |= dict.fromkeys(self.embeddings, "vocabulary")
+        found |= dict.fromkeys(self.gathered, "column, output gathered")
+        found |= dict.fromkeys(self.attention, "attention heads")
+        return {name: how for name, how in found.items() if not self._inside_attention(name)}
+
+    def _inside_attention(self, name: str) -> bool:
+        return any(name.startswith(f"{attention}.") for attention in self.attention)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Rows for a table: (which modules, how they are divided), block numbers as `*`."""
+        counts: dict[tuple[str, str], int] = {}
+        for name, how in self.modules().items():
+            key = one_of_many(name), how
+            counts[key] = counts.get(key, 0) + 1
+        rows = [(f"{count} x {name}" if count > 1 else name, f"tp: {how}") for (name, how), count in counts.items()]
+        return [*rows, ("fraction of the parameters", f"tp: {self.fraction:.0%} divided")]

@@ -1,0 +1,1 @@
+"""Tests, in tiers: unit, distributed, gpu, recipes, benchmarks."""

@@ -1,0 +1,1 @@
+"""Tests on gloo ranks of this machine."""

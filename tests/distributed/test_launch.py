@@ -1,0 +1,95 @@
+"""The strategy under the launchers that people use: Lightning's own, torchrun, and the name in the registry."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("train_script.py")
+TIMEOUT_SECONDS = 90.0
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+
+def _run(*command: str) -> tuple[int, str]:
+    """Run Python with a clean environment; returns the exit code and all output. A time-out ends all its processes."""
+    launcher_variables = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher_variables}
+    environment |= {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            output, _ = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        pytest.fail(f"no end within {TIMEOUT_SECONDS:.0f} s; output:\n{output}")
+    return process.returncode, output
+
+
+def _results(folder: Path, code: int, output: str) -> list[dict[str, Any]]:
+    assert code == 0, output
+    files = sorted(folder.glob("rank*.json"))
+    assert [file.name for file in files] == ["rank0.json", "rank1.json"], output
+    return [json.loads(file.read_text()) for file in files]
+
+
+def _check(results: list[dict[str, Any]], times: int = 1) -> None:
+    assert len({result["pid"] for result in results}) == 2
+    assert {result["strategy"] for result in results} == {"HybridStrategy"}
+    for result in results:
+        assert result["metrics"] == results[0]["metrics"]
+        assert len(result["metrics"]) == times
+        assert all(metrics == pytest.approx(result["metrics"][0]) for metrics in result["metrics"])
+        assert {"train_loss", "val_bits"} <= set(result["metrics"][0])
+
+
+def test_lightning_launcher(tmp_path: Path) -> None:
+    code, output = _run(str(SCRIPT), "--layout", "pp2", "--times", "2", "--out", str(tmp_path))
+    _check(_results(tmp_path, code, output), times=2)
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    code, output = _run(*TORCHRUN, str(SCRIPT), "--layout", "tp2", "--times", "2", "--out", str(tmp_path))
+    _check(_results(tmp_path, code, output), times=2)
+
+
+def test_registry_name(tmp_path: Path) -> None:
+    """Without a layout: fsdp over all devices."""
+    code, output = _run(str(SCRIPT), "--strategy", "hybrid", "--out", str(tmp_path))
+    _check(_results(tmp_path, code, output))
+
+
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["lightning", "torchrun"])
+def test_plan_is_printed_once(launcher: list[str], tmp_path: Path) -> None:
+    code, output = _run(*launcher, str(SCRIPT), "--layout", "pp2", "--out", str(tmp_path))
+    assert code == 0, output
+    assert output.lower().count("bubble") == 1, output
+    assert "blocks.0" in output, output
+
+
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["lightning", "torchrun"])
+def test_error_is_shown_once(launcher: list[str], tmp_path: Path) -> None:
+    """Every rank ends, and the message stands once in the output of the ranks."""
+    code, output = _run(*launcher, str(SCRIPT), "--layout", "dp2-pp2", "--out", str(tmp_path))
+    assert code != 0
+    assert output.count("`layout` must use every device once") == 1, output

@@ -1,0 +1,128 @@
+"""The quickstart recipe, shortened: it trains on four processes, and every layout gives the same losses."""
+
+import csv
+import functools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_hybrid.models import CausalLM
+
+pytestmark = [pytest.mark.recipes, pytest.mark.timeout(400)]
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+STEPS = 6
+TIMEOUT_SECONDS = 180
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run of the recipe left behind."""
+
+    directory: Path
+    output: str
+    train_losses: list[float]
+    validation_bits: list[float]
+
+    @property
+    def checkpoint(self) -> Path:
+        (checkpoint,) = self.directory.rglob("*.ckpt")
+        return checkpoint
+
+
+def command_line(subcommand: str, *arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a directory of its own; end its whole process group when it takes too long."""
+    command = [sys.executable, "-m", "lightning_hybrid.cli", subcommand, "--config", str(RECIPE), *arguments]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    environment["PYTHONPATH"] = str(RECIPE.parents[1])
+    process = subprocess.Popen(
+        command,
+        cwd=directory,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+@functools.cache
+def run(layout: str, devices: int) -> Run:
+    directory = Path(tempfile.mkdtemp(prefix=f"quickstart-{layout}-"))
+    completed = command_line(
+        "fit",
+        f"--trainer.strategy.layout={layout}",
+        f"--trainer.devices={devices}",
+        f"--trainer.max_steps={STEPS}",
+        f"--trainer.val_check_interval={STEPS // 2}",
+        "--trainer.limit_val_batches=2",
+        "--trainer.log_every_n_steps=1",
+        directory=directory,
+    )
+    assert completed.returncode == 0, completed.stdout[-5000:]
+    (metrics,) = directory.rglob("metrics.csv")
+    with metrics.open() as file:
+        rows = list(csv.DictReader(file))
+    return Run(
+        directory=directory,
+        output=completed.stdout,
+        train_losses=[float(row["train_loss"]) for row in rows if row["train_loss"]],
+        validation_bits=[float(row["val_bits_per_byte"]) for row in rows if row["val_bits_per_byte"]],
+    )
+
+
+def test_recipe_shows_plan_progress_and_sample() -> None:
+    quickstart = run("dp2-pp2", 4)
+    assert "dp2-pp2" in quickstart.output
+    assert f"{STEPS}/{STEPS}" in quickstart.output
+    assert "train_loss=" in quickstart.output
+    assert "Sample" in quickstart.output
+    assert len(quickstart.train_losses) == STEPS
+    assert len(quickstart.validation_bits) == 2
+    assert quickstart.train_losses[-1] < quickstart.train_losses[0]
+
+
+@pytest.mark.parametrize(("layout", "devices"), [("dp2-pp2", 4), ("tp2-pp2", 4)])
+def test_layout_does_not_change_the_losses(layout: str, devices: int) -> None:
+    alone, together = run("dp1", 1), run(layout, devices)
+    assert together.train_losses == pytest.approx(alone.train_losses, rel=1e-5)
+    assert together.validation_bits == pytest.approx(alone.validation_bits, rel=1e-5)
+
+
+def test_checkpoint_of_a_pipeline_is_that_of_one_process() -> None:
+    alone, together = (
+        torch.load(run(layout, devices).checkpoint, weights_only=True)["state_dict"]
+        for layout, devices in (("dp1", 1), ("dp2-pp2", 4))
+    )
+    assert list(together) == list(alone)
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_checkpoint_loads_without_the_strategy() -> None:
+    model = CausalLM.load_from_checkpoint(run("dp2-pp2", 4).checkpoint, map_location="cpu")
+    assert model.generate(torch.tensor([list(b"def ")]), 4).shape == (1, 8)
+
+
+def test_layout_that_does_not_match_the_devices_is_refused_at_once() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        completed = command_line("fit", "--trainer.strategy.layout=dp3", directory=Path(directory))
+    assert completed.returncode != 0
+    assert "`layout` must use every device once. Got 'dp3'" in completed.stdout
+    assert completed.stdout.count("`layout` must use every device once") <= 2

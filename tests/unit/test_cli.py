@@ -1,0 +1,70 @@
+"""The command line on one process, with everything given by class path."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_hybrid.cli import main
+
+pytestmark = pytest.mark.unit
+
+CONFIG = {
+    "seed_everything": 0,
+    "model": {
+        "class_path": "lightning_hybrid.models.CausalLM",
+        "init_args": {"width": 16, "blocks": 1, "heads": 1, "context_length": 8, "warmup_steps": 1},
+    },
+    "data": {
+        "class_path": "lightning_hybrid.data.StdlibText",
+        "init_args": {"batch_size": 4, "context_length": 8, "evaluation_windows": 8},
+    },
+    "trainer": {
+        "strategy": "auto",
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 2,
+        "val_check_interval": 2,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    },
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-hybrid"])
+    # `seed_everything` sets it for the processes that it expects to be started.
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    path = tmp_path / "tiny.yaml"  # the command line saves a complete config.yaml
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def test_fit_leaves_a_checkpoint_that_the_other_subcommands_take(config: Path) -> None:
+    main(["fit", "--config", str(config)])
+    (checkpoint,) = config.parent.rglob("*.ckpt")
+    assert "transformer.head.weight" in torch.load(checkpoint, weights_only=True)["state_dict"]
+    for subcommand in ("validate", "test", "predict"):
+        main([subcommand, "--config", str(config), "--ckpt_path", str(checkpoint)])
+
+
+def test_options_override_the_file(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", str(config), "--trainer.max_steps=7", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] == 7
+
+
+def test_arguments_are_those_of_the_process_by_default(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-hybrid", "validate", "--config", str(config)])
+    main()
+
+
+def test_unknown_class_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", str(config), "--model=no.such.Model"])
+    assert "no.such.Model" in capsys.readouterr().err

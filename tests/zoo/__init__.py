@@ -1,0 +1,1 @@
+"""Architectures that every layout must train as one process would, or refuse."""
