@@ -65,8 +65,8 @@ class RankFailure:
 
     @property
     def is_secondary(self) -> bool:
-        """Whether this is only the echo of another rank's failure."""
-        return self.kind == "Hang" or bool(SECONDARY_ERROR.search(f"{self.kind}: {self.message}"))
+        """Whether this is only the echo of another rank's failure; a rank also ends quietly where another one reports."""
+        return self.kind in ("Hang", "SystemExit") or bool(SECONDARY_ERROR.search(f"{self.kind}: {self.message}"))
 
 
 class RankError(RuntimeError):

@@ -7,12 +7,14 @@ have to be divided is found by trying, nearest modules first; `tensor_verify` sa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_hybrid.analyze.tensor_probe import Trial
 from lightning_hybrid.spec.tensor_plan import UnitPlan
 
 Attributes = dict[str, dict[str, int]]
@@ -30,31 +32,37 @@ class _Candidate(NamedTuple):
     module: str
     attribute: str
     value: int
+    divided: int
 
 
-def attribute_choices(start: Attributes, region: UnitPlan, unit: nn.Module, ranks: int) -> Iterator[Attributes]:
-    """`start`, then `start` with more attributes divided by `ranks`, the likelier first.
+_Round = tuple[list[_Candidate], Callable[[_Candidate], Any], dict[str, int]]
+"""Attributes, what makes them one choice, and modules that read a width from their input."""
+
+
+def candidates(plan: UnitPlan, region: UnitPlan, trial: Trial, ranks: int) -> Iterator[UnitPlan]:
+    """`plan`, then `plan` with attributes divided by `ranks`, the likelier first.
 
     Args:
-        start: Attributes that are divided in any case.
+        plan: The plan of the unit, the region included.
         region: Whose modules to look around.
-        unit: The unit that the names belong to.
+        trial: A run of the whole unit.
         ranks: Number of ranks.
     """
-    yield start
-    tried = [start]
-    for candidates, key in _rounds(start, region, unit, ranks):
-        groups = list(dict.fromkeys(key(c) for c in candidates))
-        for count in range(1, min(_MAX_TOGETHER, len(groups)) + 1):
+    yield plan
+    tried = [(plan.attributes, plan.widths)]
+    for found, key, widths in _rounds(plan.attributes, region, trial, ranks):
+        groups = list(dict.fromkeys(key(c) for c in found))
+        for count in range(min(_MAX_TOGETHER, len(groups)) + 1):
             for chosen in combinations(groups, count):
-                attributes = {name: dict(values) for name, values in start.items()}
-                for candidate in candidates:
-                    if key(candidate) in chosen:
-                        attributes.setdefault(candidate.module, {})[candidate.attribute] = candidate.value // ranks
-                if attributes in tried:
+                attributes = {name: dict(values) for name, values in plan.attributes.items()}
+                for c in found:
+                    if key(c) in chosen:
+                        attributes.setdefault(c.module, {})[c.attribute] = c.divided
+                choice = attributes, {**plan.widths, **widths}
+                if choice in tried:
                     continue
-                tried.append(attributes)
-                yield attributes
+                tried.append(choice)
+                yield replace(plan, attributes=attributes, widths=choice[1])
                 if len(tried) > _MAX_CHOICES:
                     return
 
@@ -77,9 +85,8 @@ def attribute_entries(unit: nn.Module, attributes: Attributes) -> list[tuple[nn.
     return entries
 
 
-def _rounds(
-    start: Attributes, region: UnitPlan, unit: nn.Module, ranks: int
-) -> Iterator[tuple[list[_Candidate], Callable[[_Candidate], Any]]]:
+def _rounds(start: Attributes, region: UnitPlan, trial: Trial, ranks: int) -> Iterator[_Round]:
+    unit = trial.numbers.module
     owners = list(dict.fromkeys([*region.rows, *region.columns, *(n.rpartition(".")[0] for n in region.parameters)]))
     parents = list(dict.fromkeys(o.rpartition(".")[0] for o in owners if o))
     ancestors = list(parents)
@@ -89,33 +96,40 @@ def _rounds(
             ancestors += [name] if name not in ancestors else []
     children = [f"{n}.{c}" if n else c for n in parents for c, _ in unit.get_submodule(n).named_children()]
     around = list(dict.fromkeys([*ancestors, *owners, *children]))
+    width = trial.inputs[region.rows[0]][0].shape[-1]
 
-    def candidates(names: list[str], held: bool) -> list[_Candidate]:
-        found = [c for name in names for c in _candidates(name, unit, ranks, held)]
-        return [c for c in found if c.attribute not in start.get(c.module, {})]
+    def found(names: list[str], held: bool, factors: Iterable[int] = (ranks,)) -> list[_Candidate]:
+        some = [c for name in names for factor in factors for c in _candidates(name, unit, factor, held)]
+        return [c for c in some if c.attribute not in start.get(c.module, {})]
 
-    yield candidates(parents, False), lambda c: c.attribute
-    yield candidates(ancestors, False), lambda c: c.attribute
-    yield candidates(parents, True), lambda c: c.attribute
-    yield candidates(around, False), lambda c: c.attribute
-    yield candidates(around, False), lambda c: (c.module, c.attribute)
-    yield candidates(around, False), lambda c: c.value
+    yield found(parents, False), lambda c: c.attribute, {}
+    for name in ancestors:
+        yield found(parents, False), lambda c: c.attribute, {name: width}
+    yield found(ancestors, False), lambda c: c.attribute, {}
+    yield found(parents, True), lambda c: c.attribute, {}
+    factors = [f for f in range(2, ranks + 1) if ranks % f == 0]
+    yield found(parents, False, factors), lambda c: (c.attribute, c.value // c.divided), {}
+    yield found(around, False), lambda c: c.attribute, {}
+    yield found(around, False), lambda c: (c.module, c.attribute), {}
+    yield found(around, False), lambda c: c.value, {}
 
 
-def _candidates(name: str, unit: nn.Module, ranks: int, held: bool) -> list[_Candidate]:
-    """The divisible integers of one module; with `held` also those of the objects that it holds and its code names."""
+def _candidates(name: str, unit: nn.Module, factor: int, held: bool) -> list[_Candidate]:
+    """The integers of one module divided by `factor`; with `held` also those of the objects that its code names."""
     module = unit.get_submodule(name)
     words = _names_in_code(type(module))
     found = [
-        _Candidate(name, attribute, value) for attribute, value in module.__dict__.items() if _divides(value, ranks)
+        _Candidate(name, attribute, value, value // factor)
+        for attribute, value in module.__dict__.items()
+        if _divides(value, factor)
     ]
     for holder, value in module.__dict__.items() if held else ():
         if holder.startswith("_") or holder not in words or not hasattr(value, "__dict__") or callable(value):
             continue
         found += [
-            _Candidate(name, f"{holder}.{attribute}", number)
+            _Candidate(name, f"{holder}.{attribute}", number, number // factor)
             for attribute, number in vars(value).items()
-            if attribute in words and _divides(number, ranks)
+            if attribute in words and _divides(number, factor)
         ]
     found = [c for c in found if not is_position(c.attribute)]
     return sorted(found, key=lambda c: c.attribute not in words)

@@ -8,7 +8,7 @@ the module and the seed in this file only, so it is the same on every rank.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -194,8 +194,7 @@ class _Inference:
     def _infer_attention(self) -> None:
         for module, name in self.names.items():
             if isinstance(module, nn.MultiheadAttention) and self._was_called(name):
-                users = [u for key in ("in_proj_weight", "out_proj.weight") for u in self._users(f"{name}.{key}", name)]
-                self._try(name, module, divide_attention, users)
+                self._try(name, module, divide_attention)
 
     def _infer_outside(self) -> None:
         """Embeddings and heads, with those that share a weight together."""
@@ -204,24 +203,31 @@ class _Inference:
         candidates: dict[str, Single] = {}
         forced = self.overrides.named("column_gather")
         for module, name in self.names.items():
-            if not self._outside(name, module) and name not in forced:
-                continue
-            if isinstance(module, nn.Embedding):
-                single = self._attempt(name, module, divide_embedding, self._users(f"{name}.weight", None))
-            elif linear_dims(module) is not None or name in forced:
-                single = self._attempt(name, module, divide_gathered, self._users(f"{name}.weight", None))
-            else:
-                continue
-            if single is not None:
-                candidates[name] = single
+            if self._outside(name, module) or name in forced:
+                divide = divide_embedding if isinstance(module, nn.Embedding) else divide_gathered
+                single = self._attempt(name, module, divide)
+                if single is not None:
+                    candidates[name] = single
+        while candidates and (refused := self._sharing_refused(candidates)):
+            self.reasons |= refused
+            candidates = {name: single for name, single in candidates.items() if name not in refused}
         for name, single in candidates.items():
-            owners = {s.name.rpartition(".")[0] for s in self.aliases[id(self.slots[f"{name}.weight"].tensor)]}
-            lacking = sorted(owners - candidates.keys())
-            same = {candidates[o].parameters["weight"] for o in owners & candidates.keys()}
-            if lacking or len(same) > 1:
-                self.reasons[name] = f"its weight is shared with `{(lacking or sorted(owners))[0]}`, which is not divided so"
-            else:
-                self._accept(name, single)
+            self._accept(name, single)
+
+    def _sharing_refused(self, candidates: dict[str, Single]) -> dict[str, str]:
+        """Candidates whose parameters something else computes with, and why that forbids to divide them."""
+        refused: dict[str, str] = {}
+        for name, single in candidates.items():
+            for key, sharded in single.parameters.items():
+                slots = self.aliases[id(self.slots[f"{name}.{key}"].tensor)]
+                holders = {slot.name.rpartition(".")[0] for slot in slots}
+                users = holders if self.use is None else self.use.computing.get(f"{name}.{key}", set()) | {name}
+                others = sorted(users - candidates.keys())
+                if others:
+                    refused[name] = f"`{others[0] or type(self.root).__name__}` computes with its `{key}` too"
+                elif any(candidates[user].parameters.get(key) != sharded for user in users):
+                    refused[name] = f"its `{key}` is shared with a module that would divide it in another way"
+        return refused
 
     def _infer_fallback(self) -> None:
         """Without any region: output channels of linears and convolutions, each gathered again."""
@@ -231,15 +237,12 @@ class _Inference:
             slots = self.aliases[id(self.slots[f"{name}.weight"].tensor)]
             worthwhile = slots[0].tensor.numel() >= _WORTHWHILE * self.total
             if len(slots) == 1 and worthwhile and not isinstance(module, nn.Embedding):
-                self._try(name, module, divide_gathered, self._users(f"{name}.weight", None))
+                self._try(name, module, divide_gathered)
 
     def _was_called(self, name: str) -> bool:
         if self.use is not None:
             return name in self.called
         return name in self.called or any(name == u or name.startswith(f"{u}.") or not u for u in self.calls)
-
-    def _users(self, parameter: str, within: str | None) -> list[str]:
-        return sorted(self.use.users(parameter, within)) if self.use is not None else []
 
     def _outside(self, name: str, module: nn.Module) -> bool:
         """Whether a module that was called lies in no block and is large enough to be divided on its own."""
@@ -248,36 +251,42 @@ class _Inference:
             return False
         if slot.name in self.parameters or any(name.startswith(f"{a}.") for a in self.singles_of("attention")):
             return False
+        if not isinstance(module, nn.Embedding) and linear_dims(module) is None:
+            return False
         unit = next((u for u in self.calls if name == u or name.startswith(f"{u}.") or not u), None)
-        if unit is None or isinstance(module, nn.Embedding):
+        if unit is None:
             return True
+        if isinstance(module, nn.Embedding):
+            return slot.name.removeprefix(f"{unit}.") not in self.units[unit].partial
         return unit not in self.repeated and not self.units[unit].rows
 
-    def _attempt(self, name: str, module: Any, divide: Any, users: list[str]) -> Single | None:
+    def _attempt(self, name: str, module: Any, divide: Callable[..., Single]) -> Single | None:
         try:
             if self.overrides.replicated(name):
                 raise NotDivisible("`tensor_plan` keeps it replicated")
-            if users:
-                raise NotDivisible(f"`{users[0] or type(self.root).__name__}` computes with its weight directly")
             return divide(module, self.size)
         except NotDivisible as error:
             self.reasons[name] = str(error)
             return None
 
-    def _try(self, name: str, module: Any, divide: Any, users: list[str]) -> None:
-        single = self._attempt(name, module, divide, users)
-        if single is not None:
-            prefix = f"{name}." if name else ""
-            tied = [n for n in single.parameters if len(self.aliases[id(self.slots[prefix + n].tensor)]) > 1]
-            if tied:
-                self.reasons[name] = f"its `{tied[0]}` is shared with another module"
-            else:
-                self._accept(name, single)
+    def _try(self, name: str, module: Any, divide: Callable[..., Single]) -> None:
+        """Accepts a module whose weights nothing else holds or computes with."""
+        single = self._attempt(name, module, divide)
+        if single is None:
+            return
+        for key in single.parameters:
+            parameter = f"{name}.{key}" if name else key
+            others = self.use.users(parameter, name) if self.use is not None else set()
+            if len(self.aliases[id(self.slots[parameter].tensor)]) > 1 or others:
+                self.reasons[name] = f"its `{key}` is shared with or used by another module"
+                return
+        self._accept(name, single)
 
     def _accept(self, name: str, single: Single) -> None:
         self.singles[name] = single
-        prefix = f"{name}." if name else ""
-        self.parameters |= {prefix + n: sharded for n, sharded in single.parameters.items()}
+        for key, sharded in single.parameters.items():
+            tensor = self.slots[f"{name}.{key}" if name else key].tensor
+            self.parameters |= {slot.name: sharded for slot in self.aliases[id(tensor)]}
 
 
 def _signature(module: nn.Module, call: RecordedCall) -> Any:

@@ -179,7 +179,7 @@ def make_numbers(
     values: dict[str, torch.Tensor] = {}
     for slot in slots:
         if id(slot.tensor) not in drawn:
-            drawn[id(slot.tensor)] = _random_weight(slot.tensor, generator)
+            drawn[id(slot.tensor)] = _random_weight(slot, generator)
         values[slot.name] = drawn[id(slot.tensor)]
     arguments: dict[Path, torch.Tensor] = {}
     derived: set[Path] = set()
@@ -233,13 +233,17 @@ def _is_known(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.device.type != "meta"
 
 
-def _random_weight(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if not is_float(tensor):
-        return _known_or_random(tensor, generator)
-    value = torch.empty(tensor.shape, dtype=torch.float32)
-    if tensor.ndim < 2:
+def _random_weight(slot: Slot, generator: torch.Generator) -> torch.Tensor:
+    """Scales are about 1 and biases about 0, so that activations are not all on one side of a ReLU."""
+    shape = slot.tensor.shape
+    if not is_float(slot.tensor):
+        return _known_or_random(slot.tensor, generator)
+    value = torch.empty(shape, dtype=torch.float32)
+    if slot.key.endswith("bias"):
+        return value.uniform_(-0.5, 0.5, generator=generator)
+    if len(shape) < 2:
         return value.uniform_(0.5, 1.5, generator=generator)
-    bound = math.sqrt(3.0 / max(math.prod(tensor.shape[1:]), 1))
+    bound = math.sqrt(3.0 / max(math.prod(shape[1:]), 1))
     return value.uniform_(-bound, bound, generator=generator)
 
 

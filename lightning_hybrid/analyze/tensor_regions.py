@@ -40,6 +40,7 @@ class Region:
     rows: list[str]
     columns: dict[str, tuple[int, ...] | None]
     shared_outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    selected_outputs: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     parameters: dict[str, ShardedParameter] = field(default_factory=dict)
     buffers: dict[str, ShardedParameter] = field(default_factory=dict)
     partial: list[str] = field(default_factory=list)
@@ -69,6 +70,7 @@ class Region:
             rows=tuple(self.rows),
             columns=tuple(self.columns),
             shared_outputs=self.shared_outputs,
+            selected_outputs=self.selected_outputs,
             parameters=parameters,
             buffers=self.buffers,
             attributes=attributes,
@@ -174,7 +176,7 @@ def _classify(rows: list[str], probe: Probe, numbers: Numbers, ranks: int, const
                 region.shared_arguments.append(leaf.name)
             if found is not None:
                 region.slices.append(SlicedArgument(path=leaf.name, dim=found.dim, owners=_owners(found, ranks)))
-    if not region.columns:
+    if not region.columns and not region.selected_outputs:
         upstream = sorted({str(leaf.name) for part in parts for leaf in part if leaf.kind == "linear"})
         raise Rejection(
             f"its input does not fall into {ranks} parts that depend on different output channels of linears"
@@ -192,11 +194,13 @@ def _masks(leaf: Leaf, parts: list[Reach]) -> list[torch.Tensor]:
 def _classify_linear(name: str, masks: list[torch.Tensor], region: Region, constraints: Constraints) -> None:
     whole = name in constraints.replicated or _weight_name(name) in constraints.used_elsewhere
     found = None if whole else divide(masks)
+    channels = tuple(tuple(int(i) for i in mask.nonzero().flatten()) for mask in masks)
     if found is not None:
         region.columns[name] = found.order
+    elif len(set(channels)) > 1 and len({len(part) for part in channels}) == 1:
+        region.selected_outputs[name] = channels
     else:
-        used = torch.stack(masks).any(0)
-        region.shared_outputs[name] = tuple(int(i) for i in used.nonzero().flatten())
+        region.shared_outputs[name] = tuple(sorted({i for part in channels for i in part}))
 
 
 def _owners(found: ShardedParameter, ranks: int) -> tuple[int, ...]:
@@ -222,6 +226,9 @@ def _check_partial_gradients(region: Region, probe: Probe, numbers: Numbers, ran
     for name, channels in region.shared_outputs.items():
         outside = _reached_outside(Leaf("linear", name), region.rows, probe)
         if outside is not None and bool(outside[list(channels)].any()):
+            raise Rejection(f"the output of `{name}` is used by all ranks, inside and outside the region")
+    for name in region.selected_outputs:
+        if _reached_outside(Leaf("linear", name), region.rows, probe) is not None:
             raise Rejection(f"the output of `{name}` is used by all ranks, inside and outside the region")
     for name in region.partial:
         if _reached_outside(Leaf("parameter", name), region.rows, probe) is not None:

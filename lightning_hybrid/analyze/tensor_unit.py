@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_hybrid.analyze.tensor_attributes import attribute_choices
+from lightning_hybrid.analyze.tensor_attributes import candidates
 from lightning_hybrid.analyze.tensor_numbers import Numbers, make_numbers, probing, shorter_sizes
 from lightning_hybrid.analyze.tensor_probe import FORWARD_ERRORS, Probe, Trial, linear_dims, run_trial
 from lightning_hybrid.analyze.tensor_regions import Constraints, Rejection, propose
@@ -60,7 +60,7 @@ def infer_unit(
             try:
                 region = propose(row, probe, trials[0].numbers, ranks, constraints).plan(trials[0].numbers, ranks)
                 joined = _joined(plan, region)
-                plan = verify(joined, attribute_choices(joined.attributes, region, module, ranks), trials[0], ranks)
+                plan = verify(candidates(joined, region, trials[0], ranks), trials[0], ranks)
             except (Rejection, Mismatch) as error:
                 reasons[row] = str(error)
     divided = {*plan.rows, *plan.columns}
@@ -98,9 +98,10 @@ def _joined(plan: UnitPlan, region: UnitPlan) -> UnitPlan:
     for name, sharded in region.parameters.items():
         if plan.parameters.get(name, sharded) != sharded or name in plan.partial:
             raise Rejection(f"`{name}` is used by another region in another way")
-    clash = {n for n in region.partial if n in plan.parameters} | (set(plan.shared_outputs) & set(region.columns))
-    clash |= set(region.shared_outputs) & {*plan.columns}
-    clash |= set(region.partial) & set(plan.partial) | set(region.shared_outputs) & set(plan.shared_outputs)
+    clash = {n for n in region.partial if n in plan.parameters}
+    whole, known_whole = ({*p.shared_outputs, *p.selected_outputs} for p in (region, plan))
+    clash |= whole & {*plan.columns} | known_whole & {*region.columns} | whole & known_whole
+    clash |= set(region.partial) & set(plan.partial)
     if clash:
         raise Rejection(f"`{min(clash)}` is used by another region already")
     return UnitPlan(
@@ -110,6 +111,8 @@ def _joined(plan: UnitPlan, region: UnitPlan) -> UnitPlan:
         buffers={**plan.buffers, **region.buffers},
         partial=plan.partial + region.partial,
         shared_outputs={**plan.shared_outputs, **region.shared_outputs},
+        selected_outputs={**plan.selected_outputs, **region.selected_outputs},
+        widths=plan.widths,
         attributes={**plan.attributes, **region.attributes},
         slices=tuple(dict.fromkeys(plan.slices + region.slices)),
         shared_arguments=tuple(dict.fromkeys(plan.shared_arguments + region.shared_arguments)),

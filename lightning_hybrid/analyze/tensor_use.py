@@ -29,30 +29,27 @@ class StepUse(TorchFunctionMode):
         super().__init__()
         self.called: set[str] = set()
         """Names of the modules whose forward ran."""
-        self.direct: dict[str, set[str]] = {}
-        """By parameter: the modules that computed with it, other than those that hold it ("" is the root)."""
+        self.computing: dict[str, set[str]] = {}
+        """By parameter: the innermost modules in whose forward it was computed with ("" is the root)."""
         self._names = {id(module): name for name, module in root.named_modules()}
         self._units = {id(root.get_submodule(name)): name for name in units}
         self._results: dict[int, tuple[str, int, torch.Tensor]] = {}
         self._used: dict[str, set[int]] = {}
         self._counts: dict[str, int] = {}
         self._running: list[int] = []
-        self._parameters: dict[int, tuple[torch.Tensor, list[str], set[int]]] = {}
+        self._parameters: dict[int, tuple[torch.Tensor, list[str]]] = {}
         for slot in parameter_slots(root):
-            _, names, owners = self._parameters.setdefault(id(slot.tensor), (slot.tensor, [], set()))
-            names.append(slot.name)
-            owners.add(id(slot.module))
+            self._parameters.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(slot.name)
 
     def unused_results(self, unit: str) -> set[int]:
         """Which tensors of the result of `unit` nothing consumed, by position."""
         used = self._used.get(unit)
         return set(range(self._counts[unit])) - used if used else set()
 
-    def users(self, parameter: str, unit: str | None = None) -> set[str]:
-        """Modules outside `unit` (None: anywhere) that compute with `parameter` and do not hold it."""
-        inside = None if unit is None else f"{unit}." if unit else ""
-        found = self.direct.get(parameter, set())
-        return {u for u in found if inside is None or not (u == unit or u.startswith(inside))}
+    def users(self, parameter: str, within: str) -> set[str]:
+        """Modules that compute with `parameter`, other than `within` and what it contains."""
+        found = self.computing.get(parameter, set())
+        return {user for user in found if within and user != within and not user.startswith(f"{within}.")}
 
     def entered(self, module: nn.Module) -> None:
         """A module's forward begins."""
@@ -86,10 +83,8 @@ class StepUse(TorchFunctionMode):
                 unit, i, _ = self._results[id(value)]
                 self._used.setdefault(unit, set()).add(i)
             if id(value) in self._parameters:
-                _, names, owners = self._parameters[id(value)]
-                if current not in owners:
-                    for name in names:
-                        self.direct.setdefault(name, set()).add(self._names.get(current or 0, ""))
+                for name in self._parameters[id(value)][1]:
+                    self.computing.setdefault(name, set()).add(self._names.get(current or 0, ""))
         return out
 
 

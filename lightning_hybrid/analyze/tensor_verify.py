@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_hybrid.analyze.tensor_attributes import Attributes, attribute_entries
+from lightning_hybrid.analyze.tensor_attributes import attribute_entries
 from lightning_hybrid.analyze.tensor_numbers import Numbers, shadowed, tensors_of
 from lightning_hybrid.analyze.tensor_probe import FORWARD_ERRORS, Trial, linear_dims
+from lightning_hybrid.analyze.tensor_width import add_narrowing, widen
 from lightning_hybrid.spec.tensor_plan import Path, ShardedParameter, UnitPlan
 
 _TOLERANCE = 1e-4
@@ -27,23 +28,21 @@ class Mismatch(Exception):
     """A rank's numbers are not what they should be; says where."""
 
 
-def verify(plan: UnitPlan, choices: Iterable[Attributes], trial: Trial, ranks: int) -> UnitPlan:
-    """Returns `plan` with the first choice of integer attributes for which every rank's numbers are right.
+def verify(candidates: Iterable[UnitPlan], trial: Trial, ranks: int) -> UnitPlan:
+    """Returns the first of `candidates` with which every rank's numbers are right.
 
     Args:
-        plan: What is divided.
-        choices: Values of attributes on a rank, by module.
+        candidates: Plans of the unit.
         trial: The recorded run of the whole unit.
         ranks: Number of ranks.
 
     Raises:
-        Mismatch: If the numbers are wrong with every choice.
+        Mismatch: If the numbers are wrong with every one; says what was wrong with the first.
     """
     first: Mismatch | None = None
-    for attributes in choices:
-        candidate = replace(plan, attributes=attributes)
+    for candidate in candidates:
         try:
-            total = {name: [torch.zeros_like(t) for t in trial.outputs[name]] for name in plan.rows}
+            total = {name: [torch.zeros_like(t) for t in trial.outputs[name]] for name in candidate.rows}
             for rank in range(ranks):
                 _run_rank(candidate, trial, rank, ranks, total)
             for name, tensors in total.items():
@@ -74,13 +73,15 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
     def check_linear(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
         name = names[module]
         call = calls[name] = calls.get(name, -1) + 1
-        given = args[0] if args else kwargs["input"]
+        given = widen(args[0] if args else kwargs["input"])
         if call >= len(trial.inputs[name]):
             raise Mismatch(f"`{name}` is called more often on rank {rank}")
         expected = trial.inputs[name][call]
         if name in plan.rows:
             expected = expected.chunk(ranks, -1)[rank]
         _check(f"the input of `{name}`", given, expected)
+        if name in plan.selected_outputs:
+            return output.index_select(-1, torch.tensor(plan.selected_outputs[name][rank]))
         if name not in plan.rows:
             return None
         total[name][call] += output.detach()
@@ -91,6 +92,8 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
     handles = [
         m.register_forward_hook(check_linear, with_kwargs=True) for m in names if linear_dims(m) is not None
     ]
+    for name, width in plan.widths.items():
+        handles += add_narrowing(numbers.module.get_submodule(name), width, ranks)
     try:
         torch.manual_seed(0)
         # Gradients stay on: without them some modules take other paths in evaluation mode.

@@ -8,7 +8,7 @@ on the next; what crosses is every value made before c and consumed at or after 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from lightning_hybrid._torch_private import user_location
 from lightning_hybrid.analyze.ghost import Ghost, GhostObserver, GhostWriteError, ghost_like
 from lightning_hybrid.analyze.preserve import module_state_kept, random_streams_kept
+from lightning_hybrid.analyze.tensor_use import StepUse, record_use
 from lightning_hybrid.analyze.units import CallSwitch
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -75,6 +76,8 @@ class Trace:
     """Intervals in which a parameter (by its first name) is used; absent: never used."""
     flops: list[float]
     """Forward FLOPs of interval -1 and of each call's interval, for this microbatch; length len(calls) + 1."""
+    use: StepUse | None = None
+    """How weights and results of units are used, if it was asked for."""
 
 
 @dataclass
@@ -279,6 +282,7 @@ def trace_step(
     *,
     device: torch.device,
     context: Callable[[], AbstractContextManager] = nullcontext,
+    use_of: Collection[str] | None = None,
 ) -> Trace:
     """Runs `step(*args)` once on ghosts and returns its data flow.
 
@@ -289,6 +293,7 @@ def trace_step(
         args: Its arguments; tensors (the microbatch) are real.
         device: The device of the parameters.
         context: Entered around the step (autocast).
+        use_of: Names of units for which `Trace.use` is to be recorded.
 
     Raises:
         PartitionError: If the step cannot run on ghosts at all.
@@ -302,12 +307,15 @@ def trace_step(
         stack.enter_context(switch.handled_by(tracer))
         stack.enter_context(torch.no_grad())
         stack.enter_context(context())
+        use = stack.enter_context(record_use(root, use_of)) if use_of is not None else None
         try:
             out = step(*args)
         except GhostWriteError as error:
             raise PartitionError(f"`layout`: pipeline stages cannot be made of this module: {error}") from error
         tracer.consume_all(_as_tree(out))
-    return tracer.result(names)
+    trace = tracer.result(names)
+    trace.use = use
+    return trace
 
 
 def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
 from lightning_hybrid.analyze.trace import Trace, UnitCall, trace_step
 from lightning_hybrid.analyze.units import CallSwitch, Units, find_units
 from lightning_hybrid.execute.batches import batch_size, split_batch
@@ -71,18 +72,19 @@ def make_partition(
                 if buffer is not None and buffer.device != device:
                     buffer_owner._buffers[key] = buffer.to(device)
         step = getattr(root, name)
-        trace = trace_step(root, switch, step, arguments, device=device, context=precision)
+        divided = (units.blocks or units.names) if layout.tp > 1 else None
+        trace = trace_step(root, switch, step, arguments, device=device, context=precision, use_of=divided)
         if layout.pp > 1:
             plan = _staged_plan(request, units, trace, parameters, count)
         else:
             plan = _whole_plan(layout, parameters, units)
         partition = Partition(root, mesh, plan, trace, switch, parameters, StepModule(root))
         if layout.tp > 1:
-            from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
             calls = _distinct_calls(root, trace, units)
-            partition.tensor_plan = infer_tensor_plan(root, calls, layout.tp, request.tensor_plan)
+            partition.tensor_plan = infer_tensor_plan(root, calls, layout.tp, request.tensor_plan, trace.use)
         for call in trace.calls:
-            call.args, call.kwargs = (), {}
+            call.args, call.kwargs = (), {}  # frees the ghosts and copies of the dry run
+        trace.use = None
         return partition
     except BaseException:
         switch.remove()

@@ -162,7 +162,7 @@ def _copy_part(runner: Runner, name: str, target: Tensor, whole: Tensor) -> None
     partition, layout = runner.partition, runner.mesh.layout
     part = whole.detach()
     if partition.tensor is not None:
-        part = partition.tensor.local_part(name, part)
+        part = partition.tensor.shard(name, part).to_local()
     own = target.detach()
     if layout.fsdp > 1 and name not in partition.whole:
         pieces = torch.chunk(part, layout.fsdp)  # fully_shard splits dim 0 like torch.chunk

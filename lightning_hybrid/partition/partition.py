@@ -19,6 +19,7 @@ from lightning_hybrid.partition.build import BuildTape
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.ownership import Parameters
 from lightning_hybrid.partition.shard import shard_replicas
+from lightning_hybrid.partition.tensor import TensorParallel, apply_tensor_plan
 from lightning_hybrid.plan.plan import Plan
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import TensorPlan
@@ -30,7 +31,7 @@ class StepModule(nn.Module):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self.root = root
-        self.tensor: Any = None
+        self.tensor: TensorParallel | None = None
 
     def forward(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns `step(*args, **kwargs)`, where `step` is a bound method of the LightningModule."""
@@ -52,7 +53,7 @@ class Partition:
     parameters: Parameters
     step_module: StepModule
     tensor_plan: TensorPlan | None = None
-    tensor: Any = None
+    tensor: TensorParallel | None = None
     whole: set[str] = field(default_factory=set)
     """Parameters that `fsdp` leaves whole (scalars)."""
     shared_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
@@ -74,7 +75,6 @@ class Partition:
         self.root.to(device)
         layout = self.plan.layout
         if self.tensor_plan is not None:
-            from lightning_hybrid.partition.tensor import apply_tensor_plan
             self.tensor = apply_tensor_plan(self.root, self.tensor_plan, self.mesh.device_mesh["tp"], held.__contains__)
             self.step_module.tensor = self.tensor
         if layout.replicas > 1:

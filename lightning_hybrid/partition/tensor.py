@@ -20,13 +20,20 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_hybrid.analyze.tensor_attributes import attribute_entries
 from lightning_hybrid.analyze.tensor_numbers import map_tensors
+from lightning_hybrid.analyze.tensor_width import NarrowTensor, add_narrowing
 from lightning_hybrid.partition.tensor_attention import DividedAttention
-from lightning_hybrid.partition.tensor_collectives import all_gather, copy_to_ranks, divided_by_ranks
+from lightning_hybrid.partition.tensor_collectives import (
+    all_gather,
+    copy_to_ranks,
+    divided_by_ranks,
+    select_on_rank,
+)
 from lightning_hybrid.partition.tensor_modules import (
     add_column,
     add_embedding,
     add_gather,
     add_row,
+    add_selected_output,
     add_shared_output,
 )
 from lightning_hybrid.spec.tensor_plan import ShardedParameter, TensorPlan, UnitPlan
@@ -280,6 +287,11 @@ class TensorParallel:
         for child, channels in plan.shared_outputs.items():
             submodule = module.get_submodule(child)
             self._handles.append(add_shared_output(submodule, channels, self._group, self._active))
+        for child, parts in plan.selected_outputs.items():
+            submodule = module.get_submodule(child)
+            self._handles.append(add_selected_output(submodule, parts, self._group, self._active))
+        for child, width in plan.widths.items():
+            self._handles += add_narrowing(module.get_submodule(child), width, self.plan.size, self._active)
         for owner, key, value in attribute_entries(module, plan.attributes):
             self._patch(owner, key, value)
 
@@ -319,6 +331,8 @@ class TensorParallel:
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """The input of a column, copied to the ranks once in a unit call however many columns use it."""
+        if isinstance(tensor, NarrowTensor):
+            tensor = tensor.whole
         if not self._memos or not (torch.is_grad_enabled() and tensor.requires_grad):
             return copy_to_ranks(tensor, self._group)
         known = self._memos[-1].get(id(tensor))
@@ -348,8 +362,7 @@ class TensorParallel:
                         f"multiple of {len(cut.owners)}."
                     )
                 index = [i for i in range(size) if cut.owners[i % len(cut.owners)] == rank]
-                whole = copy_to_ranks(tensor, self._group)
-                return whole.index_select(cut.dim, torch.tensor(index, device=tensor.device))
+                return select_on_rank(tensor, cut.dim, torch.tensor(index, device=tensor.device), self._group)
             return copy_to_ranks(tensor, self._group) if path in plan.shared_arguments else tensor
 
         return map_tensors(local, args, ("args",)), map_tensors(local, kwargs, ("kwargs",))

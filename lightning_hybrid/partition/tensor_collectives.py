@@ -77,6 +77,18 @@ class _CopyChannels(torch.autograd.Function):
         return gradients[0].index_copy(-1, ctx.channels, total), None, None  # type: ignore[arg-type]
 
 
+class _Select(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, dim: int, index: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.dim, ctx.index, ctx.group, ctx.shape = dim, index, group, tensor.shape
+        return tensor.index_select(dim, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        whole = gradients[0].new_zeros(ctx.shape).index_add(ctx.dim, ctx.index, gradients[0])
+        return _Sum.apply(whole, ctx.group), None, None, None
+
+
 def all_gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Every rank's `tensor`, joined along `dim` in order of rank."""
     tensor = tensor.contiguous()
@@ -97,6 +109,13 @@ def copy_channels_to_ranks(tensor: torch.Tensor, channels: torch.Tensor, group: 
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return tensor
     return _CopyChannels.apply(tensor, channels, group)
+
+
+def select_on_rank(tensor: torch.Tensor, dim: int, index: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """The entries of `tensor`, equal on all ranks, that this rank uses; the gradients of all ranks are summed."""
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return tensor.index_select(dim, index)
+    return _Select.apply(tensor, dim, index, group)
 
 
 def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> Any:

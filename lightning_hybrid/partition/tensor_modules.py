@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hybrid.partition.tensor_collectives import (
     copy_channels_to_ranks,
     gather_from_ranks,
+    select_on_rank,
     sum_over_ranks,
 )
 
@@ -64,6 +65,22 @@ def add_shared_output(
         if output.device not in indices:
             indices[output.device] = torch.tensor(channels, device=output.device)
         return copy_channels_to_ranks(output, indices[output.device], group)
+
+    return module.register_forward_hook(after)
+
+
+def add_selected_output(
+    module: nn.Module, channels: tuple[tuple[int, ...], ...], group: dist.ProcessGroup, active: Active
+) -> RemovableHandle:
+    """The rank uses only these output channels of a replicated linear."""
+    indices: dict[torch.device, torch.Tensor] = {}
+
+    def after(_: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+        if not active():
+            return None
+        if output.device not in indices:
+            indices[output.device] = torch.tensor(channels[group.rank()], device=output.device)
+        return select_on_rank(output, -1, indices[output.device], group)
 
     return module.register_forward_hook(after)
 

@@ -61,6 +61,10 @@ class UnitPlan:
     """Replicated linears of which these output channels are used inside a region."""
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Integer attributes (numbers of heads, widths) by module, with their value on each rank."""
+    selected_outputs: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """Replicated linears of which each rank uses these output channels, by rank (fewer key heads than ranks)."""
+    widths: dict[str, int] = field(default_factory=dict)
+    """Modules that read a width from the shape of their input: that width, which reads as a rank's part."""
     slices: tuple[SlicedArgument, ...] = ()
     shared_arguments: tuple[Path, ...] = ()
     """Arguments used whole inside a region: each rank has a part of the gradient."""

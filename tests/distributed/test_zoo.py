@@ -99,4 +99,4 @@ def test_comparison_sees_a_small_error(name: str, references: References) -> Non
         assert comparison.worst == parameter
         assert comparison.problems
         seen += 1
-    assert seen > 0.9 * len(sizes)
+    assert seen > 0.7 * len(sizes)

@@ -1,12 +1,11 @@
 """The quickstart recipe, shortened: it trains on four processes, and every layout gives the same losses."""
 
 import csv
-import functools
 import os
 import signal
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +36,9 @@ class Run:
         return checkpoint
 
 
+RunRecipe = Callable[[str, int], Run]
+
+
 def command_line(subcommand: str, *arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
     """Run the command line in a directory of its own; end its whole process group when it takes too long."""
     command = [sys.executable, "-m", "lightning_hybrid.cli", subcommand, "--config", str(RECIPE), *arguments]
@@ -62,9 +64,20 @@ def command_line(subcommand: str, *arguments: str, directory: Path) -> subproces
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-@functools.cache
-def run(layout: str, devices: int) -> Run:
-    directory = Path(tempfile.mkdtemp(prefix=f"quickstart-{layout}-"))
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunRecipe:
+    """Run the recipe under a layout, once for all tests of this module."""
+    runs: dict[str, Run] = {}
+
+    def run_once(layout: str, devices: int) -> Run:
+        if layout not in runs:
+            runs[layout] = train(layout, devices, tmp_path_factory.mktemp(layout))
+        return runs[layout]
+
+    return run_once
+
+
+def train(layout: str, devices: int, directory: Path) -> Run:
     completed = command_line(
         "fit",
         f"--trainer.strategy.layout={layout}",
@@ -87,7 +100,7 @@ def run(layout: str, devices: int) -> Run:
     )
 
 
-def test_recipe_shows_plan_progress_and_sample() -> None:
+def test_recipe_shows_plan_progress_and_sample(run: RunRecipe) -> None:
     quickstart = run("dp2-pp2", 4)
     assert "dp2-pp2" in quickstart.output
     assert f"{STEPS}/{STEPS}" in quickstart.output
@@ -99,13 +112,13 @@ def test_recipe_shows_plan_progress_and_sample() -> None:
 
 
 @pytest.mark.parametrize(("layout", "devices"), [("dp2-pp2", 4), ("tp2-pp2", 4)])
-def test_layout_does_not_change_the_losses(layout: str, devices: int) -> None:
+def test_layout_does_not_change_the_losses(run: RunRecipe, layout: str, devices: int) -> None:
     alone, together = run("dp1", 1), run(layout, devices)
     assert together.train_losses == pytest.approx(alone.train_losses, rel=1e-5)
     assert together.validation_bits == pytest.approx(alone.validation_bits, rel=1e-5)
 
 
-def test_checkpoint_of_a_pipeline_is_that_of_one_process() -> None:
+def test_checkpoint_of_a_pipeline_is_that_of_one_process(run: RunRecipe) -> None:
     alone, together = (
         torch.load(run(layout, devices).checkpoint, weights_only=True)["state_dict"]
         for layout, devices in (("dp1", 1), ("dp2-pp2", 4))
@@ -115,14 +128,13 @@ def test_checkpoint_of_a_pipeline_is_that_of_one_process() -> None:
         torch.testing.assert_close(together[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_checkpoint_loads_without_the_strategy() -> None:
+def test_checkpoint_loads_without_the_strategy(run: RunRecipe) -> None:
     model = CausalLM.load_from_checkpoint(run("dp2-pp2", 4).checkpoint, map_location="cpu")
     assert model.generate(torch.tensor([list(b"def ")]), 4).shape == (1, 8)
 
 
-def test_layout_that_does_not_match_the_devices_is_refused_at_once() -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        completed = command_line("fit", "--trainer.strategy.layout=dp3", directory=Path(directory))
+def test_layout_that_does_not_match_the_devices_is_refused_at_once(tmp_path: Path) -> None:
+    completed = command_line("fit", "--trainer.strategy.layout=dp3", directory=tmp_path)
     assert completed.returncode != 0
     assert "`layout` must use every device once. Got 'dp3'" in completed.stdout
     assert completed.stdout.count("`layout` must use every device once") <= 2

@@ -1,14 +1,14 @@
 """Trains one case in one process or under a layout, and compares the two.
 
-Three SGD steps on the same global batches. In distributed training Lightning shuffles by the global seed and gives
-replica r of n the samples r, r + n, … of the order so found. With 1/n of the batch size a replica, the union of the
-replicas' batches is therefore the batch of a single process that reads the same order.
+Three SGD steps on the same global batches. Replica r of n reads the samples r, r + n, … of the order of the user's own
+sampler. With 1/n of the batch size a replica, the union of the replicas' batches is the batch of a single process.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import statistics
 import warnings
 from dataclasses import dataclass, field
@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.zoo.case import BATCH_SIZE, STEPS, Case, Samples
 from tests.zoo.cases import CASES
 
 SEED = 7
+"""Of the weights."""
 UPDATE_TOLERANCE = 1e-3
 """Largest relative error of a parameter's update after the three steps."""
 VALUE_TOLERANCE = 1e-5
@@ -91,7 +93,8 @@ def run_hybrid(
 
 def run_ddp(name: str, devices: int) -> Run:
     """Train a case under Lightning's own DDPStrategy; called on every rank. Shows that the comparison is fair."""
-    return _train(CASES[name], "ddp_find_unused_parameters_true", devices=devices, replicas=devices)
+    strategy = DDPStrategy(find_unused_parameters=True)
+    return _train(CASES[name], strategy, devices=devices, replicas=devices)
 
 
 def _train(case: Case, strategy: Any, *, devices: int, replicas: int, validate: bool = False) -> Run:
@@ -113,9 +116,10 @@ def _train(case: Case, strategy: Any, *, devices: int, replicas: int, validate: 
         num_sanity_val_steps=1 if validate else 0,
     )
     data = Samples(case.sample, STEPS * BATCH_SIZE)
-    # Lightning replaces the sampler where there are several devices; this is what it puts there.
-    order = DistributedSampler(data, num_replicas=1, rank=0, seed=SEED) if devices == 1 else None
     size = BATCH_SIZE // replicas
+    # Lightning's own strategies shuffle a sequential loader, unless it brings a distributed sampler.
+    ddp = isinstance(strategy, DDPStrategy)
+    order = DistributedSampler(data, replicas, int(os.environ["RANK"]), shuffle=False) if ddp else None
     validation = DataLoader(Samples(case.sample, BATCH_SIZE, seed=2), batch_size=size) if validate else None
     trainer.fit(module, DataLoader(data, batch_size=size, sampler=order), validation)
     recorder.run.final = full_state(trainer)
