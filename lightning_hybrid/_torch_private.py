@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 _SKIPPED_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -72,3 +74,27 @@ def finish_sharded_backward(module: FSDPModule) -> None:
         for group in groups:
             group.post_backward()
     root._root_post_backward_final_callback()
+
+
+def forget_fully_shard(module: FSDPModule) -> None:
+    """Gives a fully sharded module its own class back; its parameters and hooks are the caller's to restore."""
+    plain: Any = module
+    plain.__class__ = type(module).__bases__[1]  # fully_shard makes `class FSDPX(FSDPModule, X)`
+    for key in (STATE_KEY, REGISTRY_KEY):
+        plain.__dict__.pop(key, None)
+    _module_state_mapping.pop(plain, None)
+
+
+def hook_tables(module: nn.Module) -> list[dict]:
+    """Every table in which hooks of a module are registered under their ids."""
+    return [
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+        module._state_dict_pre_hooks,
+        module._state_dict_hooks,
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
+    ]

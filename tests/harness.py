@@ -65,7 +65,7 @@ class RankFailure:
 
     @property
     def is_secondary(self) -> bool:
-        """Whether this is only the echo of another rank's failure; a rank also ends quietly where another one reports."""
+        """Whether this is only the echo of another rank's failure, or a quiet end because another rank reports."""
         return self.kind in ("Hang", "SystemExit") or bool(SECONDARY_ERROR.search(f"{self.kind}: {self.message}"))
 
 

@@ -22,8 +22,8 @@ Attributes = dict[str, dict[str, int]]
 
 _MAX_TOGETHER = 3
 """Attributes that are divided together: for example number of heads, width of all heads, width of a chunk."""
-_MAX_CHOICES = 250
-"""Tried for one region before it is given up; empirical (the unmodified transformers blocks need less than 40)."""
+_MAX_CHOICES = 150
+"""Tried for one region before it is given up; empirical (unmodified transformers blocks need XX at most)."""
 _INDEX_NAMES = ("idx", "index", "_id", "number", "padding")
 """Attributes with these in their names are positions, not sizes."""
 
@@ -48,12 +48,11 @@ def candidates(plan: UnitPlan, region: UnitPlan, trial: Trial, ranks: int) -> It
         trial: A run of the whole unit.
         ranks: Number of ranks.
     """
-    yield plan
-    tried = [(plan.attributes, plan.widths)]
-    for found, key, widths in _rounds(plan.attributes, region, trial, ranks):
-        groups = list(dict.fromkeys(key(c) for c in found))
-        for count in range(min(_MAX_TOGETHER, len(groups)) + 1):
-            for chosen in combinations(groups, count):
+    tried: list[tuple[Attributes, dict[str, int]]] = []
+    rounds = list(_rounds(plan.attributes, region, trial, ranks))
+    for count in range(_MAX_TOGETHER + 1):
+        for found, key, widths in rounds:
+            for chosen in combinations(dict.fromkeys(key(c) for c in found), count):
                 attributes = {name: dict(values) for name, values in plan.attributes.items()}
                 for c in found:
                     if key(c) in chosen:

@@ -25,7 +25,7 @@ def full_state_dict(runner: Runner) -> dict[str, Any]:
         wholes[name] = _to_rank_zero(runner, name, parameters[name])
     for name, buffer in runner.root.named_buffers():
         if name in shown:
-            wholes[name] = _collect(runner, _buffer_rank(runner, name), buffer.detach(), buffer.shape, buffer.dtype)
+            wholes[name] = _collect(runner, runner.partition.buffer_rank(name), buffer.detach(), buffer.shape, buffer.dtype)
     if dist.get_rank() != 0:
         return {}
     return {key: wholes.get(first_names.get(key, key), value) for key, value in shown.items()}
@@ -121,13 +121,6 @@ def _gather_entry(runner: Runner, name: str, entry: Mapping[str, Any]) -> dict[s
 def _leader(runner: Runner, pipeline_rank: int) -> int:
     """The global rank of the first replica's first tensor rank on a pipeline rank."""
     return int(runner.mesh.device_mesh.mesh[pipeline_rank, 0, 0, 0])
-
-
-def _buffer_rank(runner: Runner, name: str) -> int:
-    for stage in runner.partition.plan.stages:
-        if any(name.startswith(f"{unit}.") for unit in stage.units):
-            return stage.rank
-    return 0
 
 
 def _to_rank_zero(runner: Runner, name: str, tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:

@@ -9,7 +9,7 @@ real, the part of the tape that leads to it is played again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_hybrid._torch_private import disable_torch_function
 from lightning_hybrid.analyze.ghost import Ghost, GhostObserver
-from lightning_hybrid.partition.ownership import Parameters
 
 
 @dataclass
@@ -42,6 +41,7 @@ class BuildTape(GhostObserver):
         self._entries: list[_Entry] = []
         self._group: list[int] = []
         self._ghosts = 0
+        self._by_group: dict[int, list[_Entry]] | None = None
 
     # ---- recording
 
@@ -88,35 +88,32 @@ class BuildTape(GhostObserver):
 
     # ---- playing
 
-    def make_real(self, parameters: Parameters, names: Collection[str]) -> None:
-        """Makes the parameters `names`, and all buffers, real: one after another, so that little is held twice."""
-        by_group: dict[int, list[_Entry]] = defaultdict(list)
-        for entry in self._entries:
-            by_group[self._root(entry.results[0] if entry.results else _first_ref(entry))].append(entry)
-        for name in parameters.names:
-            ghost = parameters[name]
-            if name in names and isinstance(ghost, Ghost):
-                real = self._play(by_group, ghost)
-                parameters.put(name, nn.Parameter(real, requires_grad=parameters.requires_grad[name]))
-        for slot in {id(s.module): s.module for places in parameters.slots.values() for s in places}.values():
-            for key, buffer in slot._buffers.items():
-                if isinstance(buffer, Ghost):
-                    slot._buffers[key] = self._play(by_group, buffer)
-
-    def _play(self, by_group: dict[int, list[_Entry]], ghost: Ghost) -> torch.Tensor:
+    def make_real(self, ghost: Ghost) -> torch.Tensor:
+        """The tensor that `ghost` would be had the module been built as usual."""
+        if self._by_group is None:
+            self._by_group = defaultdict(list)
+            for entry in self._entries:
+                self._by_group[self._root(entry.results[0] if entry.results else _first_ref(entry))].append(entry)
         made: dict[int, torch.Tensor] = {}
         keep = torch.get_rng_state()
-        for entry in by_group[self._root(ghost.uid)]:
+        for entry in self._by_group[self._root(ghost.uid)]:
             args, kwargs = tree_map(lambda x: made[x.uid] if isinstance(x, _Ref) else x, (entry.args, entry.kwargs))
             if entry.state is not None:
                 torch.set_rng_state(entry.state)
                 kwargs = {**kwargs, "generator": None} if "generator" in kwargs else kwargs
             with torch.no_grad():
                 out = entry.func(*args, **kwargs)
-            for uid, tensor in zip(entry.results, [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)], strict=True):
-                made[uid] = tensor
+            tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+            made.update(zip(entry.results, tensors, strict=True))
         torch.set_rng_state(keep)
         return made[ghost.uid].detach()
+
+    def make_buffers_real(self, root: nn.Module) -> None:
+        """Makes every buffer of `root` real."""
+        for module in root.modules():
+            for key, buffer in module._buffers.items():
+                if isinstance(buffer, Ghost):
+                    module._buffers[key] = self.make_real(buffer)
 
 
 @dataclass(frozen=True)

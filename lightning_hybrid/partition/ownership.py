@@ -48,9 +48,9 @@ class Parameters:
         """First names, in the order of `named_parameters`."""
         return list(self.slots)
 
-    def first_name(self, name: str) -> str:
-        """The first name of the parameter that stands at `name`."""
-        return next(first for first, places in self.slots.items() if any(slot.name == name for slot in places))
+    def inside(self, module: str) -> set[str]:
+        """First names of the parameters that stand inside the submodule `module`."""
+        return {n for n, places in self.slots.items() if any(slot.name.startswith(f"{module}.") for slot in places)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         slot = self.slots[name][0]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_hybrid._torch_private import forget_fully_shard, hook_tables
+from lightning_hybrid.analyze.ghost import Ghost
 from lightning_hybrid.analyze.trace import Trace
 from lightning_hybrid.analyze.units import CallSwitch
 from lightning_hybrid.partition.batch_norm import global_batch_norm
@@ -19,7 +24,7 @@ from lightning_hybrid.partition.build import BuildTape
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.ownership import Parameters
 from lightning_hybrid.partition.shard import shard_replicas
-from lightning_hybrid.partition.tensor import TensorParallel, apply_tensor_plan
+from lightning_hybrid.partition.tensor import TensorParallel, apply_tensor_plan, part_of
 from lightning_hybrid.plan.plan import Plan
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import TensorPlan
@@ -59,34 +64,109 @@ class Partition:
     shared_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     """For each weight that several pipeline ranks hold, this one included: the group of its holders."""
     _overrides: list[tuple[nn.Module, Callable]] = field(default_factory=list)
-    _hooks: dict[nn.Module, tuple[dict, dict]] = field(default_factory=dict)
+    _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
 
     def apply(self, device: torch.device, compile_blocks: bool, tape: BuildTape | None) -> None:
         """Puts everything on. This is the one place where the order is written.
 
-        1. parameters of other stages become ghosts; 2. what stays becomes real and goes to the device; 3. tensor parallelism;
-        4. common batch statistics; 5. compilation of blocks; 6. sharded replicas; 7. groups for shared weights.
+        1. parameters of other stages become ghosts; 2. what stays becomes real, or goes to the device; 3. tensor
+        parallelism; 4. common batch statistics; 5. compilation of blocks; 6. sharded replicas; 7. groups for shared
+        weights. A model that was built on a tape becomes real piece by piece, each divided before the next.
+
+        Args:
+            device: This rank's device.
+            compile_blocks: Whether to compile the blocks.
+            tape: The tape on which the module was built, if it has no weights yet.
         """
-        before = self._present_hooks()
+        before = {m: [set(table) for table in hook_tables(m)] for m in self.root.modules()}
         held = self._held_names()
+        layout = self.plan.layout
         self.parameters.release([n for n in self.parameters.names if n not in held], device)
         if tape is not None:
-            tape.make_real(self.parameters, held)
+            tape.make_buffers_real(self.root)
+            if self.tensor_plan is not None:
+                self._make_real(tape, held, device)
+            elif layout.fsdp == 1:
+                self._make_real(tape, held, device)
         self.root.to(device)
-        layout = self.plan.layout
         if self.tensor_plan is not None:
-            self.tensor = apply_tensor_plan(self.root, self.tensor_plan, self.mesh.device_mesh["tp"], held.__contains__)
+            mesh = self.mesh.device_mesh["tp"]
+            self.tensor = apply_tensor_plan(self.root, self.tensor_plan, mesh, held.__contains__, tape is not None)
             self.step_module.tensor = self.tensor
         if layout.replicas > 1:
             self._share_batch_statistics()
-        blocks = [b for b in self.switch.units.blocks if any(True for _ in self.root.get_submodule(b).parameters())]
+        blocks = [b for b in self.switch.units.blocks if held & self.parameters.inside(b)]
         if compile_blocks:
             self.switch.compile(blocks)
         if layout.fsdp > 1:
             mesh = self.mesh.device_mesh["dp", "fsdp"] if layout.dp > 1 else self.mesh.device_mesh["fsdp"]
-            self.whole = shard_replicas(self.root, self.step_module, blocks, self.parameters, mesh)
+            make_real = None if tape is None or self.tensor is not None else partial(self._make_real, tape, device=device)
+            self.whole = shard_replicas(self.root, self.step_module, blocks, self.parameters, held, mesh, make_real)
         self._create_shared_groups()
         self._hooks = self._new_hooks(before)
+
+    def _make_real(self, tape: BuildTape, names: Collection[str], device: torch.device) -> None:
+        """Gives the parameters `names` their initial values, each divided over `tp` as soon as it is there."""
+        for name in [n for n in self.parameters.names if n in names]:
+            if isinstance(self.parameters[name], Ghost):
+                real = tape.make_real(self.parameters[name])
+                if self.tensor_plan is not None and name in self.tensor_plan.parameters:
+                    rank = self.mesh.rank("tp")
+                    real = part_of(real, self.tensor_plan.parameters[name], rank, self.tensor_plan.size)
+                wants = self.parameters.requires_grad[name]
+                self.parameters.put(name, nn.Parameter(real.to(device), requires_grad=wants))
+
+    def remove(self) -> None:
+        """Takes everything off: the module is as the user wrote it, with its present weights, on every rank. Collective."""
+        wholes = {name: self.whole_parameter(name) for name in self.parameters.names}
+        if self.tensor is not None:
+            self.tensor.remove()
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                forget_fully_shard(module)
+        for module, ours in self._hooks.items():
+            for table, ids in zip(hook_tables(module), ours, strict=True):
+                for key in ids:
+                    table.pop(key, None)
+        for module, _ in self._overrides:
+            del module.__dict__["forward"]
+        self.switch.remove()
+        for name, whole in wholes.items():
+            present = self.parameters[name]
+            if self.tensor is None or isinstance(present, Ghost):
+                self.parameters.put(name, nn.Parameter(whole, requires_grad=self.parameters.requires_grad[name]))
+        self._share_buffers()
+
+    def whole_parameter(self, name: str) -> torch.Tensor:
+        """The whole of a parameter on every rank. Collective."""
+        source = self.plan.ranks_of(name)[0]
+        present = self.parameters[name].detach()
+        if self.mesh.rank("pp") == source:
+            if self.tensor is not None:
+                present = self.tensor.full_tensor(name, present)
+            elif isinstance(present, DTensor):
+                present = present.full_tensor()
+            present = present.clone(memory_format=torch.contiguous_format)
+        else:
+            present = torch.empty(present.shape, dtype=present.dtype, device=present.device)
+        if self.plan.layout.pp > 1:
+            group = self.mesh.group("pp")
+            dist.broadcast(present, dist.get_global_rank(group, source), group=group)
+        return present
+
+    def _share_buffers(self) -> None:
+        if self.plan.layout.pp == 1:
+            return
+        group = self.mesh.group("pp")
+        for name, buffer in self.root.named_buffers():
+            dist.broadcast(buffer, dist.get_global_rank(group, self.buffer_rank(name)), group=group)
+
+    def buffer_rank(self, name: str) -> int:
+        """The pipeline rank whose stage uses the buffer `name`."""
+        for stage in self.plan.stages:
+            if any(name.startswith(f"{unit}.") for unit in stage.units):
+                return stage.rank
+        return 0
 
     def _held_names(self) -> set[str]:
         rank = self.mesh.rank("pp")
@@ -118,11 +198,11 @@ class Partition:
     def bare(self) -> Iterator[None]:
         """Inside, calls of the module run without anything that was put on, as a dry run on ghosts needs it."""
         with ExitStack() as stack:
-            for module, (pre, post) in self._hooks.items():
-                for hooks, ours in ((module._forward_pre_hooks, pre), (module._forward_hooks, post)):
-                    kept = dict(hooks)
-                    stack.callback(_replace, hooks, kept)
-                    _replace(hooks, {k: v for k, v in kept.items() if k not in ours})
+            for module, ours in self._hooks.items():
+                for table, ids in zip(hook_tables(module), ours, strict=True):
+                    kept = dict(table)
+                    stack.callback(_replace, table, kept)
+                    _replace(table, {k: v for k, v in kept.items() if k not in ids})
             for module, forward in self._overrides:
                 del module.__dict__["forward"]
                 stack.callback(module.__dict__.__setitem__, "forward", forward)
@@ -130,18 +210,9 @@ class Partition:
                 stack.enter_context(self.tensor.disabled())
             yield
 
-    def _present_hooks(self) -> dict[nn.Module, tuple[set, set]]:
-        return {m: (set(m._forward_pre_hooks), set(m._forward_hooks)) for m in self.root.modules()}
-
-    def _new_hooks(self, before: dict[nn.Module, tuple[set, set]]) -> dict[nn.Module, tuple[dict, dict]]:
-        found = {}
-        for module in self.root.modules():
-            pre, post = before.get(module, (set(), set()))
-            new_pre = {k: v for k, v in module._forward_pre_hooks.items() if k not in pre}
-            new_post = {k: v for k, v in module._forward_hooks.items() if k not in post}
-            if new_pre or new_post:
-                found[module] = (new_pre, new_post)
-        return found
+    def _new_hooks(self, before: dict[nn.Module, list[set]]) -> dict[nn.Module, list[set]]:
+        found = {m: [set(t) - old for t, old in zip(hook_tables(m), before[m], strict=True)] for m in self.root.modules()}
+        return {m: ours for m, ours in found.items() if any(ours)}
 
     # ---- stages
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,28 +12,42 @@ from lightning_hybrid.partition.ownership import Parameters
 
 
 def shard_replicas(
-    root: nn.Module, step_module: nn.Module, blocks: Iterable[str], parameters: Parameters, mesh: DeviceMesh
+    root: nn.Module,
+    step_module: nn.Module,
+    blocks: Iterable[str],
+    parameters: Parameters,
+    held: Collection[str],
+    mesh: DeviceMesh,
+    make_real: Callable[[Collection[str]], None] | None,
 ) -> set[str]:
     """Shards the held parameters over the `fsdp` axis of `mesh`, with replicas over its `dp` axis where it has one.
+
+    Args:
+        root: The LightningModule.
+        step_module: The module around it, which takes what is in no block.
+        blocks: Names of the held blocks.
+        parameters: The parameters of `root`.
+        held: Names of those that this rank holds.
+        mesh: One or two axes: `("fsdp",)` or `("dp", "fsdp")`.
+        make_real: Makes the parameters it is given real, where they are still ghosts; called just before they are
+            sharded, so that no more than a block is ever whole.
 
     Returns:
         Names of parameters that stay whole: scalars, which cannot be split.
     """
-    held = parameters.held()
-    scalars = {name: p for name, p in held.items() if p.ndim == 0}
-    for name in blocks:
-        block = root.get_submodule(name)
-        own = {id(p) for p in block.parameters() if p.ndim > 0}
-        if own and not _used_elsewhere(name, own, parameters):
-            fully_shard(block, mesh=mesh, ignored_params=set(scalars.values()))
+    scalars = {name for name in held if parameters[name].ndim == 0}
+    if make_real is not None:
+        make_real(scalars)
+    ignored = {parameters[name] for name in scalars}
+    for block in blocks:
+        inside = parameters.inside(block) & set(held)
+        alone = all(slot.name.startswith(f"{block}.") for name in inside for slot in parameters.slots[name])
+        if inside - scalars and alone:  # a weight shared with another block is gathered with the step module
+            if make_real is not None:
+                make_real(inside)
+            fully_shard(root.get_submodule(block), mesh=mesh, ignored_params=ignored)
+    if make_real is not None:
+        make_real(held)
     if len(scalars) < len(held):
-        fully_shard(step_module, mesh=mesh, ignored_params=set(scalars.values()))
-    return set(scalars)
-
-
-def _used_elsewhere(block: str, own: set[int], parameters: Parameters) -> bool:
-    """A weight shared with another block must be gathered with both, so it stays with the step module."""
-    return any(
-        id(parameters[name]) in own and any(not slot.name.startswith(f"{block}.") for slot in places)
-        for name, places in parameters.slots.items()
-    )
+        fully_shard(step_module, mesh=mesh, ignored_params=ignored)
+    return scalars

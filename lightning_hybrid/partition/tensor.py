@@ -55,7 +55,11 @@ class _Original(NamedTuple):
 
 
 def apply_tensor_plan(
-    root: nn.Module, plan: TensorPlan, mesh: DeviceMesh, owned: Callable[[str], bool] = lambda name: True
+    root: nn.Module,
+    plan: TensorPlan,
+    mesh: DeviceMesh,
+    owned: Callable[[str], bool] = lambda name: True,
+    divided: bool = False,
 ) -> TensorParallel:
     """Divides the weights of `root` as `plan` says.
 
@@ -65,16 +69,27 @@ def apply_tensor_plan(
         mesh: The one-dimensional `tp` mesh.
         owned: Whether this rank's stage owns a parameter, by full name. The others, and those that are not in
             `_parameters`, are left alone.
+        divided: Whether the weights of `root` are this rank's parts already (see `part_of`).
     """
     if mesh.ndim != 1 or mesh.size() != plan.size:
         raise ValueError(f"`mesh` must have one dim of size {plan.size}. Got shape {tuple(mesh.shape)}.")
-    return TensorParallel(root, plan, mesh, owned)
+    return TensorParallel(root, plan, mesh, owned, divided)
+
+
+def part_of(full: torch.Tensor, sharded: ShardedParameter, rank: int, ranks: int) -> torch.Tensor:
+    """The part of a full weight that `rank` of `ranks` holds, as a copy."""
+    if sharded.order is None:
+        length = sharded.size // ranks
+        return full.narrow(sharded.dim, rank * length, length).clone(memory_format=torch.contiguous_format)
+    return full.index_select(sharded.dim, torch.tensor(sharded.part(rank, ranks), device=full.device))
 
 
 class TensorParallel:
     """An applied plan; see the module docstring. Made by `apply_tensor_plan`."""
 
-    def __init__(self, root: nn.Module, plan: TensorPlan, mesh: DeviceMesh, owned: Callable[[str], bool]) -> None:
+    def __init__(
+        self, root: nn.Module, plan: TensorPlan, mesh: DeviceMesh, owned: Callable[[str], bool], divided: bool
+    ) -> None:
         self.root, self.plan, self.mesh = root, plan, mesh
         self._group = mesh.get_group()
         self._inert = False
@@ -83,7 +98,7 @@ class TensorParallel:
         self._originals: list[_Original] = []
         self._memos: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = []
         self._shadowed: dict[tuple[nn.Module, str], None] = {}
-        self._replace(owned)
+        self._replace(owned, divided)
         self._kinds = self._local_kinds()
         self._root_scope: list[_Slot] = []
         self._scopes: dict[str, list[_Slot]] = {name: [] for name in plan.units}
@@ -115,19 +130,17 @@ class TensorParallel:
     def shard(self, name: str, full: torch.Tensor) -> DTensor:
         """The reverse of `full_tensor`: a DTensor on the `tp` mesh; every rank gives the same full tensor."""
         sharded = self.plan.parameters.get(name)
-        if sharded is None:
-            return DTensor.from_local(full, self.mesh, [Replicate()], run_check=False)
-        local = self._part(full, sharded)
-        return DTensor.from_local(local, self.mesh, [Shard(sharded.dim)], run_check=False)
+        return self._from_part(name, full if sharded is None else self._part(full, sharded))
+
+    def _from_part(self, name: str, part: torch.Tensor) -> DTensor:
+        sharded = self.plan.parameters.get(name)
+        placement = Replicate() if sharded is None else Shard(sharded.dim)
+        return DTensor.from_local(part, self.mesh, [placement], run_check=False)
 
     def _part(self, full: torch.Tensor, sharded: ShardedParameter) -> torch.Tensor:
-        rank, ranks = self.mesh.get_local_rank(), self.plan.size
-        if sharded.order is None:
-            length = sharded.size // ranks
-            return full.narrow(sharded.dim, rank * length, length).clone(memory_format=torch.contiguous_format)
-        return full.index_select(sharded.dim, torch.tensor(sharded.part(rank, ranks), device=full.device))
+        return part_of(full, sharded, self.mesh.get_local_rank(), self.plan.size)
 
-    def _replace(self, owned: Callable[[str], bool]) -> None:
+    def _replace(self, owned: Callable[[str], bool], divided: bool) -> None:
         originals: dict[int, _Original] = {}
         for prefix, module in self.root.named_modules():
             for key, parameter in module._parameters.items():
@@ -136,9 +149,11 @@ class TensorParallel:
                     original.places.append((f"{prefix}.{key}" if prefix else key, module, key))
         originals = {i: o for i, o in originals.items() if any(owned(name) for name, _, _ in o.places)}
         for parameter, places in originals.values():
-            divided = nn.Parameter(self.shard(places[0][0], parameter.data), requires_grad=parameter.requires_grad)
+            name = places[0][0]
+            data = self._from_part(name, parameter.data) if divided else self.shard(name, parameter.data)
+            replacement = nn.Parameter(data, requires_grad=parameter.requires_grad)
             for _, module, key in places:
-                _set_parameter(module, key, divided)
+                _set_parameter(module, key, replacement)
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
             parameter.grad = None
         self._originals = list(originals.values())

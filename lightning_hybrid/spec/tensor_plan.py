@@ -12,8 +12,8 @@ Path = tuple[str | int, ...]
 
 
 def one_of_many(name: str) -> str:
-    """A module name with the numbers of list elements as `*`."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+    """A module name with the numbers of list elements that contain it as `*`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,7 @@ CAUSAL: Table = {
         | EXPERTS
         | {"head_dim": 16, "shared_expert_intermediate_size": 48, "linear_key_head_dim": 16}
         | {"linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-        | {"layer_types": ["linear_attention", "full_attention"] * 2},
+        | {"layer_types": ["linear_attention", "full_attention"] * 2, "initializer_range": 0.02},
     ),
     "jamba": (
         "JambaForCausalLM",
