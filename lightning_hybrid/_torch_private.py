@@ -53,6 +53,11 @@ def user_location() -> str:
     return "unknown location"
 
 
+def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copies every source into its target, in one kernel where there is one."""
+    torch._foreach_copy_(targets, sources)
+
+
 def after_this_backward(callback: Callable[[], None]) -> None:
     """Runs `callback` at the end of the backward pass that is running, as DistributedDataParallel does."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]

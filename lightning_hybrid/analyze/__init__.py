@@ -1,0 +1,1 @@
+"""Looks at a LightningModule: blocks, data flow, tensor plan, costs. Reads, never changes."""

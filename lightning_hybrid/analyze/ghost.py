@@ -61,13 +61,20 @@ class Ghost(torch.Tensor):
     received: torch.Tensor | None
     observer: GhostObserver
     uid: int
+    """Given by the observer; -1 if it gives none."""
+    wants_grad: bool
+    """For a ghost in place of a parameter: whether the parameter is trained."""
 
     @staticmethod
-    def __new__(
-        cls, meta: torch.Tensor, device: torch.device, observer: GhostObserver | None = None, requires_grad: bool = False
+    def __new__(  # noqa: D102 -- the class docstring describes it
+        cls,
+        meta: torch.Tensor,
+        device: torch.device,
+        observer: GhostObserver | None = None,
+        requires_grad: bool = False,
     ) -> Ghost:
         self = make_wrapper(cls, meta, device, requires_grad)
-        self.meta, self.received, self.uid = meta, None, -1
+        self.meta, self.received, self.uid, self.wants_grad = meta, None, -1, requires_grad
         self.observer = observer if observer is not None else GhostObserver()
         return self
 
@@ -86,7 +93,9 @@ class Ghost(torch.Tensor):
         kwargs = kwargs or {}
         flat, spec = tree_flatten((args, kwargs))
         if any(isinstance(x, Ghost) and x.received is not None for x in flat):
-            args, kwargs = tree_unflatten([x.received if isinstance(x, Ghost) and x.received is not None else x for x in flat], spec)
+            args, kwargs = tree_unflatten(
+                [x.received if isinstance(x, Ghost) and x.received is not None else x for x in flat], spec
+            )
             return func(*args, **kwargs)
         with disable_torch_function():
             return func(*args, **kwargs)
@@ -133,12 +142,14 @@ def _check_real_writes(func: Any, args: tuple, observer: GhostObserver) -> None:
     if not func._schema.is_mutable:
         return
     for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor):
-            if not isinstance(value, Ghost):
-                observer.written(func, value)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and isinstance(value, torch.Tensor) and not isinstance(value, Ghost):
+            observer.written(func, value)
 
 
-def ghost_like(tensor: torch.Tensor, observer: GhostObserver | None = None, device: torch.device | None = None) -> Ghost:
+def ghost_like(
+    tensor: torch.Tensor, observer: GhostObserver | None = None, device: torch.device | None = None
+) -> Ghost:
     """A leaf ghost with the shape, dtype and `requires_grad` of `tensor`, on `device` (default: that of `tensor`)."""
     if isinstance(tensor, Ghost):
         meta = tensor.meta

@@ -174,7 +174,9 @@ class _Inference:
         prefix = f"{unit}." if unit else ""
         gathered = self.overrides.named("column_gather")
         replicated = [
-            name for name, _ in module.named_modules() if self.overrides.replicated(prefix + name) or prefix + name in gathered
+            name
+            for name, _ in module.named_modules()
+            if self.overrides.replicated(prefix + name) or prefix + name in gathered
         ]
         elsewhere = []
         for slot in self.slots.values():

@@ -253,8 +253,10 @@ def _known_or_random(tensor: torch.Tensor, generator: torch.Generator) -> torch.
         return value.float() if is_float(value) else value.clone()
     if is_float(tensor):
         return torch.empty(tensor.shape, dtype=torch.float32).normal_(generator=generator)
-    return torch.ones(tensor.shape, dtype=torch.bool) if tensor.dtype == torch.bool else torch.zeros(tensor.shape).to(
-        tensor.dtype
+    return (
+        torch.ones(tensor.shape, dtype=torch.bool)
+        if tensor.dtype == torch.bool
+        else torch.zeros(tensor.shape).to(tensor.dtype)
     )
 
 

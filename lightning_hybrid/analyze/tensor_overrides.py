@@ -47,7 +47,7 @@ class Overrides:
             if choice in done and name not in done[choice]:
                 reason = plan.reasons.get(name) or self._reason_nearby(name, plan)
                 raise PartitionError(
-                    f"`tensor_plan`: `{name}` cannot be `{choice!r}` with tp={plan.size}: {reason}. Remove the entry, or "
+                    f"`tensor_plan`: `{name}` cannot be {choice!r} with tp={plan.size}: {reason}. Remove the entry, or "
                     "use 'replicate' or, for a module outside the blocks, 'column_gather'."
                 )
 

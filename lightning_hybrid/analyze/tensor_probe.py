@@ -100,9 +100,7 @@ class Trial:
             region.uniform_(0.5, 1.5, generator=generator)
             cotangents.append(cotangent)
         flat = [(leaf, tensor) for leaf, tensors in self.leaves.items() for tensor in tensors]
-        gradients = torch.autograd.grad(
-            targets, [t for _, t in flat], cotangents, retain_graph=True, allow_unused=True
-        )
+        gradients = torch.autograd.grad(targets, [t for _, t in flat], cotangents, retain_graph=True, allow_unused=True)
         found: Reach = {}
         for (leaf, _), gradient in zip(flat, gradients, strict=True):
             if gradient is None:
@@ -141,9 +139,7 @@ def run_trial(numbers: Numbers) -> Trial:
 
     def cut_opaque(module: nn.Module, args: tuple, output: Any) -> Any:
         parts = output if isinstance(output, tuple) else (output,)
-        cut = tuple(
-            new_leaf(Leaf("opaque", names[module]), p) if isinstance(p, torch.Tensor) else p for p in parts
-        )
+        cut = tuple(new_leaf(Leaf("opaque", names[module]), p) if isinstance(p, torch.Tensor) else p for p in parts)
         return cut if isinstance(output, tuple) else cut[0]
 
     shared: dict[int, torch.Tensor] = {}

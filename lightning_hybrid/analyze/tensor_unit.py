@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_hybrid.analyze.tensor_attributes import candidates
-from lightning_hybrid.analyze.tensor_numbers import Numbers, make_numbers, probing, shorter_sizes
+from lightning_hybrid.analyze.tensor_numbers import make_numbers, probing, shorter_sizes
 from lightning_hybrid.analyze.tensor_probe import FORWARD_ERRORS, Probe, Trial, linear_dims, run_trial
 from lightning_hybrid.analyze.tensor_regions import Constraints, Rejection, propose
 from lightning_hybrid.analyze.tensor_verify import Mismatch, verify
 from lightning_hybrid.spec.tensor_plan import UnitPlan
 
-_SEEDS = (11, 12)
-"""Two trials: a channel that happens to be dead in one is alive in the other."""
+_ENOUGH_ROWS = 64
+"""A ReLU channel is dead for one row of the input in half of the cases: all 64 together give 1 channel in 10^19."""
+_MAX_TRIALS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +73,21 @@ def infer_unit(
 
 
 def _trials(module: nn.Module, args: tuple, kwargs: dict) -> list[Trial]:
+    """As many trials as it takes for no channel to be dead in all of them, at least two."""
     choices = shorter_sizes(args, kwargs)
     for sizes in choices:
         try:
-            return [run_trial(_numbers(module, args, kwargs, seed, sizes)) for seed in _SEEDS]
+            trials = [run_trial(make_numbers(module, args, kwargs, seed=0, sizes=sizes))]
         except FORWARD_ERRORS:
             if sizes is choices[-1]:
                 raise
+            continue
+        rows = min((t[0].numel() // max(t[0].shape[-1], 1) for t in trials[0].inputs.values()), default=1)
+        count = min(max(2, -(-_ENOUGH_ROWS // max(rows, 1))), _MAX_TRIALS)
+        return trials + [
+            run_trial(make_numbers(module, args, kwargs, seed=seed, sizes=sizes)) for seed in range(1, count)
+        ]
     return []
-
-
-def _numbers(module: nn.Module, args: tuple, kwargs: dict, seed: int, sizes: dict[int, int]) -> Numbers:
-    return make_numbers(module, args, kwargs, seed=seed, sizes=sizes)
 
 
 def _joined(plan: UnitPlan, region: UnitPlan) -> UnitPlan:

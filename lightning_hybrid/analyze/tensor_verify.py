@@ -8,7 +8,6 @@ what they were, and the outputs of a row linear must add up over the ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,9 +88,7 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
 
     entries = numbers.entries(*_local_weights(plan, numbers, rank, ranks))
     entries += attribute_entries(numbers.module, plan.attributes)
-    handles = [
-        m.register_forward_hook(check_linear, with_kwargs=True) for m in names if linear_dims(m) is not None
-    ]
+    handles = [m.register_forward_hook(check_linear, with_kwargs=True) for m in names if linear_dims(m) is not None]
     for name, width in plan.widths.items():
         handles += add_narrowing(numbers.module.get_submodule(name), width, ranks)
     try:

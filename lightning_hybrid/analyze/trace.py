@@ -104,22 +104,27 @@ class Tracer(GhostObserver):
         self.uses: dict[str, set[int]] = defaultdict(set)
         self.flops: dict[int, float] = defaultdict(float)
         self.reads: list[tuple[int, str]] = []
+        self.ghosts: list[Ghost] = []
+        """The ghosts of parameters, kept so that their ids stay theirs."""
         self.inside = False
 
     @property
     def interval(self) -> int:
+        """The interval that the step is in."""
         return len(self.calls) - 1
 
     # ---- GhostObserver
 
-    def used(self, func: Any, ghosts: list[Ghost]) -> None:
+    # What these do is said in `GhostObserver` and `CallHandler`.
+
+    def used(self, func: Any, ghosts: list[Ghost]) -> None:  # noqa: D102
         written = func._schema.is_mutable
         for ghost in ghosts:
             self.consume(ghost)
             if written and ghost.uid in self.values and ghost is ghosts[0]:
                 self.values[ghost.uid].last_write = self.interval
 
-    def made(self, func: Any, args: tuple, kwargs: dict, out: Any, ghosts: list[Ghost]) -> None:
+    def made(self, func: Any, args: tuple, kwargs: dict, out: Any, ghosts: list[Ghost]) -> None:  # noqa: D102
         location = "" if self.inside else user_location()
         for ghost in ghosts:
             self.register(ghost, location)
@@ -130,14 +135,14 @@ class Tracer(GhostObserver):
             query, key = args[0], args[1]
             self.flops[self.interval] += 4 * query.numel() * key.shape[-2]
 
-    def read(self, ghost: Ghost) -> Any:
+    def read(self, ghost: Ghost) -> Any:  # noqa: D102
         self.consume(ghost)
         if self.inside:
             raise RuntimeError("data-dependent control flow inside a unit")
         self.reads.append((self.interval, user_location()))
         return False if ghost.dtype == torch.bool else 1.0 if ghost.dtype.is_floating_point else 1
 
-    def written(self, func: Any, target: torch.Tensor) -> None:
+    def written(self, func: Any, target: torch.Tensor) -> None:  # noqa: D102
         if self.inside:
             return  # a buffer (running statistics): the owner of the unit keeps it
         super().written(func, target)
@@ -145,10 +150,12 @@ class Tracer(GhostObserver):
     # ---- bookkeeping
 
     def register(self, ghost: Ghost, location: str = "") -> None:
+        """A new value has been made."""
         ghost.uid = len(self.values)
         self.values[ghost.uid] = _Value(ghost.uid, self.interval, ghost.meta, self.inside, location)
 
     def consume(self, ghost: Ghost) -> None:
+        """A value or a parameter is used now."""
         if ghost.uid in self.values:
             self.values[ghost.uid].last_use = self.interval
         elif id(ghost) in self.parameters:
@@ -160,13 +167,13 @@ class Tracer(GhostObserver):
 
     # ---- CallHandler
 
-    def metric_call(self, metric: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def metric_call(self, metric: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:  # noqa: D102
         self.consume_all((args, kwargs))
         ghost = Ghost(torch.empty((), device="meta"), torch.device("cpu"), self)
         self.register(ghost)
         return ghost
 
-    def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:  # noqa: D102
         if self.inside:
             return call(*args, **kwargs)
         flat, _ = tree_flatten((args, kwargs))
@@ -197,7 +204,7 @@ class Tracer(GhostObserver):
                 for key, value in list(m.__dict__.items()):
                     if isinstance(value, Ghost):
                         self.consume(value)
-                        m.__dict__[key] = _random_like(value)
+                        m.__dict__.update({key: _random_like(value)})
                         stack.callback(m.__dict__.__setitem__, key, value)
             args, kwargs = tree_map(lambda x: real[id(x)] if isinstance(x, Ghost) else x, (args, kwargs))
             for ghost in flat:
@@ -238,6 +245,7 @@ class Tracer(GhostObserver):
     # ---- result
 
     def result(self, parameter_names: list[str]) -> Trace:
+        """The trace, once the step has ended."""
         cuts = {c: self._cut(c) for c in range(1, len(self.calls))}
         uses = {n: tuple(sorted(self.uses[n])) for n in parameter_names if n in self.uses}
         flops = [self.flops[k] for k in range(-1, len(self.calls))]
@@ -335,7 +343,7 @@ def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -
                 tracer.parameters[id(ghost)] = names[-1]
             module._parameters.pop(key, None)
             module.__dict__[key] = ghosts[id(parameter)]
-    tracer.ghosts = list(ghosts.values())  # type: ignore[attr-defined]  # keeps the ids of the ghosts valid
+    tracer.ghosts = list(ghosts.values())
     return names
 
 

@@ -1,8 +1,8 @@
 """Which modules are the blocks of a model, and at which module calls a model may be cut into stages.
 
 A **unit** is a module that always runs whole on one stage; the entry of a unit call is a possible cut. Units are the
-elements of the model's repeated stacks (its **blocks**) and the modules beside them (embedding, final norm, head). Units
-never contain each other.
+elements of the model's repeated stacks (its **blocks**) and the modules beside them (embedding, final norm, head).
+Units never contain each other.
 """
 
 from __future__ import annotations
@@ -34,50 +34,51 @@ class Units:
 
 def find_units(root: nn.Module) -> Units:
     """Finds the units of `root` from its module tree alone; nothing is run."""
-    names: list[str] = []
-    blocks: list[str] = []
-    seen: set[int] = set()
+    search = _Search(root)
+    search.walk("", root, True)
+    return Units(names=tuple(search.names), blocks=tuple(search.blocks))
 
-    def add(name: str, module: nn.Module, block: bool) -> None:
-        if id(module) in seen or isinstance(module, (Metric, MetricCollection)):
+
+class _Search:
+    """Walks down the module tree until it meets units."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.names: list[str] = []
+        self.blocks: list[str] = []
+        self._seen: set[int] = set()
+        self._stacked = _has_stack(root)
+
+    def walk(self, name: str, module: nn.Module, trunk: bool) -> None:
+        """`trunk`: on the path from the root along which every module is opened."""
+        if isinstance(module, _CONTAINERS):
+            self._elements(name, module)
+        elif trunk or _has_stack(module):
+            for key, child in module.named_children():
+                self.walk(f"{name}.{key}" if name else key, child, trunk and self._is_trunk(child, module))
+        else:
+            self._add(name, module, False)
+
+    def _elements(self, name: str, container: nn.Module) -> None:
+        kinds = Counter(type(child) for child in container.children() if _size(child))
+        for key, child in container.named_children():
+            path = f"{name}.{key}" if name else key
+            if isinstance(child, _CONTAINERS) and len(list(child.children())) > 0:
+                self._elements(path, child)
+            else:
+                self._add(path, child, kinds[type(child)] >= 2)
+
+    def _add(self, name: str, module: nn.Module, block: bool) -> None:
+        if id(module) in self._seen or isinstance(module, Metric | MetricCollection):
             return
-        seen.add(id(module))
-        names.append(name)
+        self._seen.add(id(module))
+        self.names.append(name)
         if block:
-            blocks.append(name)
+            self.blocks.append(name)
 
-    stacked = _has_stack(root)
-
-    def is_trunk(child: nn.Module, parent: nn.Module) -> bool:
+    def _is_trunk(self, child: nn.Module, parent: nn.Module) -> bool:
         """Without any stack, the child that holds most of the weights is opened in search of places to cut."""
         share = _size(child) / max(1, _size(parent))
-        return len(list(child.children())) > 0 and (share == 1 or (share > 0.5 and not stacked))
-
-    def elements(name: str, module: nn.Module) -> None:
-        kinds = Counter(type(child) for child in module.children() if _has_parameters(child))
-        for child_name, child in module.named_children():
-            path = f"{name}.{child_name}" if name else child_name
-            if isinstance(child, _CONTAINERS) and len(list(child.children())) > 0:
-                elements(path, child)
-            else:
-                add(path, child, kinds[type(child)] >= 2)
-
-    def walk(name: str, module: nn.Module, trunk: bool) -> None:
-        if isinstance(module, _CONTAINERS):
-            elements(name, module)
-        elif trunk or _has_stack(module):
-            children = [(n, c) for n, c in module.named_children() if not isinstance(c, (Metric, MetricCollection))]
-            for child_name, child in children:
-                walk(f"{name}.{child_name}" if name else child_name, child, trunk and is_trunk(child, module))
-        else:
-            add(name, module, False)
-
-    walk("", root, True)
-    return Units(names=tuple(names), blocks=tuple(blocks))
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return _size(module) > 0  # ghosts stand in `__dict__` and count
+        return len(list(child.children())) > 0 and (share == 1 or (share > 0.5 and not self._stacked))
 
 
 def _size(module: nn.Module) -> int:
@@ -88,7 +89,7 @@ def _size(module: nn.Module) -> int:
 def _has_stack(module: nn.Module) -> bool:
     for child in module.modules():
         if isinstance(child, _CONTAINERS):
-            kinds = Counter(type(c) for c in child.children() if _has_parameters(c))
+            kinds = Counter(type(c) for c in child.children() if _size(c))
             if any(count >= 2 for count in kinds.values()):
                 return True
     return False

@@ -1,0 +1,1 @@
+"""HybridStrategy and what its hooks hand over to."""

@@ -27,8 +27,8 @@ def batch_size(batch: Any) -> int:
     if not sizes or len(set(sizes)) > 1:
         found = f"tensors with first dimensions {sorted(set(sizes))}" if sizes else "no tensor"
         raise PartitionError(
-            f"A pipeline splits each batch into microbatches along dimension 0, so the tensors of a batch must agree on "
-            f"its size. Got {found}. Put the samples on dimension 0, or set `microbatches=1`."
+            f"A pipeline splits each batch into microbatches along dimension 0, so the tensors of a batch must agree "
+            f"on its size. Got {found}. Put the samples on dimension 0, or set `microbatches=1`."
         )
     return sizes[0]
 
@@ -110,7 +110,8 @@ def first_batch(loaders: Any) -> Any:
         if iterator is loaders:
             raise PartitionError(
                 f"`layout` with `tp` or `pp` looks at the first batch before training, but the data loader of type "
-                f"{type(loaders).__name__} can be iterated only once. Wrap it in an object whose `__iter__` starts anew."
+                f"{type(loaders).__name__} can be iterated only once. Wrap it in an object whose `__iter__` starts "
+                "anew."
             )
         return next(iterator)
 
@@ -133,6 +134,8 @@ def _first_of_data_loader(loader: DataLoader) -> Any:
 def _generators_kept(loader: DataLoader) -> Iterator[None]:
     owners = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     with ExitStack() as stack:
-        for generator in {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}.values():
+        for generator in {
+            id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)
+        }.values():
             stack.callback(generator.set_state, generator.get_state())
         yield

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_hybrid._torch_private import after_this_backward
+from lightning_hybrid._torch_private import after_this_backward, foreach_copy
 
 BUCKET_BYTES = 25 * 1024 * 1024
 """As in DistributedDataParallel (Li et al., 2020, section 4.2: 25 MB is robust across models)."""
@@ -45,9 +45,11 @@ class _Bucket:
             self.views[i].zero_()
             self.flags[i] = 0.0
         grads = [local(self.parameters[i].grad) for i in present]  # type: ignore[arg-type]
-        moved = [(self.views[i], g) for i, g in zip(present, grads, strict=True) if g.data_ptr() != self.views[i].data_ptr()]
+        moved = [
+            (self.views[i], g) for i, g in zip(present, grads, strict=True) if g.data_ptr() != self.views[i].data_ptr()
+        ]
         if moved:
-            torch._foreach_copy_([v for v, _ in moved], [g for _, g in moved])
+            foreach_copy([v for v, _ in moved], [g for _, g in moved])
         self.flat.mul_(scale)
         self.work = dist.all_reduce(self.flat, group=group, async_op=True)
 
@@ -92,6 +94,7 @@ class ReplicaReducer:
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
 
     def remove(self) -> None:
+        """Ends `overlap`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -178,10 +181,12 @@ class GradientsOfPipeline(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor: Tensor, loss: Tensor, deliver: Callable[[], None]) -> Tensor:  # type: ignore[override]
+        """Returns `loss`, attached to `anchor`, a scalar that requires a gradient."""
         ctx.deliver = deliver
         return loss.clone()
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[None, None, None]:
+        """Runs `deliver`."""
         ctx.deliver()
         return None, None, None

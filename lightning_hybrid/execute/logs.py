@@ -109,38 +109,41 @@ def reduce_over_replicas(entries: dict[str, LogEntry], mesh: Mesh, device: torch
     group = mesh.replica_group
     items = [e for e in entries.values() if e.reduction != "metric"]
     code = float(zlib.crc32("\n".join(sorted(entries)).encode()) % 1_000_003)
-    buffer = torch.zeros(3 + 2 * max(_SLOTS, len(items)), dtype=torch.float64, device=device)
-    buffer[:3] = torch.tensor([code, code * code, len(items)], dtype=torch.float64)
+    head = torch.zeros(2 + 2 * _SLOTS, dtype=torch.float64, device=device)
+    head[:2] = torch.tensor([code, code * code], dtype=torch.float64)
     summed = [e for e in items if e.reduction in ("mean", "sum")]
     for i, entry in enumerate(summed[:_SLOTS]):
-        buffer[3 + 2 * i] = entry.value
-        buffer[4 + 2 * i] = entry.weight
-    head = buffer[: 3 + 2 * _SLOTS]
+        head[2 + 2 * i] = entry.value
+        head[3 + 2 * i] = entry.weight
     dist.all_reduce(head, group=group)
     n = mesh.layout.replicas
-    total, squares = head[0].item(), head[1].item()
-    if total != code * n or squares != code * code * n:
-        keys: list[Any] = [None] * n
-        dist.all_gather_object(keys, sorted(entries), group=group)
-        raise ValueError(
-            f"`self.log` must be called with the same keys on every replica in a step. Got {keys}. "
-            "Log a key on all of them or on none."
-        )
+    _check_same_keys(entries, code, head, mesh)
     if len(summed) > _SLOTS:
         rest = torch.tensor([[float(e.value), e.weight] for e in summed[_SLOTS:]], dtype=torch.float64, device=device)
         dist.all_reduce(rest, group=group)
         for entry, (value, weight) in zip(summed[_SLOTS:], rest, strict=True):
             entry.value, entry.weight = value, float(weight)
     for i, entry in enumerate(summed[:_SLOTS]):
-        entry.value, entry.weight = head[3 + 2 * i].clone(), float(head[4 + 2 * i])
-    for entry in items:
-        if entry.reduction in ("max", "min"):
-            value = torch.as_tensor(entry.value, device=device).clone()
-            dist.all_reduce(value, dist.ReduceOp.MAX if entry.reduction == "max" else dist.ReduceOp.MIN, group=group)
-            entry.value, entry.weight = value, entry.weight * n
+        entry.value, entry.weight = head[2 + 2 * i].clone(), float(head[3 + 2 * i])
     for entry in entries.values():
-        if entry.reduction == "metric":
+        if entry.reduction in ("max", "min"):
+            entry.value = torch.as_tensor(entry.value, device=device).clone()
+            largest = entry.reduction == "max"
+            dist.all_reduce(entry.value, dist.ReduceOp.MAX if largest else dist.ReduceOp.MIN, group=group)
+        if entry.reduction in ("max", "min", "metric"):
             entry.weight *= n
+
+
+def _check_same_keys(entries: dict[str, LogEntry], code: float, head: Tensor, mesh: Mesh) -> None:
+    n = mesh.layout.replicas
+    if head[0].item() == code * n and head[1].item() == code * code * n:
+        return
+    keys: list[Any] = [None] * n
+    dist.all_gather_object(keys, sorted(entries), group=mesh.replica_group)
+    raise ValueError(
+        f"`self.log` must be called with the same keys on every replica in a step. Got {keys}. "
+        "Log a key on all of them or on none."
+    )
 
 
 def share_over_stages(entries: dict[str, LogEntry], loss: Tensor | None, mesh: Mesh, device: torch.device) -> Tensor:

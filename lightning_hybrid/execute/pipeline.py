@@ -19,8 +19,8 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from lightning_hybrid.analyze.trace import CrossingValue, Trace, trace_step
 from lightning_hybrid.execute.batches import batch_size, count_samples, signature, split_batch
 from lightning_hybrid.execute.logs import LogRecorder
-from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.execute.stage import StageProgram, StageRun, StopStage
+from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.partition import Partition
 from lightning_hybrid.plan.stages import choose_microbatches, runnable_schedule
 from lightning_hybrid.spec.errors import PartitionError
@@ -134,8 +134,8 @@ class Pipeline:
             return out.values
         if program.stop is not None:
             raise PartitionError(
-                f"`{step.name}` ended before it reached `{program.trace.calls[program.stop].name}`, which it called in the "
-                "dry run. A pipeline needs the same modules to be called in every microbatch."
+                f"`{step.name}` ended before it reached `{program.trace.calls[program.stop].name}`, which it called in "
+                "the dry run. A pipeline needs the same modules to be called in every microbatch."
             )
         return self._loss(out, step) if step.name == "training_step" else out
 
@@ -143,8 +143,8 @@ class Pipeline:
         loss = out.get("loss") if isinstance(out, dict) else out
         if not isinstance(loss, Tensor):
             raise PartitionError(
-                f"`training_step` must return a loss under a layout with `pp`. Got {type(loss).__name__}. To skip a batch, "
-                "return a loss multiplied by 0."
+                f"`training_step` must return a loss under a layout with `pp`. Got {type(loss).__name__}. To skip a "
+                "batch, return a loss multiplied by 0."
             )
         return loss
 
@@ -200,7 +200,12 @@ class Pipeline:
             return self._prepared[key]
         with self.partition.bare():
             trace = trace_step(
-                self.root, self.partition.switch, getattr(self.root, name), args, device=self.device, context=self.precision
+                self.root,
+                self.partition.switch,
+                getattr(self.root, name),
+                args,
+                device=self.device,
+                context=self.precision,
             )
         prepared = _Prepared(self._programs(name, trace), microbatches=count)
         if train:
@@ -214,7 +219,8 @@ class Pipeline:
         bounds = self.partition.stage_bounds(name, trace)
         count = len(bounds) - 1
         return {
-            s: StageProgram(trace=trace, first=bounds[s], stop=bounds[s + 1] if s + 1 < count else None) for s in self.local
+            s: StageProgram(trace=trace, first=bounds[s], stop=bounds[s + 1] if s + 1 < count else None)
+            for s in self.local
         }
 
     def _build_schedule(self, prepared: _Prepared, count: int) -> Any:

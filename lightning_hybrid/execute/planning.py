@@ -62,7 +62,9 @@ def make_partition(
     switch.install()
     try:
         if layout.pp == 1 and layout.tp == 1:
-            return Partition(root, mesh, _whole_plan(layout, parameters, units), None, switch, parameters, StepModule(root))
+            return Partition(
+                root, mesh, _whole_plan(layout, parameters, units), None, switch, parameters, StepModule(root)
+            )
         name, args = sample()
         _check_pipeline(root, request, name)
         count = microbatches_for(root, request, args[0])
@@ -96,8 +98,9 @@ def _check_pipeline(root: pl.LightningModule, request: Request, name: str) -> No
         others = Layout(dp=request.layout.dp * request.layout.pp, fsdp=request.layout.fsdp, tp=request.layout.tp)
         raise PartitionError(
             f"`layout='{request.layout}'` has `pp={request.layout.pp}`, but {type(root).__name__} optimizes manually "
-            "(`automatic_optimization = False`): its `training_step` calls the optimizer itself, and a pipeline has to run "
-            f"forward and backward of several microbatches interleaved. Use a layout without `pp`, such as '{others}'."
+            "(`automatic_optimization = False`): its `training_step` calls the optimizer itself, and a pipeline has "
+            "to run forward and backward of several microbatches interleaved. Use a layout without `pp`, such as "
+            f"'{others}'."
         )
 
 
@@ -118,8 +121,8 @@ def microbatches_for(root: pl.LightningModule, request: Request, batch: Any) -> 
         return 1
     if normalised:
         raise PartitionError(
-            f"`microbatches={asked}` cannot give the result of one process for a model with BatchNorm, whose statistics "
-            "are those of the whole batch. Use `microbatches=1` or 'auto', or GroupNorm or LayerNorm in the model."
+            f"`microbatches={asked}` cannot give the result of one process for a model with BatchNorm, whose "
+            "statistics are those of the whole batch. Use `microbatches=1` or 'auto', or GroupNorm in the model."
         )
     size = batch_size(batch)
     if size < asked or size % asked:

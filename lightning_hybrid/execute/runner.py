@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -39,7 +40,7 @@ class Runner:
         root: pl.LightningModule,
         partition: Partition,
         device: torch.device,
-        precision: pl.plugins.Precision,
+        precision: Precision,
         microbatches: int | str,
     ) -> None:
         self.root, self.partition, self.device, self.precision = root, partition, device, precision
@@ -71,15 +72,14 @@ class Runner:
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One `training_step` of the user, under the layout; what it logs is logged on every rank."""
         if self.pipeline is not None:
-            return self._pipelined_step(*args, **kwargs)
+            return self._pipelined_step(self.pipeline, *args)
         recorder = LogRecorder(self.root)
         with self.precision.train_step_context(), recorder.recording(count_samples(args[0])):
             out = self.partition.step_module(self.root.training_step, *args, **kwargs)
         self._log(recorder)
         return out
 
-    def _pipelined_step(self, *args: Any) -> Any:
-        assert self.pipeline is not None
+    def _pipelined_step(self, pipeline: Pipeline, *args: Any) -> Any:
         held = [p for p in self.partition.parameters.held().values() if p.requires_grad]
         if self._sharded is not None:
             self._sharded.set_requires_gradient_sync(False)
@@ -87,7 +87,7 @@ class Runner:
             self._sharded.set_reshard_after_backward(False)
         aside = SetAside(held)
         scale = 1.0 / self.root.trainer.accumulate_grad_batches
-        loss, recorder = self.pipeline.train(args, scale, self._microbatches)
+        loss, recorder = pipeline.train(args, scale, self._microbatches)
         aside.keep()
         mean_loss = self._log(recorder, loss)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
@@ -167,5 +167,3 @@ class Runner:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         pipeline = self.mesh.group("pp") if plan.layout.pp > 1 else None
         return clip_by_global_norm(parameters, float(max_norm), counted=counted, pipeline=pipeline)
-
-

@@ -39,10 +39,12 @@ class StageProgram:
 
     @property
     def received(self) -> tuple[CrossingValue, ...]:
+        """What the previous stage sends."""
         return self.trace.cuts[self.first].values if self.first else ()
 
     @property
     def sent(self) -> tuple[CrossingValue, ...]:
+        """What goes to the next stage."""
         return self.trace.cuts[self.stop].values if self.stop is not None else ()
 
 
@@ -75,8 +77,8 @@ class StageRun:
         if index >= len(recorded) or recorded[index].name != name:
             expected = f"`{recorded[index].name}`" if index < len(recorded) else "no further module"
             raise PartitionError(
-                f"A pipeline needs the same modules to be called in every microbatch. Call {index} was {expected} in the "
-                f"dry run and is `{name}` now. Use `tp`, `dp` or `fsdp`, which allow any control flow."
+                f"A pipeline needs the same modules to be called in every microbatch. Call {index} was {expected} in "
+                f"the dry run and is `{name}` now. Use `tp`, `dp` or `fsdp`, which allow any control flow."
             )
         if index == program.first and index > 0:
             args, kwargs = self._enter(args, kwargs)
@@ -134,8 +136,8 @@ class StageRun:
                 got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
                 raise PartitionError(
                     f"A pipeline needs equal shapes in every microbatch of a step. The tensor before "
-                    f"`{self.program.trace.calls[self.program.stop or 0].name}` had shape {value.shape} in the dry run and "
-                    f"is {got} now."
+                    f"`{self.program.trace.calls[self.program.stop or 0].name}` had shape {value.shape} in the dry "
+                    f"run and is {got} now."
                 )
             values.append(_to_send(tensor))
         raise StopStage(tuple(values))

@@ -86,8 +86,7 @@ def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *
     Raises:
         PartitionError: On rank 0, if any rank cannot partition; the other ranks exit quietly.
     """
-    root = strategy.lightning_module
-    assert root is not None
+    root = trainer.lightning_module
     earlier: Partition | None = root.__dict__.pop("_hybrid_partition", None)
     if earlier is not None:
         earlier.remove()
@@ -143,8 +142,7 @@ def _together(plan: Callable[[], Partition]) -> Partition:
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
     failed = [r for r, text in enumerate(errors) if text is not None]
-    if not failed:
-        assert made is not None
+    if made is not None and not failed:
         return made
     if dist.get_rank() != 0:
         sys.exit(1)
@@ -159,10 +157,9 @@ def _sample(trainer: pl.Trainer) -> tuple[str, tuple]:
         TrainerFn.TESTING: ("test_step", trainer.test_loop),
         TrainerFn.PREDICTING: ("predict_step", trainer.predict_loop),
     }
-    assert trainer.state.fn is not None
     name, loop = loops[trainer.state.fn]
     loaders = loop._data_source.dataloader()
-    extra: tuple = ()
+    extra: tuple[int, ...] = ()
     if name != "training_step" and isinstance(loaders, list | tuple):
         extra = (0,) if len(loaders) > 1 else ()
         loaders = loaders[0]

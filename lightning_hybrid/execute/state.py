@@ -25,7 +25,9 @@ def full_state_dict(runner: Runner) -> dict[str, Any]:
         wholes[name] = _to_rank_zero(runner, name, parameters[name])
     for name, buffer in runner.root.named_buffers():
         if name in shown:
-            wholes[name] = _collect(runner, runner.partition.buffer_rank(name), buffer.detach(), buffer.shape, buffer.dtype)
+            wholes[name] = _collect(
+                runner, runner.partition.buffer_rank(name), buffer.detach(), buffer.shape, buffer.dtype
+            )
     if dist.get_rank() != 0:
         return {}
     return {key: wholes.get(first_names.get(key, key), value) for key, value in shown.items()}
@@ -107,7 +109,10 @@ def _gather_entry(runner: Runner, name: str, entry: Mapping[str, Any]) -> dict[s
     """Optimizer state of one parameter, whole, on rank 0."""
     source = runner.partition.plan.ranks_of(name)[0]
     parameter = runner.partition.parameters[name]
-    kinds = {k: (v.dtype, v.shape == parameter.shape and v.ndim > 0) if isinstance(v, Tensor) else None for k, v in entry.items()}
+    kinds = {
+        k: (v.dtype, v.shape == parameter.shape and v.ndim > 0) if isinstance(v, Tensor) else None
+        for k, v in entry.items()
+    }
     box = [(kinds, {k: v for k, v in entry.items() if kinds[k] is None or not kinds[k][1]})]  # type: ignore[index]
     dist.broadcast_object_list(box, _leader(runner, source))
     kinds, small = box[0]
@@ -129,8 +134,7 @@ def _to_rank_zero(runner: Runner, name: str, tensor: Tensor | None, dtype: torch
     parameter = runner.partition.parameters[name]
     if runner.mesh.rank("pp") != source:
         return _collect(runner, source, None, parameter.shape, dtype or parameter.dtype)
-    assert tensor is not None
-    whole = tensor.detach()
+    whole = (parameter if tensor is None else tensor).detach()
     if runner.partition.tensor is not None:
         whole = runner.partition.tensor.full_tensor(name, whole)
     elif isinstance(whole, DTensor):
@@ -145,7 +149,6 @@ def _collect(runner: Runner, source: int, tensor: Tensor | None, shape: Any, dty
         tensor = torch.empty(shape, dtype=dtype, device=runner.device)
         dist.recv(tensor, leader)
     elif rank == leader != 0:
-        assert tensor is not None
         dist.send(tensor.to(runner.device).contiguous(), 0)
     return tensor.detach().cpu().clone() if rank == 0 and tensor is not None else None
 
@@ -163,5 +166,3 @@ def _copy_part(runner: Runner, name: str, target: Tensor, whole: Tensor) -> None
         part = pieces[index] if index < len(pieces) else part[:0]
     local = own.to_local() if isinstance(own, DTensor) else own
     local.copy_(part)
-
-

@@ -10,18 +10,18 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.distributed import (
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
     _sync_ddp_if_available,
 )
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
@@ -63,7 +63,7 @@ class HybridStrategy(ParallelStrategy):
         tensor_plan: Mapping[str, str] | None = None,
         compile: bool = False,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
@@ -100,6 +100,18 @@ class HybridStrategy(ParallelStrategy):
         return self._runner
 
     @property
+    def _module(self) -> pl.LightningModule:
+        if self.lightning_module is None:
+            raise RuntimeError("The strategy has no LightningModule yet; it gets it from the Trainer.")
+        return self.lightning_module
+
+    @property
+    def _environment(self) -> ClusterEnvironment:
+        if self.cluster_environment is None:
+            raise RuntimeError("The strategy has no cluster environment yet; it gets it from the Trainer.")
+        return self.cluster_environment
+
+    @property
     def is_distributed(self) -> bool:
         """True: Lightning injects distributed samplers and reduces what is logged with `sync_dist`."""
         return True
@@ -107,7 +119,8 @@ class HybridStrategy(ParallelStrategy):
     @property
     @override
     def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
+        if self.parallel_devices is None:
+            raise RuntimeError("The strategy has no devices yet; it gets them from the Trainer.")
         return self.parallel_devices[self.local_rank]
 
     @property
@@ -134,37 +147,33 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
         self.layout.validate(self.num_nodes * self.num_processes)
-        if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        environment = self._environment
+        if not environment.creates_processes_externally:
+            self._launcher = _SubprocessScriptLauncher(environment, self.num_processes, self.num_nodes)
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
         reset_seed()
         self._set_world_ranks()
-        assert self.cluster_environment is not None
         self._backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
         device_id = self.root_device if self._backend == "nccl" else None
-        _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device_id)
+        _init_dist_connection(self._environment, self._backend, timeout=self._timeout, device_id=device_id)
         self._mesh = Mesh.create(self.layout, self.root_device.type)
-        assert self.lightning_module is not None
         start.agree_on_random_streams()
-        self._splits_data = start.prepare_trainer(self.lightning_module.trainer)
+        self._splits_data = start.prepare_trainer(self._module.trainer)
 
     def _set_world_ranks(self) -> None:
-        assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        self._environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self._environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        assert self.lightning_module is not None
         if not self._splits_data:
             return dataloader
-        return replica_loader(dataloader, self.mesh, self.lightning_module.trainer, start.agree_on_random_streams)
+        return replica_loader(dataloader, self.mesh, self._module.trainer, start.agree_on_random_streams)
 
     @contextmanager
     @override
@@ -180,11 +189,10 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        assert self.accelerator is not None
-        assert self.model is not None
-        self.accelerator.setup(trainer)
+        if self.accelerator is not None:
+            self.accelerator.setup(trainer)
         if self._runner is None or self._runner.root is not self.lightning_module:
-            self.model = self.precision_plugin.convert_module(self.model)
+            self.model = self.precision_plugin.convert_module(self._module)
             request = Request(
                 layout=self.layout,
                 schedule=self._schedule,
@@ -294,12 +302,11 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def teardown(self) -> None:
-        assert self.cluster_environment is not None
-        assert self.accelerator is not None
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
         if self.lightning_module is not None:
             start.release_trainer(self.lightning_module.trainer, self._splits_data)
-        self.cluster_environment.teardown()
+        self._environment.teardown()
         self.precision_plugin.teardown()
-        self.accelerator.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
         self.checkpoint_io.teardown()

@@ -11,7 +11,9 @@ from rich.table import Table
 from lightning_hybrid.plan.plan import Plan
 
 
-def plan_table(plan: Plan, sizes: Mapping[str, int], blocks: Sequence[str], sharded: Sequence[tuple[str, str]]) -> Table:
+def plan_table(
+    plan: Plan, sizes: Mapping[str, int], blocks: Sequence[str], sharded: Sequence[tuple[str, str]]
+) -> Table:
     """The stages and what is sharded.
 
     Args:

@@ -1,0 +1,1 @@
+"""Applies a plan to a module and takes it off again."""

@@ -53,12 +53,10 @@ class BuildTape(GhostObserver):
         with disable_torch_function():
             ghost = Ghost(torch.empty(*args, **kwargs, device="meta"), device, self)
         self._note(torch.empty, (tuple(ghost.shape),), {"dtype": ghost.dtype, "device": device}, [ghost], None)
-        return ghost.requires_grad_(requires_grad)
+        ghost.requires_grad_(requires_grad)
+        return ghost
 
-    def used(self, func: Any, ghosts: list[Ghost]) -> None:
-        """Nothing to do before an operation."""
-
-    def ran(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
+    def ran(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:  # noqa: D102
         state = None
         if torch.Tag.nondeterministic_seeded in func.tags:
             generator = kwargs.get("generator") or torch.default_generator

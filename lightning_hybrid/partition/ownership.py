@@ -40,7 +40,7 @@ class Parameters:
         self.slots: dict[str, tuple[Slot, ...]] = {places[0].name: tuple(places) for places in slots.values()}
         self.requires_grad: dict[str, bool] = {}
         for places, value in zip(slots.values(), objects.values(), strict=True):
-            wants = getattr(value, "wants_grad", value.requires_grad)
+            wants = value.wants_grad if isinstance(value, Ghost) else value.requires_grad
             self.requires_grad[places[0].name] = wants
 
     @property
@@ -54,7 +54,7 @@ class Parameters:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         slot = self.slots[name][0]
-        return slot.module.__dict__[slot.key] if slot.key in slot.module.__dict__ else slot.module._parameters[slot.key]
+        return slot.module.__dict__[slot.key] if slot.key in slot.module.__dict__ else self.visible(name)
 
     def visible(self, name: str) -> torch.Tensor:
         """The parameter or ghost that `parameters()` shows for `name` at present."""
@@ -79,7 +79,8 @@ class Parameters:
     def release(self, names: Collection[str], device: torch.device) -> None:
         """Replaces the parameters `names` by ghosts on `device`; their memory is free."""
         for name in names:
-            ghost = ghost_like(self[name], device=device).requires_grad_(False)
+            ghost = ghost_like(self[name], device=device)
+            ghost.requires_grad_(False)
             ghost.wants_grad = self.requires_grad[name]
             self.put(name, ghost)
 

@@ -84,9 +84,7 @@ class Partition:
         self.parameters.release([n for n in self.parameters.names if n not in held], device)
         if tape is not None:
             tape.make_buffers_real(self.root)
-            if self.tensor_plan is not None:
-                self._make_real(tape, held, device)
-            elif layout.fsdp == 1:
+            if self.tensor_plan is not None or layout.fsdp == 1:
                 self._make_real(tape, held, device)
         self.root.to(device)
         if self.tensor_plan is not None:
@@ -100,7 +98,9 @@ class Partition:
             self.switch.compile(blocks)
         if layout.fsdp > 1:
             mesh = self.mesh.device_mesh["dp", "fsdp"] if layout.dp > 1 else self.mesh.device_mesh["fsdp"]
-            make_real = None if tape is None or self.tensor is not None else partial(self._make_real, tape, device=device)
+            make_real = (
+                None if tape is None or self.tensor is not None else partial(self._make_real, tape, device=device)
+            )
             self.whole = shard_replicas(self.root, self.step_module, blocks, self.parameters, held, mesh, make_real)
         self._create_shared_groups()
         self._hooks = self._new_hooks(before)
@@ -108,8 +108,9 @@ class Partition:
     def _make_real(self, tape: BuildTape, names: Collection[str], device: torch.device) -> None:
         """Gives the parameters `names` their initial values, each divided over `tp` as soon as it is there."""
         for name in [n for n in self.parameters.names if n in names]:
-            if isinstance(self.parameters[name], Ghost):
-                real = tape.make_real(self.parameters[name])
+            ghost = self.parameters[name]
+            if isinstance(ghost, Ghost):
+                real = tape.make_real(ghost)
                 if self.tensor_plan is not None and name in self.tensor_plan.parameters:
                     rank = self.mesh.rank("tp")
                     real = part_of(real, self.tensor_plan.parameters[name], rank, self.tensor_plan.size)
@@ -117,7 +118,7 @@ class Partition:
                 self.parameters.put(name, nn.Parameter(real.to(device), requires_grad=wants))
 
     def remove(self) -> None:
-        """Takes everything off: the module is as the user wrote it, with its present weights, on every rank. Collective."""
+        """Takes everything off. Collective; afterwards every rank has the user's module with all present weights."""
         wholes = {name: self.whole_parameter(name) for name in self.parameters.names}
         if self.tensor is not None:
             self.tensor.remove()
@@ -211,7 +212,9 @@ class Partition:
             yield
 
     def _new_hooks(self, before: dict[nn.Module, list[set]]) -> dict[nn.Module, list[set]]:
-        found = {m: [set(t) - old for t, old in zip(hook_tables(m), before[m], strict=True)] for m in self.root.modules()}
+        found = {
+            m: [set(t) - old for t, old in zip(hook_tables(m), before[m], strict=True)] for m in self.root.modules()
+        }
         return {m: ours for m, ours in found.items() if any(ours)}
 
     # ---- stages
@@ -222,16 +225,15 @@ class Partition:
         Raises:
             PartitionError: If this step goes through the model in another order than the one that was planned with.
         """
-        assert self.trace is not None
         stage_of = {}
-        for key, index in _occurrences(self.trace).items():
+        for key, index in _occurrences(self.trace or trace).items():
             stage_of[key] = next(s.index for s in self.plan.stages if s.first <= index < s.stop)
         bounds, stage = [0], 0
         for key, index in _occurrences(trace).items():
             target = stage_of.get(key, stage)
             if target < stage:
                 raise PartitionError(
-                    f"`{name}` calls `{key[0]}` after modules of later stages, other than the step that the stages were "
+                    f"`{name}` calls `{key[0]}` after modules of later stages, unlike the step that the stages were "
                     "planned with. Use a layout without `pp`, or the same order of modules in every step."
                 )
             bounds += [index] * (target - stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -38,7 +39,7 @@ def shard_replicas(
     scalars = {name for name in held if parameters[name].ndim == 0}
     if make_real is not None:
         make_real(scalars)
-    ignored = {parameters[name] for name in scalars}
+    ignored: set[Any] = {parameters[name] for name in scalars}
     for block in blocks:
         inside = parameters.inside(block) & set(held)
         alone = all(slot.name.startswith(f"{block}.") for name in inside for slot in parameters.slots[name])

@@ -79,7 +79,9 @@ class _CopyChannels(torch.autograd.Function):
 
 class _Select(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, dim: int, index: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(
+        ctx: Any, tensor: torch.Tensor, dim: int, index: torch.Tensor, group: dist.ProcessGroup
+    ) -> torch.Tensor:
         ctx.dim, ctx.index, ctx.group, ctx.shape = dim, index, group, tensor.shape
         return tensor.index_select(dim, index)
 

@@ -1,0 +1,1 @@
+"""From what a model is to a plan: which stages, which schedule. Plain Python."""

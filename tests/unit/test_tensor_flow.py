@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,13 +16,22 @@ from torch.utils.data import default_collate
 
 from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
 from lightning_hybrid.analyze.tensor_use import record_use
-from lightning_hybrid.analyze.trace import trace_step
+from lightning_hybrid.analyze.trace import Trace, trace_step
 from lightning_hybrid.analyze.units import CallSwitch, find_units
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import TensorPlan, UnitPlan
 from tests.zoo.cases import CASES
 
 pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Many tiny operations: threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass
@@ -33,7 +44,14 @@ class Call:
 
 
 def plan_of(name: str, size: int = 2, overrides: dict[str, str] | None = None) -> TensorPlan:
-    """The plan of a case of the zoo, from a dry run on ghosts."""
+    """The plan of a case of the zoo."""
+    root, trace = _traced(name)
+    return infer_tensor_plan(root, trace.calls, size, overrides, trace.use)
+
+
+@cache
+def _traced(name: str) -> tuple[nn.Module, Trace]:
+    """A case of the zoo and its dry run on ghosts."""
     torch.manual_seed(0)
     root = CASES[name].build()
     root.__dict__["log"] = lambda *args, **kwargs: None
@@ -42,11 +60,9 @@ def plan_of(name: str, size: int = 2, overrides: dict[str, str] | None = None) -
     units = find_units(root)
     switch = CallSwitch(root, units)
     switch.install()
-    trace = trace_step(
-        root, switch, root.training_step, (batch, 0), device=torch.device("cpu"), use_of=units.names
-    )
+    trace = trace_step(root, switch, root.training_step, (batch, 0), device=torch.device("cpu"), use_of=units.names)
     switch.remove()
-    return infer_tensor_plan(root, trace.calls, size, overrides, trace.use)
+    return root, trace
 
 
 def block_of(plan: TensorPlan, stack: str) -> UnitPlan:
@@ -83,7 +99,7 @@ BLOCKS = {
     "distilbert": ("layer", "out_lin lin2", "q_lin k_lin v_lin lin1"),
     "bart": ("decoder.layers", "out_proj out_proj fc2", "q_proj k_proj v_proj q_proj k_proj v_proj fc1"),
     "whisper": ("decoder.layers", "out_proj out_proj fc2", "q_proj k_proj v_proj q_proj k_proj v_proj fc1"),
-    "t5": ("block", "wo", "wi"),
+    "t5": ("encoder.block.1", "wo", "wi"),
     "mixtral": ("layers", "o_proj", "q_proj k_proj v_proj"),
     "vit": ("layers", "o_proj fc2", "q_proj k_proj v_proj fc1"),
     "tied": ("blocks", "proj 2", "qkv 0"),
@@ -209,8 +225,8 @@ def _squashed(joined: bool, size: int = 2, overrides: dict[str, str] | None = No
 
 def test_a_channel_mix_is_no_region_and_falls_back_to_gathering() -> None:
     plan = _squashed(True)
+    assert plan.units["0"].rows == ()
     assert plan.gathered == ("0.first", "0.second")
-    assert "does not fall into 2 parts" in plan.reasons["0.second"] or plan.units["0"].rows == ()
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
