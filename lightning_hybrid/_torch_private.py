@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
@@ -103,3 +104,24 @@ def hook_tables(module: nn.Module) -> list[dict]:
         module._load_state_dict_pre_hooks,
         module._load_state_dict_post_hooks,
     ]
+
+
+@contextmanager
+def recomputation_off() -> Iterator[None]:
+    """Inside, `torch.utils.checkpoint.checkpoint` calls its function and keeps what it saves for the backward pass."""
+    module: Any = torch.utils.checkpoint
+    kept = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
+
+    def generator(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    class Direct:
+        @staticmethod
+        def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+            return function(*args)
+
+    module._checkpoint_without_reentrant_generator, module.CheckpointFunction = generator, Direct
+    try:
+        yield
+    finally:
+        module._checkpoint_without_reentrant_generator, module.CheckpointFunction = kept

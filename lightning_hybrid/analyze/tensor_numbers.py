@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lightning_hybrid._torch_private import recomputation_off
 from lightning_hybrid.analyze.ghost import Ghost
 from lightning_hybrid.analyze.preserve import module_state_kept, random_streams_kept
 from lightning_hybrid.spec.tensor_plan import Path
@@ -114,12 +115,13 @@ def flat_weights(root: nn.Module, values: dict[tuple[int, str], torch.Tensor]) -
 
 @contextmanager
 def probing(root: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients on, no autocast, fixed random streams; afterwards everything is as before."""
+    """Evaluation mode, gradients on, no autocast or recomputation, fixed random streams; afterwards all is as before."""
     with ExitStack() as stack:
         stack.enter_context(random_streams_kept())
         stack.enter_context(module_state_kept(root))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(recomputation_off())
         stack.enter_context(torch.autocast("cpu", enabled=False))
         torch.manual_seed(0)
         for module in root.modules():

@@ -69,6 +69,7 @@ class Region:
         return UnitPlan(
             rows=tuple(self.rows),
             columns=tuple(self.columns),
+            regions=((*self.rows, *self.columns, *self.selected_outputs),),
             shared_outputs=self.shared_outputs,
             selected_outputs=self.selected_outputs,
             parameters=parameters,

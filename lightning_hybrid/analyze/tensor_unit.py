@@ -111,6 +111,7 @@ def _joined(plan: UnitPlan, region: UnitPlan) -> UnitPlan:
     return UnitPlan(
         columns=plan.columns + region.columns,
         rows=plan.rows + region.rows,
+        regions=plan.regions + region.regions,
         parameters={**plan.parameters, **region.parameters},
         buffers={**plan.buffers, **region.buffers},
         partial=plan.partial + region.partial,

@@ -21,6 +21,7 @@ from lightning_hybrid.execute.clipping import clip_by_global_norm
 from lightning_hybrid.execute.gradients import GradientsOfPipeline, ReplicaReducer, SetAside, sum_over_holders
 from lightning_hybrid.execute.logs import LogRecorder, reduce_over_replicas, replay, share_over_stages
 from lightning_hybrid.execute.pipeline import Pipeline
+from lightning_hybrid.partition.batch_norm import has_batch_norm
 from lightning_hybrid.partition.partition import Partition
 
 
@@ -44,7 +45,8 @@ class Runner:
         microbatches: int | str,
     ) -> None:
         self.root, self.partition, self.device, self.precision = root, partition, device, precision
-        self.mesh, self._microbatches = partition.mesh, microbatches
+        self.mesh = partition.mesh
+        self._microbatches = 1 if has_batch_norm(root) else microbatches  # statistics are those of the whole batch
         self.optimizer_names: dict[int, list[list[str]]] = {}
         self._sync = True
         layout = partition.plan.layout

@@ -41,7 +41,8 @@ class BuildTape(GhostObserver):
         self._entries: list[_Entry] = []
         self._group: list[int] = []
         self._ghosts = 0
-        self._by_group: dict[int, list[_Entry]] | None = None
+        self._by_group: dict[int, list[_Entry]] = defaultdict(list)
+        self._grouped = 0
 
     # ---- recording
 
@@ -64,6 +65,10 @@ class BuildTape(GhostObserver):
             real = tree_map(_scratch, (args, kwargs))
             func(*real[0], **real[1])  # only to advance the generator
         self._note(func, args, kwargs, [x for x in tree_leaves(result) if isinstance(x, Ghost)], state)
+
+    def read(self, ghost: Ghost) -> Any:
+        """Initialisation that looks at a value (as rejection sampling does) gets the one that it would have."""
+        return self.make_real(ghost).item()
 
     def _note(self, func: Any, args: tuple, kwargs: dict, ghosts: list[Ghost], state: torch.Tensor | None) -> None:
         touched = [x.uid for x in tree_leaves((args, kwargs)) if isinstance(x, Ghost)]
@@ -88,8 +93,9 @@ class BuildTape(GhostObserver):
 
     def make_real(self, ghost: Ghost) -> torch.Tensor:
         """The tensor that `ghost` would be had the module been built as usual."""
-        if self._by_group is None:
-            self._by_group = defaultdict(list)
+        if self._grouped < len(self._entries):
+            self._grouped = len(self._entries)
+            self._by_group.clear()
             for entry in self._entries:
                 self._by_group[self._root(entry.results[0] if entry.results else _first_ref(entry))].append(entry)
         made: dict[int, torch.Tensor] = {}

@@ -40,7 +40,7 @@ class Parameters:
         self.slots: dict[str, tuple[Slot, ...]] = {places[0].name: tuple(places) for places in slots.values()}
         self.requires_grad: dict[str, bool] = {}
         for places, value in zip(slots.values(), objects.values(), strict=True):
-            wants = value.wants_grad if isinstance(value, Ghost) else value.requires_grad
+            wants = value.requires_grad or (isinstance(value, Ghost) and value.wants_grad)
             self.requires_grad[places[0].name] = wants
 
     @property

@@ -101,21 +101,25 @@ class Partition:
             make_real = (
                 None if tape is None or self.tensor is not None else partial(self._make_real, tape, device=device)
             )
-            self.whole = shard_replicas(self.root, self.step_module, blocks, self.parameters, held, mesh, make_real)
+            self.whole, overrides = shard_replicas(
+                self.root, self.step_module, blocks, self.parameters, held, mesh, make_real
+            )
+            self._overrides += overrides
         self._create_shared_groups()
         self._hooks = self._new_hooks(before)
 
     def _make_real(self, tape: BuildTape, names: Collection[str], device: torch.device) -> None:
         """Gives the parameters `names` their initial values, each divided over `tp` as soon as it is there."""
+        plan = self.tensor_plan
         for name in [n for n in self.parameters.names if n in names]:
-            ghost = self.parameters[name]
-            if isinstance(ghost, Ghost):
-                real = tape.make_real(ghost)
-                if self.tensor_plan is not None and name in self.tensor_plan.parameters:
-                    rank = self.mesh.rank("tp")
-                    real = part_of(real, self.tensor_plan.parameters[name], rank, self.tensor_plan.size)
-                wants = self.parameters.requires_grad[name]
-                self.parameters.put(name, nn.Parameter(real.to(device), requires_grad=wants))
+            present = self.parameters[name]
+            real = tape.make_real(present) if isinstance(present, Ghost) else present.detach()
+            if plan is not None and name in plan.parameters:
+                real = part_of(real, plan.parameters[name], self.mesh.rank("tp"), plan.size)
+            elif not isinstance(present, Ghost):
+                continue
+            wants = self.parameters.requires_grad[name]
+            self.parameters.put(name, nn.Parameter(real.to(device), requires_grad=wants))
 
     def remove(self) -> None:
         """Takes everything off. Collective; afterwards every rank has the user's module with all present weights."""

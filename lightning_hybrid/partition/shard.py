@@ -20,7 +20,7 @@ def shard_replicas(
     held: Collection[str],
     mesh: DeviceMesh,
     make_real: Callable[[Collection[str]], None] | None,
-) -> set[str]:
+) -> tuple[set[str], list[tuple[nn.Module, Callable]]]:
     """Shards the held parameters over the `fsdp` axis of `mesh`, with replicas over its `dp` axis where it has one.
 
     Args:
@@ -34,8 +34,9 @@ def shard_replicas(
             sharded, so that no more than a block is ever whole.
 
     Returns:
-        Names of parameters that stay whole: scalars, which cannot be split.
+        Names of parameters that stay whole (scalars, which cannot be split); modules with the `forward` they were given.
     """
+    overrides: list[tuple[nn.Module, Callable]] = []
     scalars = {name for name in held if parameters[name].ndim == 0}
     if make_real is not None:
         make_real(scalars)
@@ -46,9 +47,29 @@ def shard_replicas(
         if inside - scalars and alone:  # a weight shared with another block is gathered with the step module
             if make_real is not None:
                 make_real(inside)
-            fully_shard(root.get_submodule(block), mesh=mesh, ignored_params=ignored)
+            module = root.get_submodule(block)
+            fully_shard(module, mesh=mesh, ignored_params=ignored)
+            overrides.append((module, _call_instead_of_forward(module)))
     if make_real is not None:
         make_real(held)
     if len(scalars) < len(held):
         fully_shard(step_module, mesh=mesh, ignored_params=ignored)
-    return scalars
+    return scalars, overrides
+
+
+def _call_instead_of_forward(block: nn.Module) -> Callable:
+    """Turns `block.forward(...)`, as some models call their blocks, into `block(...)`, which runs the hooks."""
+    forward, called = block.forward, []
+
+    def inside(_: nn.Module, args: tuple) -> None:
+        called.append(True)
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if called:
+            called.pop()
+            return forward(*args, **kwargs)
+        return block(*args, **kwargs)
+
+    block.register_forward_pre_hook(inside)
+    block.__dict__["forward"] = guarded
+    return guarded

@@ -53,6 +53,8 @@ class UnitPlan:
     """Linears whose output channels are divided: input replicated, output local."""
     rows: tuple[str, ...] = ()
     """Linears whose input channels are divided: input local, output summed over the ranks."""
+    regions: tuple[tuple[str, ...], ...] = ()
+    """The linears of each region, rows first: they run together or not at all."""
     parameters: dict[str, ShardedParameter] = field(default_factory=dict)
     buffers: dict[str, ShardedParameter] = field(default_factory=dict)
     partial: tuple[str, ...] = ()

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-11
 """In float64, relative to the largest entry: far above rounding, far below any wrong number."""
+FLOAT32_TOLERANCE = 1e-5
+"""For models that compute in float32 inside, whatever their weights are."""
 
 
 class Divided:
@@ -61,16 +63,20 @@ class Divided:
         loss.backward()
         return loss
 
-    def check(self, loss: torch.Tensor) -> None:
+    def check(self, loss: torch.Tensor, tolerance: float = TOLERANCE) -> None:
         """Loss and gradients are those of one process."""
-        torch.testing.assert_close(loss, self.expected_loss, rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(loss, self.expected_loss, rtol=tolerance, atol=tolerance)
         largest = max(float(g.abs().max()) for g in self.expected.values())
         for name, parameter in self.root.named_parameters():
             assert (parameter.grad is None) == (name not in self.expected), name
             if parameter.grad is not None:
                 gradient = self.handle.full_tensor(name, parameter.grad)
                 torch.testing.assert_close(
-                    gradient, self.expected[name], rtol=1e-8, atol=largest * TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+                    gradient,
+                    self.expected[name],
+                    rtol=1e-8,
+                    atol=largest * TOLERANCE,
+                    msg=lambda m, n=name: f"{n}: {m}",
                 )
 
     def remove(self) -> None:
@@ -97,20 +103,23 @@ def _case(name: str, mesh: Any, samples: int = 4) -> Divided:
         root.net.set_experts_implementation("eager")  # the default has no float64
     generator = torch.Generator().manual_seed(1)
     batch = default_collate([CASES[name].sample(generator) for _ in range(samples)])
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()} if isinstance(batch, dict) else [
-        v.double() if v.is_floating_point() else v for v in (batch if isinstance(batch, (list, tuple)) else [batch])
-    ]
+    batch = (
+        {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+        if isinstance(batch, dict)
+        else [
+            v.double() if v.is_floating_point() else v for v in (batch if isinstance(batch, (list, tuple)) else [batch])
+        ]
+    )
     return Divided(root, batch[0] if isinstance(batch, list) and len(batch) == 1 else batch, mesh)
 
 
 def _run_case(name: str, size: int) -> float:
     divided = _case(name, _mesh(size))
     assert all(isinstance(p, DTensor) for p in divided.root.parameters())
-    divided.check(divided.step())
+    divided.check(divided.step(), FLOAT32_TOLERANCE if name == "mamba" else TOLERANCE)
     divided.root.zero_grad()
     divided.remove()
-    loss = divided.loss()
-    torch.testing.assert_close(loss, divided.expected_loss, rtol=TOLERANCE, atol=TOLERANCE)
+    assert torch.equal(divided.loss(), divided.expected_loss)
     return divided.plan.fraction
 
 
@@ -219,7 +228,9 @@ def _attention(kind: str) -> None:
 
     def run() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         out, weights = module(query, key, value, **arguments)
-        loss = out.square().sum() + (0.0 if weights is None else (weights * torch.arange(5)).square().sum())
+        loss = out.square().sum() + (
+            0.0 if weights is None else (weights * torch.arange(weights.shape[-1])).square().sum()
+        )
         loss.backward()
         gradients = [t.grad.clone() for t in tensors if t.grad is not None]
         for tensor in tensors:
