@@ -33,7 +33,7 @@ from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import ShardedParameter, TensorPlan, UnitPlan, one_of_many
 
 _WORTHWHILE = 0.01
-"""A module outside the blocks is divided if it has this fraction of the parameters: each costs a collective per step."""
+"""A module outside the blocks is divided if it has this fraction of the parameters: each costs a collective a step."""
 _OTHER_SIZES = (2, 3, 4, 6, 8)
 _SHOWN_REASONS = 6
 
@@ -71,7 +71,7 @@ def infer_tensor_plan(
         calls: Recorded calls of its units, which do not contain each other; the first call of each counts.
         size: Ranks on the axis.
         overrides: `{pattern: choice}` over module names: `"column"`, `"row"`, `"replicate"` or `"column_gather"`.
-        use: What a step does with weights, from `record_use`. Without it, everything outside the units stays replicated.
+        use: What a step does with weights, from `record_use`. Without it, what is outside the units stays replicated.
 
     Returns:
         A plan that divides at least one weight.

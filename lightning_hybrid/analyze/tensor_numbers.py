@@ -1,4 +1,4 @@
-"""Stand-in numbers for a unit: every parameter, buffer and argument as a plain float32 tensor that one may compute with.
+"""Stand-in numbers for a unit: every parameter, buffer and argument as a plain float32 tensor to compute with.
 
 Parameters may be real, on the meta device or ghosts; a probe needs values, and random ones are better than the model's
 own (a zero-initialised projection hides the data flow behind it). Nothing here touches the global random generators.
@@ -115,7 +115,7 @@ def flat_weights(root: nn.Module, values: dict[tuple[int, str], torch.Tensor]) -
 
 @contextmanager
 def probing(root: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients on, no autocast or recomputation, fixed random streams; afterwards all is as before."""
+    """Evaluation mode, gradients, no autocast or recomputation, fixed random streams; afterwards all is as before."""
     with ExitStack() as stack:
         stack.enter_context(random_streams_kept())
         stack.enter_context(module_state_kept(root))

@@ -1,4 +1,4 @@
-"""Tensor parallelism of single modules: embeddings, heads, `nn.MultiheadAttention`, convolutions. Proved by numbers too."""
+"""Tensor parallelism of single modules: embeddings, heads, `nn.MultiheadAttention`, convolutions; proved by numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_hybrid.spec.tensor_plan import ShardedParameter
 Division = dict[str, ShardedParameter]
 """Of the parameters of one module, by relative name."""
 
-_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PROBE_WIDTH = 12
 """Spatial size of the input of a convolution in a proof, at least; larger for larger kernels."""
 

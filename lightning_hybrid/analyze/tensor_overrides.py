@@ -70,7 +70,8 @@ def parse_overrides(root: nn.Module, overrides: Mapping[str, str] | None) -> Ove
     for pattern, choice in (overrides or {}).items():
         if choice not in CHOICES:
             raise ValueError(
-                f"`tensor_plan`: the value of {pattern!r} must be one of {', '.join(map(repr, CHOICES))}. Got {choice!r}."
+                f"`tensor_plan`: the value of {pattern!r} must be one of {', '.join(map(repr, CHOICES))}. "
+                f"Got {choice!r}."
             )
         gathers = [n for n, m in modules.items() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
         allowed = list(modules) if choice == "replicate" else linears + (gathers if choice == "column_gather" else [])
@@ -78,8 +79,8 @@ def parse_overrides(root: nn.Module, overrides: Mapping[str, str] | None) -> Ove
         if not matched:
             kind = "module" if choice == "replicate" else "linear module"
             raise ValueError(
-                f"`tensor_plan`: the pattern {pattern!r} matches no {kind}. Patterns are matched with whole names such as "
-                f"{', '.join(repr(n) for n in linears[:3])}."
+                f"`tensor_plan`: the pattern {pattern!r} matches no {kind}. Patterns are matched with whole names such "
+                f"as {', '.join(repr(n) for n in linears[:3])}."
             )
         wanted.update(dict.fromkeys(matched, choice))
     return Overrides(wanted)

@@ -1,9 +1,9 @@
 """Which weights and channels of a unit feed which others, found by gradient probing.
 
-The unit is run once on random numbers, with the autograd graph cut behind every linear module: a linear's output becomes
-a leaf. The input of each linear is then a function of a few leaves only (outputs of earlier linears, other parameters,
-arguments, buffers), and a gradient that is exactly zero says that there is no dependency. A cotangent that is non-zero
-on some channels of the input only shows which channels of which leaves these depend on.
+The unit is run once on random numbers, with the autograd graph cut behind every linear module: the output of a linear
+becomes a leaf. The input of each linear is then a function of a few leaves only (outputs of earlier linears, other
+parameters, arguments, buffers), and a gradient that is exactly zero says that there is no dependency. A cotangent that
+is non-zero on some channels of the input only shows which channels of which leaves these depend on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from lightning_hybrid.analyze.tensor_numbers import Numbers, is_float, shadowed, tensors_of
+from lightning_hybrid.analyze.tensor_numbers import Numbers, is_float, map_tensors, shadowed, tensors_of
 from lightning_hybrid.spec.tensor_plan import Path
 
 FORWARD_ERRORS = (
@@ -33,10 +33,13 @@ FORWARD_ERRORS = (
 """What a user's forward may raise when its tensors or attributes do not have the shapes that it expects."""
 
 
+LeafKind = Literal["linear", "opaque", "parameter", "buffer", "argument"]
+
+
 class Leaf(NamedTuple):
     """Where the cut graph ends."""
 
-    kind: Literal["linear", "opaque", "parameter", "buffer", "argument"]
+    kind: LeafKind
     name: str | Path
 
 
@@ -81,6 +84,22 @@ class Trial:
         """Those of the unit's results that something consumes."""
         return [tensor for i, tensor in enumerate(results) if i not in self.unused_results]
 
+    def new_leaf(self, leaf: Leaf, value: torch.Tensor) -> torch.Tensor:
+        """A leaf of the graph, as the copy that the unit sees and may write in place."""
+        if not is_float(value):
+            return value.clone()
+        tensor = value.detach().requires_grad_()
+        self.leaves[leaf].append(tensor)
+        return tensor.clone()
+
+    def new_leaves(self, kind: LeafKind, values: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        """A leaf for each value; the same tensor under several names is one."""
+        made: dict[int, torch.Tensor] = {}
+        for name, value in values.items():
+            if id(value) not in made:
+                made[id(value)] = self.new_leaf(Leaf(kind, name), value)
+        return {name: made[id(value)] for name, value in values.items()}
+
     def reach(self, targets: Iterable[torch.Tensor], part: tuple[int, int] | None = None) -> Reach:
         """What `targets` depend on.
 
@@ -122,42 +141,22 @@ def run_trial(numbers: Numbers) -> Trial:
     trial = Trial(numbers)
     names = {module: name for name, module in numbers.module.named_modules()}
 
-    def new_leaf(leaf: Leaf, value: torch.Tensor) -> torch.Tensor:
-        """A leaf, seen by the unit through a copy that it may write in place."""
-        if not is_float(value):
-            return value.clone()
-        tensor = value.detach().requires_grad_()
-        trial.leaves[leaf].append(tensor)
-        return tensor.clone()
-
     def cut_linear(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         name = names[module]
         given = args[0] if args else kwargs["input"]
         trial.inputs[name].append(given.clone())
         trial.outputs[name].append(output.detach().clone())
-        return new_leaf(Leaf("linear", name), output)
+        return trial.new_leaf(Leaf("linear", name), output)
 
     def cut_opaque(module: nn.Module, args: tuple, output: Any) -> Any:
-        parts = output if isinstance(output, tuple) else (output,)
-        cut = tuple(new_leaf(Leaf("opaque", names[module]), p) if isinstance(p, torch.Tensor) else p for p in parts)
-        return cut if isinstance(output, tuple) else cut[0]
+        return map_tensors(lambda _, tensor: trial.new_leaf(Leaf("opaque", names[module]), tensor), output)
 
-    shared: dict[int, torch.Tensor] = {}
-
-    def once(leaf: Leaf, value: torch.Tensor) -> torch.Tensor:
-        if id(value) not in shared:
-            shared[id(value)] = new_leaf(leaf, value)
-        return shared[id(value)]
-
-    parameters = {name: once(Leaf("parameter", name), value) for name, value in numbers.parameters.items()}
-    buffers = {name: once(Leaf("buffer", name), value) for name, value in numbers.buffers.items()}
-    arguments = {path: once(Leaf("argument", path), value) for path, value in numbers.arguments.items()}
-    handles = []
-    for module in names:
-        if linear_dims(module) is not None:
-            handles.append(module.register_forward_hook(cut_linear, with_kwargs=True))
-        elif is_opaque(module):
-            handles.append(module.register_forward_hook(cut_opaque))
+    parameters = trial.new_leaves("parameter", numbers.parameters)
+    buffers = trial.new_leaves("buffer", numbers.buffers)
+    arguments = trial.new_leaves("argument", numbers.arguments)
+    linears = [module for module in names if linear_dims(module) is not None]
+    handles = [module.register_forward_hook(cut_linear, with_kwargs=True) for module in linears]
+    handles += [module.register_forward_hook(cut_opaque) for module in names if is_opaque(module)]
     try:
         torch.manual_seed(0)
         with shadowed(numbers.entries(parameters, buffers)):
@@ -175,7 +174,7 @@ class Probe:
         self.trials = trials
         self.linears = list(trials[0].inputs)
         """Linears in the order of their first call."""
-        self.outside = self._union([trial.reach(trial.results) for trial in trials])
+        self.outside = merge([trial.reach(trial.results) for trial in trials])
         """What the result of the unit depends on, other than through linears."""
         self._whole: dict[str, Reach] = {}
         self._parts: dict[tuple[str, int], list[Reach]] = {}
@@ -183,7 +182,7 @@ class Probe:
     def whole(self, linear: str) -> Reach:
         """What the input of `linear` depends on."""
         if linear not in self._whole:
-            self._whole[linear] = self._union([trial.reach(trial.inputs[linear]) for trial in self.trials])
+            self._whole[linear] = merge([trial.reach(trial.inputs[linear]) for trial in self.trials])
         return self._whole[linear]
 
     def parts(self, linear: str, ranks: int) -> list[Reach]:
@@ -191,14 +190,10 @@ class Probe:
         key = linear, ranks
         if key not in self._parts:
             self._parts[key] = [
-                self._union([trial.reach(trial.inputs[linear], (rank, ranks)) for trial in self.trials])
+                merge([trial.reach(trial.inputs[linear], (rank, ranks)) for trial in self.trials])
                 for rank in range(ranks)
             ]
         return self._parts[key]
-
-    @staticmethod
-    def _union(reaches: list[Reach]) -> Reach:
-        return merge(reaches)
 
 
 def merge(reaches: list[Reach]) -> Reach:

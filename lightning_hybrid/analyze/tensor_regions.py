@@ -1,8 +1,8 @@
 """Proposes tensor-parallel regions of a unit from its probed data flow.
 
-A **region** is opened by column linears (output channels divided), closed by row linears (input channels divided, output
-summed over the ranks), and between them every rank computes its own channels with no communication. Proposals are checked
-by numbers in `tensor_verify`.
+A **region** is opened by column linears (output channels divided), closed by row linears (input channels divided,
+output summed over the ranks), and between them every rank computes its own channels with no communication. Proposals
+are checked by numbers in `tensor_verify`.
 """
 
 from __future__ import annotations
@@ -161,22 +161,11 @@ def _classify(rows: list[str], probe: Probe, numbers: Numbers, ranks: int, const
         masks = _masks(leaf, parts)
         if leaf.kind == "linear":
             _classify_linear(str(leaf.name), masks, region, constraints)
-        elif leaf.kind == "parameter":
-            found = None if leaf.name in constraints.used_elsewhere else divide_any_dim(masks)
-            if found is None:
-                region.partial.append(str(leaf.name))
-            else:
-                region.parameters[str(leaf.name)] = found
-        elif leaf.kind == "buffer":
-            found = divide_any_dim(masks)
-            if found is not None:
-                region.buffers[str(leaf.name)] = found
-        elif leaf.kind == "argument" and isinstance(leaf.name, tuple):
-            found = divide_any_dim(masks)
-            if found is None and leaf.name in numbers.derived:
-                region.shared_arguments.append(leaf.name)
-            if found is not None:
-                region.slices.append(SlicedArgument(path=leaf.name, dim=found.dim, owners=_owners(found, ranks)))
+        elif isinstance(leaf.name, tuple):
+            _classify_argument(leaf.name, divide_any_dim(masks), region, numbers, ranks)
+        else:
+            whole = leaf.name in constraints.used_elsewhere
+            _classify_tensor(leaf, None if whole else divide_any_dim(masks), region)
     if not region.columns and not region.selected_outputs:
         upstream = sorted({str(leaf.name) for part in parts for leaf in part if leaf.kind == "linear"})
         raise Rejection(
@@ -204,6 +193,26 @@ def _classify_linear(name: str, masks: list[torch.Tensor], region: Region, const
         region.shared_outputs[name] = tuple(sorted({i for part in channels for i in part}))
 
 
+def _classify_argument(
+    path: Path, found: ShardedParameter | None, region: Region, numbers: Numbers, ranks: int
+) -> None:
+    if found is not None:
+        region.slices.append(SlicedArgument(path=path, dim=found.dim, owners=_owners(found, ranks)))
+    elif path in numbers.derived:
+        region.shared_arguments.append(path)
+
+
+def _classify_tensor(leaf: Leaf, found: ShardedParameter | None, region: Region) -> None:
+    """A parameter or buffer."""
+    name = str(leaf.name)
+    if leaf.kind == "buffer":
+        region.buffers |= {} if found is None else {name: found}
+    elif found is not None:
+        region.parameters[name] = found
+    else:
+        region.partial.append(name)
+
+
 def _owners(found: ShardedParameter, ranks: int) -> tuple[int, ...]:
     """Which rank uses index i, as the shortest period of the dim."""
     owner = [0] * found.size
@@ -223,7 +232,7 @@ def _reached_outside(leaf: Leaf, rows: list[str], probe: Probe) -> torch.Tensor 
 
 
 def _check_partial_gradients(region: Region, probe: Probe, numbers: Numbers, ranks: int) -> None:
-    """What is replicated but used inside the region gets its gradient summed over the ranks: it may feed nothing else."""
+    """What is replicated but used inside the region has its gradient summed over the ranks: it feeds nothing else."""
     for name, channels in region.shared_outputs.items():
         outside = _reached_outside(Leaf("linear", name), region.rows, probe)
         if outside is not None and bool(outside[list(channels)].any()):

@@ -1,8 +1,8 @@
 """What a step does with weights and with the results of units, seen from outside the modules.
 
-A weight that code outside its own module computes with (`hidden @ self.embedding.weight.T`) must stay whole, and a result
-that nothing consumes (attention probabilities that the model drops) need not be right. Both are recorded while the step
-runs, for example during the dry run on ghosts.
+A weight that code outside its own module computes with (`hidden @ self.embedding.weight.T`) must stay whole, and a
+result that nothing consumes (attention probabilities that the model drops) need not be right. Both are recorded while
+the step runs, for example during the dry run on ghosts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Proves a plan of one unit by numbers: the unit is run as each rank would run it, and compared with the whole.
 
-For every rank the divided weights are replaced by their parts and the unit is called on plain tensors. The input of each
-row linear must be that rank's part of the recorded input, the input of every other linear and the unit's result must be
-what they were, and the outputs of a row linear must add up over the ranks.
+For every rank the divided weights are replaced by their parts and the unit is called on plain tensors. The input of
+each row linear must be that rank's part of the recorded input, the input of every other linear and the unit's result
+must be what they were, and the outputs of a row linear must add up over the ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_hybrid.analyze.tensor_width import add_narrowing, widen
 from lightning_hybrid.spec.tensor_plan import Path, ShardedParameter, UnitPlan
 
 _TOLERANCE = 1e-4
-"""Relative to the largest value of the tensor; float32 sums in another order differ by about 1e-6, a wrong part by 1."""
+"""Relative to the largest value of the tensor; sums in another order differ by about 1e-6, a wrong part by 1."""
 
 
 class Mismatch(Exception):

@@ -31,8 +31,7 @@ class NarrowTensor(torch.Tensor):
             shape = torch.Size([*whole.shape[:-1], args[0].width])
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
-        args, kwargs = tree_map_only(NarrowTensor, lambda tensor: tensor.whole, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*widen(args), **widen(kwargs))
 
 
 def narrow(tensor: torch.Tensor, width: int) -> NarrowTensor:

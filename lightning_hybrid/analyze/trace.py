@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lightning_hybrid._torch_private import user_location
 from lightning_hybrid.analyze.ghost import Ghost, GhostObserver, GhostWriteError, ghost_like
+from lightning_hybrid.analyze.manual import idle_optimizers, optimize_idly
 from lightning_hybrid.analyze.preserve import module_state_kept, random_streams_kept
 from lightning_hybrid.analyze.tensor_use import StepUse, record_use
 from lightning_hybrid.analyze.units import CallSwitch
@@ -310,8 +311,11 @@ def trace_step(
     with ExitStack() as stack:
         stack.enter_context(random_streams_kept(device))
         stack.enter_context(module_state_kept(root))
+        idle = None if getattr(root, "automatic_optimization", True) else idle_optimizers(root)
         names = _replace_parameters(root, tracer, device)
         root.__dict__["log"] = lambda name, value, *a, **k: tracer.consume_all(value)
+        if idle is not None:
+            optimize_idly(root, idle, tracer.consume_all)
         stack.enter_context(switch.handled_by(tracer))
         stack.enter_context(torch.no_grad())
         stack.enter_context(context())

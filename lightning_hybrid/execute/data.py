@@ -8,8 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import has_iterable_dataset
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, SequentialSampler
 
@@ -35,19 +34,18 @@ def replica_loader(loader: object, mesh: Mesh, trainer: pl.Trainer, agree: Calla
 
     Then the k-th batches of the n replicas are together the k-th batch of one process with the n-fold batch size.
     Lightning's own injection would shuffle with another seed, and would shuffle sequential training loaders too.
-    Loaders of iterable datasets, with a distributed sampler, or of other types than DataLoader are left alone.
+    Loaders of iterable datasets, with a distributed sampler, or of other types than DataLoader are left alone, and
+    those for predictions, which Lightning splits without repeating samples.
     """
-    if not isinstance(loader, DataLoader) or has_iterable_dataset(loader):
+    if trainer.state.fn == TrainerFn.PREDICTING or not isinstance(loader, DataLoader) or has_iterable_dataset(loader):
         return loader
     sampler: Any = loader.sampler
     if isinstance(sampler, DistributedSampler) or not hasattr(sampler, "__len__"):
         return loader
-    predicting = trainer.state.fn == TrainerFn.PREDICTING
-    mode = RunningStage.PREDICTING if predicting else None
     ordered = sampler if isinstance(sampler, SequentialSampler) else AgreedSampler(sampler, agree)
     if mesh.layout.replicas > 1:
-        kind = UnrepeatedDistributedSamplerWrapper if predicting else DistributedSamplerWrapper
-        ordered = kind(ordered, num_replicas=mesh.layout.replicas, rank=mesh.replica, shuffle=False)
+        n = mesh.layout.replicas
+        ordered = DistributedSamplerWrapper(ordered, num_replicas=n, rank=mesh.replica, shuffle=False)
     if ordered is sampler:
         return loader
-    return _update_dataloader(loader, ordered, mode=mode)  # type: ignore[arg-type]
+    return _update_dataloader(loader, ordered)  # type: ignore[arg-type]

@@ -153,7 +153,7 @@ def share_over_stages(entries: dict[str, LogEntry], loss: Tensor | None, mesh: M
         for e in entries.values()
     ]
     gathered: list[Any] = [None] * mesh.layout.pp
-    dist.all_gather_object(gathered, (None if loss is None else float(loss), plain), group=mesh.group("pp"))
+    dist.all_gather_object(gathered, (None if loss is None else float(loss.detach()), plain), group=mesh.group("pp"))
     shared_loss = 0.0
     for other_loss, others in gathered:
         shared_loss = shared_loss if other_loss is None else other_loss

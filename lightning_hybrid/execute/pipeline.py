@@ -81,6 +81,7 @@ class Pipeline:
         self.last_rank = partition.plan.stages[-1].rank
         self._prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
         self._step = _Step()
+        self._steps = 0
 
     # ---- training
 
@@ -251,8 +252,9 @@ class Pipeline:
 
     @contextmanager
     def _common_random_stream(self) -> Iterator[None]:
-        """One draw from the stream that all ranks share seeds the step; afterwards the streams agree again."""
-        self._step.seed = int(torch.randint(2**31, (1,)))
+        """Seeds a step's own streams, and keeps those that all ranks share as they are, for samplers to draw from."""
+        self._step.seed = (torch.initial_seed() + 15_485_863 * self._steps) % 2**62
+        self._steps += 1
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             yield

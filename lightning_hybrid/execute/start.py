@@ -50,8 +50,11 @@ def prepare_trainer(trainer: pl.Trainer) -> bool:
     """
     for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False
+    # what a step logs is reduced over the replicas already, whatever `sync_dist` says
+    warnings.filterwarnings("ignore", message=r".*It is recommended to use `self\.log\(.*sync_dist=True\)`.*")
     wanted = trainer._accelerator_connector.use_distributed_sampler
-    trainer._accelerator_connector.use_distributed_sampler = False
+    if trainer.state.fn != TrainerFn.PREDICTING:  # for predictions Lightning's own splitting repeats nothing
+        trainer._accelerator_connector.use_distributed_sampler = False
     return wanted
 
 

@@ -16,6 +16,7 @@ from lightning_hybrid.execute.runner import Runner
 
 def full_state_dict(runner: Runner) -> dict[str, Any]:
     """All weights and persistent buffers on the CPU of rank 0, under the user's names; `{}` elsewhere. Collective."""
+    runner.partition.reshard()
     parameters = runner.partition.parameters
     with parameters.all_visible():
         shown = runner.root.state_dict()
@@ -39,6 +40,7 @@ def load_full_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool)
     Raises:
         RuntimeError: If `strict` and the names differ, as `nn.Module.load_state_dict` does.
     """
+    runner.partition.reshard()
     parameters = runner.partition.parameters
     with parameters.all_visible():
         expected = set(runner.root.state_dict())

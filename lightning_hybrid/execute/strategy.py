@@ -18,7 +18,6 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -155,7 +154,6 @@ class HybridStrategy(ParallelStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        reset_seed()
         self._set_world_ranks()
         self._backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
         device_id = self.root_device if self._backend == "nccl" else None
@@ -212,6 +210,7 @@ class HybridStrategy(ParallelStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self._reset_optimizers_and_schedulers()
+        self.runner.partition.reshard()
         with self.runner.parameters_for_optimizers(self):
             super().setup_optimizers(trainer)
 

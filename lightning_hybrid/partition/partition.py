@@ -93,7 +93,8 @@ class Partition:
             self.step_module.tensor = self.tensor
         if layout.replicas > 1:
             self._share_batch_statistics()
-        blocks = [b for b in self.switch.units.blocks if held & self.parameters.inside(b)]
+        units = self.switch.units
+        blocks = [b for b in units.blocks if held & self.parameters.inside(b)]
         if compile_blocks:
             self.switch.compile(blocks)
         if layout.fsdp > 1:
@@ -101,8 +102,12 @@ class Partition:
             make_real = (
                 None if tape is None or self.tensor is not None else partial(self._make_real, tape, device=device)
             )
+            step_module = self.step_module
+            if not getattr(self.root, "automatic_optimization", True):
+                # weights change within a step, so nothing may stay gathered for all of it: every unit by itself
+                step_module, blocks = None, [u for u in units.names if held & self.parameters.inside(u)]
             self.whole, overrides = shard_replicas(
-                self.root, self.step_module, blocks, self.parameters, held, mesh, make_real
+                self.root, step_module, blocks, self.parameters, held, mesh, make_real
             )
             self._overrides += overrides
         self._create_shared_groups()
@@ -123,6 +128,7 @@ class Partition:
 
     def remove(self) -> None:
         """Takes everything off. Collective; afterwards every rank has the user's module with all present weights."""
+        self.reshard()
         wholes = {name: self.whole_parameter(name) for name in self.parameters.names}
         if self.tensor is not None:
             self.tensor.remove()
@@ -141,6 +147,12 @@ class Partition:
             if self.tensor is None or isinstance(present, Ghost):
                 self.parameters.put(name, nn.Parameter(whole, requires_grad=self.parameters.requires_grad[name]))
         self._share_buffers()
+
+    def reshard(self) -> None:
+        """Frees what `fsdp` has gathered for evaluation, so that parameters are the sharded ones again."""
+        for module in [self.step_module, *self.root.modules()]:
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def whole_parameter(self, name: str) -> torch.Tensor:
         """The whole of a parameter on every rank. Collective."""

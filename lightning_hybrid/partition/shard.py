@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lightning_hybrid.partition.ownership import Parameters
 
 
 def shard_replicas(
     root: nn.Module,
-    step_module: nn.Module,
+    step_module: nn.Module | None,
     blocks: Iterable[str],
     parameters: Parameters,
     held: Collection[str],
@@ -25,7 +26,7 @@ def shard_replicas(
 
     Args:
         root: The LightningModule.
-        step_module: The module around it, which takes what is in no block.
+        step_module: The module around it, which takes what is in no block; None: that stays whole.
         blocks: Names of the held blocks.
         parameters: The parameters of `root`.
         held: Names of those that this rank holds.
@@ -34,7 +35,8 @@ def shard_replicas(
             sharded, so that no more than a block is ever whole.
 
     Returns:
-        Names of parameters that stay whole (scalars, which cannot be split); modules with the `forward` they were given.
+        Names of parameters that stay whole, as scalars do, which cannot be split; and modules with the `forward` that
+        they were given.
     """
     overrides: list[tuple[nn.Module, Callable]] = []
     scalars = {name for name in held if parameters[name].ndim == 0}
@@ -52,6 +54,8 @@ def shard_replicas(
             overrides.append((module, _call_instead_of_forward(module)))
     if make_real is not None:
         make_real(held)
+    if step_module is None:
+        return {name for name in held if not isinstance(parameters[name], DTensor)}, overrides
     if len(scalars) < len(held):
         fully_shard(step_module, mesh=mesh, ignored_params=ignored)
     return scalars, overrides

@@ -201,7 +201,7 @@ class TensorParallel:
         unit, group, active, handles = self.root.get_submodule(name), self._group, self._scopes.active, self._handles
         handles += self._scopes.add_unit(name, unit, plan)
         for child in plan.columns:
-            handles.append(add_column(unit.get_submodule(child), self._scopes.copied, active))
+            handles.append(add_column(unit.get_submodule(child), partial(self._scopes.column_input, child), active))
         for child in plan.rows:
             handles.append(add_row(unit.get_submodule(child), group, active))
         for child, channels in plan.shared_outputs.items():
@@ -210,9 +210,8 @@ class TensorParallel:
             handles.append(add_selected_output(unit.get_submodule(child), parts, group, active))
         for child, width in plan.widths.items():
             handles += add_narrowing(unit.get_submodule(child), width, self.plan.size, active)
-        for child in {name for region in plan.regions for name in region}:
-            note = partial(self._note_call, child)
-            handles.append(unit.get_submodule(child).register_forward_pre_hook(note))
+        for child in (*plan.rows, *plan.selected_outputs):
+            handles.append(unit.get_submodule(child).register_forward_pre_hook(partial(self._note_call, child)))
         for owner, key, value in attribute_entries(unit, plan.attributes):
             self._patch(owner, key, value)
 

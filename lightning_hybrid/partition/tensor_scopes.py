@@ -64,8 +64,9 @@ class Scopes:
             self._unshadow(slots)
         self._calls.clear()
 
-    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+    def column_input(self, linear: str, tensor: torch.Tensor) -> torch.Tensor:
         """The input of a column, copied to the ranks once in a unit call however many columns use it."""
+        self.ran(linear)
         if isinstance(tensor, NarrowTensor):
             tensor = tensor.whole
         if not self._calls or not (torch.is_grad_enabled() and tensor.requires_grad):
@@ -122,7 +123,7 @@ class Scopes:
                 return
             self._unshadow(slots)
             for buffer in plan.buffers:
-                owner, _, key = buffer.rpartition(".")
+                owner, key = buffer.rpartition(".")[::2]
                 module.get_submodule(owner).__dict__.pop(key, None)
             if self._calls:
                 self._calls.pop()
@@ -170,9 +171,9 @@ class Scopes:
             size = tensor.shape[dim]
             if size % len(owners):
                 raise ValueError(
-                    f"`{path[-1]}` has {size} entries along dim {dim}; this block is divided over ranks in a way that "
-                    f"needs a multiple of {len(owners)}. Keep the shape of the first batch, or use `tensor_plan` to keep "
-                    "the block's last linear replicated."
+                    f"`{path[-1]}` has {size} entries along dim {dim}; this block is divided over ranks in a way "
+                    f"that needs a multiple of {len(owners)}. Keep the shape of the first batch, or keep the block "
+                    "whole with `tensor_plan`."
                 )
             index = [i for i in range(size) if owners[i % len(owners)] == self.group.rank()]
             return select_on_rank(tensor, dim, torch.tensor(index, device=tensor.device), self.group)
@@ -194,9 +195,9 @@ def _check_regions(unit: str, plan: UnitPlan, ran: set[str]) -> None:
         missing = [name for name in region if name not in ran]
         if missing and len(missing) < len(region):
             raise RuntimeError(
-                f"`{unit}` was divided over the `tp` axis with `{missing[0]}`, which its forward has not called this time "
-                f"though it called `{next(n for n in region if n in ran)}`. It takes another path than in the dry run; "
-                f"keep it whole with `tensor_plan={{'{unit}.*': 'replicate'}}`."
+                f"`{unit}` was divided over the `tp` axis with `{missing[0]}`, which its forward has not called this "
+                f"time though it called `{next(n for n in region if n in ran)}`. It takes another path than in the dry "
+                f"run; keep it whole with `tensor_plan={{'{unit}.*': 'replicate'}}`."
             )
 
 

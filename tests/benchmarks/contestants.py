@@ -189,7 +189,9 @@ def loader(size: Size, steps: int, *, replicas: int) -> DataLoader:
     return DataLoader(data, batch_size=size.batch // replicas, sampler=order)
 
 
-def fit(module: L.LightningModule, strategy: Any, contestant: Contestant, size: Size, *, replicas: int, **trainer: Any) -> None:
+def fit(
+    module: L.LightningModule, strategy: Any, contestant: Contestant, size: Size, *, replicas: int, **trainer: Any
+) -> None:
     """Trains with Lightning, on every rank."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from torch.utils.data import default_collate
 
 from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
 from lightning_hybrid.analyze.tensor_use import record_use
-from lightning_hybrid.analyze.trace import Trace, trace_step
+from lightning_hybrid.analyze.trace import Trace, UnitCall, trace_step
 from lightning_hybrid.analyze.units import CallSwitch, find_units
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import TensorPlan, UnitPlan
@@ -32,15 +30,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@dataclass
-class Call:
-    """A recorded call, written by hand."""
-
-    name: str
-    args: tuple = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def plan_of(name: str, size: int = 2, overrides: dict[str, str] | None = None) -> TensorPlan:
@@ -77,7 +66,7 @@ def test_llama_has_the_canonical_plan() -> None:
     assert block.columns == (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj",
     )  # fmt: skip
-    assert not (block.attributes or block.shared_outputs or block.partial or block.slices)
+    assert (block.attributes, block.shared_outputs, block.partial, block.slices) == ({}, {}, (), ())
     assert plan.embeddings == ("net.model.embed_tokens",)
     assert plan.gathered == ("net.lm_head",)
     assert plan.fraction > 0.98
@@ -199,7 +188,7 @@ def test_a_weight_that_is_used_directly_stays_whole(direct: bool) -> None:
     with record_use(root, ["mlp"]) as use:
         root(torch.zeros(2, 8, dtype=torch.long))
     hidden = torch.randn(2, 8, 16, requires_grad=True)
-    plan = infer_tensor_plan(root, [Call("mlp", (hidden,))], 2, use=use)
+    plan = infer_tensor_plan(root, [UnitCall(name="mlp", args=(hidden,))], 2, use=use)
     assert plan.embeddings == (() if direct else ("embedding",))
     assert plan.units["mlp"].rows == ("2",)
     assert plan.units["mlp"].columns == ("0",)
@@ -220,7 +209,7 @@ class Squashed(nn.Module):
 
 def _squashed(joined: bool, size: int = 2, overrides: dict[str, str] | None = None) -> TensorPlan:
     root = nn.Sequential(Squashed(joined))
-    return infer_tensor_plan(root, [Call("0", (torch.randn(4, 8, requires_grad=True),))], size, overrides)
+    return infer_tensor_plan(root, [UnitCall(name="0", args=(torch.randn(4, 8, requires_grad=True),))], size, overrides)
 
 
 def test_a_channel_mix_is_no_region_and_falls_back_to_gathering() -> None:
@@ -235,7 +224,7 @@ def test_weights_may_be_real_or_meta_and_stay_untouched(device: str) -> None:
     root.train()
     state = {name: (id(p), p.device.type) for name, p in root.named_parameters()}
     keys, rng = set(root[0].first.__dict__), torch.get_rng_state()
-    plan = infer_tensor_plan(root, [Call("0", (torch.randn(4, 8, requires_grad=True),))], 2)
+    plan = infer_tensor_plan(root, [UnitCall(name="0", args=(torch.randn(4, 8, requires_grad=True),))], 2)
     assert plan.units["0"].rows == ("second",)
     assert state == {name: (id(p), p.device.type) for name, p in root.named_parameters()}
     assert keys == set(root[0].first.__dict__)

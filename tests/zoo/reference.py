@@ -81,7 +81,7 @@ def run_single(case: Case, *, validate: bool = False) -> Run:
 
 
 def run_hybrid(
-    name: str, layout: str, schedule: str = "1F1B", microbatches: int | Literal["auto"] = 4, *, validate: bool = False
+    name: str, layout: str, schedule: Any = "1F1B", microbatches: int | Literal["auto"] = 4, *, validate: bool = False
 ) -> Run:
     """Train a case under a layout; called on every rank."""
     from lightning_hybrid import HybridStrategy, Layout
