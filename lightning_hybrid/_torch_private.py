@@ -54,6 +54,11 @@ def user_location() -> str:
     return "unknown location"
 
 
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a view in the eyes of autograd."""
+    return tensor._is_view()
+
+
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copies every source into its target, in one kernel where there is one."""
     torch._foreach_copy_(targets, sources)

@@ -134,6 +134,7 @@ class _Inference:
             embeddings=self.singles_of("embedding"),
             gathered=self.singles_of("gathered"),
             attention=self.singles_of("attention"),
+            used_outside=self._used_outside(),
             reasons={n: r for n, r in self.reasons.items() if n not in self.singles},
             sharded_elements=sum(s[0].tensor.numel() for i, s in self.aliases.items() if i in divided),
             total_elements=self.total,
@@ -241,10 +242,23 @@ class _Inference:
             if len(slots) == 1 and worthwhile and not isinstance(module, nn.Embedding):
                 self._try(name, module, divide_gathered)
 
+    def _used_outside(self) -> tuple[str, ...]:
+        if self.use is None:
+            return ()
+        found = []
+        for name in self.slots.keys() - self.parameters.keys():
+            unit = self._unit_of(name)
+            if unit is not None and self.use.users(name, unit):
+                found.append(name)
+        return tuple(sorted(found))
+
+    def _unit_of(self, name: str) -> str | None:
+        return next((u for u in self.calls if name == u or name.startswith(f"{u}.") or not u), None)
+
     def _was_called(self, name: str) -> bool:
         if self.use is not None:
             return name in self.called
-        return name in self.called or any(name == u or name.startswith(f"{u}.") or not u for u in self.calls)
+        return name in self.called or self._unit_of(name) is not None
 
     def _outside(self, name: str, module: nn.Module) -> bool:
         """Whether a module that was called lies in no block and is large enough to be divided on its own."""
@@ -255,7 +269,7 @@ class _Inference:
             return False
         if not isinstance(module, nn.Embedding) and linear_dims(module) is None:
             return False
-        unit = next((u for u in self.calls if name == u or name.startswith(f"{u}.") or not u), None)
+        unit = self._unit_of(name)
         if unit is None:
             return True
         if isinstance(module, nn.Embedding):

@@ -234,7 +234,14 @@ class Pipeline:
             outputs = tuple(self._example(v) for v in program.sent) or (torch.empty((), requires_grad=True),)
             stages.append(
                 PipelineStage(
-                    module, s, len(plan.stages), self.device, input_args=inputs, output_args=outputs, group=group
+                    module,
+                    s,
+                    len(plan.stages),
+                    self.device,
+                    input_args=inputs,
+                    output_args=outputs,
+                    group=group,
+                    dw_builder=None if program.splits_backward else _nothing_left,
                 )
             )
         name = runnable_schedule(plan.schedule, plan.layout.pp, count)
@@ -269,6 +276,11 @@ class _Step:
     recorder: LogRecorder = None  # type: ignore[assignment]
     scale: float = 1.0
     seed: int = 0
+
+
+def _nothing_left() -> Callable[[], None]:
+    """For `PipelineStage`: the first half of a split backward pass has computed the weights' gradients too."""
+    return lambda: None
 
 
 class _Stopped(NamedTuple):  # a tuple, so that hooks of the step module find the tensors in it

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_hybrid.analyze.heads import check_heads
 from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
 from lightning_hybrid.analyze.trace import Trace, UnitCall, trace_step
 from lightning_hybrid.analyze.units import CallSwitch, Units, find_units
@@ -65,6 +66,8 @@ def make_partition(
             return Partition(
                 root, mesh, _whole_plan(layout, parameters, units), None, switch, parameters, StepModule(root)
             )
+        if layout.tp > 1:
+            check_heads(root, layout, request.tensor_plan)
         name, args = sample()
         _check_pipeline(root, request, name)
         count = microbatches_for(root, request, args[0])

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lightning_hybrid._torch_private import is_view
 from lightning_hybrid.analyze.ghost import Ghost
 from lightning_hybrid.analyze.trace import CrossingValue, Trace
 from lightning_hybrid.spec.errors import PartitionError
@@ -41,6 +42,16 @@ class StageProgram:
     def received(self) -> tuple[CrossingValue, ...]:
         """What the previous stage sends."""
         return self.trace.cuts[self.first].values if self.first else ()
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether torch can compute gradients of inputs first and those of weights later, as zero-bubble schedules do.
+
+        `torch.distributed.pipelining` finds the weights of the second half on paths from the stage's input, so it
+        misses those that only the batch leads to (a decoder's embedding), and it mixes up several inputs.
+        """
+        own = self.trace.calls[self.first : self.stop]
+        return len(self.received) <= 1 and all(call.depends for call in own[1:])
 
     @property
     def sent(self) -> tuple[CrossingValue, ...]:
@@ -86,6 +97,9 @@ class StageRun:
             self._leave(args, kwargs)
         self.calls += 1
         if index >= program.first:
+            if index > program.first > 0:
+                # autograd functions of blocks take tensors only, not what stands for them
+                args, kwargs = tree_map(_received, (args, kwargs))
             out = call(*args, **kwargs)
         elif recorded[index].skippable:
             out = self._skip(index, args, kwargs)
@@ -115,14 +129,15 @@ class StageRun:
         for value, tensor in zip(self.program.received, self.inputs, strict=True):
             if value.written:
                 tensor = tensor.clone()  # the received buffer is a leaf of the autograd graph
+            elif tensor.requires_grad:
+                tensor = _ContiguousGradient.apply(tensor)
             kind, _, i = value.source
             stand_in = flat[i] if kind == "arg" else self._outputs[value.source]
             if isinstance(stand_in, Ghost):
                 stand_in.materialize(tensor)
             if kind == "arg":
                 flat[i] = tensor
-        flat = [x.received if isinstance(x, Ghost) and x.received is not None else x for x in flat]
-        return tree_unflatten(flat, spec)
+        return tree_unflatten([_received(x) for x in flat], spec)
 
     def _leave(self, args: tuple, kwargs: dict) -> None:
         flat, _ = tree_flatten((args, kwargs))
@@ -130,9 +145,8 @@ class StageRun:
         for value in self.program.sent:
             kind, _, i = value.source
             tensor = flat[i] if kind == "arg" else self._outputs[value.source]
-            if isinstance(tensor, Ghost):
-                tensor = tensor.received
-            if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != value.shape:
+            tensor = _received(tensor)
+            if isinstance(tensor, Ghost) or not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != value.shape:
                 got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
                 raise PartitionError(
                     f"A pipeline needs equal shapes in every microbatch of a step. The tensor before "
@@ -143,11 +157,28 @@ class StageRun:
         raise StopStage(tuple(values))
 
 
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity; what goes back to the previous stage must be contiguous to be sent."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0].contiguous()
+
+
+def _received(value: Any) -> Any:
+    """What a ghost stands for, once it is there."""
+    return value.received if isinstance(value, Ghost) and value.received is not None else value
+
+
 def _to_send(tensor: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled() or not tensor.is_floating_point():
         return tensor.detach().contiguous()
     if not tensor.requires_grad:
         return tensor.detach().contiguous().requires_grad_()  # frozen so far; torch wants to hand back a gradient
-    if tensor.is_leaf:
-        return tensor.view_as(tensor)  # passed through: received by this stage and sent on
-    return tensor.contiguous()
+    tensor = tensor.contiguous()
+    # what was received and is passed on, and views, which torch cannot detach in place after use
+    return tensor.clone() if tensor.is_leaf or is_view(tensor) else tensor

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import lightning.pytorch as pl
 import numpy as np
@@ -148,8 +149,14 @@ def _together(plan: Callable[[], Partition]) -> Partition:
     if made is not None and not failed:
         return made
     if dist.get_rank() != 0:
-        sys.exit(1)
+        leave_quietly()
     raise error or RuntimeError(f"Rank {failed[0]} could not be set up: {errors[failed[0]]}")
+
+
+def leave_quietly() -> NoReturn:
+    """Ends a rank whose error rank 0 reports; a little later, since launchers end all ranks when the first one goes."""
+    time.sleep(1)
+    sys.exit(1)
 
 
 def _sample(trainer: pl.Trainer) -> tuple[str, tuple]:

@@ -146,8 +146,13 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        self.layout.validate(self.num_nodes * self.num_processes)
         environment = self._environment
+        try:
+            self.layout.validate(self.num_nodes * self.num_processes)
+        except ValueError:
+            if max(environment.global_rank(), environment.local_rank()) > 0:
+                start.leave_quietly()
+            raise
         if not environment.creates_processes_externally:
             self._launcher = _SubprocessScriptLauncher(environment, self.num_processes, self.num_nodes)
 

@@ -193,7 +193,10 @@ class TensorParallel:
             if name.rpartition(".")[0] in own_forward_only:
                 continue  # nothing else may use these weights; an error is better than a wrong number
             unit = _unit_of(name, self._scopes.units)
-            (self._scopes.root if unit is None else self._scopes.units[unit]).append(slot)
+            if unit is not None:
+                self._scopes.units[unit].append(slot)
+            if unit is None or name in self.plan.used_outside:
+                self._scopes.root.append(slot if unit is None else Slot(module, key, None))
         for module, slots in by_module.items():
             self._handles += self._scopes.add_module(module, slots)
 

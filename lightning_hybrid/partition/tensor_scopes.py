@@ -46,7 +46,8 @@ class Scopes:
         self.root: list[Slot] = []
         """Parameters outside the units."""
         self.units: dict[str, list[Slot]] = {}
-        self._shadowed: dict[tuple[nn.Module, str], None] = {}
+        self._shadowed: dict[tuple[nn.Module, str], list[Any]] = {}
+        """For each parameter that is local: what stood in its place, outermost scope first (`...` for nothing)."""
         self._calls: list[_UnitCall] = []
 
     def active(self) -> bool:
@@ -60,9 +61,12 @@ class Scopes:
 
     def exit_root(self) -> None:
         """A step has ended, perhaps by an exception: nothing is local any more."""
-        for slots in (self.root, *self.units.values()):
-            self._unshadow(slots)
+        for module, key in self._shadowed:
+            module.__dict__.pop(key, None)
+        self._shadowed.clear()
         self._calls.clear()
+        for slots in (self.root, *self.units.values()):
+            _refresh_flat_weights(slots)
 
     def column_input(self, linear: str, tensor: torch.Tensor) -> torch.Tensor:
         """The input of a column, copied to the ranks once in a unit call however many columns use it."""
@@ -142,15 +146,20 @@ class Scopes:
             if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
                 continue  # not owned, or still sharded by `fully_shard`
             local = parameter.to_local()
+            self._shadowed.setdefault((slot.module, slot.key), []).append(slot.module.__dict__.get(slot.key, ...))
             slot.module.__dict__[slot.key] = local if slot.then is None else slot.then(local)
-            self._shadowed[slot.module, slot.key] = None
         _refresh_flat_weights(slots)
 
     def _unshadow(self, slots: list[Slot]) -> None:
         for slot in slots:
-            if (slot.module, slot.key) in self._shadowed:
-                del self._shadowed[slot.module, slot.key]
+            before = self._shadowed.get((slot.module, slot.key))
+            if not before:
+                continue
+            value = before.pop()
+            if value is ...:
                 slot.module.__dict__.pop(slot.key, None)
+            else:
+                slot.module.__dict__[slot.key] = value
         _refresh_flat_weights(slots)
 
     def _shadow_buffers(self, unit: nn.Module, plan: UnitPlan) -> None:

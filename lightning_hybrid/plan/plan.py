@@ -77,7 +77,7 @@ def plan_stages(
         PartitionError: If there are more stages than places to cut.
     """
     count = layout.pp * stages_per_rank(schedule)
-    _check_block_count(layout, schedule, count, blocks or len(names), "blocks" if blocks else "modules")
+    _check_block_count(layout, schedule, count, blocks or len(names), "block" if blocks else "module")
     places = [c for c, refusal in refusals.items() if refusal is None]
     # interval -1 belongs to the first call; a thousandth of the mean keeps calls without FLOPs from costing nothing
     floor = sum(flops) / max(1, len(names)) * 1e-3 or 1.0
@@ -123,11 +123,21 @@ def _check_block_count(layout: Layout, schedule: str, count: int, available: int
     if count <= available:
         return
     largest = available // stages_per_rank(schedule)
+    advice = [f"a `pp` of at most {largest}"] if largest > 1 else []
+    if stages_per_rank(schedule) > 1 and layout.pp <= available:
+        advice.append("a schedule with one stage a rank such as '1F1B'")
+    advice.append(_without_pipeline(layout))
     raise PartitionError(
         f"`layout='{layout}'` with `schedule='{schedule}'` needs {count} pipeline stages, but the model has only "
-        f"{available} {kind}, and a stage needs at least one. Use a `pp` of at most {max(1, largest)}"
-        + (", or a schedule with one stage a rank such as '1F1B'." if stages_per_rank(schedule) > 1 else ".")
+        f"{available} {kind}{'' if available == 1 else 's'}, and a stage needs at least one. Use {', or '.join(advice)}."
     )
+
+
+def _without_pipeline(layout: Layout) -> str:
+    """Layouts for as many devices that do not cut the model."""
+    wider = Layout(dp=layout.dp * layout.pp, fsdp=layout.fsdp, tp=layout.tp)
+    sharded = Layout(dp=layout.dp, fsdp=layout.fsdp * layout.pp, tp=layout.tp)
+    return f"a layout that does not cut the model, such as '{wider}' or '{sharded}'"
 
 
 def _refuse(
@@ -135,8 +145,8 @@ def _refuse(
 ) -> None:
     reasons = [f"before `{names[c]}`: {why}" for c, why in refusals.items() if why is not None]
     possible = (places + 1) // stages_per_rank(schedule)
+    smaller = f"a `pp` of at most {possible}, or " if possible > 1 else ""
     raise PartitionError(
         f"`layout='{layout}'` with `schedule='{schedule}'` needs {count - 1} places to cut the model into stages, but "
-        f"there are {places}. {'; '.join(reasons[:3])}. Use a `pp` of at most {max(1, possible)}, or spread the ranks "
-        "over `dp`, `fsdp` and `tp`, which do not cut the model."
+        f"there are {places}. {'; '.join(reasons[:3])}. Use {smaller}{_without_pipeline(layout)}."
     )

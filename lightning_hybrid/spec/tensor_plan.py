@@ -88,6 +88,8 @@ class TensorPlan:
     """Linears or convolutions with divided output channels whose output is gathered again."""
     attention: tuple[str, ...] = ()
     """`nn.MultiheadAttention` modules divided by heads."""
+    used_outside: tuple[str, ...] = ()
+    """Whole parameters of units that something outside their unit computes with too."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Why a module that was considered stays replicated."""
     sharded_elements: int = 0

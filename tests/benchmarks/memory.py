@@ -1,9 +1,9 @@
 """Peak host memory of a rank, beside that of a single process that trains the same model on the same global batch.
 
 The kernel keeps a process's largest resident set (`VmHWM`), and `5` written to `clear_refs` sets it back to the present
-one. Each figure comes from fresh processes, which train a tiny model first, so that code and buffers that do not depend on
-the model are not counted. The C library gives freed memory of every tensor of 64 KiB or more back at once, so that the
-figure is what was in use and not what the allocator kept. The model is built in `configure_model`.
+one. Each figure comes from fresh processes, which train a tiny model first, so that code and buffers that do not depend
+on the model are not counted. The C library is told to give freed memory of every tensor of 64 KiB or more back at once,
+so that the figure is what was in use and not what the allocator kept. The model is built in `configure_model`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tests.harness import RankGroup
 MEMORY_LAYOUTS = ("fsdp2", "pp2")
 STEPS = 3
 M_MMAP_THRESHOLD = -3
-"""Of `mallopt` in glibc's malloc.h: blocks of at least so many bytes are mapped by themselves and unmapped when freed."""
-PAGE_BYTES = 4096
+"""Of `mallopt`, by glibc's malloc.h: blocks of at least so many bytes are mapped alone and unmapped when freed."""
+MAPPED_ALONE_BYTES = 64 * 1024
 MIB = 2**20
 BYTES_PER_WEIGHT = 16
 """In float32 with AdamW: weight, gradient and two moments."""
@@ -79,7 +79,7 @@ def train_and_measure(layout: str | None, size: MemorySize) -> Memory:
     """Runs on every rank; with no layout, on a single process with Lightning's own strategy."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 16 * PAGE_BYTES):
+    if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES):
         raise RuntimeError("this C library has no `mallopt`, without which freed memory would count")
     tiny = MemorySize(width=32, heads=2, vocabulary=64, blocks=size.blocks, time=8, batch=size.batch)
     _train(layout, tiny)
@@ -125,7 +125,7 @@ def measure_memory(layouts: Sequence[str], size: MemorySize) -> str:
         size: Of the model.
     """
     lines = [
-        "| layout | peak of the fullest rank, MiB | share of the single process | weights, gradients and moments, MiB |",
+        "| layout | peak of the fullest rank, MiB | share of the single process | weights, gradients, moments, MiB |",
         "|---|---|---|---|",
     ]
     single = _fullest(None, size)

@@ -195,6 +195,27 @@ def test_recomputed_activations(ranks2: RankGroup, how: str) -> None:
     ranks2.call(_recompute, how)
 
 
+class Regularised(Stack):
+    """A loss that also looks at weights of the blocks: at a norm's and at a linear's."""
+
+    def loss(self) -> torch.Tensor:
+        block: Any = self.layers[0]
+        return super().loss() + block.norm.weight.square().sum() + block.up.weight.square().sum()
+
+
+def _weights_in_the_loss() -> None:
+    torch.manual_seed(0)
+    root = Regularised("none")
+    divided = Divided(root, None, _mesh(2), root.loss)
+    assert "layers.0.up.weight" not in divided.plan.parameters
+    assert "layers.1.up.weight" in divided.plan.parameters
+    divided.check(divided.step())
+
+
+def test_weights_that_the_loss_looks_at(ranks2: RankGroup) -> None:
+    ranks2.call(_weights_in_the_loss)
+
+
 def _attention(kind: str) -> None:
     group = _mesh(2)
     torch.manual_seed(0)
