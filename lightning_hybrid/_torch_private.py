@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
@@ -57,6 +58,11 @@ def user_location() -> str:
 def is_view(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a view in the eyes of autograd."""
     return tensor._is_view()
+
+
+def default_group() -> dist.ProcessGroup:
+    """The process group of all ranks."""
+    return dist.distributed_c10d._get_default_group()
 
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -44,7 +44,7 @@ def check_heads(root: nn.Module, layout: Layout, overrides: Mapping[str, str] | 
     sharded = Layout(dp=layout.dp, fsdp=layout.fsdp * layout.tp, pp=layout.pp)
     pattern = f"*{name.rpartition('.')[2]}"
     raise PartitionError(
-        f"`layout='{layout}'` has `tp={layout.tp}`, which must divide the number of attention heads. `{name}` has {count} "
-        f"heads. Use a `tp` of {' or '.join(map(str, sizes))}, a layout such as '{others}' or '{sharded}', or "
+        f"`layout='{layout}'` has `tp={layout.tp}`, which must divide the number of attention heads. `{name}` has "
+        f"{count} heads. Use a `tp` of {' or '.join(map(str, sizes))}, a layout such as '{others}' or '{sharded}', or "
         f"`tensor_plan={{'{pattern}': 'replicate'}}` to keep the attention whole on every rank."
     )

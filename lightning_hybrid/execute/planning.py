@@ -12,7 +12,7 @@ import torch
 
 from lightning_hybrid.analyze.heads import check_heads
 from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
-from lightning_hybrid.analyze.trace import Trace, UnitCall, trace_step
+from lightning_hybrid.analyze.trace import Trace, trace_step
 from lightning_hybrid.analyze.units import CallSwitch, Units, find_units
 from lightning_hybrid.execute.batches import batch_size, split_batch
 from lightning_hybrid.partition.batch_norm import has_batch_norm
@@ -77,16 +77,15 @@ def make_partition(
                 if buffer is not None and buffer.device != device:
                     buffer_owner._buffers[key] = buffer.to(device)
         step = getattr(root, name)
-        divided = (units.blocks or units.names) if layout.tp > 1 else None
-        trace = trace_step(root, switch, step, arguments, device=device, context=precision, use_of=divided)
+        watched = units.names if layout.tp > 1 else None
+        trace = trace_step(root, switch, step, arguments, device=device, context=precision, use_of=watched)
         if layout.pp > 1:
             plan = _staged_plan(request, units, trace, parameters, count)
         else:
             plan = _whole_plan(layout, parameters, units)
         partition = Partition(root, mesh, plan, trace, switch, parameters, StepModule(root))
         if layout.tp > 1:
-            calls = _distinct_calls(root, trace, units)
-            partition.tensor_plan = infer_tensor_plan(root, calls, layout.tp, request.tensor_plan, trace.use)
+            partition.tensor_plan = infer_tensor_plan(root, trace.calls, layout.tp, request.tensor_plan, trace.use)
         for call in trace.calls:
             call.args, call.kwargs = (), {}  # frees the ghosts and copies of the dry run
         trace.use = None
@@ -165,12 +164,3 @@ def _staged_plan(request: Request, units: Units, trace: Trace, parameters: Param
         refusals={c: cut.refusal for c, cut in trace.cuts.items()},
         blocks=sum(call.name in chosen for call in trace.calls),
     )
-
-
-def _distinct_calls(root: pl.LightningModule, trace: Trace, units: Units) -> list[UnitCall]:
-    """One call of each unit that holds weights; of the blocks where there are some."""
-    calls: dict[str, UnitCall] = {}
-    for call in trace.calls:
-        if not units.blocks or call.name in units.blocks:
-            calls.setdefault(call.name, call)
-    return list(calls.values())

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lightning_hybrid._torch_private import default_group
 from lightning_hybrid.spec.layout import Layout
 
 AXES = ("pp", "dp", "fsdp", "tp")
 """From the slowest network to the fastest: neighbours in `tp` are neighbours in rank."""
+
+
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layout, str], Mesh]] = WeakKeyDictionary()
+"""The meshes that were made on each default process group; they go with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +28,39 @@ class Mesh:
     replica_group: dist.ProcessGroup
     """The ranks that hold the same weights and see other data: all of `dp` and `fsdp`."""
 
+    holder_groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    """Groups of pipeline ranks that share weights, as far as they have been made (see `holder_group`)."""
+    _tried: set[tuple[int, ...]] = field(default_factory=set)
+
     @classmethod
     def create(cls, layout: Layout, device_type: str) -> Mesh:
-        """Creates the process groups; collective over all ranks."""
+        """The mesh of a layout; collective over all ranks.
+
+        Process groups hold threads and connections for as long as the process lives, so that a later Trainer of the
+        same processes with the same layout gets the same ones.
+        """
+        made = _made.setdefault(default_group(), {})
+        if (layout, device_type) not in made:
+            made[layout, device_type] = cls._create(layout, device_type)
+        return made[layout, device_type]
+
+    @classmethod
+    def _create(cls, layout: Layout, device_type: str) -> Mesh:
         sizes = tuple(getattr(layout, axis) for axis in AXES)
         mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
         replicas = mesh["dp", "fsdp"]._flatten("replicas")
         return cls(layout=layout, device_mesh=mesh, replica_group=replicas.get_group())
+
+    def holder_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The group of the pipeline ranks `ranks` of this rank's column; None if it is none of them. Collective."""
+        if ranks not in self._tried:
+            self._tried.add(ranks)
+            for column in self.device_mesh.mesh.flatten(1).T.tolist():
+                members = [column[r] for r in ranks]
+                group = dist.new_group(members)
+                if dist.get_rank() in members:
+                    self.holder_groups[ranks] = group  # type: ignore[assignment]
+        return self.holder_groups.get(ranks)
 
     def rank(self, axis: str) -> int:
         """This rank's index on `axis`."""

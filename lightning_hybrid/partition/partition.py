@@ -199,15 +199,8 @@ class Partition:
     def _create_shared_groups(self) -> None:
         """Groups of pipeline ranks that hold the same weight; every rank takes part in creating every group."""
         shared = {n: self.plan.ranks_of(n) for n in self.parameters.names if len(self.plan.ranks_of(n)) > 1}
-        columns = self.mesh.device_mesh.mesh.flatten(1).T.tolist()
-        groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        for ranks in sorted(set(shared.values())):
-            for column in columns:
-                members = [column[r] for r in ranks]
-                group = dist.new_group(members)
-                if dist.get_rank() in members:
-                    groups[ranks] = group  # type: ignore[assignment]
-        self.shared_groups = {n: groups[r] for n, r in shared.items() if r in groups}
+        groups = {ranks: self.mesh.holder_group(ranks) for ranks in sorted(set(shared.values()))}
+        self.shared_groups = {n: group for n, ranks in shared.items() if (group := groups[ranks]) is not None}
 
     # ---- the module as the user wrote it, for dry runs
 

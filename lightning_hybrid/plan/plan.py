@@ -129,7 +129,8 @@ def _check_block_count(layout: Layout, schedule: str, count: int, available: int
     advice.append(_without_pipeline(layout))
     raise PartitionError(
         f"`layout='{layout}'` with `schedule='{schedule}'` needs {count} pipeline stages, but the model has only "
-        f"{available} {kind}{'' if available == 1 else 's'}, and a stage needs at least one. Use {', or '.join(advice)}."
+        f"{available} {kind}{'' if available == 1 else 's'}, and a stage needs at least one. "
+        f"Use {', or '.join(advice)}."
     )
 
 

@@ -3,8 +3,8 @@
 Two gloo ranks with one thread each train the same model under `HybridStrategy` and under what one would write by hand,
 a block of steps each by turns, in the same processes. A step is a whole training step: fetching the batch, forward,
 backward, communication, optimizer. The figure is the median over rounds of the ratio of the two times; a ratio below 1
-means that `HybridStrategy` was faster. "CPU time" is the same ratio for the processor time of rank 0, which other load on
-the machine disturbs less; it has no part in the bound. Then the memory of a rank is measured in fresh processes.
+means that `HybridStrategy` was faster. "CPU time" is the same ratio for the processor time of rank 0, which other load
+on the machine disturbs less; it has no part in the bound. Then the memory of a rank is measured in fresh processes.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ PEAK_BF16_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
 }
-"""Dense bf16 on tensor cores, by `torch.cuda.get_device_name()`. NVIDIA's datasheets of H200, H100 and A100; the first two
-state twice as much, with sparsity."""
+"""Dense bf16 on tensor cores, by `torch.cuda.get_device_name()`. NVIDIA's datasheets of H200, H100 and A100; the first
+two state twice as much, with sparsity."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,5 +101,7 @@ def test_more_stages_than_blocks_is_refused_with_what_works():
 
 
 def test_places_that_cannot_be_cut_are_named():
-    with pytest.raises(PartitionError, match="before `b1`: it reads a value.*does not cut the model, such as 'dp2' or 'fsdp2'"):
+    with pytest.raises(
+        PartitionError, match="before `b1`: it reads a value.*does not cut the model, such as 'dp2' or 'fsdp2'"
+    ):
         plan(2, refusals={c: "it reads a value" for c in range(1, 6)})
