@@ -164,7 +164,13 @@ class Numbers:
 
 
 def make_numbers(
-    module: nn.Module, args: tuple, kwargs: dict, *, seed: int, sizes: dict[int, int] | None = None
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    *,
+    seed: int,
+    sizes: dict[int, int] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> Numbers:
     """Draws the numbers of one trial.
 
@@ -174,12 +180,16 @@ def make_numbers(
         kwargs: Recorded keyword arguments.
         seed: Different trials see different numbers; every rank sees the same.
         sizes: Dim lengths of the arguments to shorten, by length (see `shorter_sizes`).
+        weights: Weights to use again instead of drawing others, so that a large block is not held many times.
     """
     generator = torch.Generator().manual_seed(seed)
     slots, buffers = parameter_slots(module), buffer_slots(module)
     drawn: dict[int, torch.Tensor] = {}
     values: dict[str, torch.Tensor] = {}
     for slot in slots:
+        if weights is not None:
+            values[slot.name] = weights[slot.name]
+            continue
         if id(slot.tensor) not in drawn:
             drawn[id(slot.tensor)] = _random_weight(slot, generator)
         values[slot.name] = drawn[id(slot.tensor)]

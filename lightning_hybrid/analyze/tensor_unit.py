@@ -84,8 +84,12 @@ def _trials(module: nn.Module, args: tuple, kwargs: dict) -> list[Trial]:
             continue
         rows = min((t[0].numel() // max(t[0].shape[-1], 1) for t in trials[0].inputs.values()), default=1)
         count = min(max(2, -(-_ENOUGH_ROWS // max(rows, 1))), _MAX_TRIALS)
+        weights = trials[0].numbers.parameters
+        negated = {id(weight): -weight for weight in weights.values()}  # channels that were dead come to life
+        signs = [weights, {name: negated[id(weight)] for name, weight in weights.items()}]
         return trials + [
-            run_trial(make_numbers(module, args, kwargs, seed=seed, sizes=sizes)) for seed in range(1, count)
+            run_trial(make_numbers(module, args, kwargs, seed=seed, sizes=sizes, weights=signs[seed % 2]))
+            for seed in range(1, count)
         ]
     return []
 
