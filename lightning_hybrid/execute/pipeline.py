@@ -121,8 +121,8 @@ class Pipeline:
     def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
         """Runs one stage on microbatch `index`: what it sends, or for the last stage what the step returns."""
         step = self._step
-        run = StageRun(program, inputs)
-        torch.manual_seed(step.seed + 7919 * index + 104_729 * self.mesh.replica)
+        run = StageRun(program, inputs, self.device)
+        self._seed(step.seed + 7919 * index + 104_729 * self.mesh.replica)
         method = getattr(self.root, step.name)
         samples = count_samples(step.arguments[index][0])
         switch = self.partition.switch
@@ -139,6 +139,12 @@ class Pipeline:
                 "the dry run. A pipeline needs the same modules to be called in every microbatch."
             )
         return self._loss(out, step) if step.name == "training_step" else out
+
+    def _seed(self, seed: int) -> None:
+        """As `torch.manual_seed`, which formats a stack trace for every kind of device that is not in use."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _loss(self, out: Any, step: _Step) -> Tensor:
         loss = out.get("loss") if isinstance(out, dict) else out

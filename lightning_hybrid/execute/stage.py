@@ -19,6 +19,9 @@ from lightning_hybrid.analyze.ghost import Ghost
 from lightning_hybrid.analyze.trace import CrossingValue, Trace
 from lightning_hybrid.spec.errors import PartitionError
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None))
+"""Types of arguments that hold no ghost."""
+
 
 class StopStage(BaseException):
     """Leaves the user's step where the next stage takes over. Not an `Exception`, so that user code lets it pass."""
@@ -65,6 +68,7 @@ class StageRun:
 
     program: StageProgram
     inputs: Sequence[torch.Tensor]
+    device: torch.device
     calls: int = 0
     own: bool = False
     """True from the entry of the stage's first unit on: what the user's code does now is this stage's to do."""
@@ -97,7 +101,7 @@ class StageRun:
             self._leave(args, kwargs)
         self.calls += 1
         if index >= program.first:
-            if index > program.first > 0:
+            if index > program.first > 0 and not all(type(x) in _PLAIN for x in (*args, *kwargs.values())):
                 # autograd functions of blocks take tensors only, not what stands for them
                 args, kwargs = tree_map(_received, (args, kwargs))
             out = call(*args, **kwargs)
@@ -112,13 +116,11 @@ class StageRun:
 
     def _skip(self, index: int, args: tuple, kwargs: dict) -> Any:
         record = self.program.trace.calls[index]
-        flat = tree_flatten((args, kwargs))[0]
+        flat = tree_flatten((args, kwargs))[0] if any(kind == "in" for kind, _ in record.leaves) else []
         leaves: list[Any] = []
-        device = torch.device("cpu")
         for kind, value in record.leaves:
             if kind == "ghost":
-                device = next((x.device for x in flat if isinstance(x, torch.Tensor)), device)
-                leaves.append(Ghost(value, device))
+                leaves.append(Ghost(value, self.device))
             else:
                 leaves.append(flat[value] if kind == "in" else value)
         return tree_unflatten(leaves, record.spec)  # type: ignore[arg-type]

@@ -153,8 +153,8 @@ class HybridStrategy(ParallelStrategy):
             if max(environment.global_rank(), environment.local_rank()) > 0:
                 start.leave_quietly()
             raise
-        if not environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(environment, self.num_processes, self.num_nodes)
+        # with processes that are there already it only shares out the cores, without which each rank takes all of them
+        self._launcher = _SubprocessScriptLauncher(environment, self.num_processes, self.num_nodes)
 
     @override
     def setup_environment(self) -> None:

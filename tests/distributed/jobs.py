@@ -218,9 +218,9 @@ def fit_then_test(layout: str | None) -> dict[str, float]:
 
 
 def peak_of_build(layout: str | None, width: int) -> tuple[float, float]:
-    """Growth of the peak resident memory from before `configure_model` to after partitioning, and the model's size; MiB.
+    """Growth of the peak resident memory from before `configure_model` to after partitioning, and the model's size.
 
-    The first step, which needs gradients and activations, is not part of it.
+    Both in MiB. The first step, which needs gradients and activations, is not part of it.
     """
     quiet()
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 18)  # so that freed tensors go back to the system at once

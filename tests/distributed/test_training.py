@@ -114,9 +114,9 @@ def test_a_model_built_in_configure_model_never_exists_whole_on_a_rank(ranks2: R
         assert peak < size / 2 + 24, f"{peak:.0f} MiB for a model of {size:.0f} MiB"
 
 
-def test_one_process_needs_all_of_it():
-    peak, size = jobs.peak_of_build(None, 1024)
-    assert peak > size
+def test_replicas_need_all_of_it(ranks2: RankGroup):
+    for peak, size in ranks2.call(jobs.peak_of_build, "dp2", 1024):
+        assert peak > size
 
 
 def test_manual_optimization_is_refused_under_pp(ranks2: RankGroup):
