@@ -67,7 +67,7 @@ def default_group() -> dist.ProcessGroup:
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copies every source into its target, in one kernel where there is one."""
-    torch._foreach_copy_(targets, sources)
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def after_this_backward(callback: Callable[[], None]) -> None:

@@ -95,10 +95,9 @@ class Ghost(torch.Tensor):
         kwargs = kwargs or {}
         flat, spec = tree_flatten((args, kwargs))
         if any(isinstance(x, Ghost) and x.received is not None for x in flat):
-            args, kwargs = tree_unflatten(
-                [x.received if isinstance(x, Ghost) and x.received is not None else x for x in flat], spec
-            )
-            return func(*args, **kwargs)
+            present = [x.received if isinstance(x, Ghost) and x.received is not None else x for x in flat]
+            real: Any = tree_unflatten(present, spec)
+            return func(*real[0], **real[1])
         if getattr(func, "__name__", "") in _WHOLE_READS and isinstance(args[0], Ghost):
             value = args[0].observer.read(args[0])
             return func(torch.full(args[0].shape, value, dtype=args[0].dtype), *args[1:], **kwargs)

@@ -194,7 +194,8 @@ class Tracer(GhostObserver):
             try:
                 out = call(*args, **kwargs)
             except _DATA_DEPENDENT:
-                out = self._run_concrete(record, call, *_copy_objects(pristine), flat)
+                copied = _copy_objects(pristine)
+                out = self._run_concrete(record, call, copied[0], copied[1], flat)
         finally:
             self.inside = False
         self._remember_output(record, len(self.calls) - 1, flat, out)
@@ -347,7 +348,8 @@ def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -
             if parameter is None:
                 continue
             if id(parameter) not in ghosts:
-                ghost = ghost_like(parameter, tracer, device).requires_grad_(False)
+                ghost = ghost_like(parameter, tracer, device)
+                ghost.requires_grad_(False)
                 ghosts[id(parameter)] = ghost
                 names.append(f"{prefix}.{key}" if prefix else key)
                 tracer.parameters[id(ghost)] = names[-1]

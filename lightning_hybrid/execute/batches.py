@@ -58,7 +58,8 @@ def _part(value: Any, size: int, start: int, stop: int) -> Any:
         return type(value)(value[start:stop])
     if isinstance(value, Mapping):
         items = {k: _part(v, size, start, stop) for k, v in value.items()}
-        return items if type(value) is dict else type(value)(items)  # e.g. transformers' BatchEncoding
+        kind: Any = type(value)  # a dict, or for example the BatchEncoding of transformers
+        return kind(items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_part(v, size, start, stop) for v in value))
     if isinstance(value, list | tuple):

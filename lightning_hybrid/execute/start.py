@@ -168,11 +168,11 @@ def _sample(trainer: pl.Trainer) -> tuple[str, tuple]:
         TrainerFn.PREDICTING: ("predict_step", trainer.predict_loop),
     }
     name, loop = loops[trainer.state.fn]
-    loaders = loop._data_source.dataloader()
+    loaders: Any = loop._data_source.dataloader()
     extra: tuple[int, ...] = ()
     if name != "training_step" and isinstance(loaders, list | tuple):
         extra = (0,) if len(loaders) > 1 else ()
-        loaders = loaders[0]
+        loaders = next(iter(loaders))
     batch = trainer.precision_plugin.convert_input(first_batch(loaders))
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)

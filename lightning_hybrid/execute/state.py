@@ -150,7 +150,7 @@ def _collect(runner: Runner, source: int, tensor: Tensor | None, shape: Any, dty
     if rank == 0 and leader != 0:
         tensor = torch.empty(shape, dtype=dtype, device=runner.device)
         dist.recv(tensor, leader)
-    elif rank == leader != 0:
+    elif rank == leader != 0 and tensor is not None:
         dist.send(tensor.to(runner.device).contiguous(), 0)
     return tensor.detach().cpu().clone() if rank == 0 and tensor is not None else None
 

@@ -46,6 +46,10 @@ class Block(nn.Module):
 class Classifier(L.LightningModule):
     """A stack of residual blocks, with what users do around it."""
 
+    blocks: Any
+    head: Any
+    hparams: Any
+
     def __init__(self, lr: float = 0.1, optimizer: str = "sgd", width: int = WIDTH, lazy: bool = False) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -109,7 +113,8 @@ class Manual(Classifier):
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
             loss = nn.functional.cross_entropy(self(batch["x"]), batch["y"])
             optimizer.zero_grad()
             self.manual_backward(loss)
@@ -134,8 +139,11 @@ def trainer_for(layout: str | None, **options: Any) -> tuple[L.Trainer, int]:
     if layout is not None:
         from lightning_hybrid import HybridStrategy, Layout
 
-        parsed = Layout.parse(layout)
-        strategy, devices, replicas = HybridStrategy(layout=layout), parsed.devices, parsed.replicas
+        if layout == "none given":
+            strategy, devices, replicas = HybridStrategy(), 2, 2
+        else:
+            parsed = Layout.parse(layout)
+            strategy, devices, replicas = HybridStrategy(layout=layout), parsed.devices, parsed.replicas
     options = {"max_epochs": 1, "enable_checkpointing": False, **options}
     trainer = L.Trainer(
         accelerator="cpu",

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_hybrid._torch_private import default_group
 from lightning_hybrid.execute import gradients
 from lightning_hybrid.execute.gradients import ReplicaReducer, sum_over_holders
 from lightning_hybrid.execute.logs import LogRecorder, reduce_over_replicas
@@ -38,7 +39,7 @@ def reduce_branches(bucket_bytes: int, accumulate: bool) -> dict[str, torch.Tens
     rank = connect()
     model = Branches()
     gradients.BUCKET_BYTES = bucket_bytes
-    reducer = ReplicaReducer(model.parameters(), dist.group.WORLD)
+    reducer = ReplicaReducer(model.parameters(), default_group())
     reducer.overlap()
     x = torch.arange(8.0).view(2, 4) + rank
     if accumulate:
@@ -71,8 +72,8 @@ def sum_shared() -> torch.Tensor:
     weight = nn.Parameter(torch.zeros(3))
     if rank == 1:
         weight.grad = torch.ones(3)
-    sum_over_holders({"w": dist.group.WORLD}, lambda name: weight)
-    return weight.grad
+    sum_over_holders({"w": default_group()}, lambda name: weight)
+    return weight.grad if weight.grad is not None else weight
 
 
 def test_shared_weights_get_the_sum_of_their_holders(ranks2: RankGroup):

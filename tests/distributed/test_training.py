@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def assert_same(result: dict, expected: dict, tolerance: float = 1e-5) -> None:
         assert result["metrics"][key] == pytest.approx(value, rel=tolerance), key
 
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulate and clip": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05},
     "clip by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
@@ -87,7 +89,7 @@ def test_fit_validate_fit_with_one_trainer(ranks2: RankGroup, layout):
 
 @pytest.mark.parametrize(("saved", "resumed"), [("pp2", "fsdp2"), ("fsdp2", "tp2"), ("tp2", "pp2"), (None, "pp2")])
 def test_a_checkpoint_goes_on_under_another_layout(ranks2: RankGroup, tmp_path, saved, resumed):
-    options = {"module_options": {"optimizer": "adamw"}}
+    options: dict[str, Any] = {"module_options": {"optimizer": "adamw"}}
     path = str(tmp_path / "one.ckpt")
     expected = jobs.fit(None, max_epochs=2, **options)
     if saved is None:
@@ -122,3 +124,8 @@ def test_replicas_need_all_of_it(ranks2: RankGroup):
 def test_manual_optimization_is_refused_under_pp(ranks2: RankGroup):
     with pytest.raises(RankError, match=r"`layout='pp2'` has `pp=2`, but Manual optimizes manually.*such as 'dp2'"):
         ranks2.call(jobs.fit, "pp2", "Manual")
+
+
+def test_without_a_layout_all_devices_shard(ranks2: RankGroup, references):
+    results = ranks2.call(jobs.fit, "none given")
+    assert_same(results[0], references["plain"])

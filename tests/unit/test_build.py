@@ -1,5 +1,7 @@
 """Models built on ghosts become the same, bit for bit, as models built as usual; and draw the same random numbers."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -52,8 +54,8 @@ def test_the_same_weights_and_random_numbers(build):
     ghosts = [n for n in parameters.names if isinstance(parameters[n], Ghost)]
     assert ghosts, "weights of torch's own modules have no storage"
     for name in ghosts:
-        wants = parameters.requires_grad[name]
-        parameters.put(name, nn.Parameter(tape.make_real(parameters[name]), requires_grad=wants))
+        ghost: Any = parameters[name]
+        parameters.put(name, nn.Parameter(tape.make_real(ghost), requires_grad=parameters.requires_grad[name]))
     tape.make_buffers_real(module)
     state = module.state_dict()
     for name, value in expected.state_dict().items():

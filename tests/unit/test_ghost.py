@@ -51,4 +51,5 @@ def test_a_materialized_ghost_is_the_received_tensor_wherever_it_was_kept():
     received = torch.tensor([1.0, 2.0], requires_grad=True)
     value.materialize(received)
     (kept[0] * 3).sum().backward()
+    assert received.grad is not None
     assert torch.equal(received.grad, torch.tensor([3.0, 3.0]))

@@ -1,5 +1,7 @@
 """Held parameters and ghosts under the user's names."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,8 +11,8 @@ from lightning_hybrid.partition.ownership import Parameters
 CPU = torch.device("cpu")
 
 
-def model() -> nn.Module:
-    module = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+def model() -> Any:
+    module: Any = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     module[1].weight.requires_grad_(False)
     return module
 

@@ -92,8 +92,8 @@ class ReadsValues(Stack):
 def test_reading_a_value_forbids_the_cuts_after_it(batch):
     result = trace(ReadsValues(), batch)
     assert result.cuts[1].refusal is None
-    assert "test_trace.py" in result.cuts[2].refusal
-    assert "reads the value" in result.cuts[3].refusal
+    assert "test_trace.py" in str(result.cuts[2].refusal)
+    assert "reads the value" in str(result.cuts[3].refusal)
 
 
 class WritesIntoRealTensor(Stack):
@@ -117,7 +117,7 @@ class FreeCode(Stack):
 
 def test_a_value_that_no_module_has_seen_cannot_cross(batch):
     result = trace(FreeCode(), batch)
-    assert "outside any module" in result.cuts[1].refusal
+    assert "outside any module" in str(result.cuts[1].refusal)
 
 
 class Router(nn.Module):
