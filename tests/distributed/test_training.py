@@ -11,7 +11,7 @@ from tests.distributed import jobs
 from tests.harness import RankError, RankGroup
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
-FOUR = ["dp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"]
+FOUR = ["dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"]
 
 pytestmark = pytest.mark.distributed
 
