@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import Precision
 
 from lightning_hybrid.analyze.heads import check_heads
 from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
@@ -103,6 +104,20 @@ def _check_pipeline(root: pl.LightningModule, request: Request, name: str) -> No
             "(`automatic_optimization = False`): its `training_step` calls the optimizer itself, and a pipeline has "
             "to run forward and backward of several microbatches interleaved. Use a layout without `pp`, such as "
             f"'{others}'."
+        )
+
+
+def check_precision(layout: Layout, precision: Precision) -> None:
+    """Refuses a loss scale under `pp`: the pipeline's backward pass has run before Lightning scales the loss.
+
+    Raises:
+        PartitionError: If so.
+    """
+    if layout.pp > 1 and getattr(precision, "scaler", None) is not None:
+        raise PartitionError(
+            f"`layout='{layout}'` has `pp={layout.pp}`, which cannot scale the loss as "
+            f"`precision='{precision.precision}'` does. Use `precision='bf16-mixed'`, which needs no loss "
+            "scale, or a layout without `pp`."
         )
 
 

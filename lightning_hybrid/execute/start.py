@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_hybrid.execute.batches import first_batch
-from lightning_hybrid.execute.planning import Request, make_partition
+from lightning_hybrid.execute.planning import Request, check_precision, make_partition
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.observe.table import plan_table, print_table
 from lightning_hybrid.partition.build import BuildTape, built_on_tape
@@ -101,6 +101,7 @@ def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *
     precision = strategy.precision_plugin
 
     def plan() -> Partition:
+        check_precision(request.layout, precision)
         return make_partition(
             root, request, strategy.mesh, strategy.root_device, precision.forward_context, lambda: _sample(trainer)
         )

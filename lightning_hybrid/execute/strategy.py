@@ -74,7 +74,7 @@ class HybridStrategy(ParallelStrategy):
         self._compile, self._backend, self._timeout = compile, process_group_backend, timeout
         self._mesh: Mesh | None = None
         self._runner: Runner | None = None
-        self._splits_data = True
+        self._splits_data: bool | None = None
         self.num_nodes = 1
 
     # ---- what Lightning asks about
@@ -307,7 +307,7 @@ class HybridStrategy(ParallelStrategy):
     @override
     def teardown(self) -> None:
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
-        if self.lightning_module is not None:
+        if self.lightning_module is not None and self._splits_data is not None:
             start.release_trainer(self.lightning_module.trainer, self._splits_data)
         self._environment.teardown()
         self.precision_plugin.teardown()
