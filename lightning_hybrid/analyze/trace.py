@@ -62,8 +62,6 @@ class UnitCall:
     """How to make the output again without running the unit: `("in", i)`, `("ghost", meta)` or `("value", x)`."""
     skippable: bool = True
     """False where it returns real tensors made from the batch alone: stages that do not own it run it on ghosts."""
-    depends: bool = True
-    """Whether an argument depends on a weight; otherwise it is made from the batch alone, as for an embedding."""
     concrete: bool = False
     """The unit's own control flow depends on values (routing), so it was run on random values instead of ghosts."""
 
@@ -183,10 +181,6 @@ class Tracer(GhostObserver):
         record = UnitCall(name=name, args=args, kwargs=kwargs)
         self.calls.append(record)
         self.arg_leaves.append({x.uid: i for i, x in reversed(list(enumerate(flat))) if isinstance(x, Ghost)})
-        weighty = any(
-            isinstance(v, Ghost) for m in self.root.get_submodule(name).modules() for v in m.__dict__.values()
-        )
-        record.depends = len(self.arg_leaves[-1]) > 0 or not weighty
         pristine = _copy_objects((args, kwargs))
         record.args, record.kwargs = pristine
         self.inside = True

@@ -247,7 +247,7 @@ class Pipeline:
                     input_args=inputs,
                     output_args=outputs,
                     group=group,
-                    dw_builder=None if program.splits_backward else _nothing_left,
+                    dw_builder=_nothing_left,
                 )
             )
         name = runnable_schedule(plan.schedule, plan.layout.pp, count)
@@ -285,7 +285,11 @@ class _Step:
 
 
 def _nothing_left() -> Callable[[], None]:
-    """For `PipelineStage`: the first half of a split backward pass has computed the weights' gradients too."""
+    """For `PipelineStage`: the first half of a split backward pass computes the weights' gradients too.
+
+    torch's own split finds the weights of the second half on paths from the stage's input. It misses weights that only
+    the batch leads to (a decoder's embedding), mixes up several inputs, and fails on some graphs (DeBERTa-v2).
+    """
     return lambda: None
 
 

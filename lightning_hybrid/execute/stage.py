@@ -47,16 +47,6 @@ class StageProgram:
         return self.trace.cuts[self.first].values if self.first else ()
 
     @property
-    def splits_backward(self) -> bool:
-        """Whether torch can compute gradients of inputs first and those of weights later, as zero-bubble schedules do.
-
-        `torch.distributed.pipelining` finds the weights of the second half on paths from the stage's input, so it
-        misses those that only the batch leads to (a decoder's embedding), and it mixes up several inputs.
-        """
-        own = self.trace.calls[self.first : self.stop]
-        return len(self.received) <= 1 and all(call.depends for call in own[1:])
-
-    @property
     def sent(self) -> tuple[CrossingValue, ...]:
         """What goes to the next stage."""
         return self.trace.cuts[self.stop].values if self.stop is not None else ()

@@ -74,16 +74,13 @@ def bubble(schedule: str, ranks: int, microbatches: int) -> float:
     """Predicted share of a step in which a rank waits, with backward = 2 x forward and equal stages.
 
     Reference: the bubble of GPipe and 1F1B is (p - 1)/(m + p - 1) (Narayanan et al., 2021, section 2.2.1); interleaving
-    v stages divides it by v (section 2.2.2); ZB-V and DualPipeV fill it with weight gradients when F = B = W
-    (Qi et al., 2024, section 4), which leaves the fill of the pipeline for fewer than 2p microbatches.
+    v stages divides it by v (section 2.2.2). ZB-V and DualPipeV (Qi et al., 2024, section 4) count like two interleaved
+    stages, since weight gradients are computed together with those of the inputs.
     """
     if ranks == 1:
         return 0.0
     idle = float(ranks - 1)
-    if schedule in V_SHAPED:
-        idle = max(0.0, (2 * ranks - microbatches) / (2 * ranks)) * (ranks - 1)
-    elif schedule == "Interleaved1F1B":
-        idle /= stages_per_rank(schedule)
+    idle /= stages_per_rank(schedule)
     return idle / (microbatches + idle)
 
 

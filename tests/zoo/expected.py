@@ -8,7 +8,9 @@ FOUR_STAGES = ("Interleaved1F1B", "ZBVZeroBubble", "DualPipeV")
 """Schedules with two stages a rank."""
 
 REFUSALS: dict[tuple[str, str], str] = {
-    ("lstm", schedule): r"needs 4 pipeline stages, but the model has only 3 modules" for schedule in FOUR_STAGES
+    (case, schedule): rf"needs 4 pipeline stages, but the model has only {has}"
+    for case, has in (("lstm", "3 modules"), ("squeezebert", "3 modules"), ("swin", "2 blocks"))
+    for schedule in FOUR_STAGES
 }
 """(case, axis of the layout or schedule): pattern that the PartitionError's text must contain."""
 
