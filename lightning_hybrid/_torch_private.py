@@ -1,4 +1,4 @@
-"""Every private PyTorch API that this package uses, in one place. Checked with torch 2.11 and 2.13."""
+"""Every private PyTorch API that this package uses, in one place. Checked with torch 2.13 on the CPU."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def finish_sharded_backward(module: FSDPModule) -> None:
     root = fully_shard.state(module)  # type: ignore[attr-defined]
     for state in root._state_ctx.all_states:
         groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # torch 2.11
+        if groups is None:  # earlier releases have one group a state
             groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
         for group in groups:
             group.post_backward()

@@ -28,7 +28,7 @@ from lightning_hybrid.partition.partition import Partition
 if TYPE_CHECKING:
     from lightning_hybrid.execute.strategy import HybridStrategy
 
-TESTED_TORCH = ("2.11", "2.13")
+TESTED_TORCH = ("2.13",)
 
 
 def warn_if_untested() -> None:
