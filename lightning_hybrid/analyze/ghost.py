@@ -8,9 +8,11 @@ any list or local variable of the user's code, use the received tensor.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_hybrid._torch_private import disable_torch_function, make_wrapper, user_location
@@ -151,6 +153,24 @@ def _check_real_writes(func: Any, args: tuple, observer: GhostObserver) -> None:
             observer.written(func, value)
 
 
+class Slot(NamedTuple):
+    """Where a tensor stands in a module tree."""
+
+    name: str
+    module: nn.Module
+    key: str
+    tensor: torch.Tensor
+
+
+def parameter_slots(root: nn.Module) -> Iterator[Slot]:
+    """Every parameter of `root` and its children, real or ghost, in their order; shared ones under each name."""
+    for prefix, module in root.named_modules():
+        ghosts = {k: v for k, v in module.__dict__.items() if isinstance(v, Ghost)}
+        for key, tensor in {**module._parameters, **ghosts}.items():
+            if tensor is not None:
+                yield Slot(f"{prefix}.{key}" if prefix else key, module, key, tensor)
+
+
 def ghost_like(
     tensor: torch.Tensor, observer: GhostObserver | None = None, device: torch.device | None = None
 ) -> Ghost:
@@ -160,5 +180,5 @@ def ghost_like(
     else:
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     ghost = Ghost(meta, device or tensor.device, observer, tensor.requires_grad)
-    ghost._is_param = isinstance(tensor, torch.nn.Parameter)  # isinstance(ghost, nn.Parameter) as for the original
+    ghost._is_param = isinstance(tensor, nn.Parameter)  # isinstance(ghost, nn.Parameter) as for the original
     return ghost

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_hybrid.analyze.ghost import Ghost
 from lightning_hybrid.analyze.tensor_attributes import is_position
-from lightning_hybrid.analyze.tensor_numbers import Slot, map_tensors, parameter_slots
+from lightning_hybrid.analyze.tensor_numbers import Slot, map_tensors, sorted_slots
 from lightning_hybrid.analyze.tensor_outside import (
     NotDivisible,
     Single,
@@ -106,7 +106,7 @@ class _Inference:
         self.root, self.size, self.overrides, self.use = root, size, overrides, use
         self.calls = {call.name: call for call in reversed(calls)}
         self.calls = {call.name: self.calls[call.name] for call in calls}
-        self.slots = {slot.name: slot for slot in parameter_slots(root)}
+        self.slots = {slot.name: slot for slot in sorted_slots(root)}
         self.aliases: dict[int, list[Slot]] = {}
         for slot in self.slots.values():
             self.aliases.setdefault(id(slot.tensor), []).append(slot)
@@ -315,7 +315,7 @@ def _signature(module: nn.Module, call: RecordedCall) -> Any:
             if not k.startswith("_") and k != "training" and not is_position(k)
         }
         found.append((name, type(child), tuple(sorted((k, v) for k, v in values.items() if v is not None))))
-    found += [(s.name, tuple(s.tensor.shape), s.tensor.dtype) for s in parameter_slots(module)]
+    found += [(s.name, tuple(s.tensor.shape), s.tensor.dtype) for s in sorted_slots(module)]
     described: list[Any] = []
 
     def describe(path: Any, tensor: torch.Tensor) -> None:

@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_hybrid._torch_private import recomputation_off
-from lightning_hybrid.analyze.ghost import Ghost
+from lightning_hybrid.analyze.ghost import Ghost, Slot, parameter_slots
 from lightning_hybrid.analyze.preserve import module_state_kept, random_streams_kept
 from lightning_hybrid.spec.tensor_plan import Path
 
@@ -25,24 +25,9 @@ _PROBE_BATCH, _PROBE_LENGTH = 2, 16
 """Batch and sequence length of a probe where the unit runs with them: enough tokens that no ReLU channel is dead."""
 
 
-class Slot(NamedTuple):
-    """Where a tensor stands in a module tree."""
-
-    name: str
-    module: nn.Module
-    key: str
-    tensor: torch.Tensor
-
-
-def parameter_slots(root: nn.Module) -> list[Slot]:
-    """Every parameter of `root` and its children, real or ghost, by name; shared ones under each of their names."""
-    slots = []
-    for prefix, module in root.named_modules():
-        ghosts = {k: v for k, v in module.__dict__.items() if isinstance(v, Ghost)}
-        for key, tensor in {**module._parameters, **ghosts}.items():
-            if tensor is not None:
-                slots.append(Slot(f"{prefix}.{key}" if prefix else key, module, key, tensor))
-    return sorted(slots, key=lambda slot: slot.name)
+def sorted_slots(root: nn.Module) -> list[Slot]:
+    """The parameter slots of `root` by name, an order that does not depend on how it was built."""
+    return sorted(parameter_slots(root), key=lambda slot: slot.name)
 
 
 def buffer_slots(root: nn.Module) -> list[Slot]:
@@ -183,7 +168,7 @@ def make_numbers(
         weights: Weights to use again instead of drawing others, so that a large block is not held many times.
     """
     generator = torch.Generator().manual_seed(seed)
-    slots, buffers = parameter_slots(module), buffer_slots(module)
+    slots, buffers = sorted_slots(module), buffer_slots(module)
     drawn: dict[int, torch.Tensor] = {}
     values: dict[str, torch.Tensor] = {}
     for slot in slots:

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from lightning_hybrid.analyze.tensor_numbers import parameter_slots, tensors_of
+from lightning_hybrid.analyze.tensor_numbers import sorted_slots, tensors_of
 
 _METADATA = {"size", "dim", "stride", "numel", "ndimension", "element_size", "is_floating_point", "is_contiguous"}
 
@@ -38,7 +38,7 @@ class StepUse(TorchFunctionMode):
         self._counts: dict[str, int] = {}
         self._running: list[int] = []
         self._parameters: dict[int, tuple[torch.Tensor, list[str]]] = {}
-        for slot in parameter_slots(root):
+        for slot in sorted_slots(root):
             self._parameters.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(slot.name)
 
     def unused_results(self, unit: str) -> set[int]:

@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lightning_hybrid._torch_private import user_location
-from lightning_hybrid.analyze.ghost import Ghost, GhostObserver, GhostWriteError, ghost_like
+from lightning_hybrid.analyze.ghost import Ghost, GhostObserver, GhostWriteError, ghost_like, parameter_slots
 from lightning_hybrid.analyze.manual import idle_optimizers, optimize_idly
 from lightning_hybrid.analyze.preserve import module_state_kept, random_streams_kept
 from lightning_hybrid.analyze.tensor_use import StepUse, record_use
@@ -335,20 +335,15 @@ def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -
     """Every parameter of `root` becomes a ghost of `tracer`; shared parameters become one ghost."""
     ghosts: dict[int, Ghost] = {}
     names: list[str] = []
-    for prefix, module in root.named_modules():
-        owned = dict(module._parameters)
-        stand_ins = {k: v for k, v in module.__dict__.items() if isinstance(v, Ghost)}
-        for key, parameter in {**owned, **stand_ins}.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in ghosts:
-                ghost = ghost_like(parameter, tracer, device)
-                ghost.requires_grad_(False)
-                ghosts[id(parameter)] = ghost
-                names.append(f"{prefix}.{key}" if prefix else key)
-                tracer.parameters[id(ghost)] = names[-1]
-            module._parameters.pop(key, None)
-            module.__dict__[key] = ghosts[id(parameter)]
+    for name, module, key, parameter in list(parameter_slots(root)):
+        if id(parameter) not in ghosts:
+            ghost = ghost_like(parameter, tracer, device)
+            ghost.requires_grad_(False)
+            ghosts[id(parameter)] = ghost
+            names.append(name)
+            tracer.parameters[id(ghost)] = name
+        module._parameters.pop(key, None)
+        module.__dict__[key] = ghosts[id(parameter)]
     tracer.ghosts = list(ghosts.values())
     return names
 

@@ -22,8 +22,7 @@ def batch_size(batch: Any) -> int:
     Raises:
         PartitionError: If they do not, or there is no tensor.
     """
-    sizes: list[int] = []
-    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0]) if t.ndim else None)
+    sizes = _first_dims(batch)
     if not sizes or len(set(sizes)) > 1:
         found = f"tensors with first dimensions {sorted(set(sizes))}" if sizes else "no tensor"
         raise PartitionError(
@@ -35,9 +34,14 @@ def batch_size(batch: Any) -> int:
 
 def count_samples(batch: Any) -> int:
     """The number of samples by the first tensor that has dimensions; 1 where there is none."""
+    sizes = _first_dims(batch)
+    return sizes[0] if sizes else 1
+
+
+def _first_dims(batch: Any) -> list[int]:
     sizes: list[int] = []
     apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0]) if t.ndim else None)
-    return sizes[0] if sizes else 1
+    return sizes
 
 
 def split_batch(batch: Any, count: int) -> list[Any]:

@@ -86,18 +86,11 @@ class ReplicaReducer:
         self._bucket_of = {p: b for b in self._buckets for p in b.parameters}
         self._next = 0
         self._queued = False
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def overlap(self) -> None:
         """Starts reducing a bucket as soon as its gradients are complete in the backward pass."""
         for parameter in self._bucket_of:
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
-
-    def remove(self) -> None:
-        """Ends `overlap`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)  # goes with the parameter
 
     def _on_gradient(self, parameter: Tensor) -> None:
         if not self.enabled:
@@ -155,7 +148,7 @@ class SetAside:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = [p for p in parameters if p.requires_grad]
+        self._parameters = list(parameters)
         self._old = [p.grad for p in self._parameters]
         self._new: list[Tensor | None] = []
         for parameter in self._parameters:

@@ -35,7 +35,6 @@ class _Prepared:
 
     programs: dict[int, StageProgram]
     schedule: Any = None
-    microbatches: int = 1
 
 
 class _StageModule(nn.Module):
@@ -43,17 +42,11 @@ class _StageModule(nn.Module):
 
     def __init__(self, pipeline: Pipeline, stage: int, program: StageProgram) -> None:
         super().__init__()
-        self._run, self._names = pipeline.run_stage, frozenset(pipeline.partition.plan.stages[stage].parameters)
-        self._program, self._partition, self._stage = program, pipeline.partition, stage
+        self._run, self._program, self._stage = pipeline.run_stage, program, stage
 
     def forward(self, *received: Tensor, index: Tensor) -> Any:
         out = self._run(self._stage, self._program, received if self._program.first else (), int(index))
         return out if isinstance(out, Tensor) or len(out) > 1 else out[0]
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        # FSDP swaps parameter objects while a stage runs, so they are looked up when asked for
-        held = self._partition.parameters.held()
-        return iter([held[n] for n in self._names if n in held])
 
 
 class Pipeline:
@@ -127,10 +120,7 @@ class Pipeline:
         samples = count_samples(step.arguments[index][0])
         switch = self.partition.switch
         with step.recorder.recording(samples, run), switch.handled_by(run), self.precision():
-            try:
-                out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
-            except StopStage as stop:
-                return stop.values
+            out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
         if isinstance(out, _Stopped):
             return out.values
         if program.stop is not None:
@@ -214,7 +204,7 @@ class Pipeline:
                 device=self.device,
                 context=self.precision,
             )
-        prepared = _Prepared(self._programs(name, trace), microbatches=count)
+        prepared = _Prepared(self._programs(name, trace))
         if train:
             prepared.schedule = self._build_schedule(prepared, count)
         self._prepared[key] = prepared

@@ -166,7 +166,6 @@ def _whole_plan(layout: Layout, parameters: Parameters, units: Units) -> Plan:
 
 
 def _staged_plan(request: Request, units: Units, trace: Trace, parameters: Parameters, count: int) -> Plan:
-    first_names = {slot.name: name for name, places in parameters.slots.items() for slot in places}
     chosen = set(units.blocks)
     return plan_stages(
         layout=request.layout,
@@ -174,7 +173,7 @@ def _staged_plan(request: Request, units: Units, trace: Trace, parameters: Param
         microbatches=count,
         names=[call.name for call in trace.calls],
         parameters=parameters.names,
-        uses={first_names[n]: intervals for n, intervals in trace.parameter_uses.items()},
+        uses={parameters.first_names[n]: intervals for n, intervals in trace.parameter_uses.items()},
         flops=trace.flops,
         refusals={c: cut.refusal for c, cut in trace.cuts.items()},
         blocks=sum(call.name in chosen for call in trace.calls),

@@ -90,15 +90,11 @@ class StageRun:
         if index == program.stop:
             self._leave(args, kwargs)
         self.calls += 1
-        if index >= program.first:
-            if index > program.first > 0 and not all(type(x) in _PLAIN for x in (*args, *kwargs.values())):
-                # autograd functions of blocks take tensors only, not what stands for them
-                args, kwargs = tree_map(_received, (args, kwargs))
-            out = call(*args, **kwargs)
-        elif recorded[index].skippable:
-            out = self._skip(index, args, kwargs)
-        else:
-            out = call(*args, **kwargs)
+        if index > program.first > 0 and not all(type(x) in _PLAIN for x in (*args, *kwargs.values())):
+            # autograd functions of blocks take tensors only, not what stands for them
+            args, kwargs = tree_map(_received, (args, kwargs))
+        skips = index < program.first and recorded[index].skippable
+        out = self._skip(index, args, kwargs) if skips else call(*args, **kwargs)
         if index in self._wanted:
             for i, leaf in enumerate(tree_flatten(out)[0]):
                 self._outputs["out", index, i] = leaf

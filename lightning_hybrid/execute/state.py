@@ -20,7 +20,6 @@ def full_state_dict(runner: Runner) -> dict[str, Any]:
     parameters = runner.partition.parameters
     with parameters.all_visible():
         shown = runner.root.state_dict()
-    first_names = {slot.name: name for name, places in parameters.slots.items() for slot in places}
     wholes: dict[str, Tensor | None] = {}
     for name in parameters.names:
         wholes[name] = _to_rank_zero(runner, name, parameters[name])
@@ -31,7 +30,7 @@ def full_state_dict(runner: Runner) -> dict[str, Any]:
             )
     if dist.get_rank() != 0:
         return {}
-    return {key: wholes.get(first_names.get(key, key), value) for key, value in shown.items()}
+    return {key: wholes.get(parameters.first_names.get(key, key), value) for key, value in shown.items()}
 
 
 def load_full_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool) -> None:
@@ -66,9 +65,8 @@ def full_optimizer_state(runner: Runner, optimizer: Optimizer) -> dict[str, Any]
     names = runner.optimizer_names[id(optimizer)]
     parameters = runner.partition.parameters
     state: dict[int, dict[str, Any]] = {}
-    order = [name for group in names for name in group]
-    for index, name in enumerate(order):
-        entry = optimizer.state.get(parameters[name], {}) if name in parameters.held() else {}
+    for index, name in enumerate(name for group in names for name in group):
+        entry = optimizer.state.get(parameters[name], {})  # empty for a ghost, which no optimizer has
         state[index] = _gather_entry(runner, name, entry)
     if dist.get_rank() != 0:
         return {}
@@ -136,11 +134,7 @@ def _to_rank_zero(runner: Runner, name: str, tensor: Tensor | None, dtype: torch
     parameter = runner.partition.parameters[name]
     if runner.mesh.rank("pp") != source:
         return _collect(runner, source, None, parameter.shape, dtype or parameter.dtype)
-    whole = (parameter if tensor is None else tensor).detach()
-    if runner.partition.tensor is not None:
-        whole = runner.partition.tensor.full_tensor(name, whole)
-    elif isinstance(whole, DTensor):
-        whole = whole.full_tensor()
+    whole = runner.partition.gathered(name, (parameter if tensor is None else tensor).detach())
     return _collect(runner, source, whole, whole.shape, whole.dtype)
 
 

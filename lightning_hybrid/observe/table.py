@@ -30,10 +30,9 @@ def plan_table(
     chosen = set(blocks)
     for stage in plan.stages:
         count = sum(sizes[n] for n in stage.parameters)
-        units = [u for u in stage.units if u in chosen] or list(stage.units)
         span = f"{stage.units[0]} .. {stage.units[-1]}" if len(stage.units) > 1 else "".join(stage.units)
         share = f"{stage.flop_share:.0%}" if stage.flop_share else "-"
-        number = str(len([u for u in units if u in chosen]))
+        number = str(sum(u in chosen for u in stage.units))
         table.add_row(str(stage.index), str(stage.rank), span or "all", number, f"{count:,}", share)
     for what, how in sharded:
         table.add_row("", "", what, "", "", how)

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lightning_hybrid.analyze.ghost import Ghost, ghost_like
+from lightning_hybrid.analyze.ghost import Ghost, Slot, ghost_like, parameter_slots
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One place in the module tree where a parameter stands."""
+class Place(NamedTuple):
+    """Where a parameter stands in the module tree; unlike a `Slot` it does not keep the tensor alive."""
 
+    name: str
     module: nn.Module
     key: str
-    name: str
 
 
 class Parameters:
@@ -29,19 +28,17 @@ class Parameters:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        slots: dict[int, list[Slot]] = defaultdict(list)
-        objects: dict[int, torch.Tensor] = {}
-        for prefix, module in root.named_modules():
-            ghosts = {k: v for k, v in module.__dict__.items() if isinstance(v, Ghost)}
-            for key, value in {**module._parameters, **ghosts}.items():
-                if value is not None:
-                    slots[id(value)].append(Slot(module, key, f"{prefix}.{key}" if prefix else key))
-                    objects[id(value)] = value
-        self.slots: dict[str, tuple[Slot, ...]] = {places[0].name: tuple(places) for places in slots.values()}
+        shared: dict[int, list[Slot]] = defaultdict(list)
+        for slot in parameter_slots(root):
+            shared[id(slot.tensor)].append(slot)
+        self.slots: dict[str, tuple[Place, ...]] = {}
         self.requires_grad: dict[str, bool] = {}
-        for places, value in zip(slots.values(), objects.values(), strict=True):
-            wants = value.requires_grad or (isinstance(value, Ghost) and value.wants_grad)
-            self.requires_grad[places[0].name] = wants
+        for same in shared.values():
+            first, value = same[0].name, same[0].tensor
+            self.slots[first] = tuple(Place(slot.name, slot.module, slot.key) for slot in same)
+            self.requires_grad[first] = value.requires_grad or (isinstance(value, Ghost) and value.wants_grad)
+        self.first_names = {place.name: first for first, places in self.slots.items() for place in places}
+        """The first name of the parameter that stands at each name."""
 
     @property
     def names(self) -> list[str]:

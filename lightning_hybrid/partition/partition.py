@@ -25,7 +25,7 @@ from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.ownership import Parameters
 from lightning_hybrid.partition.shard import shard_replicas
 from lightning_hybrid.partition.tensor import TensorParallel, apply_tensor_plan, part_of
-from lightning_hybrid.plan.plan import Plan
+from lightning_hybrid.plan.plan import Plan, stage_of
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import TensorPlan
 
@@ -159,17 +159,19 @@ class Partition:
         source = self.plan.ranks_of(name)[0]
         present = self.parameters[name].detach()
         if self.mesh.rank("pp") == source:
-            if self.tensor is not None:
-                present = self.tensor.full_tensor(name, present)
-            elif isinstance(present, DTensor):
-                present = present.full_tensor()
-            present = present.clone(memory_format=torch.contiguous_format)
+            present = self.gathered(name, present).clone(memory_format=torch.contiguous_format)
         else:
             present = torch.empty(present.shape, dtype=present.dtype, device=present.device)
         if self.plan.layout.pp > 1:
             group = self.mesh.group("pp")
             dist.broadcast(present, dist.get_global_rank(group, source), group=group)
         return present
+
+    def gathered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole of a tensor that is laid out like parameter `name`. Collective over the ranks that hold it."""
+        if self.tensor is not None:
+            return self.tensor.full_tensor(name, tensor)
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def _share_buffers(self) -> None:
         if self.plan.layout.pp == 1:
@@ -234,12 +236,12 @@ class Partition:
         Raises:
             PartitionError: If this step goes through the model in another order than the one that was planned with.
         """
-        stage_of = {}
+        planned = {}
         for key, index in _occurrences(self.trace or trace).items():
-            stage_of[key] = next(s.index for s in self.plan.stages if s.first <= index < s.stop)
+            planned[key] = next(s.index for s in self.plan.stages if s.first <= index < s.stop)
         bounds, stage = [0], 0
         for key, index in _occurrences(trace).items():
-            target = stage_of.get(key, stage)
+            target = planned.get(key, stage)
             if target < stage:
                 raise PartitionError(
                     f"`{name}` calls `{key[0]}` after modules of later stages, unlike the step that the stages were "
@@ -265,7 +267,7 @@ class Partition:
                 )
         for parameter, intervals in trace.parameter_uses.items():
             for interval in intervals:
-                stage = max(s for s in range(len(bounds) - 1) if bounds[s] <= max(0, interval))
+                stage = stage_of(interval, bounds)
                 if stage not in self.plan.holders[parameter]:
                     raise PartitionError(
                         f"`{name}` uses `{parameter}` on stage {stage}, which holds it on stage "

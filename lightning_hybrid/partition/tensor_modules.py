@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,14 +58,10 @@ def add_shared_output(
     module: nn.Module, channels: tuple[int, ...], group: dist.ProcessGroup, active: Active
 ) -> RemovableHandle:
     """These output channels are used for a part of the work by every rank."""
-    indices: dict[torch.device, torch.Tensor] = {}
+    index = _index(channels)
 
     def after(_: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-        if not active():
-            return None
-        if output.device not in indices:
-            indices[output.device] = torch.tensor(channels, device=output.device)
-        return copy_channels_to_ranks(output, indices[output.device], group)
+        return copy_channels_to_ranks(output, index(output.device), group) if active() else None
 
     return module.register_forward_hook(after)
 
@@ -73,16 +70,17 @@ def add_selected_output(
     module: nn.Module, channels: tuple[tuple[int, ...], ...], group: dist.ProcessGroup, active: Active
 ) -> RemovableHandle:
     """The rank uses only these output channels of a replicated linear."""
-    indices: dict[torch.device, torch.Tensor] = {}
+    index = _index(channels[group.rank()])
 
     def after(_: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-        if not active():
-            return None
-        if output.device not in indices:
-            indices[output.device] = torch.tensor(channels[group.rank()], device=output.device)
-        return select_on_rank(output, -1, indices[output.device], group)
+        return select_on_rank(output, -1, index(output.device), group) if active() else None
 
     return module.register_forward_hook(after)
+
+
+def _index(channels: tuple[int, ...]) -> Callable[[torch.device], torch.Tensor]:
+    """`channels` as a tensor, made once on each device."""
+    return cache(lambda device: torch.tensor(channels, device=device))
 
 
 def add_embedding(module: nn.Embedding, group: dist.ProcessGroup, active: Active) -> list[RemovableHandle]:

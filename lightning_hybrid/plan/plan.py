@@ -90,7 +90,7 @@ def plan_stages(
     ranks = stage_ranks(schedule, layout.pp)
     for s in range(count):
         first, stop = bounds[s], bounds[s + 1]
-        used = [n for n in parameters if any(_stage_of(k, bounds) == s for k in uses.get(n, ()))]
+        used = [n for n in parameters if any(stage_of(k, bounds) == s for k in uses.get(n, ()))]
         if s == 0:
             used = [n for n in parameters if n in used or n not in uses]  # never used: kept by the first stage
         for name in used:
@@ -115,7 +115,8 @@ def plan_stages(
     )
 
 
-def _stage_of(interval: int, bounds: Sequence[int]) -> int:
+def stage_of(interval: int, bounds: Sequence[int]) -> int:
+    """The stage that an interval of a trace belongs to, where stage s begins at call `bounds[s]`."""
     return max(s for s in range(len(bounds) - 1) if bounds[s] <= max(0, interval))
 
 

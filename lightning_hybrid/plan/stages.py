@@ -79,8 +79,7 @@ def bubble(schedule: str, ranks: int, microbatches: int) -> float:
     """
     if ranks == 1:
         return 0.0
-    idle = float(ranks - 1)
-    idle /= stages_per_rank(schedule)
+    idle = (ranks - 1) / stages_per_rank(schedule)
     return idle / (microbatches + idle)
 
 
