@@ -40,8 +40,7 @@ def check_heads(root: nn.Module, layout: Layout, overrides: Mapping[str, str] | 
         return
     name, count = next(iter(heads.items()))
     sizes = [d for d in range(2, count + 1) if count % d == 0]
-    others = Layout(dp=layout.dp * layout.tp, fsdp=layout.fsdp, pp=layout.pp)
-    sharded = Layout(dp=layout.dp, fsdp=layout.fsdp * layout.tp, pp=layout.pp)
+    others, sharded = layout.moved("tp", "dp"), layout.moved("tp", "fsdp")
     pattern = f"*{name.rpartition('.')[2]}"
     raise PartitionError(
         f"`layout='{layout}'` has `tp={layout.tp}`, which must divide the number of attention heads. `{name}` has "

@@ -98,12 +98,11 @@ def make_partition(
 
 def _check_pipeline(root: pl.LightningModule, request: Request, name: str) -> None:
     if request.layout.pp > 1 and not root.automatic_optimization and name == "training_step":
-        others = Layout(dp=request.layout.dp * request.layout.pp, fsdp=request.layout.fsdp, tp=request.layout.tp)
         raise PartitionError(
             f"`layout='{request.layout}'` has `pp={request.layout.pp}`, but {type(root).__name__} optimizes manually "
             "(`automatic_optimization = False`): its `training_step` calls the optimizer itself, and a pipeline has "
             "to run forward and backward of several microbatches interleaved. Use a layout without `pp`, such as "
-            f"'{others}'."
+            f"'{request.layout.moved('pp', 'dp')}'."
         )
 
 

@@ -137,9 +137,9 @@ def _check_block_count(layout: Layout, schedule: str, count: int, available: int
 
 def _without_pipeline(layout: Layout) -> str:
     """Layouts for as many devices that do not cut the model."""
-    wider = Layout(dp=layout.dp * layout.pp, fsdp=layout.fsdp, tp=layout.tp)
-    sharded = Layout(dp=layout.dp, fsdp=layout.fsdp * layout.pp, tp=layout.tp)
-    return f"a layout that does not cut the model, such as '{wider}' or '{sharded}'"
+    return (
+        f"a layout that does not cut the model, such as '{layout.moved('pp', 'dp')}' or '{layout.moved('pp', 'fsdp')}'"
+    )
 
 
 def _refuse(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 _AXIS_PATTERN = re.compile(r"([a-z]+)([0-9]+)")
 _ALTERNATIVES_SHOWN = 8
@@ -132,6 +132,10 @@ class Layout:
             for tp in _divisors(devices // (dp * fsdp))
         ]
         return sorted(layouts, key=self._distance)
+
+    def moved(self, axis: str, to: str) -> "Layout":
+        """Return the layout for as many devices that has the ranks of `axis` on the axis `to` instead."""
+        return replace(self, **{axis: 1, to: getattr(self, to) * getattr(self, axis)})
 
     def __str__(self) -> str:
         """Return the text form, such as ``"dp2-pp2"``."""

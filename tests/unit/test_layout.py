@@ -118,3 +118,8 @@ def test_alternatives_are_all_layouts_for_the_devices_once_each(devices: int) ->
 
 def test_partition_error_is_a_value_error() -> None:
     assert issubclass(PartitionError, ValueError)
+
+
+def test_the_ranks_of_one_axis_move_to_another():
+    assert str(Layout(dp=2, tp=3, pp=4).moved("pp", "dp")) == "dp8-tp3"
+    assert str(Layout(fsdp=2, pp=2).moved("pp", "fsdp")) == "fsdp4"
