@@ -93,7 +93,7 @@ class ShardedByHand(Model):
 
     def configure_model(self) -> None:
         """Called by Lightning on every rank."""
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]  -- Lightning sets it before this hook
         for block in self.transformer.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self.transformer, mesh=mesh)
@@ -104,7 +104,7 @@ class DividedByHand(Model):
 
     def configure_model(self) -> None:
         """Called by Lightning on every rank."""
-        mesh = self.device_mesh["tensor_parallel"]  # type: ignore[index]
+        mesh = self.device_mesh["tensor_parallel"]  # type: ignore[index]  -- Lightning sets it before this hook
         plan: dict[str, Any] = {
             "embedding": RowwiseParallel(input_layouts=Replicate()),
             "head": ColwiseParallel(output_layouts=Replicate()),

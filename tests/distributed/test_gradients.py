@@ -84,7 +84,7 @@ def test_shared_weights_get_the_sum_of_their_holders(ranks2: RankGroup):
 def log(keys: dict[int, list[str]], count: int = 1) -> dict[str, float]:
     rank = connect()
     mesh = Mesh.create(Layout(dp=2), "cpu")
-    recorder = LogRecorder(nn.Module())  # type: ignore[arg-type]
+    recorder = LogRecorder(nn.Module())  # type: ignore[arg-type]  -- any module has the `log` attribute it sets
     with recorder.recording(samples=1 + 2 * rank):
         for key in keys[rank]:
             for i in range(count):

@@ -339,7 +339,7 @@ def _layouts_of_a_tensor() -> None:
     part = divided.handle.shard(name, full)
     assert isinstance(part, DTensor)
     parameter = dict(divided.root.named_parameters())[name]
-    assert torch.equal(part.to_local(), parameter.to_local())  # type: ignore[attr-defined]
+    assert torch.equal(part.to_local(), parameter.to_local())  # type: ignore[attr-defined]  -- a DTensor here
     assert torch.equal(divided.handle.full_tensor(name, part), full)
     assert torch.equal(divided.handle.full_tensor(name, part.to_local()), full)
 
