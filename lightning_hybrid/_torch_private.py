@@ -65,6 +65,11 @@ def default_group() -> dist.ProcessGroup:
     return dist.distributed_c10d._get_default_group()
 
 
+def store_client() -> dist.Store:
+    """A connection of its own to the store with which the ranks met, to be used beside the process groups' threads."""
+    return dist.distributed_c10d._get_default_store().clone()
+
+
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copies every source into its target, in one kernel where there is one."""
     torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
