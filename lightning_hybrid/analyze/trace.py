@@ -168,7 +168,9 @@ class Tracer(GhostObserver):
 
     # ---- CallHandler
 
-    def metric_call(self, metric: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:  # noqa: D102
+    def metric_call(  # noqa: D102
+        self, metric: Any, kind: str, call: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> Any:
         self.consume_all((args, kwargs))
         ghost = Ghost(torch.empty((), device="meta"), torch.device("cpu"), self)
         self.register(ghost)

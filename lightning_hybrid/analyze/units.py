@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -102,8 +102,10 @@ class CallHandler(Protocol):
         """Instead of the unit `name` being called with `args` and `kwargs`."""
         ...
 
-    def metric_call(self, metric: Metric, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Instead of a torchmetrics object being called or updated."""
+    def metric_call(
+        self, metric: Metric, kind: Literal["forward", "update"], call: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> Any:
+        """Instead of a torchmetrics object being called (`forward`) or updated."""
         ...
 
 
@@ -161,17 +163,17 @@ class CallSwitch:
         compiled = metric._compiled_call_impl
         original, update = intercepted_call(metric), metric.update
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
             if self.active is None:
                 return original(*args, **kwargs)
-            return self.active.metric_call(metric, original, args, kwargs)
+            return self.active.metric_call(metric, "forward", original, args, kwargs)
 
         def updated(*args: Any, **kwargs: Any) -> Any:
             if self.active is None:
                 return update(*args, **kwargs)
-            return self.active.metric_call(metric, update, args, kwargs)
+            return self.active.metric_call(metric, "update", update, args, kwargs)
 
-        intercept_calls(metric, call)
+        intercept_calls(metric, _NotCopied(called))
         had = metric.__dict__.get("update")
         metric.__dict__["update"] = updated
 
@@ -183,3 +185,16 @@ class CallSwitch:
                 metric.__dict__["update"] = had
 
         self._taken.append(undo)
+
+
+class _NotCopied:
+    """A function that a copy of its owner does without: copies of metrics (by `deepcopy`) are called as ever."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None

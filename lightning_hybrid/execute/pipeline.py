@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -19,6 +19,8 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from lightning_hybrid.analyze.trace import CrossingValue, Trace, trace_step
 from lightning_hybrid.execute.batches import batch_size, count_samples, signature, split_batch
 from lightning_hybrid.execute.logs import LogRecorder
+from lightning_hybrid.execute.metrics import Metrics
+from lightning_hybrid.execute.outputs import extras, join
 from lightning_hybrid.execute.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.partition import Partition
@@ -58,6 +60,7 @@ class Pipeline:
         mesh: The device mesh.
         device: This rank's device.
         precision: Enters the precision of a step (autocast).
+        metrics: The metrics of the module.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class Pipeline:
         mesh: Mesh,
         device: torch.device,
         precision: Callable[[], AbstractContextManager],
+        metrics: Metrics,
     ) -> None:
         self.root, self.partition, self.mesh, self.device, self.precision = root, partition, mesh, device, precision
+        self._metrics = metrics
         self.local = [s.index for s in partition.plan.stages if s.rank == mesh.rank("pp")]
         self.has_last = len(partition.plan.stages) - 1 in self.local
         self.last_rank = partition.plan.stages[-1].rank
@@ -78,7 +83,9 @@ class Pipeline:
 
     # ---- training
 
-    def train(self, args: tuple, scale: float, requested: int | str) -> tuple[Tensor | None, LogRecorder]:
+    def train(
+        self, args: tuple, scale: float, requested: int | str
+    ) -> tuple[Tensor | None, LogRecorder, dict[str, Any]]:
         """Runs `training_step` forward and backward; gradients are added to `.grad`.
 
         Args:
@@ -87,7 +94,8 @@ class Pipeline:
             requested: Microbatches, or `"auto"`.
 
         Returns:
-            The mean loss where this rank holds the last stage, else None; and what was logged.
+            The mean loss where this rank holds the last stage, else None; what was logged; and there, what
+            `training_step` returned beside the loss.
         """
         size = batch_size(args[0]) if requested != 1 else 1
         plan = self.partition.plan
@@ -109,17 +117,19 @@ class Pipeline:
                 )
             except RuntimeError as error:  # torch wraps what a stage raises
                 raise (error.__cause__ or error) from None
-        return (torch.stack(losses).sum() / scale if self.has_last else None), recorder
+        loss = torch.stack(losses).sum() / scale if self.has_last else None
+        returned = [self._step.extras[i] for i in range(count)] if any(self._step.extras.values()) else []
+        return loss, recorder, join(returned, [count_samples(p) for p in parts]) if returned else {}
 
     def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
         """Runs one stage on microbatch `index`: what it sends, or for the last stage what the step returns."""
         step = self._step
-        run = StageRun(program, inputs, self.device)
+        run = StageRun(program, inputs, self.device, self._metrics)
         self._seed(step.seed + 7919 * index + 104_729 * self.mesh.replica)
         method = getattr(self.root, step.name)
         samples = count_samples(step.arguments[index][0])
         switch = self.partition.switch
-        with step.recorder.recording(samples, run), switch.handled_by(run), self.precision():
+        with step.recorder.recording(samples, run, stage), switch.handled_by(run), self.precision():
             out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
         if isinstance(out, _Stopped):
             return out.values
@@ -128,7 +138,10 @@ class Pipeline:
                 f"`{step.name}` ended before it reached `{program.trace.calls[program.stop].name}`, which it called in "
                 "the dry run. A pipeline needs the same modules to be called in every microbatch."
             )
-        return self._loss(out, step) if step.name == "training_step" else out
+        if step.name != "training_step":
+            return out
+        step.extras[index] = extras(out)
+        return self._loss(out, step)
 
     def _seed(self, seed: int) -> None:
         """As `torch.manual_seed`, which formats a stack trace for every kind of device that is not in use."""
@@ -272,6 +285,8 @@ class _Step:
     recorder: LogRecorder = None  # type: ignore[assignment]
     scale: float = 1.0
     seed: int = 0
+    extras: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What the step returned beside the loss, by microbatch."""
 
 
 def _nothing_left() -> Callable[[], None]:

@@ -19,8 +19,10 @@ from lightning_hybrid._torch_private import finish_sharded_backward
 from lightning_hybrid.execute.batches import count_samples
 from lightning_hybrid.execute.clipping import clip_by_global_norm
 from lightning_hybrid.execute.gradients import GradientsOfPipeline, ReplicaReducer, SetAside, sum_over_holders
-from lightning_hybrid.execute.logs import LogRecorder, reduce_over_replicas, replay, share_over_stages
+from lightning_hybrid.execute.logs import HookLogs, LogRecorder, reduce_over_replicas, replay
+from lightning_hybrid.execute.metrics import Metrics
 from lightning_hybrid.execute.pipeline import Pipeline
+from lightning_hybrid.execute.stage_logs import StageLogs
 from lightning_hybrid.partition.batch_norm import has_batch_norm
 from lightning_hybrid.partition.partition import Partition
 
@@ -50,9 +52,12 @@ class Runner:
         self.optimizer_names: dict[int, list[list[str]]] = {}
         self._sync = True
         layout = partition.plan.layout
+        self.metrics = Metrics(root, self.mesh, device)
+        self.hook_logs = HookLogs(root, self.mesh, device)
+        self.stage_logs = StageLogs(self.mesh, device, self.metrics)
         self.pipeline: Pipeline | None = None
         if layout.pp > 1:
-            self.pipeline = Pipeline(root, partition, self.mesh, device, precision.forward_context)
+            self.pipeline = Pipeline(root, partition, self.mesh, device, precision.forward_context, self.metrics)
         self.reducer = self._make_reducer()
         if self.reducer is not None and self.pipeline is None:
             self.reducer.overlap()
@@ -69,16 +74,27 @@ class Runner:
     def _sharded(self) -> FSDPModule | None:
         return self.partition.step_module if isinstance(self.partition.step_module, FSDPModule) else None
 
+    def take_logs(self) -> None:
+        """While the trainer runs, what hooks log and the states of metrics are those of all replicas."""
+        self.hook_logs.install()
+        self.metrics.install()
+
+    def release_logs(self) -> None:
+        """Ends it."""
+        self.hook_logs.remove()
+        self.metrics.remove()
+
     # ---- training
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One `training_step` of the user, under the layout; what it logs is logged on every rank."""
+        self.metrics.begin_step()
         if self.pipeline is not None:
             return self._pipelined_step(self.pipeline, *args)
-        recorder = LogRecorder(self.root)
-        with self.precision.train_step_context(), recorder.recording(count_samples(args[0])):
+        recorder, watched = LogRecorder(self.root), self.metrics.watching(self.partition.switch)
+        with self.precision.train_step_context(), recorder.recording(count_samples(args[0])), watched:
             out = self.partition.step_module(self.root.training_step, *args, **kwargs)
-        self._log(recorder)
+        self._log("training_step", recorder)
         return out
 
     def _pipelined_step(self, pipeline: Pipeline, *args: Any) -> Any:
@@ -89,11 +105,12 @@ class Runner:
             self._sharded.set_reshard_after_backward(False)
         aside = SetAside(held)
         scale = 1.0 / self.root.trainer.accumulate_grad_batches
-        loss, recorder = pipeline.train(args, scale, self._microbatches)
+        loss, recorder, extras = pipeline.train(args, scale, self._microbatches)
         aside.keep()
-        mean_loss = self._log(recorder, loss)
+        mean_loss, extras = self._log("training_step", recorder, loss, extras)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
-        return GradientsOfPipeline.apply(anchor, mean_loss, partial(self._deliver, aside))
+        mean_loss = GradientsOfPipeline.apply(anchor, mean_loss, partial(self._deliver, aside))
+        return {"loss": mean_loss, **extras} if extras else mean_loss
 
     def _deliver(self, aside: SetAside) -> None:
         aside.add()
@@ -104,14 +121,17 @@ class Runner:
                 self.reducer.finish()
             sum_over_holders(self.partition.shared_groups, self.partition.parameters.__getitem__)
 
-    def _log(self, recorder: LogRecorder, loss: Tensor | None = None) -> Tensor:
+    def _log(
+        self, step: str, recorder: LogRecorder, loss: Tensor | None = None, extras: dict[str, Any] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logs a step on every rank; gives every stage the last one's loss and what was returned with it."""
         entries = recorder.entries
         reduce_over_replicas(entries, self.mesh, self.device)
-        shared = torch.zeros(())
+        shared, returned = torch.zeros(()), {}
         if self.pipeline is not None:
-            shared = share_over_stages(entries, loss, self.mesh, self.device)
-        replay(self.root, entries)
-        return shared
+            shared, entries, returned = self.stage_logs.share(step, entries, loss, extras)
+        replay(self.root, entries, self.metrics.prepare)
+        return shared, returned
 
     @contextmanager
     def gradients_stay_local(self) -> Iterator[None]:
@@ -134,14 +154,15 @@ class Runner:
     def evaluation_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """One `validation_step`, `test_step` or `predict_step` on the whole batch; its result on every rank."""
         step: Callable[..., Any] = getattr(self.root, name)
+        self.metrics.begin_step()
         if self.pipeline is not None:
             out, recorder = self.pipeline.evaluate(name, args)
         else:
-            recorder = LogRecorder(self.root)
-            with self.precision.forward_context(), recorder.recording(count_samples(args[0])):
+            recorder, watched = LogRecorder(self.root), self.metrics.watching(self.partition.switch)
+            with self.precision.forward_context(), recorder.recording(count_samples(args[0])), watched:
                 out = self.partition.step_module(step, *args, **kwargs)
         if recorder.entries or name != "predict_step":
-            self._log(recorder)
+            self._log(name, recorder)
         return out
 
     # ---- optimizers

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from lightning_hybrid._torch_private import is_view
 from lightning_hybrid.analyze.ghost import Ghost
 from lightning_hybrid.analyze.trace import CrossingValue, Trace
+from lightning_hybrid.execute.metrics import Metrics
 from lightning_hybrid.spec.errors import PartitionError
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None))
@@ -59,6 +60,7 @@ class StageRun:
     program: StageProgram
     inputs: Sequence[torch.Tensor]
     device: torch.device
+    metrics: Metrics
     calls: int = 0
     own: bool = False
     """True from the entry of the stage's first unit on: what the user's code does now is this stage's to do."""
@@ -69,10 +71,12 @@ class StageRun:
         self._wanted = {v.source[1] for v in self.program.sent if v.source[0] == "out"}
         self._wanted |= {v.source[1] for v in self.program.received if v.source[0] == "out"}
 
-    def metric_call(self, metric: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def metric_call(
+        self, metric: Any, kind: Literal["forward", "update"], call: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> Any:
         """A metric is updated by the stage that computes its input; elsewhere the call does nothing."""
         if self.own:
-            return call(*args, **kwargs)
+            return self.metrics.call(metric, kind, call, args, kwargs)
         return Ghost(torch.empty((), device="meta"), torch.device("cpu"))
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:

@@ -203,6 +203,7 @@ class HybridStrategy(ParallelStrategy):
                 tensor_plan=self._tensor_plan,
             )
             self._runner = start.partition(trainer, self, request, compile_blocks=self._compile)
+        self._runner.take_logs()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -307,6 +308,8 @@ class HybridStrategy(ParallelStrategy):
     @override
     def teardown(self) -> None:
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        if self._runner is not None:
+            self._runner.release_logs()
         if self.lightning_module is not None and self._splits_data is not None:
             start.release_trainer(self.lightning_module.trainer, self._splits_data)
         self._environment.teardown()

@@ -28,6 +28,12 @@ class Mesh:
     replica_group: dist.ProcessGroup
     """The ranks that hold the same weights and see other data: all of `dp` and `fsdp`."""
 
+    log_group: dist.ProcessGroup
+    """The same ranks, for what is logged: a call of `self.log` on some ranks only must not meet another collective."""
+
+    log_stage_group: dist.ProcessGroup
+    """The ranks of this rank's pipeline, for what is logged."""
+
     holder_groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     """Groups of pipeline ranks that share weights, as far as they have been made (see `holder_group`)."""
     _tried: set[tuple[int, ...]] = field(default_factory=set)
@@ -49,7 +55,15 @@ class Mesh:
         sizes = tuple(getattr(layout, axis) for axis in AXES)
         mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
         replicas = mesh["dp", "fsdp"]._flatten("replicas")
-        return cls(layout=layout, device_mesh=mesh, replica_group=replicas.get_group())
+        by_pipeline = mesh.mesh.flatten(1).T.tolist()
+        by_replicas = mesh.mesh.permute(0, 3, 1, 2).reshape(-1, layout.replicas).tolist()
+        return cls(
+            layout=layout,
+            device_mesh=mesh,
+            replica_group=replicas.get_group(),
+            log_group=_own_group(by_replicas),
+            log_stage_group=_own_group(by_pipeline),
+        )
 
     def holder_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         """The group of the pipeline ranks `ranks` of this rank's column; None if it is none of them. Collective."""
@@ -74,3 +88,11 @@ class Mesh:
     def replica(self) -> int:
         """Index of this rank's replica; its ranks (of `tp` and `pp`) see the same batches."""
         return self.rank("dp") * self.layout.fsdp + self.rank("fsdp")
+
+
+def _own_group(all_members: list[list[int]]) -> dist.ProcessGroup:
+    """Makes a group of each list of ranks, and gives the one with this rank. Collective."""
+    if len(all_members[0]) == 1:
+        return default_group()  # never used; a group of one costs as many threads as a large one
+    groups = {tuple(members): dist.new_group(members) for members in all_members}
+    return next(g for members, g in groups.items() if dist.get_rank() in members)  # type: ignore[return-value]
