@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -26,10 +27,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hybrid.execute import start, state
+from lightning_hybrid.checkpoint.options import CheckpointOptions
+from lightning_hybrid.checkpoint.reader import SavedCheckpoint
+from lightning_hybrid.execute import loading, start, state
 from lightning_hybrid.execute.data import replica_loader
 from lightning_hybrid.execute.planning import Request
 from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.execute.saving import Saver
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.plan.stages import SCHEDULES
 from lightning_hybrid.spec.layout import Layout
@@ -46,6 +50,7 @@ class HybridStrategy(ParallelStrategy):
         tensor_plan: Overrides of the inferred tensor plan: patterns of module names to `"column"`, `"row"`,
             `"column_gather"` or `"replicate"`.
         compile: Compile each block with `torch.compile`.
+        checkpoints: How checkpoints are saved, and what is trusted when they are loaded.
         process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
         timeout: After which a collective that waits for another rank fails.
 
@@ -61,6 +66,7 @@ class HybridStrategy(ParallelStrategy):
         microbatches: int | Literal["auto"] = "auto",
         tensor_plan: Mapping[str, str] | None = None,
         compile: bool = False,
+        checkpoints: CheckpointOptions = CheckpointOptions(),  # noqa: B008 -- frozen
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
@@ -74,6 +80,10 @@ class HybridStrategy(ParallelStrategy):
         self._compile, self._backend, self._timeout = compile, process_group_backend, timeout
         self._mesh: Mesh | None = None
         self._runner: Runner | None = None
+        self._checkpoints = checkpoints
+        self._saver: Saver | None = None
+        self._older_checkpoints: list[Path] = []
+        self._streams: Mapping[str, Any] | None = None
         self._splits_data: bool | None = None
         self.num_nodes = 1
 
@@ -97,6 +107,13 @@ class HybridStrategy(ParallelStrategy):
         if self._runner is None:
             raise RuntimeError("`strategy.runner` is there only after the strategy has been set up (Trainer.fit).")
         return self._runner
+
+    @property
+    def saver(self) -> Saver:
+        """Saves checkpoints, once the processes are connected."""
+        if self._saver is None:
+            self._saver = Saver(self._checkpoints, self._timeout)
+        return self._saver
 
     @property
     def _module(self) -> pl.LightningModule:
@@ -290,23 +307,60 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self.full_state_dict()
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        state.load_full_state_dict(self.runner, checkpoint["state_dict"], strict)
+        """This rank's parts; `full_state_dict` gives whole weights."""
+        return state.state_dict(self.runner)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return state.full_optimizer_state(self.runner, optimizer)
+        return state.optimizer_state(self.runner, optimizer)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        content = state.content_of(self.runner, {**checkpoint, "streams": loading.random_streams()})
+        self.saver.save(filepath, content, loading.manifest_facts(checkpoint, self.layout))
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        self.saver.remove(filepath)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        self.saver.wait()
+        trust = self._checkpoints.trust_pickle or weights_only is False
+        opened = loading.open_first([Path(checkpoint_path), *self._older_checkpoints], trust)
+        self._older_checkpoints = []
+        if not isinstance(opened, SavedCheckpoint):
+            return opened
+        checkpoint = loading.as_lightning(opened, self._module.trainer, self.layout)
+        self._streams = checkpoint.pop("streams")
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        state.load_state_dict(self.runner, checkpoint["state_dict"], strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            state.load_full_optimizer_state(self.runner, optimizer, saved)
+            state.load_optimizer_state(self.runner, optimizer, saved)
+        if self._streams is not None:
+            loading.set_random_streams(self._streams)
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        trainer = self._module.trainer
+        if self._streams is not None and trainer.training:
+            if trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
+                loading.set_random_streams(self._streams)  # starting the loader in mid-epoch has drawn from them
+            self._streams = None
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def teardown(self) -> None:
+        if self._saver is not None:
+            self._saver.close()
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
         if self._runner is not None:
             self._runner.release_logs()

@@ -7,3 +7,7 @@ class PartitionError(ValueError):
     Raised before training starts, and always with three things in the message: the module, the rule it breaks, and
     the layouts that do work.
     """
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names the file."""

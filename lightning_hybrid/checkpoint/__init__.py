@@ -1,0 +1,1 @@
+"""Verified, sharded checkpoints that any layout can load."""

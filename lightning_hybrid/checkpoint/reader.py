@@ -1,0 +1,251 @@
+"""Reading a checkpoint: what it claims is checked before anything is used, and no code in it is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_hybrid.checkpoint.folder import FILE_NAME, FORMAT, MANIFEST, REPLACED, STAGED, file_names, sha256
+from lightning_hybrid.checkpoint.plain import decode
+from lightning_hybrid.checkpoint.writer import canonical
+from lightning_hybrid.spec.errors import CheckpointError
+from lightning_hybrid.spec.tensor_index import Index, overlaps, shape_of, whole_index
+
+_BOXES_READ_SINGLY = 8
+"""A part that shares more boxes with what is wanted is read whole: one long read is faster than many short ones."""
+
+
+class _Stored(NamedTuple):
+    rank: int
+    key: str
+    index: Index
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of a checkpoint, of which any part can be read."""
+
+    checkpoint: SavedCheckpoint
+    name: str
+    shape: tuple[int, ...]
+    stored: list[_Stored]
+
+    def read(self, index: Index | None = None) -> Tensor:
+        """The part `index` of the tensor (None: all of it), on the CPU.
+
+        Raises:
+            CheckpointError: If the checkpoint has not all of it.
+        """
+        index = whole_index(self.shape) if index is None else index
+        out: Tensor | None = None
+        filled = 0
+        for rank, key, source_index in self.stored:
+            boxes = list(overlaps(index, source_index))
+            if not boxes and math.prod(self.shape):
+                continue
+            source = self.checkpoint.slices(rank, key, self.name, shape_of(source_index))
+            if len(boxes) > _BOXES_READ_SINGLY:
+                source = source[...]
+            for box in boxes:
+                values = source[box.source] if box.source else source[...]
+                if out is None:
+                    out = torch.empty(shape_of(index), dtype=values.dtype)
+                out[box.target] = values
+                filled += box.count
+            if out is None:
+                out = source[...]
+        if out is None or filled != out.numel():
+            raise CheckpointError(
+                f"{self.checkpoint.path} has {filled} of the elements wanted of `{self.name}`, whose shape is "
+                f"{self.shape}: files of different checkpoints are mixed, or a rank's file is missing."
+            )
+        return out
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type of its elements."""
+        rank, key, _ = self.stored[0]
+        return self.checkpoint.tensor(rank, key).dtype
+
+
+class SavedCheckpoint:
+    """A checkpoint on disk, its manifest checked.
+
+    Args:
+        path: Its folder.
+        trust_pickle: Whether to run the pickles that a state file may hold.
+
+    Raises:
+        CheckpointError: If it is not there, incomplete, or not one of ours.
+    """
+
+    def __init__(self, path: str | Path, trust_pickle: bool = False) -> None:
+        self.path, self.trust_pickle = Path(path), trust_pickle
+        self.about = _read_manifest(self.path)
+        self._open: dict[int, Any] = {}
+        self._indexes: dict[int, dict[str, Any]] = {}
+
+    @property
+    def step(self) -> int:
+        """The global step at which it was saved."""
+        return int(self.about.get("step", 0))
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks that wrote it."""
+        return int(self.about["world_size"])
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Size and hash of each file."""
+        return self.about["files"]
+
+    def problems(self, names: Sequence[str] | None = None) -> list[str]:
+        """What is wrong with the files `names` (None: all); reads every byte of them."""
+        return [p for name in (self.files if names is None else names) if (p := self._problem(name, self.files[name]))]
+
+    def _problem(self, name: str, expected: Mapping[str, Any]) -> str | None:
+        path = self.path / name
+        rank = int(name[5:].split(".")[0])
+        if not path.is_file():
+            return f"{path} (rank {rank}) is missing."
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"{path} (rank {rank}) has {size} bytes instead of {expected['bytes']}: it was cut off or exchanged."
+        if sha256(path) != expected["sha256"]:
+            return f"{path} (rank {rank}) is damaged: its SHA-256 is not the one in the manifest."
+        return None
+
+    # ---- content
+
+    def document(self, rank: int = 0, leave_out_pickles: Sequence[str] = ()) -> dict[str, Any]:
+        """The state of a rank, apart from the groups of tensors.
+
+        Args:
+            rank: The rank that saved it.
+            leave_out_pickles: Top-level keys that are left out where they hold pickles that are not trusted.
+        """
+        index = self._index(rank)
+        source = str(self.path / file_names(rank)[0])
+        result = {}
+        for key, value in index["document"].items():
+            try:
+                result[key] = decode(value, lambda k: self.tensor(rank, k), self.trust_pickle, source)
+            except CheckpointError:
+                if key not in leave_out_pickles:
+                    raise
+        return result
+
+    @cached_property
+    def groups(self) -> dict[str, dict[str, SavedTensor]]:
+        """All tensors, by group and name."""
+        found: dict[str, dict[str, SavedTensor]] = {}
+        for rank in range(self.world_size):
+            for group, tensors in self._index(rank)["tensors"].items():
+                members = found.setdefault(group, {})
+                for name, entry in tensors.items():
+                    index = tuple(tuple((int(a), int(b)) for a, b in runs) for runs in entry["index"])
+                    saved = members.setdefault(name, SavedTensor(self, name, tuple(entry["shape"]), []))
+                    saved.stored.append(_Stored(rank, entry["key"], index))
+        return found
+
+    @cached_property
+    def values(self) -> dict[str, dict[str, Any]]:
+        """Members of groups that are no tensors."""
+        found: dict[str, dict[str, Any]] = {}
+        for rank in range(self.world_size):
+            source = str(self.path / file_names(rank)[0])
+            for group, values in self._index(rank)["values"].items():
+                for name, value in values.items():
+                    found.setdefault(group, {}).setdefault(
+                        name, decode(value, lambda k, r=rank: self.tensor(r, k), self.trust_pickle, source)
+                    )
+        return found
+
+    def tensor(self, rank: int, key: str) -> Tensor:
+        """One tensor of a rank's file."""
+        path = self.path / file_names(rank)[1]
+        try:
+            return self._file(rank).get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} (rank {rank}) cannot be read: {error}.") from error
+
+    def slices(self, rank: int, key: str, name: str, shape: tuple[int, ...]) -> Any:
+        """One tensor of a rank's file, of which `[...]` reads a part; its shape must be `shape`."""
+        path = self.path / file_names(rank)[1]
+        try:
+            found = self._file(rank).get_slice(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} (rank {rank}) cannot be read: {error}.") from error
+        if tuple(found.get_shape()) != shape:
+            raise CheckpointError(
+                f"{path} (rank {rank}): the part of `{name}` has shape {tuple(found.get_shape())}, not {shape} as its "
+                "index says."
+            )
+        return found
+
+    def _file(self, rank: int) -> Any:
+        if rank not in self._open:
+            self._open[rank] = safe_open(self.path / file_names(rank)[1], framework="pt")
+        return self._open[rank]
+
+    def _index(self, rank: int) -> dict[str, Any]:
+        if rank not in self._indexes:
+            path = self.path / file_names(rank)[0]
+            try:
+                self._indexes[rank] = json.loads(path.read_bytes())
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path} (rank {rank}) cannot be read: {error}.") from error
+        return self._indexes[rank]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"There is no checkpoint {path}.")
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it has no {MANIFEST}. The run that wrote it was interrupted."
+        )
+    try:
+        read = json.loads(file.read_bytes())
+        form, content, digest = read["format"], read["content"], read["digest"]
+        if form != FORMAT:
+            raise CheckpointError(f"{file} is of the format {form!r}; this version reads {FORMAT!r}.")
+        intact = hashlib.sha256(canonical(content).encode()).hexdigest() == digest
+        complete = set(_names(content["world_size"])) == set(content["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__} ({error}).") from error
+    if not intact:
+        raise CheckpointError(f"{file} is damaged: its content does not have the digest it states.")
+    if not complete or not all(FILE_NAME.fullmatch(name) for name in content["files"]):
+        raise CheckpointError(f"{file} does not list the files of {content['world_size']} ranks.")
+    return content
+
+
+def _names(world_size: int) -> Iterator[str]:
+    for rank in range(world_size):
+        yield from file_names(rank)
+
+
+def newest_first(paths: Sequence[Path]) -> list[Path]:
+    """Checkpoints of ours by step, those with a readable manifest only; of one step the last written first."""
+    found = []
+    for path in paths:
+        try:
+            about = _read_manifest(path)
+        except CheckpointError:
+            continue
+        passing = path.name.endswith((STAGED, REPLACED))
+        found.append((int(about.get("step", 0)), float(about.get("seconds", 0.0)), not passing, str(path), path))
+    return [entry[-1] for entry in sorted(found, reverse=True)]

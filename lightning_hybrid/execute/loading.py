@@ -1,0 +1,166 @@
+"""Loading checkpoints: found, checked by all ranks together, and given to Lightning in the form it knows."""
+
+from __future__ import annotations
+
+import pickle
+import platform
+import random
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_hybrid.checkpoint.folder import candidates
+from lightning_hybrid.checkpoint.reader import SavedCheckpoint, SavedTensor, newest_first
+from lightning_hybrid.spec.errors import CheckpointError
+from lightning_hybrid.spec.layout import Layout
+
+_HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
+"""Lightning saves them for `load_from_checkpoint` and does not read them when it resumes."""
+
+
+def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """What the manifest says of a checkpoint."""
+    return {
+        "step": checkpoint.get("global_step", 0),
+        "epoch": checkpoint.get("epoch", 0),
+        "layout": str(layout),
+        "seconds": time.time(),
+        "versions": {
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+# ---- random streams
+
+
+def random_streams() -> dict[str, Any]:
+    """The global random streams of this process."""
+    streams: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        streams["cuda"] = torch.cuda.get_rng_state()
+    return streams
+
+
+def set_random_streams(streams: Mapping[str, Any]) -> None:
+    """The reverse of `random_streams`."""
+    random.setstate(streams["python"])
+    np.random.set_state(streams["numpy"])
+    torch.set_rng_state(streams["torch"])
+    if "cuda" in streams and torch.cuda.is_available():
+        torch.cuda.set_rng_state(streams["cuda"])
+
+
+# ---- which one
+
+
+def valid_checkpoints(folders: Sequence[Path]) -> list[Path]:
+    """Checkpoints in `folders`, the newest first: ours by step, then plain files of Lightning by their time."""
+    found = [path for folder in folders for path in candidates(folder)]
+    ours = newest_first([path for path in found if path.is_dir()])
+    plain = sorted((p for p in found if p.is_file()), key=lambda p: p.stat().st_mtime, reverse=True)
+    return [*ours, *plain]
+
+
+def open_first(paths: Sequence[Path], trust_pickle: bool) -> SavedCheckpoint | dict[str, Any]:
+    """The first of `paths` that is intact on all ranks, which check its files together; collective.
+
+    Returns:
+        A checkpoint of ours, or the content of a plain file of Lightning.
+
+    Raises:
+        CheckpointError: If none is, with what is wrong with the first.
+    """
+    refused: list[str] = []
+    for path in paths:
+        opened, problems = _open(path, trust_pickle)
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, problems)
+        found = list(dict.fromkeys(p for problems in gathered for p in problems))
+        if not found and opened is not None:
+            if refused:
+                rank_zero_warn(f"{refused[0]} Going on from {path} instead, the newest checkpoint that is intact.")
+            return opened
+        refused.append(" ".join(found))
+    raise CheckpointError(refused[0] if refused else "There is no checkpoint.")
+
+
+def _open(path: Path, trust_pickle: bool) -> tuple[SavedCheckpoint | dict[str, Any] | None, list[str]]:
+    try:
+        if path.is_file():
+            return _plain(path, trust_pickle), []
+        saved = SavedCheckpoint(path, trust_pickle)
+        names = sorted(saved.files)[dist.get_rank() :: dist.get_world_size()]
+        return saved, saved.problems(names)
+    except CheckpointError as error:
+        return None, [str(error)]
+
+
+def _plain(path: Path, trust_pickle: bool) -> dict[str, Any]:
+    """A checkpoint file of Lightning's own; its tensors stay on the disk until they are read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust_pickle)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is a pickle with more than plain data in it, and unpickling can run any code "
+            f"({str(error).splitlines()[0]}). If you trust the file, pass "
+            "`checkpoints=CheckpointOptions(trust_pickle=True)` to the strategy."
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+
+
+# ---- as Lightning's dict
+
+
+def as_lightning(saved: SavedCheckpoint, trainer: pl.Trainer, layout: Layout) -> dict[str, Any]:
+    """The checkpoint dict that Lightning restores from; weights stay on the disk, as `SavedTensor`s, until used.
+
+    Where a hook of the user or of a callback looks at the checkpoint, the model's weights are whole tensors in it.
+    """
+    checkpoint = saved.document(0, leave_out_pickles=_HYPER_PARAMETERS)
+    if saved.about["layout"] == str(layout) and saved.world_size == dist.get_world_size() and dist.get_rank() > 0:
+        checkpoint |= saved.document(dist.get_rank())
+    whole = is_overridden("on_load_checkpoint", trainer.lightning_module) or any(
+        type(callback).on_load_checkpoint is not pl.Callback.on_load_checkpoint
+        for callback in trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+    )
+    groups = set(saved.groups) | set(saved.values)
+    for group in (g for g in groups if not g.startswith("optimizer_states/")):
+        members: dict[str, Any] = {**saved.groups.get(group, {}), **saved.values.get(group, {})}
+        members |= {alias: members[first] for alias, first in checkpoint["aliases"].items() if first in members}
+        order = [n for n in checkpoint["names"] if n in members]
+        checkpoint[group] = {n: members[n] for n in [*order, *(n for n in members if n not in order)]}
+        if whole:
+            checkpoint[group] = {n: v.read() if isinstance(v, SavedTensor) else v for n, v in checkpoint[group].items()}
+    for i, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
+        optimizer["state"] = _optimizer_entries(saved, f"optimizer_states/{i}/")
+    return checkpoint
+
+
+def _optimizer_entries(saved: SavedCheckpoint, prefix: str) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    for groups in (saved.groups, saved.values):
+        for group, members in groups.items():
+            if group.startswith(prefix):
+                for name, value in members.items():
+                    entries.setdefault(name, {})[group.removeprefix(prefix)] = value
+    return entries
