@@ -19,6 +19,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_hybrid.checkpoint.consolidate import optimizer_entries
 from lightning_hybrid.checkpoint.folder import candidates
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint, SavedTensor, newest_first
 from lightning_hybrid.spec.errors import CheckpointError
@@ -152,15 +153,5 @@ def as_lightning(saved: SavedCheckpoint, trainer: pl.Trainer, layout: Layout) ->
         if whole:
             checkpoint[group] = {n: v.read() if isinstance(v, SavedTensor) else v for n, v in checkpoint[group].items()}
     for i, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
-        optimizer["state"] = _optimizer_entries(saved, f"optimizer_states/{i}/")
+        optimizer["state"] = optimizer_entries(saved, i)
     return checkpoint
-
-
-def _optimizer_entries(saved: SavedCheckpoint, prefix: str) -> dict[str, dict[str, Any]]:
-    entries: dict[str, dict[str, Any]] = {}
-    for groups in (saved.groups, saved.values):
-        for group, members in groups.items():
-            if group.startswith(prefix):
-                for name, value in members.items():
-                    entries.setdefault(name, {})[group.removeprefix(prefix)] = value
-    return entries

@@ -40,6 +40,7 @@ class Saver:
         )
         self._thread: Thread | None = None
         self._error: CheckpointError | None = None
+        self._failed = False
         self._unwanted: list[Path] = []
         self.blocked_seconds = 0.0
         """How long training has waited for the last save."""
@@ -90,9 +91,9 @@ class Saver:
 
     def _write(self, number: int, path: Path, files: RankFiles, about: dict[str, Any]) -> None:
         try:
-            write_checkpoint(self._party, number, path, files, about, self._remove_unwanted)
+            write_checkpoint(self._party, number, path, files, about, self._saved)
         except CheckpointError as error:
-            self._error = error
+            self._error, self._failed = error, True
 
     def _report(self) -> None:
         error, self._error = self._error, None
@@ -102,11 +103,16 @@ class Saver:
             raise error
         rank_zero_warn(f"{error} Training goes on without this checkpoint.", category=RuntimeWarning)
 
+    def _saved(self) -> None:
+        self._failed = False
+        self._remove_unwanted()
+
     def _remove_unwanted(self) -> None:
-        kept = []
+        kept, count = [], self._options.keep
         for path in self._unwanted:
-            newest = newest_first(list(candidates(path.parent)))[: self._options.keep]
-            if path in newest:
+            newest = newest_first(list(candidates(path.parent)))[:count]
+            # a callback asks for this after a save; where that failed, the old one is the last
+            if path in newest and (count > 1 or self._failed):
                 kept.append(path)
             else:
                 try:

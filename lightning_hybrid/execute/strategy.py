@@ -329,8 +329,9 @@ class HybridStrategy(ParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         self.saver.wait()
         trust = self._checkpoints.trust_pickle or weights_only is False
-        opened = loading.open_first([Path(checkpoint_path), *self._older_checkpoints], trust)
+        paths = self.broadcast([Path(checkpoint_path), *self._older_checkpoints])
         self._older_checkpoints = []
+        opened = loading.open_first(paths, trust)
         if not isinstance(opened, SavedCheckpoint):
             return opened
         checkpoint = loading.as_lightning(opened, self._module.trainer, self.layout)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_hybrid.checkpoint.consolidate import consolidate
 from tests.distributed import jobs
 from tests.harness import RankError, RankGroup
 
@@ -100,10 +101,11 @@ def test_a_checkpoint_goes_on_under_another_layout(ranks2: RankGroup, tmp_path, 
     assert_same(result, expected)
 
 
-def test_a_checkpoint_is_one_that_lightning_reads(ranks2: RankGroup, tmp_path):
+def test_a_consolidated_checkpoint_is_one_that_lightning_reads(ranks2: RankGroup, tmp_path):
     path = tmp_path / "one.ckpt"
     trained = ranks2.call(jobs.fit, "pp2", save=str(path))[0]
-    module = jobs.Classifier.load_from_checkpoint(path, weights_only=False)
+    consolidate(path, tmp_path / "plain.ckpt")
+    module = jobs.Classifier.load_from_checkpoint(tmp_path / "plain.ckpt")
     for name, value in module.state_dict().items():
         assert torch.equal(value, trained["weights"][name])
 
