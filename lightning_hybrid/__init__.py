@@ -2,12 +2,13 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.execute.start import warn_if_untested
 from lightning_hybrid.execute.strategy import HybridStrategy
-from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.errors import CheckpointError, PartitionError
 from lightning_hybrid.spec.layout import Layout
 
-__all__ = ["HybridStrategy", "Layout", "PartitionError"]
+__all__ = ["CheckpointError", "CheckpointOptions", "HybridStrategy", "Layout", "PartitionError"]
 
 StrategyRegistry.register(
     "hybrid", HybridStrategy, description="Replicas, sharding, tensor and pipeline parallelism for any LightningModule"

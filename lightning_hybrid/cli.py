@@ -1,19 +1,30 @@
-"""The command line: `lightning-hybrid fit|validate|test|predict --config FILE`."""
+"""The command line: `lightning-hybrid fit|validate|test|predict --config FILE`, and `consolidate` and `verify`."""
 
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
+
+from lightning_hybrid.checkpoint.consolidate import consolidate, verify
+from lightning_hybrid.spec.errors import CheckpointError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand of LightningCLI on any model, data module and strategy, all given by class path.
 
+    `consolidate CHECKPOINT OUT` and `verify CHECKPOINT` need no model: see `lightning-hybrid consolidate --help`.
+
     Args:
         argv: Arguments after the program's name; those of the process if None. The processes of a run on several
             devices are started with the process's own arguments, so give others for a single device only.
     """
+    args = sys.argv[1:] if argv is None else list(argv)
+    if args and args[0] in _CHECKPOINT_COMMANDS:
+        _run_on_checkpoint(_CHECKPOINT_COMMANDS[args[0]], args[1:])
+        return
     # Lightning 2.6 says this once in every process of a run with torch 2.13; its user can do nothing about it.
     warnings.filterwarnings(
         "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
@@ -26,6 +37,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_config_kwargs={"overwrite": True},
         args=None if argv is None else list(argv),
     )
+
+
+_CHECKPOINT_COMMANDS: dict[str, Callable] = {"consolidate": consolidate, "verify": verify}
+
+
+def _run_on_checkpoint(command: Callable, args: list[str]) -> None:
+    try:
+        said = auto_cli(command, args=args, prog=f"lightning-hybrid {command.__name__}")
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
+    if said is not None:
+        sys.stdout.write(f"{said}\n")
 
 
 if __name__ == "__main__":

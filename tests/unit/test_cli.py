@@ -1,13 +1,19 @@
 """The command line on one process, with everything given by class path."""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from lightning_hybrid.checkpoint.content import Content, Part, RankFiles
+from lightning_hybrid.checkpoint.writer import Party, write_checkpoint
 from lightning_hybrid.cli import main
+from lightning_hybrid.spec.tensor_index import whole_index
 
 pytestmark = pytest.mark.unit
 
@@ -68,3 +74,21 @@ def test_unknown_class_is_refused(config: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", str(config), "--model=no.such.Model"])
     assert "no.such.Model" in capsys.readouterr().err
+
+
+def test_checkpoint_commands(tmp_path, capsys):
+    content = Content(
+        document={"epoch": 0, "global_step": 3, "names": ["w"], "aliases": {}, "streams": {}},
+        parts=[Part(group="state_dict", name="w", shape=(2,), index=whole_index((2,)), tensor=torch.ones(2))],
+    )
+    party = Party(store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=5))
+    about = {"step": 3, "epoch": 0, "layout": "dp1"}
+    path = tmp_path / "a.ckpt"
+    write_checkpoint(party, 1, path, RankFiles.of(content), about, lambda: None)
+    main(["verify", str(path)])
+    assert "a.ckpt is intact: step 3, epoch 0, layout dp1, 1 ranks" in capsys.readouterr().out
+    main(["consolidate", str(path), str(tmp_path / "out.safetensors")])
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["w"], torch.ones(2))
+    (path / "rank-00000.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"error: .*rank-00000.safetensors \(rank 0\) is missing"):
+        main(["verify", str(path)])
