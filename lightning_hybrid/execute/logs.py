@@ -189,7 +189,7 @@ def _raise_different_keys(keys: list[str], mesh: Mesh) -> None:
     gathered: list[Any] = [None] * mesh.layout.replicas
     dist.all_gather_object(gathered, keys, group=mesh.log_group)
     raise ValueError(
-        f"`self.log` must be called with the same keys, in the same order, on every replica. Got {gathered}. "
+        f"`self.log` must be called with the same keys on every replica, in the same order. Got {gathered}. "
         "Log a key on all of them or on none, or with `rank_zero_only=True`."
     )
 
@@ -216,6 +216,23 @@ def replay(
             value = torch.as_tensor(entry.value, dtype=torch.float64)
             value = (value / entry.weight if entry.reduction == "mean" else value).to(root.device, torch.float32)
         LightningModule.log(root, entry.name, value, batch_size=max(1, round(entry.weight)), **entry.options)
+
+
+@contextmanager
+def silent(root: pl.LightningModule) -> Iterator[None]:
+    """Inside, `self.log` does nothing: modules are run on made-up numbers."""
+    kept = {key: root.__dict__[key] for key in ("log", "log_dict") if key in root.__dict__}
+    root.__dict__.update(log=_nothing, log_dict=_nothing)
+    try:
+        yield
+    finally:
+        for key in ("log", "log_dict"):
+            root.__dict__.pop(key)
+        root.__dict__.update(kept)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
 
 
 class HookLogs:

@@ -223,3 +223,4 @@ class _WithoutStages:
     def metric_call(self, metric: Any, kind: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Runs the metric."""
         return self._metrics.call(metric, kind, call, args, kwargs)
+

@@ -16,6 +16,7 @@ from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
 from lightning_hybrid.analyze.trace import Trace, trace_step
 from lightning_hybrid.analyze.units import CallSwitch, Units, find_units
 from lightning_hybrid.execute.batches import batch_size, split_batch
+from lightning_hybrid.execute.logs import silent
 from lightning_hybrid.partition.batch_norm import has_batch_norm
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.ownership import Parameters
@@ -86,7 +87,8 @@ def make_partition(
             plan = _whole_plan(layout, parameters, units)
         partition = Partition(root, mesh, plan, trace, switch, parameters, StepModule(root))
         if layout.tp > 1:
-            partition.tensor_plan = infer_tensor_plan(root, trace.calls, layout.tp, request.tensor_plan, trace.use)
+            with silent(root):
+                partition.tensor_plan = infer_tensor_plan(root, trace.calls, layout.tp, request.tensor_plan, trace.use)
         for call in trace.calls:
             call.args, call.kwargs = (), {}  # frees the ghosts and copies of the dry run
         trace.use = None
