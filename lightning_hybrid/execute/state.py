@@ -173,7 +173,7 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
 
 
 def load_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool) -> None:
-    """Each rank takes its part of the weights in `state`, which are whole tensors or `SavedTensor`s.
+    """Each rank takes its part of the weights in `state`, which are whole tensors or `SavedTensor`s. Collective.
 
     Raises:
         RuntimeError: If `strict` and the names differ, or a shape differs, as `nn.Module.load_state_dict` does.
@@ -181,13 +181,10 @@ def load_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool) -> N
     partition = runner.partition
     partition.reshard()
     expected = _shown_names(runner)
-    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-    if strict and (missing or unexpected):
-        raise RuntimeError(
-            f"Error(s) in loading state_dict for {type(runner.root).__name__}: missing keys {missing}, unexpected keys "
-            f"{unexpected}."
-        )
     held, buffers = partition.parameters.held(), dict(runner.root.named_buffers())
+    if strict:
+        needed = [n for n in expected if n in buffers or partition.parameters.first_names.get(n) in held]
+        _check_names(runner, set(needed) - set(state), set(state) - set(expected))
     with torch.no_grad():
         for name in expected:
             first = partition.parameters.first_names.get(name, name)
@@ -202,6 +199,18 @@ def load_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool) -> N
             elif name.endswith(EXTRA_STATE):
                 owner = name.removesuffix(EXTRA_STATE).removesuffix(".")
                 runner.root.get_submodule(owner).set_extra_state(read(state[name]))
+
+
+def _check_names(runner: Runner, missing: set[str], unexpected: set[str]) -> None:
+    """Each rank knows what it needs itself; all of them raise the same. Collective."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (missing, unexpected))
+    missing, unexpected = set().union(*(m for m, _ in found)), set().union(*(u for _, u in found))
+    if missing or unexpected:
+        raise RuntimeError(
+            f"Error(s) in loading state_dict for {type(runner.root).__name__}: missing keys {sorted(missing)}, "
+            f"unexpected keys {sorted(unexpected)}."
+        )
 
 
 def _check_shape(runner: Runner, name: str, saved: Any, shape: torch.Size) -> None:

@@ -43,7 +43,7 @@ class Net(L.LightningModule):
         self.log("loss", loss)
         return loss
 
-    def on_train_batch_end(self, outputs, batch, batch_idx):
+    def on_train_batch_start(self, batch, batch_idx):
         self.seen += 1
 
     def validation_step(self, batch, batch_idx):
