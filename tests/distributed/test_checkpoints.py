@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +177,44 @@ def test_another_model_is_refused(ranks2: RankGroup, tmp_path: Path):
     ranks2.call(jobs.run, "fsdp2", str(tmp_path), kind="Hooks", every=5, max_epochs=1)
     with pytest.raises(RankError, match=r"missing keys \['stem.bias', 'stem.weight'\]"):
         ranks2.call(jobs.run, "fsdp2", ckpt_path=str(tmp_path / "step=5.ckpt"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for a few checkpoints."""
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip(f"mounting a small file system needs more rights than this process has: {made.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_costs_the_new_checkpoint_only(ranks2: RankGroup, small_disk: Path, asynchronous: bool):
+    expected = ranks2.call(jobs.run, "fsdp2")[0]
+    result = ranks2.call(jobs.run, "fsdp2", str(small_disk), checkpoints={"asynchronous": asynchronous})[0]
+    assert result["losses"] == expected["losses"], "training went on"
+    left = jobs.files(small_disk)
+    assert 1 <= len(left) < LAST
+    assert left == sorted(f"step={s}.ckpt" for s in range(1, len(left) + 1)), "nothing half written"
+    assert all(SavedCheckpoint(p).problems() == [] for p in small_disk.iterdir())
+
+
+def test_a_full_disk_ends_the_run_where_that_is_wanted(ranks2: RankGroup, small_disk: Path):
+    with pytest.raises(
+        RankError, match=r"CheckpointError: Saving .* failed, earlier checkpoints are untouched.*Rank \d"
+    ):
+        ranks2.call(jobs.run, "fsdp2", str(small_disk), checkpoints={"on_error": "raise"})
+    assert all(SavedCheckpoint(p).problems() == [] for p in small_disk.iterdir())
+
+
+def test_a_full_disk_keeps_the_last_good_one(ranks2: RankGroup, small_disk: Path):
+    """ModelCheckpoint(save_top_k=1) asks for the removal of the one before, though the new one could not be saved."""
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(280_000))  # leaves room for one
+    ranks2.call(jobs.run, "fsdp2", str(small_disk), keep=1)
+    filler.unlink()
+    assert jobs.files(small_disk) == ["step=1.ckpt"], "every later one has failed"
+    assert SavedCheckpoint(small_disk / "step=1.ckpt").problems() == []
