@@ -141,3 +141,25 @@ def recomputation_off() -> Iterator[None]:
         yield
     finally:
         module._checkpoint_without_reentrant_generator, module.CheckpointFunction = kept
+
+
+@contextmanager
+def checkpoints_not_reentrant() -> Iterator[None]:
+    """Inside, `torch.utils.checkpoint.checkpoint(use_reentrant=True)` works as with `use_reentrant=False`.
+
+    The results are the same. The reentrant kind keeps the arguments it is called with and finds their gradients only,
+    which a pipeline stage that begins inside the function receives by another way.
+    """
+    module: Any = torch.utils.checkpoint
+    kept = module.CheckpointFunction
+
+    class NotReentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            return module.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+    module.CheckpointFunction = NotReentrant
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = kept

@@ -109,6 +109,18 @@ class CallHandler(Protocol):
         ...
 
 
+class UnitStreams(Protocol):
+    """What gives units their random numbers."""
+
+    def enter_unit(self) -> int | None:
+        """A unit is called; returns what `leave_unit` needs."""
+        ...
+
+    def leave_unit(self, seed: int | None) -> None:
+        """The unit has returned."""
+        ...
+
+
 @dataclass
 class CallSwitch:
     """Hands the calls of the units (and metrics) of `root` to the active handler; inactive, they run as ever."""
@@ -116,6 +128,8 @@ class CallSwitch:
     root: nn.Module
     units: Units
     active: CallHandler | None = None
+    streams: UnitStreams | None = None
+    """Told of every unit call, whoever handles it; also when a unit is recomputed in the backward pass."""
     _taken: list[Callable[[], None]] = field(default_factory=list)
     _originals: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
@@ -152,9 +166,14 @@ class CallSwitch:
         originals[name] = intercepted_call(module)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            seed = None if self.streams is None else self.streams.enter_unit()
             if self.active is None:
-                return originals[name](*args, **kwargs)
-            return self.active.unit_call(name, originals[name], args, kwargs)
+                out = originals[name](*args, **kwargs)
+            else:
+                out = self.active.unit_call(name, originals[name], args, kwargs)
+            if self.streams is not None:
+                self.streams.leave_unit(seed)
+            return out
 
         intercept_calls(module, call)
         self._taken.append(lambda: intercept_calls(module, compiled))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
+from lightning_hybrid._torch_private import checkpoints_not_reentrant
 from lightning_hybrid.analyze.trace import CrossingValue, Trace, trace_step
 from lightning_hybrid.execute.batches import batch_size, count_samples, signature, split_batch
 from lightning_hybrid.execute.logs import LogRecorder
 from lightning_hybrid.execute.metrics import Metrics
 from lightning_hybrid.execute.outputs import extras, join
+from lightning_hybrid.execute.random_streams import RandomStreams
 from lightning_hybrid.execute.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.partition import Partition
@@ -61,6 +63,7 @@ class Pipeline:
         device: This rank's device.
         precision: Enters the precision of a step (autocast).
         metrics: The metrics of the module.
+        streams: The random streams of a step.
     """
 
     def __init__(
@@ -71,15 +74,15 @@ class Pipeline:
         device: torch.device,
         precision: Callable[[], AbstractContextManager],
         metrics: Metrics,
+        streams: RandomStreams,
     ) -> None:
         self.root, self.partition, self.mesh, self.device, self.precision = root, partition, mesh, device, precision
-        self._metrics = metrics
+        self._metrics, self._streams = metrics, streams
         self.local = [s.index for s in partition.plan.stages if s.rank == mesh.rank("pp")]
         self.has_last = len(partition.plan.stages) - 1 in self.local
         self.last_rank = partition.plan.stages[-1].rank
         self._prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
         self._step = _Step()
-        self._steps = 0
 
     # ---- training
 
@@ -106,17 +109,16 @@ class Pipeline:
         self._step = _Step("training_step", [(p, *args[1:]) for p in parts], recorder, scale / count)
         losses: list[Tensor] = []
         first = [torch.zeros(count)] if 0 in self.local else []
-        with self._common_random_stream():
-            try:
-                prepared.schedule.step(
-                    *first,
-                    index=torch.arange(count),
-                    target=torch.zeros(count) if self.has_last else None,
-                    losses=losses if self.has_last else None,
-                    return_outputs=False,
-                )
-            except RuntimeError as error:  # torch wraps what a stage raises
-                raise (error.__cause__ or error) from None
+        try:
+            prepared.schedule.step(
+                *first,
+                index=torch.arange(count),
+                target=torch.zeros(count) if self.has_last else None,
+                losses=losses if self.has_last else None,
+                return_outputs=False,
+            )
+        except RuntimeError as error:  # torch wraps what a stage raises
+            raise (error.__cause__ or error) from None
         loss = torch.stack(losses).sum() / scale if self.has_last else None
         returned = [self._step.extras[i] for i in range(count)] if any(self._step.extras.values()) else []
         return loss, recorder, join(returned, [count_samples(p) for p in parts]) if returned else {}
@@ -125,11 +127,12 @@ class Pipeline:
         """Runs one stage on microbatch `index`: what it sends, or for the last stage what the step returns."""
         step = self._step
         run = StageRun(program, inputs, self.device, self._metrics)
-        self._seed(step.seed + 7919 * index + 104_729 * self.mesh.replica)
+        self._streams.begin(index)
         method = getattr(self.root, step.name)
         samples = count_samples(step.arguments[index][0])
         switch = self.partition.switch
-        with step.recorder.recording(samples, run, stage), switch.handled_by(run), self.precision():
+        recording = step.recorder.recording(samples, run, stage)
+        with recording, switch.handled_by(run), self.precision(), checkpoints_not_reentrant():
             out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
         if isinstance(out, _Stopped):
             return out.values
@@ -142,12 +145,6 @@ class Pipeline:
             return out
         step.extras[index] = extras(out)
         return self._loss(out, step)
-
-    def _seed(self, seed: int) -> None:
-        """As `torch.manual_seed`, which formats a stack trace for every kind of device that is not in use."""
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
 
     def _loss(self, out: Any, step: _Step) -> Tensor:
         loss = out.get("loss") if isinstance(out, dict) else out
@@ -172,21 +169,20 @@ class Pipeline:
         plan, group = self.partition.plan, self.mesh.group("pp")
         values: tuple[Tensor, ...] = ()
         out: Any = None
-        with self._common_random_stream():
-            for stage in plan.stages:
-                if stage.index not in self.local:
-                    continue
-                program = prepared.programs[stage.index]
-                if stage.index and plan.stages[stage.index - 1].index not in self.local:
-                    values = tuple(self._receive(v, plan.stages[stage.index - 1].rank) for v in program.received)
-                result = self.run_stage(stage.index, program, values, 0)
-                if program.stop is None:
-                    out = result
-                    break
-                values = result
-                if stage.index + 1 not in self.local:
-                    for value in values:
-                        dist.send(value, dist.get_global_rank(group, plan.stages[stage.index + 1].rank), group=group)
+        for stage in plan.stages:
+            if stage.index not in self.local:
+                continue
+            program = prepared.programs[stage.index]
+            if stage.index and plan.stages[stage.index - 1].index not in self.local:
+                values = tuple(self._receive(v, plan.stages[stage.index - 1].rank) for v in program.received)
+            result = self.run_stage(stage.index, program, values, 0)
+            if program.stop is None:
+                out = result
+                break
+            values = result
+            if stage.index + 1 not in self.local:
+                for value in values:
+                    dist.send(value, dist.get_global_rank(group, plan.stages[stage.index + 1].rank), group=group)
         return self._share(out), recorder
 
     def _receive(self, value: CrossingValue, rank: int) -> Tensor:
@@ -266,15 +262,6 @@ class Pipeline:
         floating = value.dtype.is_floating_point
         return torch.empty(value.shape, dtype=value.dtype, device=self.device, requires_grad=floating)
 
-    @contextmanager
-    def _common_random_stream(self) -> Iterator[None]:
-        """Seeds a step's own streams, and keeps those that all ranks share as they are, for samplers to draw from."""
-        self._step.seed = (torch.initial_seed() + 15_485_863 * self._steps) % 2**62
-        self._steps += 1
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            yield
-
 
 @dataclass
 class _Step:
@@ -284,7 +271,6 @@ class _Step:
     arguments: list[tuple] = None  # type: ignore[assignment]
     recorder: LogRecorder = None  # type: ignore[assignment]
     scale: float = 1.0
-    seed: int = 0
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What the step returned beside the loss, by microbatch."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from lightning_hybrid._lightning_private import evaluation_batch, training_batch
 from lightning_hybrid._torch_private import finish_sharded_backward
 from lightning_hybrid.execute.batches import count_samples
 from lightning_hybrid.execute.clipping import clip_by_global_norm
@@ -22,6 +23,7 @@ from lightning_hybrid.execute.gradients import GradientsOfPipeline, ReplicaReduc
 from lightning_hybrid.execute.logs import HookLogs, LogRecorder, reduce_over_replicas, replay
 from lightning_hybrid.execute.metrics import Metrics
 from lightning_hybrid.execute.pipeline import Pipeline
+from lightning_hybrid.execute.random_streams import RandomStreams
 from lightning_hybrid.execute.stage_logs import StageLogs
 from lightning_hybrid.partition.batch_norm import has_batch_norm
 from lightning_hybrid.partition.partition import Partition
@@ -55,9 +57,15 @@ class Runner:
         self.metrics = Metrics(root, self.mesh, device)
         self.hook_logs = HookLogs(root, self.mesh, device)
         self.stage_logs = StageLogs(self.mesh, device, self.metrics)
+        self.streams = RandomStreams(device, self.mesh.replica, self.mesh.rank("tp"))
+        partition.switch.streams = self.streams
+        if partition.tensor is not None:
+            partition.tensor.draw_from(self.streams)
         self.pipeline: Pipeline | None = None
         if layout.pp > 1:
-            self.pipeline = Pipeline(root, partition, self.mesh, device, precision.forward_context, self.metrics)
+            self.pipeline = Pipeline(
+                root, partition, self.mesh, device, precision.forward_context, self.metrics, self.streams
+            )
         self.reducer = self._make_reducer()
         if self.reducer is not None and self.pipeline is None:
             self.reducer.overlap()
@@ -89,8 +97,13 @@ class Runner:
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One `training_step` of the user, under the layout; what it logs is logged on every rank."""
         self.metrics.begin_step()
-        if self.pipeline is not None:
-            return self._pipelined_step(self.pipeline, *args)
+        with self.streams.training(training_batch(self.root.trainer)):
+            if self.pipeline is not None:
+                return self._pipelined_step(self.pipeline, *args)
+            self.streams.begin(0)
+            return self._whole_step(*args, **kwargs)
+
+    def _whole_step(self, *args: Any, **kwargs: Any) -> Any:
         recorder, watched = LogRecorder(self.root), self.metrics.watching(self.partition.switch)
         with self.precision.train_step_context(), recorder.recording(count_samples(args[0])), watched:
             out = self.partition.step_module(self.root.training_step, *args, **kwargs)
@@ -155,12 +168,14 @@ class Runner:
         """One `validation_step`, `test_step` or `predict_step` on the whole batch; its result on every rank."""
         step: Callable[..., Any] = getattr(self.root, name)
         self.metrics.begin_step()
-        if self.pipeline is not None:
-            out, recorder = self.pipeline.evaluate(name, args)
-        else:
-            recorder, watched = LogRecorder(self.root), self.metrics.watching(self.partition.switch)
-            with self.precision.forward_context(), recorder.recording(count_samples(args[0])), watched:
-                out = self.partition.step_module(step, *args, **kwargs)
+        with self.streams.evaluation(name, evaluation_batch(self.root.trainer)):
+            if self.pipeline is not None:
+                out, recorder = self.pipeline.evaluate(name, args)
+            else:
+                self.streams.begin(0)
+                recorder, watched = LogRecorder(self.root), self.metrics.watching(self.partition.switch)
+                with self.precision.forward_context(), recorder.recording(count_samples(args[0])), watched:
+                    out = self.partition.step_module(step, *args, **kwargs)
         if recorder.entries or name != "predict_step":
             self._log(name, recorder)
         return out

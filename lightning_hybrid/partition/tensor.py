@@ -34,7 +34,7 @@ from lightning_hybrid.partition.tensor_modules import (
     add_selected_output,
     add_shared_output,
 )
-from lightning_hybrid.partition.tensor_scopes import Scopes, Slot, part_of
+from lightning_hybrid.partition.tensor_scopes import RegionStreams, Scopes, Slot, part_of
 from lightning_hybrid.spec.tensor_plan import ShardedParameter, TensorPlan, UnitPlan
 
 
@@ -152,6 +152,10 @@ class TensorParallel:
 
     # ---- steps
 
+    def draw_from(self, streams: RegionStreams) -> None:
+        """Inside divided regions, random numbers come from `streams`."""
+        self._scopes.streams = streams
+
     def enter_root(self) -> None:
         """Before a step: parameters outside the units become local."""
         self._scopes.enter_root()
@@ -207,6 +211,7 @@ class TensorParallel:
             handles.append(add_column(unit.get_submodule(child), partial(self._scopes.column_input, child), active))
         for child in plan.rows:
             handles.append(add_row(unit.get_submodule(child), group, active))
+            handles.append(unit.get_submodule(child).register_forward_hook(self._leave_region))
         for child, channels in plan.shared_outputs.items():
             handles.append(add_shared_output(unit.get_submodule(child), channels, group, active))
         for child, parts in plan.selected_outputs.items():
@@ -217,6 +222,9 @@ class TensorParallel:
             handles.append(unit.get_submodule(child).register_forward_pre_hook(partial(self._note_call, child)))
         for owner, key, value in attribute_entries(unit, plan.attributes):
             self._patch(owner, key, value)
+
+    def _leave_region(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._scopes.leave_region()
 
     def _note_call(self, linear: str, module: nn.Module, args: tuple) -> None:
         self._scopes.ran(linear)
@@ -231,7 +239,7 @@ class TensorParallel:
                 self._install_gathered(module)
         for module in (self.root.get_submodule(name) for name in self.plan.attention):
             if module in held and isinstance(module, nn.MultiheadAttention):
-                self._patch(module, "forward", DividedAttention(module, self._group))
+                self._patch(module, "forward", DividedAttention(module, self._group, self._scopes))
         for module in self.root.modules() if self.plan.attention else ():
             if isinstance(module, nn.TransformerEncoder):
                 self._patch(module, "use_nested_tensor", False)

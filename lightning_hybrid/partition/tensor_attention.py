@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_hybrid.partition.tensor_collectives import copy_to_ranks, gather_from_ranks, sum_over_ranks
+from lightning_hybrid.partition.tensor_scopes import Scopes
 
 
 class DividedAttention:
     """The forward of one module; its weights are this rank's parts while it runs."""
 
-    def __init__(self, module: nn.MultiheadAttention, group: dist.ProcessGroup) -> None:
-        self.module, self.group = module, group
+    def __init__(self, module: nn.MultiheadAttention, group: dist.ProcessGroup, scopes: Scopes) -> None:
+        self.module, self.group, self.scopes = module, group, scopes
         self.heads = module.num_heads // group.size()
 
     def __call__(
@@ -45,6 +46,7 @@ class DividedAttention:
         if not batched:
             query_BLE, key_BSE, value_BSE = (t.unsqueeze(0) for t in (query_BLE, key_BSE, value_BSE))
         q_BhLD, k_BhSD, v_BhSD = self._project(query_BLE, key_BSE, value_BSE, key is query, value is key)
+        self.scopes.enter_region("attention")
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else self._mask(attn_mask, key_padding_mask, q_BhLD, k_BhSD.shape[-2])
         dropout = self.module.dropout if self.module.training else 0.0
@@ -58,6 +60,7 @@ class DividedAttention:
             out_BhLD = F.scaled_dot_product_attention(
                 q_BhLD, k_BhSD, v_BhSD, attn_mask=mask, dropout_p=dropout, is_causal=causal
             )
+        self.scopes.leave_region()
         out = self._close(out_BhLD)
         weights = self._weights(weights_BhLS, average_attn_weights)
         if not batched:

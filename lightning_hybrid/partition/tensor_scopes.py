@@ -7,7 +7,7 @@ are looked up at each entry, since `fully_shard` exchanges them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,18 @@ class Slot(NamedTuple):
     then: Callable[[torch.Tensor], torch.Tensor] | None
 
 
+class RegionStreams(Protocol):
+    """What gives the ranks random numbers of their own where each works on its own part."""
+
+    def enter_region(self, name: str) -> None:
+        """From here on this rank works on its own part; the region begins with the module `name`."""
+        ...
+
+    def leave_region(self) -> None:
+        """From here on all ranks have the same values."""
+        ...
+
+
 def part_of(full: torch.Tensor, sharded: ShardedParameter, rank: int, ranks: int) -> torch.Tensor:
     """The part of a full weight that `rank` of `ranks` holds, as a copy."""
     if sharded.order is None:
@@ -43,6 +55,7 @@ class Scopes:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.inert = False
+        self.streams: RegionStreams | None = None
         self.root: list[Slot] = []
         """Parameters outside the units."""
         self.units: dict[str, list[Slot]] = {}
@@ -71,6 +84,7 @@ class Scopes:
     def column_input(self, linear: str, tensor: torch.Tensor) -> torch.Tensor:
         """The input of a column, copied to the ranks once in a unit call however many columns use it."""
         self.ran(linear)
+        self.enter_region(linear)
         if isinstance(tensor, NarrowTensor):
             tensor = tensor.whole
         if not self._calls or not (torch.is_grad_enabled() and tensor.requires_grad):
@@ -85,6 +99,19 @@ class Scopes:
         """A linear of the unit that runs at present has been called."""
         if self._calls:
             self._calls[-1].ran.add(linear)
+
+    def enter_region(self, name: str) -> None:
+        """A column is called: random numbers are this rank's own until the next row has returned.
+
+        Not in compiled blocks, whose graphs cannot exchange the generator's state.
+        """
+        if self.streams is not None and not torch.compiler.is_compiling():
+            self.streams.enter_region(name)
+
+    def leave_region(self) -> None:
+        """A row has returned."""
+        if self.streams is not None and not torch.compiler.is_compiling():
+            self.streams.leave_region()
 
     # ---- hooks
 

@@ -132,7 +132,9 @@ def quiet() -> None:
     torch.set_num_threads(1)
 
 
-def trainer_for(layout: str | None, **options: Any) -> tuple[L.Trainer, int]:
+def trainer_for(
+    layout: str | None, *, strategy_options: dict[str, Any] | None = None, **options: Any
+) -> tuple[L.Trainer, int]:
     """A Trainer under the layout (None: one process), and its number of replicas."""
     strategy: Any = "auto"
     devices = replicas = 1
@@ -143,7 +145,8 @@ def trainer_for(layout: str | None, **options: Any) -> tuple[L.Trainer, int]:
             strategy, devices, replicas = HybridStrategy(), 2, 2
         else:
             parsed = Layout.parse(layout)
-            strategy, devices, replicas = HybridStrategy(layout=layout), parsed.devices, parsed.replicas
+            strategy = HybridStrategy(layout=layout, **(strategy_options or {}))
+            devices, replicas = parsed.devices, parsed.replicas
     options = {"max_epochs": 1, "enable_checkpointing": False, **options}
     trainer = L.Trainer(
         accelerator="cpu",
