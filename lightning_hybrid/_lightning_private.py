@@ -6,13 +6,18 @@ The torchmetrics among them were checked with torchmetrics 1.9.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
+from typing_extensions import override
 
 Synchronize = Callable[[Metric], None]
 
@@ -103,3 +108,108 @@ def samples_of_running_batch(trainer: pl.Trainer) -> int | None:
 def running_hook(module: pl.LightningModule) -> str | None:
     """The hook that the trainer is running."""
     return module._current_fx_name
+
+
+def training_batch(trainer: pl.Trainer) -> int:
+    """The number of the training batch that runs, over all epochs; a checkpoint has it."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+
+def evaluation_batch(trainer: pl.Trainer) -> int:
+    """The place of the evaluation batch that runs, in its loop over all dataloaders."""
+    loops: dict[Any, Any] = {
+        TrainerFn.FITTING: trainer.fit_loop.epoch_loop.val_loop,
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }
+    return loops[trainer.state.fn].batch_progress.current.ready
+
+
+# ---- data
+
+
+class PlaceInEpoch(NamedTuple):
+    """Batches of the running training epoch."""
+
+    fetched: int
+    """Taken from the loaders."""
+    ready: int
+    """Begun."""
+    processed: int
+    """Trained on."""
+    completed: int
+    """Trained on, with all hooks run."""
+
+
+def place_in_epoch(trainer: pl.Trainer) -> PlaceInEpoch:
+    """Where the training loop is."""
+    progress, fetcher = trainer.fit_loop.epoch_loop.batch_progress.current, trainer.fit_loop._data_fetcher
+    return PlaceInEpoch(
+        0 if fetcher is None else fetcher.fetched, progress.ready, progress.processed, progress.completed
+    )
+
+
+def loaders_of_running_batch(trainer: pl.Trainer) -> tuple[list[Any] | None, int]:
+    """The loaders that the batch of the running step came from, and how many batches were taken since.
+
+    None for loaders that are read one after the other: the batch comes from any of them.
+    """
+    loop: Any = trainer._active_loop
+    progress = (loop.epoch_loop if loop is trainer.fit_loop else loop).batch_progress
+    combined, fetcher = loop._combined_loader, loop._data_fetcher
+    ahead = 0 if fetcher is None else max(0, fetcher.fetched - progress.current.ready)
+    return (None if combined._mode == "sequential" else combined.flattened), ahead
+
+
+def hands_out_its_iterator(trainer: pl.Trainer) -> bool:
+    """Whether the step takes an iterator (`dataloader_iter`) instead of a batch."""
+    return isinstance(trainer._active_loop._data_fetcher, _DataLoaderIterDataFetcher)  # type: ignore[union-attr]
+
+
+def set_epoch(loader: Any, trainer: pl.Trainer, ahead: int = 0) -> None:
+    """Tells a loader's samplers the number of the training epoch, as Lightning does at its start."""
+    _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed + ahead)
+
+
+def set_epoch_length(trainer: pl.Trainer, flow: Any, length: int) -> None:
+    """The training loader that iterates by `flow` has `length` batches in the epoch that begins, unlike before."""
+    loop: Any = trainer.fit_loop
+    combined, limit = loop._combined_loader, trainer.limit_train_batches
+    limits = list(combined.limits)
+    for i, loader in enumerate(combined.flattened):
+        if getattr(loader, "flow", None) is flow:
+            limits[i] = min(length, limit) if isinstance(limit, int) else int(length * limit)
+    combined.limits = limits
+    if loop._data_fetcher is None:
+        return  # the loop is being set up, and will ask itself
+    loop.max_batches = (min if combined._mode == "min_size" else max)(limits)
+    if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch not in (None, float("inf")):
+        trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
+
+
+def predictions_of(trainer: pl.Trainer) -> list[list[Any]] | None:
+    """The predictions of this rank, by loader and batch, if the user wants them returned."""
+    loop = trainer.predict_loop
+    return loop._predictions if loop.return_predictions else None
+
+
+def prediction_loaders(trainer: pl.Trainer) -> list[Any]:
+    """The loaders that are predicted on."""
+    combined = trainer.predict_loop._combined_loader
+    return [] if combined is None else combined.flattened
+
+
+def behind_index_batches(batch_sampler: Any) -> Any:
+    """The user's batch sampler, for predictions behind Lightning's, which notes the samples of each batch."""
+    return batch_sampler._batch_sampler if isinstance(batch_sampler, _IndexBatchSamplerWrapper) else batch_sampler
+
+
+class IndexBatches(_IndexBatchSamplerWrapper):
+    """Notes the samples of each batch for prediction writers, as plain lists."""
+
+    @override
+    def __next__(self) -> list[int]:
+        batch = super().__next__()
+        self.seen_batch_indices[-1] = list(batch)
+        return batch
