@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from datetime import timedelta
@@ -20,6 +19,9 @@ from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.reader import newest_first
 from lightning_hybrid.checkpoint.writer import Party, write_checkpoint
 from lightning_hybrid.spec.errors import CheckpointError
+
+_GRACE_SECONDS = 5.0
+"""How long the end of a failed run is held up by a save; other ranks may be gone, and it may never end."""
 
 
 class Saver:
@@ -121,10 +123,11 @@ class Saver:
                     warnings.warn(f"The old checkpoint {path} could not be removed: {error}.", stacklevel=2)
         self._unwanted = kept
 
-    def close(self) -> None:
-        """Waits for what is being written."""
-        with contextlib.suppress(CheckpointError):
-            self.wait()
+    def abandon(self) -> None:
+        """After an error of the run: what is being written has a little time to be completed, and is forgotten."""
+        if self._thread is not None:
+            self._thread.join(_GRACE_SECONDS)
+        self._thread = self._error = None
 
 
 def _local(path: str | Path) -> Path:

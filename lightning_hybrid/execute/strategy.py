@@ -318,7 +318,8 @@ class HybridStrategy(ParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        content = state.content_of(self.runner, {**checkpoint, "streams": loading.random_streams()})
+        streams = {**loading.random_streams(), **self.runner.streams.state_dict()}
+        content = state.content_of(self.runner, {**checkpoint, "streams": streams})
         self.saver.save(filepath, content, loading.manifest_facts(checkpoint, self.layout))
 
     @override
@@ -348,6 +349,7 @@ class HybridStrategy(ParallelStrategy):
             state.load_optimizer_state(self.runner, optimizer, saved)
         if self._streams is not None:
             loading.set_random_streams(self._streams)
+            self.runner.streams.load_state_dict(self._streams)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -359,9 +361,14 @@ class HybridStrategy(ParallelStrategy):
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self._saver is not None:
+            self._saver.abandon()
+
+    @override
     def teardown(self) -> None:
         if self._saver is not None:
-            self._saver.close()
+            self._saver.wait()
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
         if self._runner is not None:
             self._runner.release_logs()
