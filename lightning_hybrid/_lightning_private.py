@@ -1,4 +1,4 @@
-"""Every private API of Lightning and torchmetrics that this package uses. Checked with Lightning 2.6.6.
+"""Every private API of Lightning, torchmetrics and wandb that this package uses. Checked with Lightning 2.6.6.
 
 The torchmetrics among them were checked with torchmetrics 1.9.
 """
@@ -144,7 +144,8 @@ class PlaceInEpoch(NamedTuple):
 
 def place_in_epoch(trainer: pl.Trainer) -> PlaceInEpoch:
     """Where the training loop is."""
-    progress, fetcher = trainer.fit_loop.epoch_loop.batch_progress.current, trainer.fit_loop._data_fetcher
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    fetcher = trainer.fit_loop._data_fetcher
     return PlaceInEpoch(
         0 if fetcher is None else fetcher.fetched, progress.ready, progress.processed, progress.completed
     )
@@ -169,7 +170,8 @@ def hands_out_its_iterator(trainer: pl.Trainer) -> bool:
 
 def set_epoch(loader: Any, trainer: pl.Trainer, ahead: int = 0) -> None:
     """Tells a loader's samplers the number of the training epoch, as Lightning does at its start."""
-    _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed + ahead)
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    _set_sampler_epoch(loader, progress.processed + ahead)
 
 
 def set_epoch_length(trainer: pl.Trainer, flow: Any, length: int) -> None:
@@ -213,3 +215,12 @@ class IndexBatches(_IndexBatchSamplerWrapper):
         batch = super().__next__()
         self.seen_batch_indices[-1] = list(batch)
         return batch
+
+
+def watch_parts(experiment: Any, part: Callable[[Any], Any]) -> None:
+    """Has `watch` of a W&B run take `part(tensor)` of every tensor that it makes a histogram of."""
+    history = getattr(experiment, "_torch", None)
+    if history is None or "log_tensor_stats" in vars(history):  # none in a disabled run
+        return
+    original = history.log_tensor_stats
+    history.log_tensor_stats = lambda tensor, name: original(part(tensor), name)

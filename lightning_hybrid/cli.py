@@ -8,6 +8,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_hybrid.callbacks.save_config import SaveConfig
 from lightning_hybrid.checkpoint.consolidate import consolidate, verify
 from lightning_hybrid.spec.errors import CheckpointError
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         args=None if argv is None else list(argv),
     )

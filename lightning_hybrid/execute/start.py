@@ -19,9 +19,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_hybrid.execute.batches import first_batch
+from lightning_hybrid.execute.loggers import log_plan, watch_local_parts
 from lightning_hybrid.execute.planning import Request, check_precision, make_partition
 from lightning_hybrid.execute.runner import Runner
-from lightning_hybrid.observe.table import plan_table, print_table
+from lightning_hybrid.observe.table import plan_record, plan_table, print_table
 from lightning_hybrid.partition.build import BuildTape, built_on_tape
 from lightning_hybrid.partition.partition import Partition
 
@@ -110,8 +111,11 @@ def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *
     sizes = {name: made.parameters[name].numel() for name in made.parameters.names}
     made.apply(strategy.root_device, compile_blocks, tape)
     root.__dict__["_hybrid_partition"] = made
+    rows = _sharded_rows(made)
     if dist.get_rank() == 0:
-        print_table(plan_table(made.plan, sizes, made.switch.units.blocks, _sharded_rows(made)))
+        print_table(plan_table(made.plan, sizes, made.switch.units.blocks, rows))
+    log_plan(trainer, plan_record(made.plan, sizes, rows))
+    watch_local_parts(trainer)
     return Runner(root, made, strategy.root_device, precision, request.microbatches)
 
 

@@ -1,9 +1,10 @@
-"""The plan as a table, printed once at start."""
+"""The plan as a table, printed once at start, and as a record for loggers."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +38,32 @@ def plan_table(
     for what, how in sharded:
         table.add_row("", "", what, "", "", how)
     return table
+
+
+def plan_record(plan: Plan, sizes: Mapping[str, int], sharded: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The plan in numbers, texts, lists and dictionaries, for the configuration of a run that loggers keep.
+
+    Args:
+        plan: The plan.
+        sizes: Elements of each parameter.
+        sharded: As for `plan_table`.
+    """
+    record: dict[str, Any] = {"layout": str(plan.layout), "devices": plan.layout.devices}
+    if plan.layout.pp > 1:
+        record |= {"schedule": plan.schedule, "microbatches": plan.microbatches, "bubble": round(plan.bubble, 4)}
+        record["stages"] = [
+            {
+                "rank": stage.rank,
+                "first_module": stage.units[0],
+                "last_module": stage.units[-1],
+                "parameters": sum(sizes[n] for n in stage.parameters),
+                "flop_share": round(stage.flop_share, 4),
+            }
+            for stage in plan.stages
+        ]
+    if sharded:
+        record["sharded"] = [f"{what}: {how}" for what, how in sharded]
+    return record
 
 
 def print_table(table: Table) -> None:

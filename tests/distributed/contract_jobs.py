@@ -89,3 +89,19 @@ def two_owners(layout: str | None) -> None:
     start()
     trainer, n = make_trainer(layout)
     trainer.fit(modules.MetricOnTwoStages(), loader(n))
+
+
+def loggers(layout: str | None, folder: str, watch: bool = False) -> int:
+    """Trains with CSV, TensorBoard and W&B loggers that write to `folder`; the number of W&B's offline runs."""
+    import wandb
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+    start()
+    weights_and_biases = WandbLogger(offline=True, save_dir=folder, settings=wandb.Settings(silent=True))
+    chosen = [CSVLogger(folder, "csv", "0"), TensorBoardLogger(folder, "tensorboard", "0"), weights_and_biases]
+    trainer, n = make_trainer(layout, logger=chosen, callbacks=[modules.Watch(weights_and_biases)] if watch else [])
+    module = modules.WithHyperparameters(width=16)
+    trainer.fit(module, loader(n), loader(n, 24))
+    wandb.finish()
+    wandb.teardown()  # ends its service process
+    return trainer.global_step

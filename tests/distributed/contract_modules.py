@@ -277,3 +277,21 @@ class MetricOnTwoStages(Base):
         out = super().forward(x)
         self.size.update(out.mean())
         return out
+
+
+class WithHyperparameters(Base):
+    """Keeps the arguments that it was made with."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+class Watch(L.Callback):
+    """Has W&B watch the partitioned module."""
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.logger.watch(pl_module, log="all", log_freq=1, log_graph=False)
