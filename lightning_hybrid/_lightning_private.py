@@ -202,6 +202,13 @@ def prediction_loaders(trainer: pl.Trainer) -> list[Any]:
     return [] if combined is None else combined.flattened
 
 
+def running_prediction(trainer: pl.Trainer) -> tuple[int, int, int]:
+    """Index of the loader that is predicted on, number of loaders, and index of the next batch."""
+    combined: Any = trainer.predict_loop._combined_loader
+    iterator = combined._iterator
+    return iterator._iterator_idx, len(combined.flattened), iterator._idx
+
+
 def behind_index_batches(batch_sampler: Any) -> Any:
     """The user's batch sampler, for predictions behind Lightning's, which notes the samples of each batch."""
     return batch_sampler._batch_sampler if isinstance(batch_sampler, _IndexBatchSamplerWrapper) else batch_sampler

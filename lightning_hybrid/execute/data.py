@@ -1,51 +1,192 @@
-"""Which samples a rank sees: those of its replica, in the order in which one process would see them."""
+"""Which data a rank sees: those of its replica. Every layout has the global batches of one process.
+
+`SampleFlow` deals map-style datasets, `StreamFlow` everything without a sampler; `CheckedFlow` leaves a loader as it
+is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.data import has_iterable_dataset
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.data import _update_dataloader
-from torch.utils.data import DataLoader, DistributedSampler, Sampler, SequentialSampler
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
+from lightning_hybrid._lightning_private import (
+    behind_index_batches,
+    hands_out_its_iterator,
+    loaders_of_running_batch,
+    prediction_loaders,
+    predictions_of,
+)
+from lightning_hybrid.execute import samplers
+from lightning_hybrid.execute.data_agreement import CheckedFlow
+from lightning_hybrid.execute.data_loader import BatchStream, ResumableStream, keeps_its_place, placed
+from lightning_hybrid.execute.data_samples import DealtSampler, SampleFlow, index_batches
+from lightning_hybrid.execute.data_stream import StreamFlow
+from lightning_hybrid.execute.samplers import Uneven
 from lightning_hybrid.partition.mesh import Mesh
+from lightning_hybrid.spec.errors import PartitionError
 
 
-class AgreedSampler(Sampler):
-    """The order of `sampler`, with random streams that `agree` makes equal on all ranks before every epoch."""
+class ReplicaData:
+    """The data of this rank's replica.
 
-    def __init__(self, sampler: Any, agree: Callable[[], None]) -> None:
-        self.sampler, self._agree = sampler, agree
-
-    def __iter__(self) -> Iterator[Any]:
-        self._agree()
-        return iter(list(self.sampler))
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-
-def replica_loader(loader: object, mesh: Mesh, trainer: pl.Trainer, agree: Callable[[], None]) -> object:
-    """Gives each replica its share of `loader`: sample r, r + n, r + 2n, ... of the order of the user's own sampler.
-
-    Then the k-th batches of the n replicas are together the k-th batch of one process with the n-fold batch size.
-    Lightning's own injection would shuffle with another seed, and would shuffle sequential training loaders too.
-    Loaders of iterable datasets, with a distributed sampler, or of other types than DataLoader are left alone, and
-    those for predictions, which Lightning splits without repeating samples.
+    Args:
+        trainer: The trainer.
+        mesh: The mesh.
+        device: This rank's device, for collectives.
+        split: Whether the user wants data to be split over the replicas (`use_distributed_sampler`).
+        run_absent: Runs a prediction step on a batch whose result is not wanted.
     """
-    if trainer.state.fn == TrainerFn.PREDICTING or not isinstance(loader, DataLoader) or has_iterable_dataset(loader):
-        return loader
-    sampler: Any = loader.sampler
-    if isinstance(sampler, DistributedSampler) or not hasattr(sampler, "__len__"):
-        return loader
-    ordered = sampler if isinstance(sampler, SequentialSampler) else AgreedSampler(sampler, agree)
-    if mesh.layout.replicas > 1:
-        n = mesh.layout.replicas
-        ordered = DistributedSamplerWrapper(ordered, num_replicas=n, rank=mesh.replica, shuffle=False)
-    if ordered is sampler:
-        return loader
-    return _update_dataloader(loader, ordered)  # type: ignore[arg-type]
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        split: bool,
+        run_absent: Callable[[Any, Uneven], None],
+    ) -> None:
+        self._trainer, self._mesh, self._device, self._split = trainer, mesh, device, split
+        self._run_absent = run_absent
+        self._handed_out: deque[Uneven | None] = deque(maxlen=16)
+        """Of all loaders."""
+        self._any_uneven = False
+
+    # ---- loaders
+
+    def process(self, loader: object) -> object:
+        """The loader as this rank iterates it; collective over all ranks."""
+        if isinstance(loader, DataLoader):
+            return self._data_loader(loader)
+        if not self._split and self._mesh.layout.devices == self._mesh.layout.replicas:
+            return loader
+        flow = self._stream(loader) if self._split else CheckedFlow(self._mesh, self._note)
+        resumes = self._training is not None and (self._split or keeps_its_place(loader))
+        return (ResumableStream if resumes else BatchStream)(loader, flow)
+
+    def _data_loader(self, loader: DataLoader) -> DataLoader:
+        parts: dict[str, Any] = {}
+        if loader.worker_init_fn is None and int(os.environ.get("PL_SEED_WORKERS", "0")):
+            # Lightning would seed by rank; the ranks of a replica must read the same
+            parts["worker_init_fn"] = partial(pl_worker_init_function, rank=self._mesh.replica)
+        if not self._split or _is_distributed(loader):
+            return placed(loader, CheckedFlow(self._mesh, self._note), resumable=False, **parts)
+        resumes = self._training is not None and not keeps_its_place(loader)
+        if has_iterable_dataset(loader):
+            return placed(loader, self._stream(loader), resumable=resumes, **parts)
+        flow, own = self._samples(loader)
+        return placed(loader, flow, resumable=resumes, **own, **parts)
+
+    @property
+    def _predicting(self) -> bool:
+        return self._trainer.state.fn == TrainerFn.PREDICTING
+
+    @property
+    def _training(self) -> pl.Trainer | None:
+        """The trainer, while it sets up its training loader."""
+        fitting = self._trainer.state.fn == TrainerFn.FITTING
+        return self._trainer if fitting and self._trainer.training else None
+
+    def _stream(self, loader: Any) -> StreamFlow:
+        return StreamFlow(
+            loader,
+            self._mesh,
+            self._device,
+            training=self._training,
+            predicting=self._predicting,
+            run_absent=self._run_absent if self._predicting else None,
+            on_yield=self._note,
+        )
+
+    def _samples(self, loader: DataLoader) -> tuple[SampleFlow, dict[str, Any]]:
+        batches: Any = behind_index_batches(loader.batch_sampler)
+        standard = type(batches) is BatchSampler and not self._predicting
+        options: dict[str, Any] = {"training": self._training, "on_yield": self._note}
+        if self._predicting:
+            options |= {"limit": self._trainer.limit_predict_batches, "run_absent": self._run_absent}
+        place = (self._mesh.replica, self._mesh.layout.replicas)
+        if batches is None:
+            flow = SampleFlow(loader.sampler, "items", *place, **options)
+            return flow, {"sampler": DealtSampler(flow, loader.sampler, None, False)}
+        if standard:
+            options |= {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
+        flow = SampleFlow(
+            batches.sampler if standard else batches, "samples" if standard else "batches", *place, **options
+        )
+        dealt = DealtSampler(
+            flow,
+            getattr(batches, "sampler", None),
+            getattr(batches, "batch_size", loader.batch_size),
+            getattr(batches, "drop_last", loader.drop_last),
+        )
+        return flow, {"batch_sampler": index_batches(dealt) if self._predicting else dealt}
+
+    # ---- the running step
+
+    def _note(self, uneven: Uneven | None) -> None:
+        self._handed_out.append(uneven)
+        if uneven is not None:
+            self._any_uneven = True
+            if hands_out_its_iterator(self._trainer):
+                raise PartitionError(
+                    "The step takes an iterator (`dataloader_iter`), so a batch of which the replicas have different "
+                    f"numbers of samples, {uneven.counts}, cannot be weighed. Set `drop_last=True`, or let the step "
+                    "take a batch."
+                )
+
+    def uneven(self) -> Uneven | None:
+        """Of the batch that the trainer is about to run a step on."""
+        if not self._any_uneven:
+            return None
+        loaders, ahead = loaders_of_running_batch(self._trainer)
+        if loaders is None:
+            return self._handed_out[-1 - ahead]
+        histories = [loader.flow.history for loader in loaders if hasattr(loader, "flow")]
+        found = [history[-1 - ahead] for history in histories if len(history) > ahead]
+        if len(found) < 2 or all(u is None for u in found):
+            return found[0] if found else None
+        rank_zero_warn(
+            "Several training loaders are read together, and one of them is used up within a global batch. The batch "
+            "is weighed by the samples of all loaders."
+        )
+        sizes = [getattr(loader, "batch_size", None) or 1 for loader in loaders if hasattr(loader, "flow")]
+        replicas = self._mesh.layout.replicas
+        return samplers.added([u or samplers.even(replicas, n) for u, n in zip(found, sizes, strict=True)])
+
+    # ---- predictions
+
+    def finish_predictions(self) -> None:
+        """Every rank has the predictions of all replicas, in the order of one process; collective.
+
+        The trainer's list is filled in place, after all hooks have run on this rank's own.
+        """
+        own, loaders = predictions_of(self._trainer), prediction_loaders(self._trainer)
+        replicas = self._mesh.layout.replicas
+        if own is None or replicas == 1 or not all(self._is_dealt(loader) for loader in loaders):
+            return
+        gathered: list[Any] = [None] * replicas
+        dist.all_gather_object(gathered, own, group=self._mesh.replica_group)
+        for number, mine in enumerate(own):
+            parts = [of_replica[number] for of_replica in gathered]
+            steps = max(len(part) for part in parts)
+            mine[:] = [part[step] for step in range(steps) for part in parts if step < len(part)]
+
+    def _is_dealt(self, loader: Any) -> bool:
+        return isinstance(getattr(loader, "flow", None), SampleFlow | StreamFlow)
+
+
+def _is_distributed(loader: DataLoader) -> bool:
+    samplers_used = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers_used)

@@ -8,6 +8,7 @@ other hooks run on every rank already; their values are reduced over the replica
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 import zlib
 from collections import Counter
@@ -138,6 +139,15 @@ def _reduction(name: str, reduce_fx: Any) -> str:
     return found
 
 
+def leave_out(entries: list[LogEntry]) -> None:
+    """Makes entries of samples that do not count: the global batch is what the other replicas have."""
+    empty = {"mean": 0.0, "sum": 0.0, "max": -math.inf, "min": math.inf}
+    for entry in entries:
+        entry.weight = 0.0
+        if entry.reduction != "metric":
+            entry.value = torch.tensor(empty[entry.reduction], dtype=torch.float64)
+
+
 # ---- over replicas
 
 
@@ -243,6 +253,8 @@ class HookLogs:
 
     def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device) -> None:
         self._root, self._mesh, self._device = root, mesh, device
+        self.absent = False
+        """Whether the samples of the running batch count for nothing."""
 
     def install(self) -> None:
         """Starts taking the calls of the LightningModule."""
@@ -278,6 +290,10 @@ class HookLogs:
                 continue
             weighed[0, call["name"], i] = samples is not None or call.get("batch_size") is not None
             recorder.record(samples or 1, (0, call["name"], i), **call)
+        if self.absent and samples is not None:
+            leave_out(recorder.entries)
+        if not recorder.calls:
+            return
         reduce_over_replicas(recorder.entries, self._mesh, self._device, running_hook(self._root) or "no hook")
         for key, entry in recorder.calls.items():
             if not weighed[key]:  # between batches each rank's value counts once, as in one process

@@ -22,6 +22,7 @@ from lightning_hybrid._lightning_private import (
     route_metric_sync,
     set_step_value,
 )
+from lightning_hybrid.analyze.preserve import module_state_kept
 from lightning_hybrid.analyze.units import CallSwitch
 from lightning_hybrid.execute.logs import LogEntry
 from lightning_hybrid.partition.mesh import Mesh
@@ -47,6 +48,8 @@ class Metrics:
         self._updates: Counter[str] = Counter()
         self._called: set[str] = set()
         self._inside = False
+        self.absent = False
+        """Whether the samples of the running step count for nothing."""
         self._undo: Callable[[], None] | None = None
 
     def install(self) -> None:
@@ -79,12 +82,25 @@ class Metrics:
         for part in metric.modules():
             if id(part) in self._names:
                 self._updates[self._names[id(part)]] += 1
+        if self.absent:
+            return self._call_in_vain(metric, kind, call, args, kwargs)
         if not isinstance(metric, Metric):
             return call(*args, **kwargs)  # a collection calls its metrics one by one
         with self._within():
             if kind == "forward" and id(metric) in self._names:
                 self._copy_for_step(self._names[id(metric)], metric).update(*args, **kwargs)
             return call(*args, **kwargs)
+
+    def _call_in_vain(self, metric: Any, kind: str, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Runs the call for its result: what it leaves in states is undone, and other replicas' updates are noted."""
+        with module_state_kept(metric), self._within():
+            out = call(*args, **kwargs)
+        for part in metric.modules():
+            if isinstance(part, Metric):
+                counts_as_updated(part)
+                if kind == "forward" and id(part) in self._names:
+                    counts_as_updated(self._copy_for_step(self._names[id(part)], part))
+        return out
 
     @contextmanager
     def _within(self) -> Iterator[None]:
@@ -223,4 +239,3 @@ class _WithoutStages:
     def metric_call(self, metric: Any, kind: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Runs the metric."""
         return self._metrics.call(metric, kind, call, args, kwargs)
-

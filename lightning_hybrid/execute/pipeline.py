@@ -87,20 +87,22 @@ class Pipeline:
     # ---- training
 
     def train(
-        self, args: tuple, scale: float, requested: int | str
+        self, args: tuple, scale: float | Tensor, requested: int | str, common: int | None = None
     ) -> tuple[Tensor | None, LogRecorder, dict[str, Any]]:
         """Runs `training_step` forward and backward; gradients are added to `.grad`.
 
         Args:
             args: Arguments of `training_step`, the batch first.
-            scale: Factor on the loss (1 / accumulated batches).
+            scale: Factor on the loss in the backward pass (1 / accumulated batches, times the weight of the batch).
             requested: Microbatches, or `"auto"`.
+            common: The largest number into which the batches of all replicas can be split, if it is not this batch's
+                size: replicas that share weights must run equally many microbatches.
 
         Returns:
             The mean loss where this rank holds the last stage, else None; what was logged; and there, what
             `training_step` returned beside the loss.
         """
-        size = batch_size(args[0]) if requested != 1 else 1
+        size = (common or batch_size(args[0])) if requested != 1 else 1
         plan = self.partition.plan
         count = choose_microbatches(size, requested, plan.layout.pp, plan.schedule)
         parts = split_batch(args[0], count)
@@ -119,7 +121,7 @@ class Pipeline:
             )
         except RuntimeError as error:  # torch wraps what a stage raises
             raise (error.__cause__ or error) from None
-        loss = torch.stack(losses).sum() / scale if self.has_last else None
+        loss = torch.stack(self._step.losses).mean() if self.has_last else None
         returned = [self._step.extras[i] for i in range(count)] if any(self._step.extras.values()) else []
         return loss, recorder, join(returned, [count_samples(p) for p in parts]) if returned else {}
 
@@ -144,7 +146,9 @@ class Pipeline:
         if step.name != "training_step":
             return out
         step.extras[index] = extras(out)
-        return self._loss(out, step)
+        loss = self._loss(out, step)
+        step.losses.append(loss.detach())
+        return loss
 
     def _loss(self, out: Any, step: _Step) -> Tensor:
         loss = out.get("loss") if isinstance(out, dict) else out
@@ -270,9 +274,11 @@ class _Step:
     name: str = ""
     arguments: list[tuple] = None  # type: ignore[assignment]
     recorder: LogRecorder = None  # type: ignore[assignment]
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What the step returned beside the loss, by microbatch."""
+    losses: list[Tensor] = field(default_factory=list)
+    """Of the microbatches, as the user's step returned them."""
 
 
 def _nothing_left() -> Callable[[], None]:

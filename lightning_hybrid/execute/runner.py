@@ -20,9 +20,10 @@ from lightning_hybrid._torch_private import finish_sharded_backward
 from lightning_hybrid.execute.batches import count_samples
 from lightning_hybrid.execute.clipping import clip_by_global_norm
 from lightning_hybrid.execute.gradients import GradientsOfPipeline, ReplicaReducer, SetAside, sum_over_holders
-from lightning_hybrid.execute.logs import HookLogs, LogRecorder, reduce_over_replicas, replay
+from lightning_hybrid.execute.logs import HookLogs, LogRecorder, leave_out, reduce_over_replicas, replay
 from lightning_hybrid.execute.metrics import Metrics
 from lightning_hybrid.execute.pipeline import Pipeline
+from lightning_hybrid.execute.samplers import Uneven
 from lightning_hybrid.execute.random_streams import RandomStreams
 from lightning_hybrid.execute.stage_logs import StageLogs
 from lightning_hybrid.partition.batch_norm import has_batch_norm
@@ -53,6 +54,8 @@ class Runner:
         self._microbatches = 1 if has_batch_norm(root) else microbatches  # statistics are those of the whole batch
         self.optimizer_names: dict[int, list[list[str]]] = {}
         self._sync = True
+        self.uneven: Uneven | None = None
+        self.absent = False
         layout = partition.plan.layout
         self.metrics = Metrics(root, self.mesh, device)
         self.hook_logs = HookLogs(root, self.mesh, device)
@@ -92,6 +95,19 @@ class Runner:
         self.hook_logs.remove()
         self.metrics.remove()
 
+    # ---- the batch
+
+    def take_batch(self, uneven: Uneven | None) -> None:
+        """What is said of the next step's batch: None if every replica has equally many samples."""
+        self.uneven = uneven
+        self.absent = uneven is not None and uneven.absent(self.mesh.replica)
+        self.partition.absent = self.metrics.absent = self.hook_logs.absent = self.absent
+
+    @property
+    def factor(self) -> float:
+        """The factor on this replica's loss with which the mean over replicas is that over the global batch."""
+        return 1.0 if self.uneven is None else self.uneven.factor(self.mesh.replica)
+
     # ---- training
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,8 +133,12 @@ class Runner:
             self._sharded.set_is_last_backward(False)
             self._sharded.set_reshard_after_backward(False)
         aside = SetAside(held)
-        scale = 1.0 / self.root.trainer.accumulate_grad_batches
-        loss, recorder, extras = pipeline.train(args, scale, self._microbatches)
+        scale: Any = 1.0 / self.root.trainer.accumulate_grad_batches
+        scaler = getattr(self.precision, "scaler", None)
+        if scaler is not None:  # Lightning scales a loss whose gradients the schedule has computed already
+            scale = scaler.scale(torch.tensor(scale, device=self.device))
+        common = None if self.uneven is None else self.uneven.common_divisor
+        loss, recorder, extras = pipeline.train(args, scale * self.factor, self._microbatches, common)
         aside.keep()
         mean_loss, extras = self._log("training_step", recorder, loss, extras)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
@@ -139,6 +159,8 @@ class Runner:
     ) -> tuple[Tensor, dict[str, Any]]:
         """Logs a step on every rank; gives every stage the last one's loss and what was returned with it."""
         entries = recorder.entries
+        if self.absent:
+            leave_out(entries)
         reduce_over_replicas(entries, self.mesh, self.device)
         shared, returned = torch.zeros(()), {}
         if self.pipeline is not None:
@@ -198,10 +220,10 @@ class Runner:
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in ghosts]
 
-    def clip(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+    def clip(self, optimizer: Optimizer, max_norm: int | float) -> Tensor:
         """Clips by the norm over the optimizer's parameters on all ranks; returns that norm."""
         rank, plan = self.mesh.rank("pp"), self.partition.plan
         counted = {id(p) for n, p in self.partition.parameters.held().items() if plan.ranks_of(n)[0] == rank}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         pipeline = self.mesh.group("pp") if plan.layout.pp > 1 else None
-        return clip_by_global_norm(parameters, float(max_norm), counted=counted, pipeline=pipeline)
+        return clip_by_global_norm(parameters, float(max_norm), counted=counted, pipeline=pipeline, device=self.device)

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_hybrid._lightning_private import running_prediction
 from lightning_hybrid.execute.batches import first_batch
 from lightning_hybrid.execute.loggers import log_plan, watch_local_parts
 from lightning_hybrid.execute.planning import Request, check_precision, make_partition
@@ -55,8 +56,7 @@ def prepare_trainer(trainer: pl.Trainer) -> bool:
     # what a step logs is reduced over the replicas already, whatever `sync_dist` says
     warnings.filterwarnings("ignore", message=r".*It is recommended to use `self\.log\(.*sync_dist=True\)`.*")
     wanted = trainer._accelerator_connector.use_distributed_sampler
-    if trainer.state.fn != TrainerFn.PREDICTING:  # for predictions Lightning's own splitting repeats nothing
-        trainer._accelerator_connector.use_distributed_sampler = False
+    trainer._accelerator_connector.use_distributed_sampler = False
     return wanted
 
 
@@ -102,7 +102,7 @@ def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *
     precision = strategy.precision_plugin
 
     def plan() -> Partition:
-        check_precision(request.layout, precision)
+        check_precision(precision)
         return make_partition(
             root, request, strategy.mesh, strategy.root_device, precision.forward_context, lambda: _sample(trainer)
         )
@@ -178,9 +178,21 @@ def _sample(trainer: pl.Trainer) -> tuple[str, tuple]:
     if name != "training_step" and isinstance(loaders, list | tuple):
         extra = (0,) if len(loaders) > 1 else ()
         loaders = next(iter(loaders))
-    batch = trainer.precision_plugin.convert_input(first_batch(loaders))
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    return name, _arguments(trainer, name, first_batch(loaders), 0, extra)
+
+
+def _arguments(trainer: pl.Trainer, name: str, batch: Any, number: int, extra: tuple[int, ...]) -> tuple:
+    """The arguments with which a loop would call the step `name` for a loader's batch."""
+    loader = extra[0] if extra else 0
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=loader)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=loader)
     step = getattr(trainer.lightning_module, name)
-    index = (0,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
-    return name, (batch, *index, *extra)
+    index = (number,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
+    return (batch, *index, *extra)
+
+
+def prediction_arguments(trainer: pl.Trainer, batch: Any) -> tuple:
+    """The arguments of `predict_step` for one more batch of the loader that is being predicted on."""
+    loader, loaders, number = running_prediction(trainer)
+    return _arguments(trainer, "predict_step", batch, number, (loader,) if loaders > 1 else ())

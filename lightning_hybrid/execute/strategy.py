@@ -30,9 +30,11 @@ from typing_extensions import override
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from lightning_hybrid.execute import loading, start, state
-from lightning_hybrid.execute.data import replica_loader
+from lightning_hybrid.execute.data import ReplicaData
+from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
 from lightning_hybrid.execute.planning import Request
 from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.execute.samplers import Uneven
 from lightning_hybrid.execute.saving import Saver
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.plan.stages import SCHEDULES
@@ -51,6 +53,8 @@ class HybridStrategy(ParallelStrategy):
             `"column_gather"` or `"replicate"`.
         compile: Compile each block with `torch.compile`.
         checkpoints: How checkpoints are saved, and what is trusted when they are loaded.
+        on_nonfinite: What all ranks do when a gradient or the loss is NaN or infinite on any of them, before the
+            update: `"raise"` `NonFiniteError`, or `"skip"` the step.
         process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
         timeout: After which a collective that waits for another rank fails.
 
@@ -67,6 +71,7 @@ class HybridStrategy(ParallelStrategy):
         tensor_plan: Mapping[str, str] | None = None,
         compile: bool = False,
         checkpoints: CheckpointOptions = CheckpointOptions(),  # noqa: B008 -- frozen
+        on_nonfinite: Literal["raise", "skip"] = "raise",
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
@@ -75,16 +80,21 @@ class HybridStrategy(ParallelStrategy):
             raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}. Got {schedule!r}.")
         if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
             raise ValueError(f"`microbatches` must be 'auto' or a whole number of at least 1. Got {microbatches!r}.")
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {on_nonfinite!r}.")
         self._layout = Layout.parse(layout) if isinstance(layout, str) else layout
         self._schedule, self._microbatches, self._tensor_plan = schedule, microbatches, tensor_plan
         self._compile, self._backend, self._timeout = compile, process_group_backend, timeout
         self._mesh: Mesh | None = None
         self._runner: Runner | None = None
         self._checkpoints = checkpoints
+        self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
+        self._steps: OptimizerSteps | None = None
         self._saver: Saver | None = None
         self._older_checkpoints: list[Path] = []
         self._streams: Mapping[str, Any] | None = None
         self._splits_data: bool | None = None
+        self._data: ReplicaData | None = None
         self.num_nodes = 1
 
     # ---- what Lightning asks about
@@ -114,6 +124,20 @@ class HybridStrategy(ParallelStrategy):
         if self._saver is None:
             self._saver = Saver(self._checkpoints, self._timeout)
         return self._saver
+
+    @property
+    def steps(self) -> OptimizerSteps:
+        """What surrounds optimizer steps, once it is set up."""
+        if self._steps is None:
+            raise RuntimeError("`strategy.steps` is there only after the strategy has been set up (Trainer.fit).")
+        return self._steps
+
+    @property
+    def data(self) -> ReplicaData:
+        """The data of this rank's replica, once the processes are connected."""
+        if self._data is None:
+            raise RuntimeError("`strategy.data` is there only after the processes have been connected (Trainer.fit).")
+        return self._data
 
     @property
     def _module(self) -> pl.LightningModule:
@@ -182,7 +206,11 @@ class HybridStrategy(ParallelStrategy):
         _init_dist_connection(self._environment, self._backend, timeout=self._timeout, device_id=device_id)
         self._mesh = Mesh.create(self.layout, self.root_device.type)
         start.agree_on_random_streams()
-        self._splits_data = start.prepare_trainer(self._module.trainer)
+        trainer = self._module.trainer
+        self._splits_data = start.prepare_trainer(trainer)
+        self._data = ReplicaData(
+            trainer, self._mesh, self.root_device, split=self._splits_data, run_absent=self._run_absent
+        )
 
     def _set_world_ranks(self) -> None:
         self._environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
@@ -191,9 +219,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        if not self._splits_data:
-            return dataloader
-        return replica_loader(dataloader, self.mesh, self._module.trainer, start.agree_on_random_streams)
+        return self.data.process(dataloader)
 
     @contextmanager
     @override
@@ -224,7 +250,10 @@ class HybridStrategy(ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+        if self._steps is None or self._steps.runner is not self._runner:
+            self._steps = OptimizerSteps(self.runner, self.precision_plugin, self._on_nonfinite)
+        self._steps.check_optimizers(self.optimizers)
+        self._steps.install()
 
     @override
     def model_to_device(self) -> None:
@@ -237,32 +266,55 @@ class HybridStrategy(ParallelStrategy):
         with self.runner.parameters_for_optimizers(self):
             super().setup_optimizers(trainer)
 
-    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        self.runner.clip(optimizer, clip_val)
-
     # ---- steps
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.runner.take_batch(self.data.uneven())
         return self.runner.training_step(*args, **kwargs)
 
     @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.runner.uneven is not None:
+            closure_loss = closure_loss * self.runner.factor
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.runner.take_batch(self.data.uneven())
         return self.runner.evaluation_step("validation_step", *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.runner.take_batch(self.data.uneven())
         return self.runner.evaluation_step("test_step", *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return self.runner.evaluation_step("predict_step", *args, **kwargs)
 
+    def _run_absent(self, batch: Any, uneven: Uneven) -> None:
+        self.runner.take_batch(uneven)
+        self.runner.evaluation_step("predict_step", *start.prediction_arguments(self._module.trainer, batch))
+        self.runner.take_batch(None)
+
+    def on_predict_end(self) -> None:
+        """Gives every rank all predictions."""
+        self.data.finish_predictions()
+
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
         with self.runner.gradients_stay_local():
             yield
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        self.steps.guard.saw_loss(closure_loss)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        return self.steps.step(super().optimizer_step, optimizer, closure, model, **kwargs)
 
     # ---- collectives
 
@@ -369,7 +421,8 @@ class HybridStrategy(ParallelStrategy):
     def teardown(self) -> None:
         if self._saver is not None:
             self._saver.wait()
-        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        if self._steps is not None:
+            self._steps.remove()
         if self._runner is not None:
             self._runner.release_logs()
         if self.lightning_module is not None and self._splits_data is not None:

@@ -32,8 +32,12 @@ def has_batch_norm(root: nn.Module) -> bool:
     return any(isinstance(m, _BatchNorm) for m in root.modules())
 
 
-def global_batch_norm(module: _BatchNorm, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
+def global_batch_norm(
+    module: _BatchNorm, group: dist.ProcessGroup, absent: Callable[[], bool] = lambda: False
+) -> Callable[[Tensor], Tensor]:
     """A `forward` for `module` with the statistics of all replicas together.
+
+    While `absent()`, this replica's samples do not count among them.
 
     The two-pass form, mean first and then the mean squared deviation, keeps the rounding of one process.
 
@@ -47,11 +51,12 @@ def global_batch_norm(module: _BatchNorm, group: dist.ProcessGroup) -> Callable[
         module._check_input_dim(x_NC)
         dims = [d for d in range(x_NC.ndim) if d != 1]
         shape = [1, -1] + [1] * (x_NC.ndim - 2)
-        size = torch.tensor(float(x_NC.numel() // x_NC.shape[1]), device=x_NC.device)
+        counts = 0.0 if absent() else 1.0
+        size = torch.tensor(counts * (x_NC.numel() // x_NC.shape[1]), device=x_NC.device)
         dist.all_reduce(size, group=group)
-        mean_C = _SumOverReplicas.apply(x_NC.sum(dims), group) / size
+        mean_C = _SumOverReplicas.apply(x_NC.sum(dims) * counts, group) / size
         centred_NC = x_NC - mean_C.view(shape)
-        variance_C = _SumOverReplicas.apply(centred_NC.square().sum(dims), group) / size
+        variance_C = _SumOverReplicas.apply(centred_NC.square().sum(dims) * counts, group) / size
         _update_running(module, mean_C.detach(), variance_C.detach() * size / (size - 1).clamp(min=1))
         out = centred_NC * torch.rsqrt(variance_C + module.eps).view(shape)
         return out * module.weight.view(shape) + module.bias.view(shape) if module.affine else out

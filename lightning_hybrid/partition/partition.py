@@ -63,6 +63,8 @@ class Partition:
     """Parameters that `fsdp` leaves whole (scalars)."""
     shared_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     """For each weight that several pipeline ranks hold, this one included: the group of its holders."""
+    absent: bool = False
+    """Whether what this replica runs at present counts for nothing (see `execute.samplers.Uneven`)."""
     _overrides: list[tuple[nn.Module, Callable]] = field(default_factory=list)
     _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
 
@@ -194,7 +196,7 @@ class Partition:
     def _share_batch_statistics(self) -> None:
         for module in self.root.modules():
             if isinstance(module, _BatchNorm):
-                forward = global_batch_norm(module, self.mesh.replica_group)
+                forward = global_batch_norm(module, self.mesh.replica_group, lambda: self.absent)
                 self._overrides.append((module, forward))
                 module.__dict__["forward"] = forward
 

@@ -1,0 +1,281 @@
+"""Map-style datasets: the user's own sampler gives the order, and every replica reads its share of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import SequentialSampler
+
+from lightning_hybrid._lightning_private import IndexBatches, place_in_epoch, set_epoch, set_epoch_length
+from lightning_hybrid.execute import data_streams as streams
+from lightning_hybrid.execute import samplers
+from lightning_hybrid.execute.data_loader import generators_of, keeps_its_place, lent
+from lightning_hybrid.execute.random_streams import mix
+from lightning_hybrid.execute.samplers import Share, Uneven
+
+Kind = Literal["samples", "batches", "items"]
+"""What is dealt: samples, in batches of the loader's size; the batches of a batch sampler; items without batches."""
+
+
+class DealtSampler:
+    """In the place of a loader's batch sampler, or of its sampler if it has no batches."""
+
+    def __init__(self, flow: SampleFlow, sampler: Any, batch_size: int | None, drop_last: bool) -> None:
+        self.flow, self.sampler, self.batch_size, self.drop_last = flow, sampler, batch_size, drop_last
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.flow.keys()
+
+    def __len__(self) -> int:
+        return self.flow.steps_in_all()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the user's sampler, if it asks for it."""
+        tell = getattr(self.sampler, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+
+
+class SampleFlow:
+    """Deals the samples, batches or items of a map-style loader.
+
+    Args:
+        source: The user's sampler, or for `batches` the batch sampler.
+        kind: What is dealt.
+        replica: Index of this rank's replica.
+        replicas: How many there are.
+        batch_size: Samples of a replica in a step.
+        drop_last: Whether a last batch that is not full is left out.
+        training: The trainer, if its training loop iterates this loader; its place then goes into checkpoints.
+        limit: For predictions: Lightning's limit, which is for the batches of one process.
+        run_absent: For predictions: runs a step on a batch whose result is not wanted.
+        on_yield: Told of every batch that is handed out.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        kind: Kind,
+        replica: int,
+        replicas: int,
+        *,
+        batch_size: int = 1,
+        drop_last: bool = False,
+        training: pl.Trainer | None = None,
+        limit: int | float | None = None,
+        run_absent: Callable[[Any, Uneven], None] | None = None,
+        on_yield: Callable[[Uneven | None], None] = lambda _: None,
+    ) -> None:
+        self._source, self._kind, self._replica, self._replicas = source, kind, replica, replicas
+        self._batch_size, self._drop_last = batch_size, drop_last
+        self._trainer, self._limit, self._run_absent, self._on_yield = training, limit, run_absent, on_yield
+        self.history: deque[Uneven | None] = deque(maxlen=8)
+        self._pending: deque[Uneven | None] = deque()
+        self._generators: list[torch.Generator] = []
+        self._seed = 0
+        self._passes = 0
+        self._begun = False
+        self._drawn_from: dict[str, Any] | None = None
+        """The random streams and the sampler's state before the order of this pass was drawn."""
+        self._first = 0
+        """Samples, batches or items that were used before this pass began in the middle of an epoch."""
+        self._steps_before = 0
+        """Steps of the epoch that were made before this pass began."""
+        self._resume: dict[str, Any] | None = None
+        self._other_length = False
+
+    # ---- one pass
+
+    def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Begins a pass over the loader."""
+        self._generators = generators_of(loader)
+        streams.agree(self._generators)
+        resume = self._begin_pass(loader)
+        seeding = streams.Seeding()
+        parts = {
+            "dataset": streams.SeededSamples(loader.dataset, seeding),
+            "collate_fn": streams.SeededCollate(loader.collate_fn, seeding),
+            "worker_init_fn": streams.WorkerInit(loader.worker_init_fn),
+        }
+        # beginning again in mid-epoch must not draw from the streams once more
+        with streams.kept() if resume else nullcontext(), lent(loader, **parts):
+            iterator = start()
+        return self._batches(iterator)
+
+    def _begin_pass(self, loader: Any) -> bool:
+        resume, self._resume = self._resume, None
+        trainer, new_epoch = self._trainer, 0
+        place = place_in_epoch(trainer) if trainer is not None else None
+        if resume is not None and resume["complete"] and place is not None and place.completed < place.processed:
+            resume, new_epoch = None, 1  # saved at the end of the last batch: Lightning goes on with the next epoch
+        if trainer is not None:
+            set_epoch(loader, trainer, new_epoch)
+        self._pending.clear()
+        self._begun, self._drawn_from = True, None
+        if resume is None:
+            self._first = 0
+            self._steps_before = place.fetched if place is not None and place.ready else 0
+            # workers that persist draw no new seed for a pass
+            self._seed = mix(next_seed(loader), self._passes)
+            self._passes += 1
+            if self._other_length and trainer is not None:
+                self._other_length = False
+                set_epoch_length(trainer, self, self.steps_in_all())
+            return False
+        self._steps_before = place.processed if place is not None else 0
+        self._first, self._seed, self._passes = resume["used"], resume["seed"], resume["passes"]
+        self._drawn_from = resume["drawn_from"]
+        return True
+
+    def _batches(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for batch in iterator:
+            uneven = self._pending.popleft()
+            if self._run_absent is not None and uneven is not None and uneven.absent(self._replica):
+                self._run_absent(batch, uneven)
+                return
+            self.history.append(uneven)
+            self._on_yield(uneven)
+            yield batch
+
+    def keys(self) -> Iterator[Any]:
+        """This replica's keys, batch by batch; the order is drawn when the first is asked for."""
+        order = self._order()
+        for share in self._shares(order):
+            self._pending.append(share.uneven)
+            if self._kind == "items":
+                yield streams.Key(share.keys[0], share.positions[0], self._seed)
+            else:
+                yield streams.Keys(share.keys, share.positions, self._seed)
+
+    def _shares(self, order: Any) -> Iterator[Share]:
+        place = (self._replica, self._replicas)
+        if self._kind == "samples":
+            return samplers.deal_samples(order, self._batch_size, *place, drop_last=self._drop_last, first=self._first)
+        batches = ([key] for key in order) if self._kind == "items" else order
+        if self._limit is not None:
+            batches = islice(batches, self._cap())
+        return samplers.deal_batches(batches, *place, first=self._first)
+
+    def _order(self) -> Any:
+        if type(self._source) is SequentialSampler:
+            return range(len(self._source))
+        if self._drawn_from is None:
+            self._drawn_from = {
+                "streams": streams.capture(),
+                "generators": [g.get_state() for g in self._generators],
+                "samplers": [s.state_dict() for s in self._stateful()],
+            }
+            return self._materialized()
+        with streams.kept():
+            streams.restore(self._drawn_from["streams"])
+            for generator, state in zip(self._generators, self._drawn_from["generators"], strict=False):
+                generator.set_state(torch.as_tensor(state))
+            for sampler, state in zip(self._stateful(), self._drawn_from["samplers"], strict=False):
+                sampler.load_state_dict(state)
+            return self._materialized()
+
+    def _materialized(self) -> Any:
+        # at once, so that what happens between steps cannot change it; an endless sampler is read as it goes
+        return list(self._source) if hasattr(self._source, "__len__") else iter(self._source)
+
+    def _stateful(self) -> list[Any]:
+        return [s for s in (self._source, getattr(self._source, "sampler", None)) if keeps_its_place(s)]
+
+    # ---- lengths
+
+    def length(self, loader: Any, own: Callable[[], int]) -> int:
+        """Steps of an epoch."""
+        if self._limit is None:
+            return own()
+        if self._cap() == 0:
+            return len(self._source)  # Lightning raises its own error
+        return samplers.length_before_limit(own(), self._limit)
+
+    def _cap(self) -> int | None:
+        """How many batches are used at all."""
+        if isinstance(self._limit, float):
+            return int(len(self._source) * self._limit) if self._limit < 1.0 else None
+        return self._limit
+
+    def steps_in_all(self) -> int:
+        """Steps of the epoch, those before a resumption included."""
+        resumed = self._resume or ({"used": self._first} if self._first else None)
+        if resumed is None:
+            return self._steps(0)
+        before = self._steps_before
+        if self._resume is not None and self._trainer is not None:
+            before = place_in_epoch(self._trainer).processed
+        return before + self._steps(resumed["used"])
+
+    def _steps(self, used: int) -> int:
+        count = len(self._source)
+        if (cap := self._cap()) is not None:
+            count = min(count, cap)
+        if self._kind == "samples":
+            return samplers.steps_of_samples(count - used, self._batch_size, self._replicas, drop_last=self._drop_last)
+        return samplers.steps_of_batches(count - used, self._replicas)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """How much of the epoch is trained on, and what its order was drawn from; the same on every rank."""
+        if self._trainer is None or not self._begun:
+            return {}
+        place = place_in_epoch(self._trainer)
+        steps = max(0, place.processed - self._steps_before)
+        used = self._first + steps * self._replicas * (self._batch_size if self._kind == "samples" else 1)
+        complete = self._first + steps > 0 and place.processed >= self._trainer.num_training_batches
+        if hasattr(self._source, "__len__"):
+            used = min(used, len(self._source))
+            complete = complete or self._steps(used) <= 0
+        return {
+            "kind": self._kind,
+            "used": used,
+            "complete": complete,
+            "seed": self._seed,
+            "passes": self._passes,
+            "drawn_from": self._drawn_from,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next pass goes on behind the samples that were trained on, without reading them.
+
+        Raises:
+            ValueError: If the loader is of another kind than the one whose state it is.
+        """
+        sequential = type(self._source) is SequentialSampler
+        if not state or (state.get("drawn_from") is None and not sequential):
+            return  # saved before the first batch
+        if state.get("kind") != self._kind:
+            raise ValueError(
+                f"The training loader deals {self._kind}, but the checkpoint has the place of one that deals "
+                f"{state.get('kind')}. Resume with a loader like the one that was saved."
+            )
+        self._resume = {**state, "used": int(state["used"])}
+        if hasattr(self._source, "__len__") and self._trainer is not None and not state["complete"]:
+            length = self.steps_in_all()
+            if length != self._steps(0):  # the global batch is another one than before
+                self._other_length = True
+                set_epoch_length(self._trainer, self, length)
+
+
+def next_seed(loader: Any) -> int:
+    """The seed that the loader is about to draw for its workers, without drawing it."""
+    generator = loader.generator
+    state = None if generator is None else generator.get_state()
+    with streams.kept():
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+    if generator is not None and state is not None:
+        generator.set_state(state)
+    return seed
+
+
+def index_batches(sampler: DealtSampler) -> IndexBatches:
+    """For predictions: notes the samples of each batch, as prediction writers want to know them."""
+    return IndexBatches(sampler)
