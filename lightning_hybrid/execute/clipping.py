@@ -9,10 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 
 def clip_by_global_norm(
-    parameters: Iterable[Tensor], max_norm: float, *, counted: set[int], pipeline: dist.ProcessGroup | None
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    *,
+    counted: set[int],
+    pipeline: dist.ProcessGroup | None,
+    device: torch.device,
 ) -> Tensor:
     """Scales gradients so that the 2-norm over all parameters of the model is at most `max_norm`.
 
@@ -24,6 +30,7 @@ def clip_by_global_norm(
         max_norm: The largest norm allowed.
         counted: `id`s of the parameters that this rank counts.
         pipeline: The group of the stages, if there are several.
+        device: This rank's device.
 
     Returns:
         The norm before clipping, a scalar, equal on every rank.
@@ -33,12 +40,12 @@ def clip_by_global_norm(
     by_mesh: dict[object, list[Tensor]] = defaultdict(list)
     for gradient in kept:
         by_mesh[gradient.device_mesh if isinstance(gradient, DTensor) else None].append(gradient)
-    device = gradients[0].device if gradients else torch.device("cpu")
-    squares = torch.zeros((), device=device)
+    double = any(g.dtype == torch.float64 for g in gradients)
+    squares = torch.zeros((), device=device, dtype=torch.float64 if double or pipeline is not None else torch.float32)
     for group in by_mesh.values():
         norm = torch.nn.utils.get_total_norm(group, foreach=False if isinstance(group[0], DTensor) else None)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        squares += norm.to(device, torch.float32) ** 2
+        squares += norm.to(device, squares.dtype) ** 2
     if pipeline is not None:
         dist.all_reduce(squares, group=pipeline)
     total = squares.sqrt()
@@ -46,3 +53,10 @@ def clip_by_global_norm(
     for gradient in gradients:
         (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor.to(gradient.device))
     return total
+
+
+def clip_by_value(optimizer: Optimizer, limit: int | float) -> None:
+    """Clamps every element of the gradients to at most `limit` in absolute value."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for gradient in gradients:
+        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).clamp_(-limit, limit)

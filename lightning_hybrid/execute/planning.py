@@ -9,7 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import (
+    DeepSpeedPrecision,
+    DoublePrecision,
+    FSDPPrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+)
 
 from lightning_hybrid.analyze.heads import check_heads
 from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
@@ -108,17 +115,21 @@ def _check_pipeline(root: pl.LightningModule, request: Request, name: str) -> No
         )
 
 
-def check_precision(layout: Layout, precision: Precision) -> None:
-    """Refuses a loss scale under `pp`: the pipeline's backward pass has run before Lightning scales the loss.
+_PRECISIONS = (MixedPrecision, HalfPrecision, DoublePrecision)
+
+
+def check_precision(precision: Precision) -> None:
+    """Refuses plugins that replace layers, or belong to another strategy.
 
     Raises:
         PartitionError: If so.
     """
-    if layout.pp > 1 and getattr(precision, "scaler", None) is not None:
+    known = isinstance(precision, _PRECISIONS) or type(precision).convert_module is Precision.convert_module
+    if not known or isinstance(precision, FSDPPrecision | DeepSpeedPrecision):
         raise PartitionError(
-            f"`layout='{layout}'` has `pp={layout.pp}`, which cannot scale the loss as "
-            f"`precision='{precision.precision}'` does. Use `precision='bf16-mixed'`, which needs no loss "
-            "scale, or a layout without `pp`."
+            f"`precision={precision.precision!r}` ({type(precision).__name__}) replaces layers or belongs to another "
+            "strategy, so the module cannot be partitioned as it is. Use one of '32-true', '16-mixed', "
+            "'bf16-mixed', '16-true', 'bf16-true' and '64-true'."
         )
 
 

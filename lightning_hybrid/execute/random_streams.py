@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class RandomStreams:
         """What a resumed run needs to go on with the same streams."""
         return {"base_seed": self.base_seed}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on with the streams of the run that was saved."""
         self.base_seed = int(state["base_seed"])
 

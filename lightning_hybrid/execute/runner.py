@@ -23,8 +23,8 @@ from lightning_hybrid.execute.gradients import GradientsOfPipeline, ReplicaReduc
 from lightning_hybrid.execute.logs import HookLogs, LogRecorder, leave_out, reduce_over_replicas, replay
 from lightning_hybrid.execute.metrics import Metrics
 from lightning_hybrid.execute.pipeline import Pipeline
-from lightning_hybrid.execute.samplers import Uneven
 from lightning_hybrid.execute.random_streams import RandomStreams
+from lightning_hybrid.execute.samplers import Uneven
 from lightning_hybrid.execute.stage_logs import StageLogs
 from lightning_hybrid.partition.batch_norm import has_batch_norm
 from lightning_hybrid.partition.partition import Partition

@@ -11,3 +11,11 @@ class PartitionError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the file."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A gradient or the loss is NaN or infinite; raised on all ranks, before any of them updates its weights."""
+
+
+class RankError(RuntimeError):
+    """The run has ended because of another rank; the message names it and what it did."""

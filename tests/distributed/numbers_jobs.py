@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 import zlib
 from functools import partial
 from typing import Any
@@ -11,12 +12,15 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers.logger import Logger
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_hybrid.analyze.ghost import Ghost
-from tests.distributed.jobs import WIDTH, Numbers, quiet, trainer_for, weights
+from lightning_hybrid.spec.errors import NonFiniteError
+from tests.distributed.jobs import WIDTH, Classifier, Numbers, quiet, trainer_for, weights
 
 
 class NoisyBlock(nn.Module):
@@ -108,11 +112,12 @@ def dropout(
     samples: int = 48,
     ckpt_path: str | None = None,
     save: str | None = None,
+    seed: int = 7,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains with dropout; what was drawn, and what the shared streams are like afterwards."""
     quiet()
-    L.seed_everything(7, verbose=False)
+    L.seed_everything(seed, verbose=False)
     module = Noisy(**module_options)
     streams: list[Any] = []
     watch = LambdaCallback(on_train_batch_end=lambda *_: streams.append(shared_streams()))
@@ -134,4 +139,119 @@ def dropout(
         "in step": module.streams,
         "shared": streams,
         "noise": float(trainer.callback_metrics["noise"]),
+    }
+
+
+class Plain(Classifier):
+    """Blocks with a schedule of the learning rate for every step; one step can be poisoned.
+
+    Args:
+        poison: `""`, `"loss"` (of one sample), or the name of a parameter, whose gradient is NaN on one rank.
+        rank: Where.
+        step: When.
+        leave_out: For the reference in one process: the step is computed, but not taken.
+        manual: Two optimizers, stepped by hand.
+    """
+
+    def __init__(
+        self, *, poison: str = "", rank: int = 0, step: int = 1, leave_out: bool = False, manual: bool = False
+    ) -> None:
+        super().__init__()
+        self.poison, self.rank, self.at, self.leave_out = poison, rank, step, leave_out
+        self.automatic_optimization = not manual
+        self.losses: list[float] = []
+        self.batches = 0
+
+    def training_step(self, batch, batch_idx):
+        if self.automatic_optimization:
+            return self._loss(batch)
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            self.manual_backward(self._loss(batch))
+            optimizer.step()
+        return None
+
+    def _loss(self, batch):
+        loss = nn.functional.cross_entropy(self(batch["x"]), batch["y"], reduction="none")
+        if self.poison == "loss" and self.batches == self.at:
+            loss = torch.where(batch["index"] == 16 * self.at + self.rank, loss * float("nan"), loss)
+        self.log("loss", loss.mean())
+        return loss.mean()
+
+    def on_after_backward(self):
+        found = dict(self.named_parameters()).get(self.poison)
+        if found is not None and self.batches == self.at and self.global_rank == self.rank:
+            gradient: Any = found.grad
+            part = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+            part.view(-1)[0] = float("nan")
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.batches += 1
+        results: Any = outputs
+        if self.automatic_optimization:
+            self.losses.append(float(results["loss"]))
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        if self.leave_out and self.batches == self.at:
+            closure: Any = optimizer_closure
+            closure()
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def configure_optimizers(self):
+        if not self.automatic_optimization:
+            body = [*self.stem.parameters(), *self.blocks.parameters()]
+            return torch.optim.SGD(body, lr=0.1), torch.optim.SGD(self.head.parameters(), lr=0.05)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, eps=1e-4)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _Records(Logger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    @property
+    def name(self):
+        return "records"
+
+    @property
+    def version(self):
+        return 0
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+    @rank_zero_only
+    def log_metrics(self, metrics, step=None):
+        self.rows.append(metrics)
+
+
+def poisoned(layout: str | None, mode: str | None, module_options: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Trains until an error; what the ranks have then."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Plain(**module_options)
+    strategy_options = {"on_nonfinite": mode} if mode else None
+    trainer, replicas = trainer_for(layout, strategy_options=strategy_options, **options)
+    records = _Records()
+    trainer.loggers = [records]
+    error = None
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module, DataLoader(Numbers(), batch_size=16 // replicas))
+    except NonFiniteError as raised:
+        error = str(raised)
+    return {
+        "error": error,
+        "losses": module.losses,
+        "weights": weights(trainer, module),
+        "skipped": [row["skipped_steps"] for row in records.rows if "skipped_steps" in row],
+        "warned": [str(w.message) for w in caught if "not finite" in str(w.message)] if error is None else [],
+        "steps": trainer.global_step,
     }

@@ -1,21 +1,44 @@
-"""Requests that are refused before anything is planned."""
+"""What is refused before planning."""
 
-from types import SimpleNamespace
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, cast
 
 import pytest
+from lightning.pytorch.plugins.precision import (
+    DoublePrecision,
+    FSDPPrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
 
 from lightning_hybrid.execute.planning import check_precision
 from lightning_hybrid.spec.errors import PartitionError
-from lightning_hybrid.spec.layout import Layout
+
+pytestmark = pytest.mark.unit
 
 
-def test_a_loss_scale_is_refused_under_a_pipeline_only():
-    scaling: Any = SimpleNamespace(scaler=object(), precision="16-mixed")
-    with pytest.raises(
-        PartitionError, match="`pp=2`, which cannot scale the loss as `precision='16-mixed'`.*bf16-mixed"
+class OfAUser(Precision):
+    """A plugin that only follows what Lightning does."""
+
+
+def test_precisions_that_keep_the_module_as_it_is_are_taken():
+    for plugin in (
+        Precision(),
+        OfAUser(),
+        DoublePrecision(),
+        HalfPrecision("bf16-true"),
+        MixedPrecision("16-mixed", "cpu"),
+        MixedPrecision("bf16-mixed", "cpu"),
     ):
-        check_precision(Layout(pp=2), scaling)
-    check_precision(Layout(dp=2), scaling)
-    plain: Any = SimpleNamespace(scaler=None, precision="bf16-mixed")
-    check_precision(Layout(pp=2), plain)
+        check_precision(plugin)
+
+
+@pytest.mark.parametrize("kind", [TransformerEnginePrecision, FSDPPrecision])
+def test_precisions_that_replace_layers_are_refused(kind):
+    plugin: Any = object.__new__(kind)  # its libraries are not installed
+    plugin.precision = "transformer-engine"
+    with pytest.raises(PartitionError, match=r"`precision='transformer-engine'` .*replaces layers.*'bf16-mixed'"):
+        check_precision(cast(Precision, plugin))

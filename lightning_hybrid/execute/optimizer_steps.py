@@ -1,0 +1,102 @@
+"""What surrounds an optimizer's step under any layout: the guard, clipping, the loss scale, closures of LBFGS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch.distributed as dist
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_hybrid._torch_private import agree_on_overflow
+from lightning_hybrid.execute.clipping import clip_by_value
+from lightning_hybrid.execute.guard import Guard, SkipStep
+from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.spec.errors import PartitionError
+
+
+class OptimizerSteps:
+    """Put on Lightning's precision plugin, which every optimizer step goes through.
+
+    Args:
+        runner: The partitioned module.
+        precision: The plugin.
+        on_nonfinite: See `Guard`.
+    """
+
+    def __init__(self, runner: Runner, precision: Precision, on_nonfinite: Literal["raise", "skip"]) -> None:
+        self.runner, self.precision, self._on_nonfinite = runner, precision, on_nonfinite
+        self.guard = Guard(runner.mesh, runner.device, runner.partition.parameters.held, on_nonfinite)
+        self._after_closure: Callable[..., None] = type(precision)._after_closure.__get__(precision)
+        self._scaler: Any = getattr(precision, "scaler", None)
+        self._undo: Callable[[], None] | None = None
+
+    def install(self) -> None:
+        """Puts it on."""
+        plugin = self.precision.__dict__
+        plugin["_after_closure"] = self._checked
+        plugin["clip_grad_by_norm"] = self.runner.clip
+        plugin["clip_grad_by_value"] = clip_by_value
+        if self._scaler is not None and self._undo is None:
+            self._undo = agree_on_overflow(self._scaler, dist.all_reduce)
+
+    def remove(self) -> None:
+        """Takes it off."""
+        for key in ("_after_closure", "clip_grad_by_norm", "clip_grad_by_value"):
+            self.precision.__dict__.pop(key, None)
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def _checked(self, model: Any, optimizer: Any) -> None:
+        """Gradients are complete; hooks, clipping and the update come next."""
+        if self._scaler is None:  # with one, infinite gradients are usual: it leaves out the step on all ranks
+            self.guard.check(optimizer, model.trainer)
+        self._after_closure(model, optimizer)
+
+    def step(
+        self, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Lightning's `optimizer_step`; a step that the guard leaves out returns None."""
+        if isinstance(optimizer, LBFGS) and self.runner.mesh.layout.replicas > 1:
+            closure = self._of_all_replicas(closure)
+        try:
+            return step(optimizer, closure, *args, **kwargs)
+        except SkipStep:
+            return None
+
+    def _of_all_replicas(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """LBFGS decides by the loss how often it calls the closure: all replicas must see the same."""
+
+        def mean() -> Any:
+            loss = closure()
+            if isinstance(loss, Tensor):
+                loss = loss.detach().clone()
+                dist.all_reduce(loss, group=self.runner.mesh.replica_group)
+                loss /= self.runner.mesh.layout.replicas
+            return loss
+
+        return mean
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """Refuses what cannot give the result of one process.
+
+        Raises:
+            PartitionError: If so.
+        """
+        layout = self.runner.mesh.layout
+        for optimizer in optimizers:
+            if not isinstance(optimizer, LBFGS):
+                continue
+            if layout.devices != layout.dp:
+                raise PartitionError(
+                    f"`configure_optimizers` returned LBFGS, which multiplies whole gradients with each other; "
+                    f"`layout='{layout}'` divides them among ranks. Use a layout of `dp` only, or another optimizer."
+                )
+            if self._on_nonfinite == "skip":
+                raise PartitionError(
+                    "`on_nonfinite='skip'` cannot leave out a step of LBFGS, which updates the weights several times "
+                    "in one. Use `on_nonfinite='raise'`."
+                )
