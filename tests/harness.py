@@ -255,6 +255,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log_pa
     import torch
 
     torch.set_num_threads(1)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] -- loaders start workers
     while (request := pickle.loads(connection.recv_bytes())) is not None:
         connection.send_bytes(_run(rank, world_size, *request))
     # The process group is not torn down in step with the other ranks, so interpreter shutdown could wait for them.
