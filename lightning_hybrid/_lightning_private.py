@@ -10,16 +10,25 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
 
 Synchronize = Callable[[Metric], None]
+TunerExit = _TunerExitException
+"""Raised on all ranks where the Trainer's tuner ends a run early."""
 
 
 def route_metric_sync(synchronize: Synchronize) -> Callable[[], None]:
@@ -231,3 +240,44 @@ def watch_parts(experiment: Any, part: Callable[[Any], Any]) -> None:
         return
     original = history.log_tensor_stats
     history.log_tensor_stats = lambda tensor, name: original(part(tensor), name)
+
+
+def averaged_once_per_epoch(trainer: pl.Trainer) -> list[Any]:
+    """The callbacks that average weights over epochs (`_average_model` has the average)."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+    return [c for c in callbacks if isinstance(c, StochasticWeightAveraging)]
+
+
+def averaged_per_step(trainer: pl.Trainer) -> list[Any]:
+    """The callbacks with an `AveragedModel` (in `_average_model`, made with `_kwargs`), while a module is trained."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+    return [c for c in callbacks if isinstance(c, WeightAveraging) and c._average_model is not None]
+
+
+def forget_schedulers_before_averaging(callback: Any, trainer: pl.Trainer) -> None:
+    """For a run that goes on within the epochs that are averaged: the saved scheduler is that of the averaging."""
+    if callback._scheduler_state is not None:
+        callback._clear_schedulers(trainer)
+
+
+def running_batch(trainer: pl.Trainer) -> int:
+    """The index, in its epoch, of the training batch that runs."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+
+
+def share_cores(processes: int) -> None:
+    """Divides this machine's cores among its processes, unless the user has."""
+    _set_num_threads_if_needed(num_processes=processes)
+
+
+def route_sigterm(trainer: pl.Trainer, handler: Callable[..., None], before_batch: Callable[[], None]) -> None:
+    """Replaces what the trainer does on SIGTERM, and what its ranks ask each other before every training batch."""
+    connector: Any = trainer._signal_connector
+    connector._sigterm_notifier_fn = handler
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = before_batch
+
+
+def set_received_sigterm(trainer: pl.Trainer) -> None:
+    """Has the trainer's loops stop at the next place where they look for a SIGTERM."""
+    trainer._signal_connector.received_sigterm = True

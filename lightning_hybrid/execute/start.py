@@ -6,7 +6,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +19,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_hybrid._lightning_private import running_prediction
+from lightning_hybrid.execute.agreement import check_parameters
+from lightning_hybrid.execute.averaging import forget_partition
 from lightning_hybrid.execute.batches import first_batch
 from lightning_hybrid.execute.loggers import log_plan, watch_local_parts
 from lightning_hybrid.execute.planning import Request, check_precision, make_partition
@@ -94,9 +96,11 @@ def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *
     root = trainer.lightning_module
     earlier: Partition | None = root.__dict__.pop("_hybrid_partition", None)
     if earlier is not None:
+        forget_partition(root)
         earlier.remove()
     tape: BuildTape | None = root.__dict__.pop("_hybrid_tape", None)
     if tape is None:
+        check_parameters(root)
         _agree_on_weights(root, strategy.root_device)
     root.train(trainer.state.fn == TrainerFn.FITTING)
     precision = strategy.precision_plugin
@@ -107,7 +111,7 @@ def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *
             root, request, strategy.mesh, strategy.root_device, precision.forward_context, lambda: _sample(trainer)
         )
 
-    made = _together(plan)
+    made = plan()
     sizes = {name: made.parameters[name].numel() for name in made.parameters.names}
     made.apply(strategy.root_device, compile_blocks, tape)
     root.__dict__["_hybrid_partition"] = made
@@ -138,24 +142,6 @@ def _agree_on_weights(root: pl.LightningModule, device: torch.device) -> None:
             moved = tensor.to(device) if gpu else tensor.contiguous()
             dist.broadcast(moved.detach(), 0)
             tensor.copy_(moved)
-
-
-def _together(plan: Callable[[], Partition]) -> Partition:
-    """Runs `plan` on every rank; if it fails on any, rank 0 raises that error and the others leave without a word."""
-    made: Partition | None = None
-    error: Exception | None = None
-    try:
-        made = plan()
-    except Exception as caught:  # noqa: BLE001 -- any error of one rank has to reach the others, or they would hang
-        error = caught
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-    failed = [r for r, text in enumerate(errors) if text is not None]
-    if made is not None and not failed:
-        return made
-    if dist.get_rank() != 0:
-        leave_quietly()
-    raise error or RuntimeError(f"Rank {failed[0]} could not be set up: {errors[failed[0]]}")
 
 
 def leave_quietly() -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
@@ -27,15 +26,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hybrid._lightning_private import checkpoint_folders, evaluation_batch, running_batch
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
-from lightning_hybrid.execute import loading, start, state
+from lightning_hybrid.execute import agreement, loading, start, state
+from lightning_hybrid.execute.averaging import follow_partition
 from lightning_hybrid.execute.data import ReplicaData
+from lightning_hybrid.execute.launcher import HybridLauncher
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
 from lightning_hybrid.execute.planning import Request
+from lightning_hybrid.execute.preemption import Preemption
+from lightning_hybrid.execute.processes import meet
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.samplers import Uneven
 from lightning_hybrid.execute.saving import Saver
+from lightning_hybrid.execute.watch import Watch
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.plan.stages import SCHEDULES
 from lightning_hybrid.spec.layout import Layout
@@ -95,6 +100,8 @@ class HybridStrategy(ParallelStrategy):
         self._streams: Mapping[str, Any] | None = None
         self._splits_data: bool | None = None
         self._data: ReplicaData | None = None
+        self._watch = Watch(timeout or "30 min")
+        self._preemption = Preemption(lambda wanted: self.reduce_boolean_decision(wanted, all=False))
         self.num_nodes = 1
 
     # ---- what Lightning asks about
@@ -195,7 +202,7 @@ class HybridStrategy(ParallelStrategy):
                 start.leave_quietly()
             raise
         # with processes that are there already it only shares out the cores, without which each rank takes all of them
-        self._launcher = _SubprocessScriptLauncher(environment, self.num_processes, self.num_nodes)
+        self._launcher = HybridLauncher(environment, self.num_processes, self.num_nodes, self._watch)
 
     @override
     def setup_environment(self) -> None:
@@ -203,14 +210,29 @@ class HybridStrategy(ParallelStrategy):
         self._set_world_ranks()
         self._backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
         device_id = self.root_device if self._backend == "nccl" else None
+        self._meet()
         _init_dist_connection(self._environment, self._backend, timeout=self._timeout, device_id=device_id)
         self._mesh = Mesh.create(self.layout, self.root_device.type)
         start.agree_on_random_streams()
         trainer = self._module.trainer
+        if self.world_size > 1:
+            self._preemption.install(trainer)
         self._splits_data = start.prepare_trainer(trainer)
         self._data = ReplicaData(
             trainer, self._mesh, self.root_device, split=self._splits_data, run_absent=self._run_absent
         )
+
+    def _meet(self) -> None:
+        if self.world_size == 1:
+            return
+        arguments = {"layout": self.layout, "schedule": self._schedule, "microbatches": self._microbatches}
+        arguments |= {"tensor_plan": self._tensor_plan, "compile": self._compile, "on_nonfinite": self._on_nonfinite}
+        facts = agreement.facts_of(self._module.trainer, arguments)
+        check = self._watch.check_children
+        with self._watch.during("the meeting of the ranks"):
+            party = meet(self._environment, self.global_rank, self.world_size, self._timeout, facts, check)
+        self._watch.connect(party)
+        agreement.check_facts(party.facts)
 
     def _set_world_ranks(self) -> None:
         self._environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
@@ -247,6 +269,7 @@ class HybridStrategy(ParallelStrategy):
             )
             self._runner = start.partition(trainer, self, request, compile_blocks=self._compile)
         self._runner.take_logs()
+        follow_partition(trainer, self._runner)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -271,27 +294,41 @@ class HybridStrategy(ParallelStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.runner.take_batch(self.data.uneven())
-        return self.runner.training_step(*args, **kwargs)
+        with self._during("training_step"):
+            return self.runner.training_step(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         if self.runner.uneven is not None:
             closure_loss = closure_loss * self.runner.factor
-        return super().backward(closure_loss, optimizer, *args, **kwargs)
+        with self._during("backward"):
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         self.runner.take_batch(self.data.uneven())
-        return self.runner.evaluation_step("validation_step", *args, **kwargs)
+        return self._evaluate("validation_step", *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         self.runner.take_batch(self.data.uneven())
-        return self.runner.evaluation_step("test_step", *args, **kwargs)
+        return self._evaluate("test_step", *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.runner.evaluation_step("predict_step", *args, **kwargs)
+        with self._watch.during("predict_step", evaluation_batch(self._module.trainer) - 1):
+            return self.runner.evaluation_step("predict_step", *args, **kwargs)
+
+    def _evaluate(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._module.trainer
+        with self._watch.during(step, evaluation_batch(trainer) - 1):
+            out = self.runner.evaluation_step(step, *args, **kwargs)
+            self._preemption.agree(trainer)
+            return out
+
+    def _during(self, operation: str) -> AbstractContextManager:
+        trainer = self._module.trainer
+        return self._watch.during(operation, running_batch(trainer), trainer.global_step)
 
     def _run_absent(self, batch: Any, uneven: Uneven) -> None:
         self.runner.take_batch(uneven)
@@ -316,11 +353,15 @@ class HybridStrategy(ParallelStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         return self.steps.step(super().optimizer_step, optimizer, closure, model, **kwargs)
 
-    # ---- collectives
+    # ---- collectives; none once a rank has failed, when callbacks may still ask for them
+
+    @property
+    def _connected(self) -> bool:
+        return _distributed_is_initialized() and not self._watch.failing
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        if _distributed_is_initialized():
+        if self._connected:
             if dist.get_backend() == "nccl":
                 dist.barrier(device_ids=[self.root_device.index or 0])
             else:
@@ -328,7 +369,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not _distributed_is_initialized():
+        if not self._connected:
             return obj
         box = [obj]
         dist.broadcast_object_list(box, src)
@@ -337,7 +378,7 @@ class HybridStrategy(ParallelStrategy):
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduces over the replicas: ranks of `tp` and `pp` hold copies of the same value."""
-        if not isinstance(tensor, Tensor) or not _distributed_is_initialized():
+        if not isinstance(tensor, Tensor) or not self._connected:
             return tensor
         if group is None and self._mesh is not None:
             if self.mesh.layout.replicas == 1:
@@ -347,6 +388,8 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if not self._connected:
+            return decision
         votes = torch.tensor(int(decision), device=self.root_device)
         dist.all_reduce(votes)
         return bool(votes == self.world_size) if all else bool(votes)
@@ -360,19 +403,23 @@ class HybridStrategy(ParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's parts; `full_state_dict` gives whole weights."""
-        return state.state_dict(self.runner)
+        return {} if self._watch.failing else state.state_dict(self.runner)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return state.optimizer_state(self.runner, optimizer)
+        return {} if self._watch.failing else state.optimizer_state(self.runner, optimizer)
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        streams = {**loading.random_streams(), **self.runner.streams.state_dict()}
-        content = state.content_of(self.runner, {**checkpoint, "streams": streams})
-        self.saver.save(filepath, content, loading.manifest_facts(checkpoint, self.layout))
+        if self._watch.failing:
+            self._watch.note_unsaved(filepath)
+            return
+        with self._during("save_checkpoint"):
+            streams = {**loading.random_streams(), **self.runner.streams.state_dict()}
+            content = state.content_of(self.runner, {**checkpoint, "streams": streams})
+            self.saver.save(filepath, content, loading.manifest_facts(checkpoint, self.layout))
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -390,6 +437,12 @@ class HybridStrategy(ParallelStrategy):
         checkpoint = loading.as_lightning(opened, self._module.trainer, self.layout)
         self._streams = checkpoint.pop("streams")
         return checkpoint
+
+    def find_last_checkpoint(self, trainer: pl.Trainer) -> str | None:
+        """What `ckpt_path="last"` means: the newest checkpoint of the callbacks' folders; older ones stand by."""
+        found = loading.valid_checkpoints([Path(folder) for folder in checkpoint_folders(trainer)])
+        self._older_checkpoints = found[1:]
+        return str(found[0]) if found else None
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -432,3 +485,4 @@ class HybridStrategy(ParallelStrategy):
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
+        self._watch.torn_down()

@@ -158,16 +158,25 @@ class Partition:
 
     def whole_parameter(self, name: str) -> torch.Tensor:
         """The whole of a parameter on every rank. Collective."""
+        return self.whole_of(name, self.parameters[name].detach())
+
+    def whole_of(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
+        """The whole of a tensor that is laid out like parameter `name`, on every rank. Collective.
+
+        Args:
+            name: A parameter's first name.
+            tensor: This rank's part; anything where the rank does not hold the parameter.
+        """
         source = self.plan.ranks_of(name)[0]
-        present = self.parameters[name].detach()
-        if self.mesh.rank("pp") == source:
-            present = self.gathered(name, present).clone(memory_format=torch.contiguous_format)
+        present = self.parameters[name]
+        if self.mesh.rank("pp") == source and tensor is not None:
+            whole = self.gathered(name, tensor).clone(memory_format=torch.contiguous_format)
         else:
-            present = torch.empty(present.shape, dtype=present.dtype, device=present.device)
+            whole = torch.empty(present.shape, dtype=present.dtype, device=present.device)
         if self.plan.layout.pp > 1:
             group = self.mesh.group("pp")
-            dist.broadcast(present, dist.get_global_rank(group, source), group=group)
-        return present
+            dist.broadcast(whole, dist.get_global_rank(group, source), group=group)
+        return whole
 
     def gathered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The whole of a tensor that is laid out like parameter `name`. Collective over the ranks that hold it."""

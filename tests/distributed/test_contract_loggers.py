@@ -114,5 +114,6 @@ def _assert_plan(plan: dict[str, Any], layout: str) -> None:
 def test_watching_a_model_does_not_hang(request: pytest.FixtureRequest, tmp_path: Path, layout: str) -> None:
     assert call(request, layout, jobs.loggers, str(tmp_path), watch=True) == [6] * (4 if "-" in layout else 2)
     lines, _ = read_wandb(tmp_path)
-    parameters = {k for line in lines for k in line if k.startswith("parameters/")}
-    assert parameters, "histograms of rank 0's part"
+    # in a pipeline the first stage never returns from the module's forward, after which W&B looks at parameters
+    kind = "gradients/" if "pp" in layout else "parameters/"
+    assert any(k.startswith(kind) for line in lines for k in line), "histograms of rank 0's part"

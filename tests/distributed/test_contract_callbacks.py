@@ -1,0 +1,43 @@
+"""Lightning's callbacks decide and show on every rank what they do in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import contract_callbacks as jobs
+from tests.distributed.contract import LAYOUTS, assert_equal, call
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return jobs.decisions(None, str(tmp_path_factory.mktemp("one")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_decisions(request: pytest.FixtureRequest, one_process: dict, tmp_path: Path, layout: str) -> None:
+    assert one_process["stopped"] == [4, 9, 3]
+    assert len(one_process["files"]) == 3
+    for result in call(request, layout, jobs.decisions, str(tmp_path)):
+        assert_equal(result, one_process, layout)
+
+
+def assert_same_weights(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", jobs.AVERAGES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_averages(request: pytest.FixtureRequest, tmp_path: Path, layout: str, kind: str) -> None:
+    expected = jobs.averaged(None, kind, str(tmp_path))
+    results = call(request, layout, jobs.averaged, kind, str(tmp_path))
+    assert_same_weights(results[0]["weights"], expected["weights"])
+    for result in results:
+        assert_equal(result["metrics"], expected["metrics"])
