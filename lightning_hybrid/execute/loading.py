@@ -74,7 +74,10 @@ def set_random_streams(streams: Mapping[str, Any]) -> None:
 def valid_checkpoints(folders: Sequence[Path]) -> list[Path]:
     """Checkpoints in `folders`, the newest first: ours by step, then plain files of Lightning by their time."""
     found = [path for folder in folders for path in candidates(folder)]
-    ours = newest_first([path for path in found if path.is_dir()])
+    folders_found = [path for path in found if path.is_dir()]
+    ours = newest_first(folders_found)
+    for path in set(folders_found) - set(ours):
+        rank_zero_warn(f"{path} is passed over: its manifest is damaged.")
     plain = sorted((p for p in found if p.is_file()), key=lambda p: p.stat().st_mtime, reverse=True)
     return [*ours, *plain]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ def run(
     if checkpoints is not None:
         strategy._checkpoints = CheckpointOptions(**checkpoints)
     loader = DataLoader(Numbers(SAMPLES), batch_size=GLOBAL_BATCH // replicas, shuffle=shuffle, num_workers=workers)
-    trainer.fit(module, loader, DataLoader(Numbers(8), batch_size=8 // replicas), ckpt_path=ckpt_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader, DataLoader(Numbers(8), batch_size=8 // replicas), ckpt_path=ckpt_path)
     return {
         "losses": losses.losses,
         "samples": losses.samples,
@@ -131,6 +134,7 @@ def run(
         "lr": trainer.optimizers[0].param_groups[0]["lr"],
         "found": getattr(module, "found", None),
         "random": float(torch.rand(())),
+        "warnings": "\n".join(str(w.message) for w in caught),
     }
 
 

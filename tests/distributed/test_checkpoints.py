@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -172,6 +173,36 @@ def test_a_damaged_checkpoint_is_refused_by_all_ranks(ranks2: RankGroup, tmp_pat
     file.write_bytes(data)
     with pytest.raises(RankError, match=r"CheckpointError: .*rank-00001.safetensors \(rank 1\) is damaged"):
         ranks2.call(jobs.run, "pp2", ckpt_path=str(tmp_path / "step=5.ckpt"))
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
+def test_last_is_the_newest_that_is_intact(ranks2: RankGroup, tmp_path: Path, layout: str):
+    whole = ranks2.call(jobs.run, layout, str(tmp_path))
+    for step in (LAST, LAST - 1):
+        file = tmp_path / f"step={step}.ckpt" / "rank-00001.json"
+        file.write_bytes(file.read_bytes()[:-40])
+    shutil.rmtree(tmp_path / f"step={LAST - 2}.ckpt")
+    (tmp_path / f"step={LAST - 3}.ckpt" / "manifest.json").write_text("{}")
+    resumed = ranks2.call(jobs.run, layout, str(tmp_path), ckpt_path="last", every=100)
+    assert_goes_on(resumed, whole, LAST - 4)
+    said = resumed[0]["warnings"]
+    assert re.search(rf"step={LAST}.ckpt/rank-00001.json \(rank 1\) has .* cut off", said), said
+    assert f"Going on from {tmp_path}/step={LAST - 4}.ckpt instead" in said
+    assert f"step={LAST - 3}.ckpt is passed over: its manifest is damaged" in said
+
+
+def test_last_where_all_are_damaged_does_not_start_anew(ranks2: RankGroup, tmp_path: Path):
+    ranks2.call(jobs.run, "dp2", str(tmp_path), every=5)
+    for path in tmp_path.iterdir():
+        (path / "rank-00000.safetensors").unlink()
+    with pytest.raises(RankError, match=r"step=10.ckpt/rank-00000.safetensors \(rank 0\) is missing"):
+        ranks2.call(jobs.run, "dp2", str(tmp_path), ckpt_path="last")
+
+
+def test_last_where_there_is_none_starts_as_lightning_does(ranks2: RankGroup, tmp_path: Path):
+    result = ranks2.call(jobs.run, "dp2", str(tmp_path), ckpt_path="last", every=100)[0]
+    assert list(result["losses"]) == list(range(1, LAST + 1))
+    assert "no last checkpoint available" in result["warnings"]
 
 
 def test_another_model_is_refused(ranks2: RankGroup, tmp_path: Path):
