@@ -5,13 +5,15 @@ The torchmetrics among them were checked with torchmetrics 1.9.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
@@ -22,6 +24,7 @@ from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import _TunerExitException
+from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
@@ -281,3 +284,19 @@ def route_sigterm(trainer: pl.Trainer, handler: Callable[..., None], before_batc
 def set_received_sigterm(trainer: pl.Trainer) -> None:
     """Has the trainer's loops stop at the next place where they look for a SIGTERM."""
     trainer._signal_connector.received_sigterm = True
+
+
+@contextmanager
+def parameters_compared_by_identity() -> Iterator[None]:
+    """Inside, `BaseFinetuning` finds out by identity, not by value, whether an optimizer has a parameter."""
+
+    def absent(optimizer: Optimizer, params: Iterable[Any]) -> list[Any]:
+        present = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [p for p in params if id(p) not in present]
+
+    original = BaseFinetuning.__dict__["filter_on_optimizer"]
+    BaseFinetuning.filter_on_optimizer = staticmethod(absent)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        BaseFinetuning.filter_on_optimizer = original

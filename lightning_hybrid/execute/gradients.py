@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from lightning_hybrid._torch_private import after_this_backward, foreach_copy
 
@@ -86,11 +87,16 @@ class ReplicaReducer:
         self._bucket_of = {p: b for b in self._buckets for p in b.parameters}
         self._next = 0
         self._queued = False
+        self._hooks: list[RemovableHandle] = []
 
     def overlap(self) -> None:
         """Starts reducing a bucket as soon as its gradients are complete in the backward pass."""
-        for parameter in self._bucket_of:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)  # goes with the parameter
+        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._bucket_of]  # type: ignore[attr-defined]
+
+    def release(self) -> None:
+        """Ends it; another reducer takes over."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _on_gradient(self, parameter: Tensor) -> None:
         if not self.enabled:

@@ -69,17 +69,27 @@ class Runner:
             self.pipeline = Pipeline(
                 root, partition, self.mesh, device, precision.forward_context, self.metrics, self.streams
             )
-        self.reducer = self._make_reducer()
-        if self.reducer is not None and self.pipeline is None:
-            self.reducer.overlap()
+        held = partition.parameters.held()
+        names = partition.whole.intersection(held) if layout.fsdp > 1 else held
+        self._reduced = [held[n] for n in held if n in names] if layout.replicas > 1 else []
+        self._trained: list[bool] = []
+        self.reducer: ReplicaReducer | None = None
+        self._follow_frozen()
 
-    def _make_reducer(self) -> ReplicaReducer | None:
-        layout, held = self.partition.plan.layout, self.partition.parameters.held()
-        if layout.replicas == 1:
-            return None
-        names = held if layout.fsdp == 1 else self.partition.whole
-        parameters = [held[n] for n in names if held[n].requires_grad]
-        return ReplicaReducer(parameters, self.mesh.replica_group) if parameters else None
+    def _follow_frozen(self) -> None:
+        """Makes the reducer anew if parameters have been frozen or unfrozen since the last step."""
+        trained = [p.requires_grad for p in self._reduced]
+        if trained == self._trained:
+            return
+        self._trained = trained
+        if self.reducer is not None:
+            self.reducer.release()
+        parameters = [p for p, wanted in zip(self._reduced, trained, strict=True) if wanted]
+        self.reducer = ReplicaReducer(parameters, self.mesh.replica_group) if parameters else None
+        if self.reducer is not None:
+            self.reducer.enabled = self._sync
+            if self.pipeline is None:
+                self.reducer.overlap()
 
     @property
     def _sharded(self) -> FSDPModule | None:
@@ -112,6 +122,7 @@ class Runner:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One `training_step` of the user, under the layout; what it logs is logged on every rank."""
+        self._follow_frozen()
         self.metrics.begin_step()
         with self.streams.training(training_batch(self.root.trainer)):
             if self.pipeline is not None:

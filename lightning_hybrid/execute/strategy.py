@@ -32,6 +32,7 @@ from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from lightning_hybrid.execute import agreement, loading, start, state
 from lightning_hybrid.execute.averaging import follow_partition
 from lightning_hybrid.execute.data import ReplicaData
+from lightning_hybrid.execute.finetuning import follow_finetuning
 from lightning_hybrid.execute.launcher import HybridLauncher
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
 from lightning_hybrid.execute.planning import Request
@@ -270,6 +271,7 @@ class HybridStrategy(ParallelStrategy):
             self._runner = start.partition(trainer, self, request, compile_blocks=self._compile)
         self._runner.take_logs()
         follow_partition(trainer, self._runner)
+        follow_finetuning(trainer, self._runner)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -317,7 +319,7 @@ class HybridStrategy(ParallelStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self._watch.during("predict_step", evaluation_batch(self._module.trainer) - 1):
-            return self.runner.evaluation_step("predict_step", *args, **kwargs)
+            return self.runner.evaluation_step("predict_step", *self.data.numbered(args), **kwargs)
 
     def _evaluate(self, step: str, *args: Any, **kwargs: Any) -> Any:
         trainer = self._module.trainer

@@ -37,7 +37,14 @@ class Parameters:
             first, value = same[0].name, same[0].tensor
             self.slots[first] = tuple(Place(slot.name, slot.module, slot.key) for slot in same)
             self.requires_grad[first] = value.requires_grad or (isinstance(value, Ghost) and value.wants_grad)
-        self.first_names = {place.name: first for first, places in self.slots.items() for place in places}
+        owned: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        for first, places in self.slots.items():
+            for place in places:
+                owned[id(place.module)].append((place.key, first))
+        modules = root.named_modules(remove_duplicate=False)  # a module may stand at several places itself
+        self.first_names = {
+            f"{path}.{key}" if path else key: first for path, module in modules for key, first in owned[id(module)]
+        }
         """The first name of the parameter that stands at each name."""
 
     @property

@@ -10,6 +10,7 @@ import torch
 
 from tests.distributed import contract_callbacks as jobs
 from tests.distributed.contract import LAYOUTS, assert_equal, call
+from tests.harness import RankGroup
 
 pytestmark = pytest.mark.distributed
 
@@ -41,3 +42,17 @@ def test_averages(request: pytest.FixtureRequest, tmp_path: Path, layout: str, k
     assert_same_weights(results[0]["weights"], expected["weights"])
     for result in results:
         assert_equal(result["metrics"], expected["metrics"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fine_tuning(request: pytest.FixtureRequest, layout: str) -> None:
+    expected = jobs.fine_tuned(None)
+    results = call(request, layout, jobs.fine_tuned)
+    assert_same_weights(results[0]["weights"], expected["weights"])
+    for result in results:
+        assert [rate for _, rate in result["groups"]] == [rate for _, rate in expected["groups"]]
+
+
+def test_a_copy_of_a_partitioned_module_can_not_be_run(ranks2: RankGroup) -> None:
+    for error in ranks2.call(jobs.copied, "fsdp2"):
+        assert "A copy of a module under `layout='fsdp2'` has the weights that one rank holds" in error
