@@ -180,6 +180,11 @@ def hands_out_its_iterator(trainer: pl.Trainer) -> bool:
     return isinstance(trainer._active_loop._data_fetcher, _DataLoaderIterDataFetcher)  # type: ignore[union-attr]
 
 
+def takes_ahead(trainer: pl.Trainer) -> bool:
+    """Whether the loop takes a batch before the one before it is run, as without a length."""
+    return trainer._active_loop._data_fetcher.length is None  # type: ignore[union-attr]
+
+
 def set_epoch(loader: Any, trainer: pl.Trainer, ahead: int = 0) -> None:
     """Tells a loader's samplers the number of the training epoch, as Lightning does at its start."""
     progress: Any = trainer.fit_loop.epoch_progress.current

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,6 +19,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 _SKIPPED_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_TORCH, _PACKAGE = Path(torch.__file__).parent, Path(__file__).parent
+_COLLECTIVE_PLACES = tuple(str(p) for p in (_TORCH / "distributed", _TORCH / "_ops.py", _TORCH / "autograd", _PACKAGE))
+_EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
+_OTHERS_CODE = (*_SKIPPED_FOLDERS, str(Path(threading.__file__).parent), str(_TORCH.parent / "lightning"))
 
 
 def make_wrapper(cls: type, meta: torch.Tensor, device: torch.device, requires_grad: bool) -> Any:
@@ -54,6 +59,25 @@ def user_location() -> str:
             return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
     return "unknown location"
+
+
+def main_thread_location() -> tuple[str, bool]:
+    """Where the main thread is, as `file.py:12 (function)`, and whether it waits in a collective.
+
+    The place is the innermost frame of the user's code; without one, the innermost of all.
+    """
+    innermost = frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if innermost is None:
+        return "unknown location", False
+    name = innermost.f_code.co_filename
+    waiting = name.startswith(_COLLECTIVE_PLACES) and not name.startswith(_EXAMPLES)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OTHERS_CODE) and not name.startswith("<"):
+            break
+        frame = frame.f_back
+    frame = frame or innermost
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})", waiting
 
 
 def is_view(tensor: torch.Tensor) -> bool:

@@ -181,4 +181,4 @@ def _arguments(trainer: pl.Trainer, name: str, batch: Any, number: int, extra: t
 def prediction_arguments(trainer: pl.Trainer, batch: Any) -> tuple:
     """The arguments of `predict_step` for one more batch of the loader that is being predicted on."""
     loader, loaders, number = running_prediction(trainer)
-    return _arguments(trainer, "predict_step", batch, number, (loader,) if loaders > 1 else ())
+    return _arguments(trainer, "predict_step", batch, max(0, number - 1), (loader,) if loaders > 1 else ())

@@ -319,7 +319,9 @@ class HybridStrategy(ParallelStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self._watch.during("predict_step", evaluation_batch(self._module.trainer) - 1):
-            return self.runner.evaluation_step("predict_step", *self.data.numbered(args), **kwargs)
+            out = self.runner.evaluation_step("predict_step", *self.data.numbered(args), **kwargs)
+        self.data.go_along()
+        return out
 
     def _evaluate(self, step: str, *args: Any, **kwargs: Any) -> Any:
         trainer = self._module.trainer
@@ -336,6 +338,10 @@ class HybridStrategy(ParallelStrategy):
         self.runner.take_batch(uneven)
         self.runner.evaluation_step("predict_step", *start.prediction_arguments(self._module.trainer, batch))
         self.runner.take_batch(None)
+
+    def on_predict_start(self) -> None:
+        """Refuses loaders on which predictions would not be complete."""
+        self.data.check_predictions()
 
     def on_predict_end(self) -> None:
         """Gives every rank all predictions."""
