@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_hybrid.analyze.ghost import Ghost
+from lightning_hybrid.execute.failures import RankFailed
 from lightning_hybrid.spec.errors import NonFiniteError
 from tests.distributed.jobs import WIDTH, Classifier, Numbers, quiet, trainer_for, weights
 
@@ -146,7 +148,8 @@ class Plain(Classifier):
     """Blocks with a schedule of the learning rate for every step; one step can be poisoned.
 
     Args:
-        poison: `""`, `"loss"` (of one sample), or the name of a parameter, whose gradient is NaN on one rank.
+        poison: `""`, `"loss"` (of one sample), `"loss alone"` (and no gradient), or the name of a parameter, whose
+            gradient is NaN on one rank.
         rank: Where.
         step: When.
         leave_out: For the reference in one process: the step is computed, but not taken.
@@ -174,8 +177,10 @@ class Plain(Classifier):
 
     def _loss(self, batch):
         loss = nn.functional.cross_entropy(self(batch["x"]), batch["y"], reduction="none")
-        if self.poison == "loss" and self.batches == self.at:
-            loss = torch.where(batch["index"] == 16 * self.at + self.rank, loss * float("nan"), loss)
+        if self.poison.startswith("loss") and self.batches == self.at:
+            here = batch["index"] == 16 * self.at + self.rank
+            factor = loss if self.poison == "loss" else torch.ones(())
+            loss = loss + torch.where(here, factor * float("nan"), torch.zeros(()))
         self.log("loss", loss.mean())
         return loss.mean()
 
@@ -245,8 +250,8 @@ def poisoned(layout: str | None, mode: str | None, module_options: dict[str, Any
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.fit(module, DataLoader(Numbers(), batch_size=16 // replicas))
-    except NonFiniteError as raised:
-        error = str(raised)
+    except (NonFiniteError, RankFailed) as raised:
+        error = f"{type(raised).__name__}: {raised}"
     return {
         "error": error,
         "losses": module.losses,
@@ -254,4 +259,49 @@ def poisoned(layout: str | None, mode: str | None, module_options: dict[str, Any
         "skipped": [row["skipped_steps"] for row in records.rows if "skipped_steps" in row],
         "warned": [str(w.message) for w in caught if "not finite" in str(w.message)] if error is None else [],
         "steps": trainer.global_step,
+    }
+
+
+def precise(
+    layout: str | None,
+    precision: str,
+    module_options: dict[str, Any] | None = None,
+    *,
+    batch: int = 16,
+    samples: int = 96,
+    scale: float = 1024.0,
+    save: str | None = None,
+    ckpt_path: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains in a precision; losses, weights and dtypes."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Plain(**(module_options or {}))
+    kinds: dict[str, Any] = {"precision": precision}
+    if precision == "16-mixed":
+        kinds = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]}
+    losses: list[float] = []
+    gradients: set[str] = set()
+
+    def after_backward(_: Any, root: L.LightningModule) -> None:
+        gradients.update(str(p.grad.dtype) for p in root.parameters() if p.grad is not None)
+
+    watch = LambdaCallback(
+        on_after_backward=after_backward,
+        on_train_batch_end=lambda trainer, *_: losses.append(float(trainer.callback_metrics["loss"])),
+    )
+    trainer, replicas = trainer_for(layout, callbacks=[watch], **kinds, **options)
+    trainer.fit(module, DataLoader(Numbers(samples), batch_size=batch // replicas), ckpt_path=ckpt_path)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    whole = weights(trainer, module)
+    state = [v for s in trainer.optimizers[0].state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return {
+        "losses": losses,
+        "weights": {name: value.double() for name, value in whole.items()},
+        "dtypes": {str(value.dtype) for name, value in whole.items() if "accuracy" not in name},
+        "gradients": gradients,
+        "scale": scaler.get_scale() if (scaler := getattr(trainer.precision_plugin, "scaler", None)) else None,
+        "optimizer": {str(v.dtype) for v in state if v.ndim},
     }
