@@ -187,6 +187,6 @@ class WorkerInit:
     def __call__(self, worker: int) -> None:
         """Runs in the worker before it reads anything."""
         info: Any = get_worker_info()
-        info.__dict__["dataset"] = info.dataset.dataset
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # it is frozen, and in some releases has slots
         if self._user is not None:
             self._user(worker)

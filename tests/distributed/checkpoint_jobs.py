@@ -94,6 +94,7 @@ def run(
     dropout: float = 0.2,
     every: int = 1,
     keep: int = -1,
+    save_last: bool = False,
     shuffle: bool = True,
     workers: int = 0,
     kind: str = "Net",
@@ -111,7 +112,9 @@ def run(
     losses = Losses()
     callbacks = [losses, *(callbacks or [])]
     if folder is not None:
-        callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=keep))
+        callbacks.append(
+            ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=keep, save_last=save_last)
+        )
     trainer, replicas = trainer_for(
         layout,
         max_epochs=max_epochs,
