@@ -31,8 +31,8 @@ from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from lightning_hybrid.execute import agreement, loading, start, state
 from lightning_hybrid.execute.averaging import follow_partition
+from lightning_hybrid.execute.callback_views import follow_callbacks
 from lightning_hybrid.execute.data import ReplicaData
-from lightning_hybrid.execute.finetuning import follow_finetuning
 from lightning_hybrid.execute.launcher import HybridLauncher
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
 from lightning_hybrid.execute.planning import Request
@@ -271,7 +271,7 @@ class HybridStrategy(ParallelStrategy):
             self._runner = start.partition(trainer, self, request, compile_blocks=self._compile)
         self._runner.take_logs()
         follow_partition(trainer, self._runner)
-        follow_finetuning(trainer, self._runner)
+        follow_callbacks(trainer, self._runner)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()

@@ -56,3 +56,12 @@ def test_fine_tuning(request: pytest.FixtureRequest, layout: str) -> None:
 def test_a_copy_of_a_partitioned_module_can_not_be_run(ranks2: RankGroup) -> None:
     for error in ranks2.call(jobs.copied, "fsdp2"):
         assert "A copy of a module under `layout='fsdp2'` has the weights that one rank holds" in error
+
+
+@pytest.mark.parametrize("bar", ["tqdm", "rich"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_progress_bars_summary_and_device_stats(request: pytest.FixtureRequest, layout: str, bar: str) -> None:
+    expected = jobs.shown(None, bar)
+    assert expected["stats"]
+    for rank, result in enumerate(call(request, layout, jobs.shown, bar)):
+        assert_equal(result, {**expected, "enabled": rank == 0}, layout)

@@ -1,7 +1,7 @@
-"""Freezing and unfreezing during training, as Lightning's `BaseFinetuning` does it, of a partitioned module.
+"""Callbacks that look for parameters in a partitioned module, and find all of them on every rank.
 
-Its hooks look for parameters in the module and put them into the optimizers. While they run, parameters of other stages
-are in their places, so that every rank has the same groups; afterwards each optimizer has this rank's parameters only.
+While hooks of `BaseFinetuning` and `ModelSummary` run, parameters of other stages stand in their places. What the first
+freezes, or adds to an optimizer, is kept, and afterwards each optimizer has this rank's parameters only.
 """
 
 from __future__ import annotations
@@ -12,22 +12,36 @@ from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary
 
 from lightning_hybrid._lightning_private import parameters_compared_by_identity
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.state import plain_optimizer
 
 
-def follow_finetuning(trainer: pl.Trainer, runner: Runner) -> None:
-    """After partitioning: the hooks of the trainer's `BaseFinetuning` callbacks see all parameters."""
+def follow_callbacks(trainer: pl.Trainer, runner: Runner) -> None:
+    """After partitioning: the hooks of these callbacks see all parameters."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     for callback in callbacks:
         if isinstance(callback, BaseFinetuning):
-            _wrap(callback, runner)
+            _follow_finetuning(callback, runner)
+        elif isinstance(callback, ModelSummary):
+            _follow_summary(callback, runner)
 
 
-def _wrap(callback: BaseFinetuning, runner: Runner) -> None:
+def _follow_summary(callback: ModelSummary, runner: Runner) -> None:
+    kind = type(callback)
+
+    @wraps(kind.on_fit_start)
+    def on_fit_start(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        runner.partition.reshard()
+        with runner.partition.parameters.all_visible():
+            kind.on_fit_start(callback, trainer, pl_module)
+
+    callback.__dict__["on_fit_start"] = on_fit_start
+
+
+def _follow_finetuning(callback: BaseFinetuning, runner: Runner) -> None:
     kind = type(callback)
 
     @wraps(kind.on_train_epoch_start)
