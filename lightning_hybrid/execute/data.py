@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.data import has_iterable_dataset
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
@@ -27,6 +28,7 @@ from lightning_hybrid._lightning_private import (
     loaders_of_running_batch,
     prediction_loaders,
     predictions_of,
+    takes_ahead,
 )
 from lightning_hybrid.execute import samplers
 from lightning_hybrid.execute.data_agreement import CheckedFlow
@@ -106,6 +108,7 @@ class ReplicaData:
             self._device,
             training=self._training,
             predicting=self._predicting,
+            limit=self._trainer.limit_predict_batches,
             run_absent=self._run_absent if self._predicting else None,
             on_yield=self._note,
         )
@@ -167,11 +170,44 @@ class ReplicaData:
 
     # ---- predictions
 
+    def numbered(self, args: tuple) -> tuple:
+        """The arguments of `predict_step`, with the batch's number in one process instead of on this replica."""
+        step = self._trainer.lightning_module.predict_step
+        if not is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            return args
+        if not all(self._is_dealt(loader) for loader in prediction_loaders(self._trainer)):
+            return args
+        batch, number, *rest = args
+        return (batch, number * self._mesh.layout.replicas + self._mesh.replica, *rest)
+
+    def check_predictions(self) -> None:
+        """Before predictions.
+
+        Raises:
+            PartitionError: If a stream is predicted on beside other loaders.
+        """
+        loaders = prediction_loaders(self._trainer)
+        streamed = [x for x in loaders if isinstance(getattr(x, "flow", None), StreamFlow)]
+        if streamed and len(loaders) > 1 and self._mesh.layout.replicas > 1:
+            raise PartitionError(
+                f"`layout='{self._mesh.layout}'`: {len(loaders)} loaders are predicted on, among them one without a "
+                "sampler, which replicas may end at different times. Call `trainer.predict` once for each loader."
+            )
+
+    def go_along(self) -> None:
+        """Takes part in the steps of other replicas, if this one has no batches left."""
+        for loader, limit in zip(
+            prediction_loaders(self._trainer), self._trainer.predict_loop.max_batches, strict=True
+        ):
+            if isinstance(getattr(loader, "flow", None), StreamFlow):
+                loader.flow.go_along(takes_ahead(self._trainer), limit)
+
     def finish_predictions(self) -> None:
         """Every rank has the predictions of all replicas, in the order of one process; collective.
 
         The trainer's list is filled in place, after all hooks have run on this rank's own.
         """
+        self.go_along()
         own, loaders = predictions_of(self._trainer), prediction_loaders(self._trainer)
         replicas = self._mesh.layout.replicas
         if own is None or replicas == 1 or not all(self._is_dealt(loader) for loader in loaders):

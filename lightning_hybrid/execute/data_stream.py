@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hybrid._lightning_private import place_in_epoch
 from lightning_hybrid.execute import data_streams as streams
+from lightning_hybrid.execute import samplers
 from lightning_hybrid.execute.batches import count_samples
 from lightning_hybrid.execute.data_agreement import all_read_the_same, different_data, digest, replicas_of
 from lightning_hybrid.execute.data_loader import generators_of, keeps_its_place, lent
@@ -58,6 +59,7 @@ class StreamFlow:
         device: This rank's device, for collectives.
         training: The trainer, if its training loop iterates this loader.
         predicting: Whether it is predicted on: then it is dealt in batches, and read to the end.
+        limit: For predictions: Lightning's limit, which is for the batches of one process.
         run_absent: Runs a step on a batch whose result is not wanted (predictions).
         on_yield: Told of every batch that is handed out.
     """
@@ -70,11 +72,13 @@ class StreamFlow:
         *,
         training: pl.Trainer | None,
         predicting: bool,
+        limit: int | float = 1.0,
         run_absent: Callable[[Any, Uneven], None] | None = None,
         on_yield: Callable[[Uneven | None], None] = lambda _: None,
     ) -> None:
         self._mesh, self._device, self._trainer = mesh, device, training
         self._predicting, self._run_absent, self._on_yield = predicting, run_absent, on_yield
+        self._limit = limit
         self._replicas, self._replica = mesh.layout.replicas, mesh.replica
         self.history: deque[Uneven | None] = deque(maxlen=8)
         is_dataset = isinstance(loader, DataLoader) and not predicting
@@ -92,6 +96,7 @@ class StreamFlow:
         self._resume: dict[str, Any] | None = None
         self._places: deque[tuple[int, Any]] = deque(maxlen=4)
         self._counts = [0] * self._replicas
+        self._others_go_on: Uneven | None = None
 
     # ---- who shards
 
@@ -153,6 +158,8 @@ class StreamFlow:
         own = None
         if self._by_samples and loader.num_workers == 0:
             own = _OwnStreams(mix(self._seed, 0 if self._dealt else self._replica))
+        if self._predicting and self._dealt and not isinstance(self._limit, float):
+            iterator = islice(iterator, self._limit)
         iterator = self._skip(dataset, iterator, own, resume)
         self._before = []
         return self._steps(iterator, dataset, own, bool(getattr(loader, "drop_last", False)))
@@ -211,10 +218,10 @@ class StreamFlow:
                 return
             uneven = self._uneven(counts)
             if batch is _END:
+                if self._predicting:
+                    self._others_go_on = uneven
+                    return
                 batch = self._spare
-                if self._run_absent is not None and uneven is not None:
-                    self._run_absent(batch, uneven)
-                    continue
             self._spare = batch
             self._yielded += 1
             if keeps and own is not None:
@@ -222,6 +229,24 @@ class StreamFlow:
             self.history.append(uneven)
             self._on_yield(uneven)
             yield batch
+
+    def go_along(self, ahead: bool, limit: float) -> None:
+        """For predictions: runs steps for nothing, as long as other replicas have batches.
+
+        Args:
+            ahead: Whether Lightning takes the next batch before the present one is run, as it does where there is no
+                length. So this waits until the last own batch is done.
+            limit: How many steps Lightning makes at most; it does not ask whether there are more.
+        """
+        uneven, self._others_go_on = self._others_go_on, None
+        step = self._yielded
+        while uneven is not None and self._run_absent is not None:
+            step += 1
+            following = self._exchange(-1) if ahead and step < limit else []
+            self._run_absent(self._spare, uneven)
+            if not ahead and step < limit:
+                following = self._exchange(-1)
+            uneven = self._uneven(following) if following else None
 
     def _exchange(self, count: int) -> list[int]:
         """Samples of every replica in this step, -1 where there are none left; collective over all ranks."""
@@ -261,10 +286,15 @@ class StreamFlow:
         """Steps of a pass, where the stream says how long it is."""
         if not self._dealt:
             return own()
+        if self._predicting:
+            limit = self._limit
+            batches = int(own() * limit) if isinstance(limit, float) else min(own(), limit)
+            steps = samplers.steps_of_batches(batches, self._replicas)
+            return samplers.length_before_limit(steps, limit) if steps else own()
         if not self._by_samples or loader.batch_size is None:
-            return -(-own() // self._replicas)
-        samples, whole = len(loader.dataset), loader.batch_size * self._replicas
-        return samples // whole if loader.drop_last else -(-samples // whole)
+            return samplers.steps_of_batches(own(), self._replicas)
+        samples = len(loader.dataset)
+        return samplers.steps_of_samples(samples, loader.batch_size, self._replicas, drop_last=loader.drop_last)
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps of the pass are trained on."""

@@ -137,4 +137,8 @@ def length_before_limit(steps: int, limit: int | float) -> int:
     if isinstance(limit, int) or limit == 1.0 or limit <= 0.0:
         return steps
     length = math.ceil(steps / limit)
-    return length if int(length * limit) >= steps else length + 1
+    while int((length - 1) * limit) >= steps:  # rounding of the product is Lightning's
+        length -= 1
+    while int(length * limit) < steps:
+        length += 1
+    return length

@@ -91,7 +91,7 @@ def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *
     """Plans and partitions the trainer's module; collective.
 
     Raises:
-        PartitionError: On rank 0, if any rank cannot partition; the other ranks exit quietly.
+        PartitionError: If this rank cannot partition; the watch ends the others.
     """
     root = trainer.lightning_module
     earlier: Partition | None = root.__dict__.pop("_hybrid_partition", None)
@@ -99,8 +99,9 @@ def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *
         forget_partition(root)
         earlier.remove()
     tape: BuildTape | None = root.__dict__.pop("_hybrid_tape", None)
-    if tape is None:
+    if earlier is None:
         check_parameters(root)
+    if tape is None:
         _agree_on_weights(root, strategy.root_device)
     root.train(trainer.state.fn == TrainerFn.FITTING)
     precision = strategy.precision_plugin

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hybrid._lightning_private import checkpoint_folders, evaluation_batch, running_batch
+from lightning_hybrid._torch_private import limit_waiting
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from lightning_hybrid.execute import agreement, loading, start, state
@@ -37,7 +38,7 @@ from lightning_hybrid.execute.launcher import HybridLauncher
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
 from lightning_hybrid.execute.planning import Request
 from lightning_hybrid.execute.preemption import Preemption
-from lightning_hybrid.execute.processes import meet
+from lightning_hybrid.execute.processes import DEFAULT_TIMEOUT, meet
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.samplers import Uneven
 from lightning_hybrid.execute.saving import Saver
@@ -101,7 +102,7 @@ class HybridStrategy(ParallelStrategy):
         self._streams: Mapping[str, Any] | None = None
         self._splits_data: bool | None = None
         self._data: ReplicaData | None = None
-        self._watch = Watch(timeout or "30 min")
+        self._watch = Watch(timeout or DEFAULT_TIMEOUT)
         self._preemption = Preemption(lambda wanted: self.reduce_boolean_decision(wanted, all=False))
         self.num_nodes = 1
 
@@ -214,6 +215,7 @@ class HybridStrategy(ParallelStrategy):
         self._meet()
         _init_dist_connection(self._environment, self._backend, timeout=self._timeout, device_id=device_id)
         self._mesh = Mesh.create(self.layout, self.root_device.type)
+        limit_waiting(self._timeout or DEFAULT_TIMEOUT)
         start.agree_on_random_streams()
         trainer = self._module.trainer
         if self.world_size > 1:
@@ -269,6 +271,7 @@ class HybridStrategy(ParallelStrategy):
                 tensor_plan=self._tensor_plan,
             )
             self._runner = start.partition(trainer, self, request, compile_blocks=self._compile)
+            limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
         self._runner.take_logs()
         follow_partition(trainer, self._runner)
         follow_callbacks(trainer, self._runner)
