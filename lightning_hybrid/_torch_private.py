@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,12 @@ def default_group() -> dist.ProcessGroup:
 def store_client() -> dist.Store:
     """A connection of its own to the store with which the ranks met, to be used beside the process groups' threads."""
     return dist.distributed_c10d._get_default_store().clone()
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """Collectives of all groups of this process wait so long; groups that are made without a time-out wait 30 min."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -221,3 +228,14 @@ def agree_on_overflow(scaler: Any, reduce: Callable[[torch.Tensor], Any]) -> Cal
 
     scaler.__dict__["_unscale_grads_"] = unscale
     return lambda: scaler.__dict__.pop("_unscale_grads_", None)
+
+
+@contextmanager
+def gradients_taken_by(function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `torch.autograd.grad` is `function`."""
+    kept = torch.autograd.grad
+    torch.autograd.grad = function
+    try:
+        yield
+    finally:
+        torch.autograd.grad = kept

@@ -144,52 +144,57 @@ def choose_cause(
     posted = {f.rank for f in failures if f.kind != "ended"}
     if by_kind["raised"]:
         first = min(by_kind["raised"], key=lambda f: f.rank)
-        at = f" in {first.doing}" if first.doing else ""
-        text = f"Rank {first.rank} of {world_size} failed{at}: {first.text}"
+        text = f"Rank {first.rank} of {world_size} failed {_at(first.doing)}: {first.text}"
         return Cause(kind="raised", rank=first.rank, text=text, speaker=first.rank)
     ended = [f for f in by_kind["ended"] if f.rank not in posted]
     if ended:
         rank = min(f.rank for f in ended)
         text = " ".join(max((f.text for f in ended if f.rank == rank), key=len).split())
         last = next((f.doing for f in ended if f.rank == rank and f.doing), "")
-        heard = f" It last reported from {last}." if last else ""
-        text = f"Rank {rank} of {world_size} ended without a word: {text}. Rank {own_rank} was in {own_doing}.{heard}"
+        heard = f" It last reported from where it was {_at(last)}." if last else ""
+        text = f"Rank {rank} of {world_size} ended without a word: {text}. Rank {own_rank} was {_at(own_doing)}.{heard}"
         return Cause(kind="ended", rank=rank, text=text, speaker=None)
     if by_kind["timeout"]:
-        return _hang(posted, world_size, answers, stopped, timeout)
+        places_of = {f.rank: f.doing for f in failures if f.kind in ("timeout", "echo")}
+        return _hang(places_of, world_size, answers, stopped, timeout)
     first = min(failures, key=lambda f: f.rank)
-    text = f"Rank {first.rank} of {world_size} lost the connection to another rank in {first.doing}: {first.text}"
+    text = f"Rank {first.rank} of {world_size} lost the connection to another rank {_at(first.doing)}: {first.text}"
     return Cause(kind="echo", rank=first.rank, text=text, speaker=first.rank)
 
 
 def _hang(
-    posted: set[int], world_size: int, answers: Mapping[int, Answer], stopped: Collection[int], timeout: str
+    places_of: Mapping[int, str], world_size: int, answers: Mapping[int, Answer], stopped: Collection[int], timeout: str
 ) -> Cause:
+    """The rank that the others waited for: one that gives no answer, else one that is not in a collective itself."""
+    posted = set(places_of)
     others = [r for r in range(world_size) if r not in posted]
-    silent = [r for r in others if r in stopped or r not in answers]
+    silent = sorted((r for r in others if r in stopped or r not in answers), key=lambda r: r not in stopped)
     busy = [r for r in others if r in answers and not answers[r].waiting]
-    waiting = "; ".join(
-        f"rank {r} waited in {answers[r].doing}" for r in range(min(world_size, 8)) if r in answers and r in posted
-    )
+    places = [f"rank {r} {_at(places_of[r])}" for r in range(world_size) if r in places_of][:8]
+    waiting = f" ({'; '.join(places)})" if places else ""
     if silent:
         rank = silent[0]
         why = "its process is stopped (SIGSTOP)" if rank in stopped else "its process does not run, or not reachably"
-        last = f" It was last in {answers[rank].doing}." if rank in answers else ""
-        text = f"Rank {rank} of {world_size} gives no answer: {why}. Others waited {timeout} for it ({waiting}).{last}"
+        last = f" It was last {_at(answers[rank].doing)}." if rank in answers else ""
+        text = f"Rank {rank} of {world_size} gives no answer: {why}. Others waited {timeout} for it{waiting}.{last}"
         return Cause(kind="timeout", rank=rank, text=text, speaker=None)
     if busy:
         rank, answer = busy[0], answers[busy[0]]
         text = (
-            f"Rank {rank} of {world_size} hangs in {answer.doing}, at {answer.where}. Others waited {timeout} for it "
-            f"({waiting}). If it only needs longer, raise the strategy's `timeout`."
+            f"Rank {rank} of {world_size} hangs {_at(answer.doing)}, at {answer.where}. Others waited {timeout} for it"
+            f"{waiting}. If it only needs longer, raise the strategy's `timeout`."
         )
         return Cause(kind="timeout", rank=rank, text=text, speaker=None)
-    places = "; ".join(f"rank {r} in {a.doing}, at {a.where}" for r, a in sorted(answers.items())[:8])
+    each = "; ".join(f"rank {r} {_at(a.doing)}, at {a.where}" for r, a in sorted(answers.items())[:8])
     text = (
-        f"The ranks waited {timeout} for each other, each in another collective: {places}. All ranks must make the "
+        f"The ranks waited {timeout} for each other, each in another collective: {each}. All ranks must make the "
         "same calls in the same order; look for code that depends on the rank."
     )
     return Cause(kind="timeout", rank=None, text=text, speaker=None)
+
+
+def _at(doing: str) -> str:
+    return doing if doing.startswith("after ") else f"in {doing}"
 
 
 def load(kind: type[Any], text: bytes | str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,8 +20,6 @@ from lightning_hybrid.execute.watch import Watch
 
 _MAIN_PID = "LIGHTNING_HYBRID_MAIN_PID"
 """Environment variable by which a rank knows the process that has started it."""
-
-_REAP_SECONDS = 5.0
 
 
 class HybridLauncher(_SubprocessScriptLauncher):
@@ -55,7 +52,7 @@ class HybridLauncher(_SubprocessScriptLauncher):
         share_cores(self.num_processes)
         if self.num_processes * self.num_nodes == 1:
             return function(*args, **kwargs)
-        self._watch.begin(self.procs, self._main_pid(), self._reap)
+        self._watch.begin(self.procs, self._main_pid())
         try:
             result = function(*args, **kwargs)
         except (SIGTERMException, TunerExit):
@@ -63,12 +60,14 @@ class HybridLauncher(_SubprocessScriptLauncher):
             raise
         except BaseException as error:
             replacement = self._watch.failed(error)
-            if self.procs:
-                atexit.register(self._reap)
+            if not self._watch.met:
+                atexit.register(self._reap)  # ranks that have met end themselves, and may run callbacks before
             if replacement is None:
                 raise
             raise replacement from None
-        self._watch.finish()
+        failure = self._watch.finish()
+        if failure is not None:
+            raise failure
         return result
 
     def _main_pid(self) -> int | None:
@@ -78,10 +77,7 @@ class HybridLauncher(_SubprocessScriptLauncher):
         return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def _reap(self) -> None:
-        """Ends the processes that this one has started, after they had time to end by themselves."""
-        deadline = time.monotonic() + _REAP_SECONDS
-        while any(child.poll() is None for child in self.procs) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        """Ends the processes that this one has started."""
         for child in self.procs:
             if child.poll() is None:
                 with contextlib.suppress(ProcessLookupError):

@@ -23,7 +23,9 @@ from lightning_hybrid.spec.errors import RankError
 
 State = Literal["running", "stopped", "gone"]
 
-_DEFAULT_TIMEOUT = timedelta(minutes=30)
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+"""That of torch for gloo."""
+
 _LOOK_SECONDS = 0.02
 """How often a rank looks whether the others have come; at most for the length of the start."""
 
@@ -127,7 +129,7 @@ def meet(
     Raises:
         RankError: If ranks are missing after `timeout`; names them.
     """
-    timeout = timeout or _DEFAULT_TIMEOUT
+    timeout = timeout or DEFAULT_TIMEOUT
     deadline = time.monotonic() + timeout.total_seconds()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     base = f"lightning_hybrid/watch/{attempt}"

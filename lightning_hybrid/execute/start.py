@@ -19,11 +19,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_hybrid._lightning_private import running_prediction
+from lightning_hybrid.analyze.preserve import random_streams_kept
 from lightning_hybrid.execute.agreement import check_parameters
 from lightning_hybrid.execute.averaging import forget_partition
 from lightning_hybrid.execute.batches import first_batch
 from lightning_hybrid.execute.loggers import log_plan, watch_local_parts
-from lightning_hybrid.execute.planning import Request, check_precision, make_partition
+from lightning_hybrid.execute.planning import Request, check_precision, check_trainer, make_partition
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.observe.table import plan_record, plan_table, print_table
 from lightning_hybrid.partition.build import BuildTape, built_on_tape
@@ -108,6 +109,7 @@ def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *
 
     def plan() -> Partition:
         check_precision(precision)
+        check_trainer(request.layout, trainer)
         return make_partition(
             root, request, strategy.mesh, strategy.root_device, precision.forward_context, lambda: _sample(trainer)
         )
@@ -160,7 +162,8 @@ def _sample(trainer: pl.Trainer) -> tuple[str, tuple]:
         TrainerFn.PREDICTING: ("predict_step", trainer.predict_loop),
     }
     name, loop = loops[trainer.state.fn]
-    loaders: Any = loop._data_source.dataloader()
+    with random_streams_kept():
+        loaders: Any = loop._data_source.dataloader()
     extra: tuple[int, ...] = ()
     if name != "training_step" and isinstance(loaders, list | tuple):
         extra = (0,) if len(loaders) > 1 else ()

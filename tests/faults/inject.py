@@ -13,7 +13,7 @@ import lightning.pytorch as L
 import torch.distributed as dist
 
 Kind = Literal["exception", "exit", "kill", "hang", "stop", "sigterm", "sigterm-launcher", "kill-launcher"]
-Place = Literal["callback", "training_step", "validation_step", "worker", "setup", "teardown", "save"]
+Place = Literal["start", "callback", "training_step", "validation_step", "worker", "setup", "teardown", "save"]
 
 MESSAGE = "injected fault"
 
@@ -22,7 +22,7 @@ class InjectedError(RuntimeError):
     """What the user's code raises."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fault:
     """What happens, and where.
 
@@ -40,12 +40,15 @@ class Fault:
     step: int | None = None
     place: Place = "callback"
     note: Path | None = None
+    has_struck: bool = False
+    """A step's code runs once for every microbatch."""
 
     def strike(self, place: Place, step: int | None, rank: int | None = None) -> None:
         """Happens, if this is its rank, place and batch."""
         rank = dist.get_rank() if rank is None else rank
-        if (place, rank) != (self.place, self.rank) or self.step not in (None, step):
+        if self.has_struck or (place, rank) != (self.place, self.rank) or self.step not in (None, step):
             return
+        self.has_struck = True
         if self.note is not None:
             self.note.write_text(str(time.time()))
         self._happen()
@@ -91,7 +94,9 @@ class FailAt(L.Callback):
     def teardown(self, *_: Any, **__: Any) -> None:
         self.fault.strike("teardown", self.fault.step)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.fault.strike("callback", batch_idx)
 
     def on_save_checkpoint(self, *_: Any, **__: Any) -> None:

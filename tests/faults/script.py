@@ -6,14 +6,13 @@ import argparse
 import json
 import os
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_hybrid import HybridStrategy, Layout
@@ -95,6 +94,7 @@ def main() -> None:
             time.sleep(1000)
         raise RuntimeError("injected fault before the Trainer")
     quiet()
+    warnings.simplefilter("default", RuntimeWarning)
     L.seed_everything(7, verbose=False)
     module, data = Module(width=24 if options.differs == "width" and mine else 16), Data(BATCHES * 8)
     callbacks: list[L.Callback] = [Report(options.out)]
@@ -102,7 +102,7 @@ def main() -> None:
         fault = Fault(options.kind, options.rank, options.step, options.place, options.out / "struck")
         module.fault = data.fault = fault
         callbacks.append(FailAt(fault.rank, fault.step, fault.kind, fault.place, fault.note))
-    if options.save:
+    if options.save or options.resume:
         callbacks.append(OnExceptionCheckpoint(options.out / "saved"))
     layout = Layout.parse(options.layout)
     trainer = L.Trainer(
@@ -116,7 +116,7 @@ def main() -> None:
         max_epochs=1,
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=options.save or options.resume,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -126,13 +126,10 @@ def main() -> None:
     val = DataLoader(Numbers(32), batch_size=4)
     path = str(options.out / "saved" / "on_exception.ckpt") if options.resume else None
     trainer.fit(module, train, val, ckpt_path=path)
-    total = float(sum(p.double().sum() for p in trainer.strategy.full_state_dict().values())) if _whole() else 0.0
+    strategy: Any = trainer.strategy
+    total = float(sum(p.double().sum() for p in strategy.full_state_dict().values()))
     if own_rank() == 0:
         (options.out / "end.json").write_text(json.dumps({"sum": total, "steps": trainer.global_step}))
-
-
-def _whole() -> bool:
-    return nn is not None and torch.distributed.is_initialized()
 
 
 if __name__ == "__main__":
