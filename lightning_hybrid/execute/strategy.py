@@ -63,7 +63,8 @@ class HybridStrategy(ParallelStrategy):
         on_nonfinite: What all ranks do when a gradient or the loss is NaN or infinite on any of them, before the
             update: `"raise"` `NonFiniteError`, or `"skip"` the step.
         process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
-        timeout: After which a collective that waits for another rank fails.
+        timeout: How long the start and collectives wait for another rank; then the run ends, and the error names the
+            rank that did not come and where it is.
 
     Raises:
         ValueError: If an argument is not one of its possible values.
