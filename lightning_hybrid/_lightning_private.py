@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     ModelCheckpoint,
@@ -180,6 +181,23 @@ def hands_out_its_iterator(trainer: pl.Trainer) -> bool:
     return isinstance(trainer._active_loop._data_fetcher, _DataLoaderIterDataFetcher)  # type: ignore[union-attr]
 
 
+def state_left(trainer: pl.Trainer, flow: Any) -> dict[str, Any] | None:
+    """The state in the checkpoint for the training loader that iterates by `flow`, where Lightning did not load it.
+
+    It loads none after the end of an epoch, since the next one begins anew.
+    """
+    loop: Any = trainer.fit_loop
+    states, combined = loop._combined_loader_states_to_load, loop._combined_loader
+    if not states or combined is None or loop.restarting:
+        return None
+    stateful = [loader for loader in combined.flattened if isinstance(loader, _Stateful)]
+    for i, loader in enumerate(stateful):
+        if getattr(loader, "flow", None) is flow and i < len(states):
+            state, states[i] = states[i], None
+            return state
+    return None
+
+
 def takes_ahead(trainer: pl.Trainer) -> bool:
     """Whether the loop takes a batch before the one before it is run, as without a length."""
     return trainer._active_loop._data_fetcher.length is None  # type: ignore[union-attr]
@@ -195,11 +213,10 @@ def set_epoch_length(trainer: pl.Trainer, flow: Any, length: int) -> None:
     """The training loader that iterates by `flow` has `length` batches in the epoch that begins, unlike before."""
     loop: Any = trainer.fit_loop
     combined, limit = loop._combined_loader, trainer.limit_train_batches
-    limits = list(combined.limits)
+    limits = combined.limits  # changed in place: the iterator has them already
     for i, loader in enumerate(combined.flattened):
         if getattr(loader, "flow", None) is flow:
             limits[i] = min(length, limit) if isinstance(limit, int) else int(length * limit)
-    combined.limits = limits
     if loop._data_fetcher is None:
         return  # the loop is being set up, and will ask itself
     loop.max_batches = (min if combined._mode == "min_size" else max)(limits)
@@ -305,3 +322,8 @@ def parameters_compared_by_identity() -> Iterator[None]:
         yield
     finally:
         BaseFinetuning.filter_on_optimizer = original
+
+
+def detects_anomalies(trainer: pl.Trainer) -> bool:
+    """The Trainer's `detect_anomaly`."""
+    return trainer._detect_anomaly

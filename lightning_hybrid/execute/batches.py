@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -108,7 +109,7 @@ def first_batch(loaders: Any) -> Any:
         return {k: first_batch(v) for k, v in loaders.items()}
     if isinstance(loaders, list | tuple):
         return type(loaders)(first_batch(v) for v in loaders)
-    with random_streams_kept():
+    with random_streams_kept(), place_kept(loaders), place_kept(getattr(loaders, "dataset", None)):
         if isinstance(loaders, DataLoader):
             return _first_of_data_loader(loaders)
         iterator = iter(loaders)
@@ -119,6 +120,18 @@ def first_batch(loaders: Any) -> Any:
                 "anew."
             )
         return next(iterator)
+
+
+@contextmanager
+def place_kept(source: Any) -> Iterator[None]:
+    """A loader or dataset that keeps its own place (`state_dict`) is afterwards where it was before."""
+    stateful = callable(getattr(source, "state_dict", None)) and callable(getattr(source, "load_state_dict", None))
+    place = copy.deepcopy(source.state_dict()) if stateful else None
+    try:
+        yield
+    finally:
+        if stateful:
+            source.load_state_dict(place)
 
 
 def _first_of_data_loader(loader: DataLoader) -> Any:

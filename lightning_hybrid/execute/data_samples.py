@@ -12,7 +12,13 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import SequentialSampler
 
-from lightning_hybrid._lightning_private import IndexBatches, place_in_epoch, set_epoch, set_epoch_length
+from lightning_hybrid._lightning_private import (
+    IndexBatches,
+    place_in_epoch,
+    set_epoch,
+    set_epoch_length,
+    state_left,
+)
 from lightning_hybrid.execute import data_streams as streams
 from lightning_hybrid.execute import samplers
 from lightning_hybrid.execute.data_loader import generators_of, keeps_its_place, lent
@@ -88,7 +94,9 @@ class SampleFlow:
         self._steps_before = 0
         """Steps of the epoch that were made before this pass began."""
         self._resume: dict[str, Any] | None = None
-        self._other_length = False
+        self._other_length = self._ended = self._followed = False
+        self._owned_then: dict[str, Any] | None = None
+        self._before_start: dict[str, Any] | None = None
 
     # ---- one pass
 
@@ -96,7 +104,10 @@ class SampleFlow:
         """Begins a pass over the loader."""
         self._generators = generators_of(loader)
         streams.agree(self._generators)
+        self._followed = False
         resume = self._begin_pass(loader)
+        if self._followed and loader.persistent_workers:
+            self._before_start = {"streams": streams.capture(), **self._owned()}
         seeding = streams.Seeding()
         parts = {
             "dataset": streams.SeededSamples(loader.dataset, seeding),
@@ -106,6 +117,8 @@ class SampleFlow:
         # beginning again in mid-epoch must not draw from the streams once more
         with streams.kept() if resume else nullcontext(), lent(loader, **parts):
             iterator = start()
+        if self._ended and self._owned_then is not None:
+            self._set_owned(self._owned_then)  # beginning has drawn from the loader's generator
         return self._batches(iterator)
 
     def _begin_pass(self, loader: Any) -> bool:
@@ -113,7 +126,13 @@ class SampleFlow:
         trainer, new_epoch = self._trainer, 0
         place = place_in_epoch(trainer) if trainer is not None else None
         if resume is not None and resume["complete"] and place is not None and place.completed < place.processed:
+            self._follow(resume)
             resume, new_epoch = None, 1  # saved at the end of the last batch: Lightning goes on with the next epoch
+        elif resume is not None and resume["complete"]:
+            self._follow(resume)  # Lightning asks for nothing more, and begins the next epoch anew
+        elif resume is None and trainer is not None:
+            self._follow(state_left(trainer, self))
+        self._ended = resume is not None and resume["complete"]
         if trainer is not None:
             set_epoch(loader, trainer, new_epoch)
         self._pending.clear()
@@ -133,6 +152,13 @@ class SampleFlow:
         self._drawn_from = resume["drawn_from"]
         return True
 
+    def _follow(self, ended: dict[str, Any] | None) -> None:
+        """Goes on behind the epoch of that state."""
+        if ended and ended["kind"] == self._kind:
+            self._followed, self._owned_then = True, ended["owned"]
+            self._passes = ended["passes"]
+            self._set_owned(ended["owned"])
+
     def _batches(self, iterator: Iterator[Any]) -> Iterator[Any]:
         for batch in iterator:
             uneven = self._pending.popleft()
@@ -145,6 +171,8 @@ class SampleFlow:
 
     def keys(self) -> Iterator[Any]:
         """This replica's keys, batch by batch; the order is drawn when the first is asked for."""
+        if self._ended:
+            return
         order = self._order()
         for share in self._shares(order):
             self._pending.append(share.uneven)
@@ -163,22 +191,33 @@ class SampleFlow:
         return samplers.deal_batches(batches, *place, first=self._first)
 
     def _order(self) -> Any:
+        if self._before_start is not None:
+            # without the interruption the workers would be there, and no seed have been drawn for them
+            streams.restore(self._before_start["streams"])
+            self._set_owned(self._before_start)
+            self._before_start = None
         if type(self._source) is SequentialSampler:
             return range(len(self._source))
         if self._drawn_from is None:
-            self._drawn_from = {
-                "streams": streams.capture(),
-                "generators": [g.get_state() for g in self._generators],
-                "samplers": [s.state_dict() for s in self._stateful()],
-            }
+            self._drawn_from = {"streams": streams.capture(), **self._owned()}
             return self._materialized()
         with streams.kept():
             streams.restore(self._drawn_from["streams"])
-            for generator, state in zip(self._generators, self._drawn_from["generators"], strict=False):
-                generator.set_state(torch.as_tensor(state))
-            for sampler, state in zip(self._stateful(), self._drawn_from["samplers"], strict=False):
-                sampler.load_state_dict(state)
+            self._set_owned(self._drawn_from)
             return self._materialized()
+
+    def _owned(self) -> dict[str, list[Any]]:
+        """The states of what the loader owns."""
+        return {
+            "generators": [g.get_state() for g in self._generators],
+            "samplers": [s.state_dict() for s in self._stateful()],
+        }
+
+    def _set_owned(self, states: dict[str, Any]) -> None:
+        for generator, state in zip(self._generators, states["generators"], strict=False):
+            generator.set_state(torch.as_tensor(state))
+        for sampler, state in zip(self._stateful(), states["samplers"], strict=False):
+            sampler.load_state_dict(state)
 
     def _materialized(self) -> Any:
         # at once, so that what happens between steps cannot change it; an endless sampler is read as it goes
@@ -241,6 +280,7 @@ class SampleFlow:
             "seed": self._seed,
             "passes": self._passes,
             "drawn_from": self._drawn_from,
+            "owned": self._owned(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_hybrid._lightning_private import place_in_epoch
 from lightning_hybrid.execute import data_streams as streams
 from lightning_hybrid.execute import samplers
-from lightning_hybrid.execute.batches import count_samples
+from lightning_hybrid.execute.batches import count_samples, place_kept
 from lightning_hybrid.execute.data_agreement import all_read_the_same, different_data, digest, replicas_of
 from lightning_hybrid.execute.data_loader import generators_of, keeps_its_place, lent
 from lightning_hybrid.execute.data_samples import next_seed
@@ -104,7 +104,7 @@ class StreamFlow:
         """Whether the stream is to be dealt to the replicas here; collective."""
         if dist.get_world_size() == 1:
             return False
-        with streams.kept():
+        with streams.kept(), place_kept(loader), place_kept(getattr(loader, "dataset", None)):
             streams.seed_all(0)
             first = self._peek(loader)
         same = all_read_the_same(None if first is _END else digest(first), self._mesh)

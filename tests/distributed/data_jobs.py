@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,10 +27,11 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
     get_worker_info,
 )
 
-from tests.distributed.jobs import WIDTH, Classifier, Manual, Numbers, quiet, trainer_for, weights
+from tests.distributed.jobs import WIDTH, Block, Classifier, Manual, Numbers, quiet, trainer_for, weights
 
 
 class Recording(Classifier):
@@ -58,7 +60,7 @@ class Recording(Classifier):
         self.log("in_hook", batch["index"].float().mean(), on_step=False, on_epoch=True)
 
     def on_train_epoch_end(self):
-        self.log("collected", self.collected.compute().sum())
+        self.log("collected", torch.as_tensor(self.collected.compute()).sum())  # nothing behind a resumption
         self.collected.reset()
 
     def validation_step(self, batch, batch_idx):
@@ -80,7 +82,7 @@ class WithNoise(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         noise = torch.tensor([random.random(), float(np.random.rand()), float(torch.rand(()))])
         for _ in range(index % 3):  # samples draw differently often
-            torch.rand(2), np.random.rand(), random.random()
+            noise = noise + 0.0 * (torch.rand(()) + float(np.random.rand()) + random.random())
         sample = self.numbers[index]
         return {**sample, "x": sample["x"] + noise[2] - 0.5, "noise": noise}
 
@@ -146,6 +148,8 @@ class Growing:
 
 
 GLOBAL_BATCH = 16
+RUNNING: list[L.Trainer] = []
+"""The trainer that runs, for datasets that ask it."""
 
 
 def loader_for(kind: str, samples: int, replicas: int, **options: Any) -> DataLoader:  # noqa: C901 -- a table
@@ -261,7 +265,7 @@ class Writer(BasePredictionWriter):
         self.epoch: Any = None
 
     def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
-        self.batches.append((dataloader_idx, list(batch_indices), prediction["index"].tolist()))
+        self.batches.append((dataloader_idx, list(batch_indices or []), prediction["index"].tolist()))
 
     def write_on_epoch_end(self, trainer, pl_module, predictions, batch_indices):
         self.epoch = ([len(p) if isinstance(p, list) else 1 for p in predictions], batch_indices)
@@ -371,12 +375,24 @@ def predict_on_stream(
     return trainer.predict(Predicting(), [data] * loaders if loaders > 1 else data)
 
 
-def by_replica() -> tuple[int, int]:
-    """As a user shards: by the strategy's own numbers."""
-    from lightning_hybrid.partition.mesh import _made
+class ByReplica:
+    """As a user shards: by the strategy's own numbers, which travel to workers."""
 
-    mesh = list(list(_made.values())[-1].values())[-1]
-    return mesh.replica, mesh.layout.replicas
+    def __init__(self, known: tuple[int, int] | None = None) -> None:
+        self.known = known
+
+    def __call__(self) -> tuple[int, int]:
+        if self.known is not None:
+            return self.known
+        numbers = RUNNING[-1].distributed_sampler_kwargs
+        assert numbers is not None
+        return numbers["rank"], numbers["num_replicas"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ByReplica, (self(),)
+
+
+by_replica = ByReplica()
 
 
 def by_rank() -> tuple[int, int]:
@@ -400,7 +416,7 @@ def train_left_alone(layout: str, kind: str) -> list[list[int]]:
     module = Recording()
     own = kind == "distributed sampler"
     trainer, _ = trainer_for(layout, use_distributed_sampler=own)
-    sampler = DistributedSampler(range(32), *reversed(by_rank_of_this_process()), shuffle=False) if own else None
+    sampler = DistributedSampler(Numbers(32), *reversed(by_rank_of_this_process()), shuffle=False) if own else None
     trainer.fit(module, DataLoader(Numbers(32), 8, sampler=sampler))
     return module.steps
 
@@ -421,6 +437,7 @@ def train_on_stream(
     ckpt_path = options.pop("ckpt_path", None)
     callbacks: list[L.Callback] = [SaveAt(*save)] if save else []
     trainer, replicas = trainer_for(layout, callbacks=callbacks, **{"max_epochs": 2, **options})
+    RUNNING[:] = [trainer]
     size = GLOBAL_BATCH // replicas
     datasets: dict[str, Callable[[], IterableDataset]] = {
         "plain": lambda: Stream(samples),
@@ -455,3 +472,159 @@ def train_on_stream(
 def file_of(folder: Any, name: str) -> str:
     """A path as text, for the ranks."""
     return str(Path(folder) / name)
+
+
+# ---- loaders and workers
+
+
+class OwnLoader:
+    """A loader that keeps its own place."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.at = batches, 0
+        self.loaded: dict[str, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.loaded, self.at = state, state["at"]
+
+
+def train_on_own_loader(layout: str, save: Any = None, ckpt_path: str | None = None) -> Any:
+    """Trains on four batches, of which two go into a step; returns the steps and the state that was loaded."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Recording()
+    trainer, _ = trainer_for(layout, callbacks=[SaveAt(*save)] if save else [])
+    loader = OwnLoader(list(DataLoader(Numbers(32), 8)))
+    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
+    return module.steps, loader.loaded
+
+
+class NoteDataset:
+    """A `worker_init_fn` that writes down the type of the worker's dataset."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self, worker: int) -> None:
+        info: Any = get_worker_info()
+        (Path(self.folder) / f"{worker}").write_text(type(info.dataset).__name__)
+
+
+def what_workers_see(layout: str, kind: str) -> list[str]:
+    """The types of dataset that a `worker_init_fn` sees in two workers."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    dataset: Any = WithNoise(32) if kind == "samples" else Stream(32)
+    trainer, _ = trainer_for(layout)
+    with tempfile.TemporaryDirectory() as folder:
+        loader = DataLoader(dataset, 8, num_workers=2, worker_init_fn=NoteDataset(folder))
+        trainer.fit(Recording(), loader)
+        return [(Path(folder) / str(i)).read_text() for i in range(2)]
+
+
+class AtOnce(Numbers):
+    """Reads a batch at once, with a random number for all of it."""
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        noise = torch.rand(1)
+        return [{**self[i], "noise": noise + torch.rand(1)} for i in indices]
+
+
+def collate_noisily(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Draws when it collates."""
+    batch = default_collate(samples)
+    return {**batch, "noise": batch["noise"] + float(np.random.rand()) + random.random()}
+
+
+def collate_with_noise(layout: str, workers: int) -> list[list[float]]:
+    """The random numbers of `__getitems__` and `collate_fn` in every step."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Recording()
+    trainer, _ = trainer_for(layout)
+    trainer.fit(module, DataLoader(AtOnce(32), 8, collate_fn=collate_noisily, num_workers=workers))
+    return module.noise
+
+
+def noise_of_stream(layout: str) -> list[list[float]]:
+    """The random numbers of a stream that is sharded by replica, read in workers that are seeded by Lightning."""
+    quiet()
+    L.seed_everything(7, workers=True, verbose=False)
+    module = Recording()
+    trainer, _ = trainer_for(layout)
+    RUNNING[:] = [trainer]
+    trainer.fit(module, DataLoader(Stream(32, by_replica, noisy=True), 8, num_workers=1))
+    os.environ.pop("PL_SEED_WORKERS")
+    return module.noise
+
+
+# ---- sequences
+
+
+class Words(Dataset):
+    """Sequences of changing length."""
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        lengths = torch.randint(3, 14, (count,), generator=generator)
+        self.sequences = [torch.randint(1, 11, (int(n),), generator=generator) for n in lengths]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.sequences[index]
+
+
+def padded(sequences: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch as long as its longest sequence."""
+    return {
+        "words": nn.utils.rnn.pad_sequence(sequences, batch_first=True),
+        "lengths": torch.tensor([len(s) for s in sequences]),
+    }
+
+
+class Tagger(L.LightningModule):
+    """Predicts the next word; padding is left out of every sample's loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, WIDTH)
+        self.blocks = nn.ModuleList(Block(WIDTH) for _ in range(4))
+        self.head = nn.Linear(WIDTH, 12)
+
+    def training_step(self, batch, batch_idx):
+        words = batch["words"]
+        x = self.embedding(words)
+        for block in self.blocks:
+            x = block(x)
+        losses = nn.functional.cross_entropy(self.head(x)[:, :-1].transpose(1, 2), words[:, 1:], reduction="none")
+        there = torch.arange(words.shape[1] - 1, device=words.device) < (batch["lengths"][:, None] - 1)
+        loss = ((losses * there).sum(1) / there.sum(1)).mean()
+        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(words))
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.2)
+
+
+def train_on_sequences(layout: str | None, samples: int = 37) -> dict[str, Any]:
+    """Trains on batches that are padded to their own longest sequence."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Tagger()
+    trainer, replicas = trainer_for(layout)
+    trainer.fit(module, DataLoader(Words(samples), 8 // replicas, shuffle=True, collate_fn=padded))
+    return {"weights": weights(trainer, module), "loss": float(trainer.callback_metrics["loss"])}

@@ -123,6 +123,16 @@ def test_a_full_epoch_needs_no_weights(ranks2: RankGroup):
     assert not any(result["any_uneven"] for result in results)
 
 
+@pytest.mark.parametrize("layout", TWO)
+def test_lengths_that_change_in_every_step(ranks2: RankGroup, layout):
+    """Replicas pad their own samples, and the last batch has another size: stages are planned again for each shape."""
+    expected = data_jobs.train_on_sequences(None)
+    for rank, result in enumerate(ranks2.call(data_jobs.train_on_sequences, layout)):
+        assert result["loss"] == pytest.approx(expected["loss"], rel=2e-5)
+        for name, value in expected["weights"].items() if rank == 0 else ():
+            torch.testing.assert_close(result["weights"][name], value, rtol=5e-5, atol=5e-6, msg=name)
+
+
 def test_an_empty_dataset_trains_on_nothing(ranks2: RankGroup):
     expected = data_jobs.train(None, samples=0, kind="in order", val_samples=0)
     for result in ranks2.call(data_jobs.train, "dp2", samples=0, kind="in order", val_samples=0):
