@@ -91,9 +91,10 @@ def default_group() -> dist.ProcessGroup:
     return dist.distributed_c10d._get_default_group()
 
 
-def store_client() -> dist.Store:
+def store_client() -> Any:
     """A connection of its own to the store with which the ranks met, to be used beside the process groups' threads."""
-    return dist.distributed_c10d._get_default_store().clone()
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 def limit_waiting(timeout: timedelta) -> None:
