@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests import support
 from tests.harness import RankGroup
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--support-table` and `--list-features`."""
+    parser.addoption("--support-table", metavar="FILE", help="write what the tests show into the table of this file")
+    parser.addoption("--list-features", action="store_true", help="say what the collected tests show")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collects for the table, if there is to be one."""
+    if config.getoption("--support-table"):
+        config.pluginmanager.register(support.SupportTable(), "support table")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Lists what the tests show, if that was asked for."""
+    if session.config.getoption("--list-features"):
+        features = dict.fromkeys(
+            f for item in session.items if support.layout_of(item) for f in support.features_of(item)
+        )
+        sys.stdout.write("".join(f"feature: {feature}\n" for feature in features))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes it."""
+    table = session.config.pluginmanager.get_plugin("support table")
+    if table is not None:
+        support.write(Path(str(session.config.getoption("--support-table"))), table.rows())
 
 
 def _ranks(world_size: int) -> Iterator[RankGroup]:

@@ -18,11 +18,13 @@ from lightning.pytorch.plugins.precision import (
     Precision,
 )
 
+from lightning_hybrid._lightning_private import detects_anomalies
 from lightning_hybrid.analyze.heads import check_heads
 from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
 from lightning_hybrid.analyze.trace import Trace, trace_step
 from lightning_hybrid.analyze.units import CallSwitch, Units, find_units
 from lightning_hybrid.execute.batches import batch_size, split_batch
+from lightning_hybrid.execute.gradients import refusal_of_gradients
 from lightning_hybrid.execute.logs import silent
 from lightning_hybrid.partition.batch_norm import has_batch_norm
 from lightning_hybrid.partition.mesh import Mesh
@@ -89,6 +91,8 @@ def make_partition(
         watched = units.names if layout.tp > 1 else None
         trace = trace_step(root, switch, step, arguments, device=device, context=precision, use_of=watched)
         if layout.pp > 1:
+            if trace.takes_gradients:
+                raise PartitionError(refusal_of_gradients(layout))
             plan = _staged_plan(request, units, trace, parameters, count)
         else:
             plan = _whole_plan(layout, parameters, units)
@@ -130,6 +134,20 @@ def check_precision(precision: Precision) -> None:
             f"`precision={precision.precision!r}` ({type(precision).__name__}) replaces layers or belongs to another "
             "strategy, so the module cannot be partitioned as it is. Use one of '32-true', '16-mixed', "
             "'bf16-mixed', '16-true', 'bf16-true' and '64-true'."
+        )
+
+
+def check_trainer(layout: Layout, trainer: pl.Trainer) -> None:
+    """Refuses options of the Trainer that the layout cannot follow.
+
+    Raises:
+        PartitionError: If there is one.
+    """
+    if layout.tp > 1 and detects_anomalies(trainer):
+        raise PartitionError(
+            f"`layout='{layout}'` has `tp={layout.tp}`, and torch cannot look for NaN in gradients that are divided, "
+            "as `Trainer(detect_anomaly=True)` asks. Leave it out: `on_nonfinite='raise'`, the default, says which "
+            f"gradient is not finite first. Or use a layout without `tp`, such as '{layout.moved('tp', 'dp')}'."
         )
 
 

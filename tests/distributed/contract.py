@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_hybrid import Layout
 from tests.harness import RankGroup
@@ -34,3 +35,10 @@ def assert_equal(found: Any, expected: Any, path: str = "", tolerance: float = 1
         assert found == pytest.approx(expected, rel=tolerance, abs=1e-6), path
     else:
         assert found == expected, path
+
+
+def assert_same_weights(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+    """Equal names, in the same order, and values."""
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=1e-6, msg=name)

@@ -85,16 +85,18 @@ def averaged(layout: str | None, kind: str, folder: str, resumed: bool = False) 
     """Trains for four epochs with an average of weights, as one run or as two.
 
     Args:
-        layout: The layout, or two for the two runs.
+        layout: The layout, or two with "then" between them.
         kind: Which average.
         folder: For the checkpoint between the runs.
         resumed: Whether to stop after three epochs and go on in a new Trainer.
     """
     path = Path(folder) / "between.ckpt"
+    layouts = [None] if layout is None else layout.split(" then ")
     for last in (3, 4) if resumed else (4,):
+        layout = layouts[0] if last == 3 else layouts[-1]
         start()
         module = modules.Base()
-        trainer, n = make_trainer(layout, max_epochs=4, callbacks=[AVERAGES[kind](), *([StopAt(last, path)])])
+        trainer, n = make_trainer(layout, max_epochs=4, callbacks=[AVERAGES[kind](), StopAt(last, path)])
         trainer.fit(module, loader(n), loader(n, 24), ckpt_path=path if last == 4 and resumed else None)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}  # pyright: ignore[reportPossiblyUnbound]
     return {"weights": weights(trainer, module), "metrics": metrics}  # pyright: ignore[reportPossiblyUnbound]

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.distributed import contract_callbacks as jobs
-from tests.distributed.contract import LAYOUTS, assert_equal, call
+from tests.distributed.contract import LAYOUTS, assert_equal, assert_same_weights, call
 from tests.harness import RankGroup
 
 pytestmark = pytest.mark.distributed
@@ -20,6 +19,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return jobs.decisions(None, str(tmp_path_factory.mktemp("one")))
 
 
+@pytest.mark.feature(
+    "`ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau` by a metric",
+    "`LearningRateMonitor`, `GradientAccumulationScheduler`, `Timer`",
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_decisions(request: pytest.FixtureRequest, one_process: dict, tmp_path: Path, layout: str) -> None:
     assert one_process["stopped"] == [4, 9, 3]
@@ -28,13 +31,13 @@ def test_decisions(request: pytest.FixtureRequest, one_process: dict, tmp_path: 
         assert_equal(result, one_process, layout)
 
 
-def assert_same_weights(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert list(found) == list(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+LESS_USED = [pytest.param(k, marks=pytest.mark.slow) for k in ("WeightAveraging", "by a function")]
 
 
-@pytest.mark.parametrize("kind", jobs.AVERAGES)
+@pytest.mark.feature(by="kind", prefix="average of weights: ")
+@pytest.mark.parametrize(
+    "kind", ["StochasticWeightAveraging", "EMAWeightAveraging", "by a function of lists", *LESS_USED]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_averages(request: pytest.FixtureRequest, tmp_path: Path, layout: str, kind: str) -> None:
     expected = jobs.averaged(None, kind, str(tmp_path))
@@ -44,6 +47,15 @@ def test_averages(request: pytest.FixtureRequest, tmp_path: Path, layout: str, k
         assert_equal(result["metrics"], expected["metrics"])
 
 
+@pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "by a function of lists"])
+@pytest.mark.parametrize("layouts", ["fsdp2 then pp2", "pp2 then tp2", "tp2 then dp2"])
+def test_averages_go_on_under_another_layout(ranks2: RankGroup, tmp_path: Path, layouts: str, kind: str) -> None:
+    expected = jobs.averaged(None, kind, str(tmp_path))
+    results = ranks2.call(jobs.averaged, layouts, kind, str(tmp_path), resumed=True)
+    assert_same_weights(results[0]["weights"], expected["weights"])
+
+
+@pytest.mark.feature("`BackboneFinetuning`: freezing and unfreezing")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fine_tuning(request: pytest.FixtureRequest, layout: str) -> None:
     expected = jobs.fine_tuned(None)
@@ -58,6 +70,7 @@ def test_a_copy_of_a_partitioned_module_can_not_be_run(ranks2: RankGroup) -> Non
         assert "A copy of a module under `layout='fsdp2'` has the weights that one rank holds" in error
 
 
+@pytest.mark.feature("progress bars, `ModelSummary`, `DeviceStatsMonitor`")
 @pytest.mark.parametrize("bar", ["tqdm", "rich"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_progress_bars_summary_and_device_stats(request: pytest.FixtureRequest, layout: str, bar: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] -- made at import
 
 from tests.distributed import contract_jobs as jobs
 from tests.distributed.contract import LAYOUTS, assert_equal, call
@@ -78,6 +78,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.feature("CSV, TensorBoard and W&B loggers, with the plan in the configuration")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loggers(request: pytest.FixtureRequest, tmp_path: Path, one_process: Path, layout: str) -> None:
     call(request, layout, jobs.loggers, str(tmp_path))
@@ -110,6 +111,7 @@ def _assert_plan(plan: dict[str, Any], layout: str) -> None:
         assert any("up" in row for row in plan["sharded"])
 
 
+@pytest.mark.feature("`WandbLogger.watch` (rank 0's part)")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_watching_a_model_does_not_hang(request: pytest.FixtureRequest, tmp_path: Path, layout: str) -> None:
     assert call(request, layout, jobs.loggers, str(tmp_path), watch=True) == [6] * (4 if "-" in layout else 2)

@@ -27,6 +27,11 @@ def metrics_of_one_process() -> dict:
     return jobs.metrics(None)
 
 
+@pytest.mark.feature(
+    "`self.log` on steps and epochs, in the progress bar, from any stage, with `batch_size` and `reduce_fx`",
+    "`self.log` in hooks, `self.log_dict`, several validation loaders",
+    "`training_step` that returns a dictionary",
+)
 @pytest.mark.parametrize("layout", [*LAYOUTS, ZBV])
 def test_logs(request: pytest.FixtureRequest, one_process: dict, layout: str) -> None:
     results = call(request, layout, jobs.logs)
@@ -59,6 +64,7 @@ def _assert_outputs(layout: str, by_rank: list[list[dict]], expected: list[dict]
             assert sum(p[key] for p in parts) / len(parts) == pytest.approx(whole[key], rel=1e-5), key
 
 
+@pytest.mark.feature("torchmetrics: logged, computed, collections, lists as states, in callbacks")
 @pytest.mark.parametrize("layout", [*LAYOUTS, ZBV])
 def test_metrics(request: pytest.FixtureRequest, metrics_of_one_process: dict, layout: str) -> None:
     for result in call(request, layout, jobs.metrics):

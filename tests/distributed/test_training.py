@@ -43,6 +43,7 @@ def references() -> dict[str, dict]:
     return {name: jobs.fit(None, **settings) for name, settings in SETTINGS.items()}
 
 
+@pytest.mark.feature(by="setting", prefix="training: ")
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("layout", TWO)
 def test_two_ranks(ranks2: RankGroup, references, layout, setting):
@@ -51,6 +52,7 @@ def test_two_ranks(ranks2: RankGroup, references, layout, setting):
     assert all(r["metrics"] == results[0]["metrics"] for r in results), "every rank has the same metrics"
 
 
+@pytest.mark.feature(by="setting", prefix="training: ")
 @pytest.mark.parametrize("setting", ["accumulate and clip", "adamw with groups and a scheduler"])
 @pytest.mark.parametrize("layout", FOUR)
 def test_four_ranks(ranks4: RankGroup, references, layout, setting):
@@ -59,6 +61,7 @@ def test_four_ranks(ranks4: RankGroup, references, layout, setting):
     assert all(r["metrics"] == results[0]["metrics"] for r in results)
 
 
+@pytest.mark.feature("predictions, whole and in order")
 @pytest.mark.parametrize("layout", TWO)
 def test_predictions_are_whole_and_in_order_on_every_rank_of_a_replica(ranks2: RankGroup, layout):
     expected = jobs.predict(None)
@@ -71,6 +74,7 @@ def test_predictions_are_whole_and_in_order_on_every_rank_of_a_replica(ranks2: R
     assert seen == set(range(24))
 
 
+@pytest.mark.feature("manual optimization, several optimizers")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2"])
 def test_manual_optimization_with_two_optimizers(ranks2: RankGroup, layout):
     assert_same(ranks2.call(jobs.fit, layout, "Manual")[0], jobs.fit(None, "Manual"))
@@ -110,6 +114,7 @@ def test_a_consolidated_checkpoint_is_one_that_lightning_reads(ranks2: RankGroup
         assert torch.equal(value, trained["weights"][name])
 
 
+@pytest.mark.feature("a model built in `configure_model` is never whole on a rank")
 @pytest.mark.parametrize("layout", TWO[1:])
 def test_a_model_built_in_configure_model_never_exists_whole_on_a_rank(ranks2: RankGroup, layout):
     for peak, size in ranks2.call(jobs.peak_of_build, layout, 1024):
@@ -123,6 +128,7 @@ def test_replicas_need_all_of_it(ranks2: RankGroup):
         assert peak > size
 
 
+@pytest.mark.feature("manual optimization, several optimizers", layout="pp2", refused=True)
 def test_manual_optimization_is_refused_under_pp(ranks2: RankGroup):
     with pytest.raises(RankError, match=r"`layout='pp2'` has `pp=2`, but Manual optimizes manually.*such as 'dp2'"):
         ranks2.call(jobs.fit, "pp2", "Manual")
