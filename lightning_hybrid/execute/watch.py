@@ -55,6 +55,7 @@ class _Verdict:
     at: float = 0.0
     decided: threading.Event = field(default_factory=threading.Event)
     known_to_all: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
     speech: bool | None = None
     """Whether this rank shows a cause that has no speaker of its own; None: not asked."""
 
@@ -162,6 +163,8 @@ class Watch:
             return None
         if rank == 0 and lookout.party.rank0_has_store:
             self._verdict.known_to_all.wait(_LAST_WORD_SECONDS)  # the store ends with this process
+        if cause.speaker is None:
+            self._claims(lookout)
         if self._speaks(cause):
             self._end_stopped(lookout)
         if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -315,8 +318,6 @@ class Watch:
                 cause = board.decide(lambda: self._choose(lookout, board.answers(lookout.world_size)))
             if cause is None:
                 return
-            if cause.speaker is None and self._in_failed:
-                self._verdict.speech = board.claim_speech()
             board.note_seen()
             self._accept(lookout, cause)
         except (RuntimeError, OSError):
@@ -336,8 +337,6 @@ class Watch:
     def _accept(self, lookout: Lookout, cause: Cause) -> None:
         verdict = self._verdict
         if verdict.cause is None:
-            if lookout.is_alone and cause.speaker is None:
-                verdict.speech = lookout.is_first_alive()
             verdict.at, verdict.cause = time.monotonic(), cause
         verdict.decided.set()
 
@@ -370,12 +369,14 @@ class Watch:
         return self._verdict.known_to_all.is_set()
 
     def _claims(self, lookout: Lookout) -> bool:
+        """Whether this rank is to show a cause that has no speaker of its own; both threads may ask."""
         verdict = self._verdict
-        if verdict.speech is None:
-            try:
-                verdict.speech = lookout.is_first_alive() if lookout.is_alone else lookout.board.claim_speech()
-            except (RuntimeError, OSError):
-                verdict.speech = lookout.is_first_alive()
+        with verdict.lock:
+            if verdict.speech is None:
+                try:
+                    verdict.speech = lookout.is_first_alive() if lookout.is_alone else lookout.board.claim_speech()
+                except (RuntimeError, OSError):
+                    verdict.speech = lookout.is_first_alive()
         return verdict.speech
 
 

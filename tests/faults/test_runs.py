@@ -1,0 +1,225 @@
+"""Whole runs with one fault: the cause is shown once, the rank is named, and within 15 s no process is left."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.inject import MESSAGE
+from tests.faults.launch import Launcher, Outcome, run
+
+pytestmark = pytest.mark.distributed
+
+BOUND_SECONDS = 15.0
+TIMEOUT_SECONDS = 5.0
+"""The strategy's `timeout` where a rank hangs, which comes before the others can know."""
+
+TRACEBACK = "Traceback (most recent call last)"
+ERROR = r"lightning_hybrid.*RankError: "
+
+
+def _slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def _check_end(outcome: Outcome, bound: float = BOUND_SECONDS) -> None:
+    assert not outcome.left, outcome.output
+    assert outcome.code != 0, outcome.output
+    assert outcome.seconds < bound, outcome.output
+
+
+def _own_traces(outcome: Outcome) -> int:
+    """Tracebacks of ranks; torchrun adds one of its own."""
+    return outcome.output.count(TRACEBACK) - len(
+        re.findall(r"ChildFailedError: *$|SignalException: ", outcome.output, re.M)
+    )
+
+
+def _seen(folder: Path, rank: int) -> dict[str, Any]:
+    return json.loads((folder / f"seen{rank}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("layout", "devices", "rank", "place", "step", "launcher"),
+    [
+        ("dp2", 2, 0, "callback", 5, "lightning"),
+        ("pp2", 2, 1, "training_step", 5, "lightning"),
+        ("dp2", 2, 1, "worker", 57, "lightning"),
+        ("dp2", 2, 1, "setup", None, "lightning"),
+        _slow("pp2", 2, 0, "training_step", 5, "lightning"),
+        _slow("pp2", 2, 1, "callback", 5, "lightning"),
+        _slow("dp2", 2, 0, "training_step", 5, "torchrun"),
+        _slow("dp2", 2, 1, "callback", 5, "torchrun"),
+        _slow("pp2", 2, 0, "validation_step", 1, "lightning"),
+        _slow("dp2", 2, 1, "teardown", None, "lightning"),
+        _slow("dp2", 2, 0, "teardown", None, "torchrun"),
+        _slow("dp2-pp2", 4, 3, "training_step", 5, "lightning"),
+        _slow("tp2-pp2", 4, 0, "callback", 5, "lightning"),
+        _slow("fsdp2-pp2", 4, 2, "worker", 50, "torchrun"),
+    ],
+)
+def test_exception(
+    layout: str, devices: int, rank: int, place: str, step: int | None, launcher: Launcher, tmp_path: Path
+) -> None:
+    """Shown by its rank with its own traceback, and nothing else; callbacks hear of it on all ranks that can."""
+    at = () if step is None else ("--step", str(step))
+    where = ("--layout", layout, "--kind", "exception", "--rank", str(rank), "--place", place)
+    outcome = run(tmp_path, devices, *where, *at, launcher=launcher)
+    _check_end(outcome)
+    ends = re.findall(rf"InjectedError: {MESSAGE}$", outcome.output, re.M)
+    # a worker's exception comes with the worker's traceback inside of that of its rank
+    assert len(ends) == (2 if place == "worker" else 1), outcome.output
+    assert _own_traces(outcome) == (2 if place == "worker" else 1), outcome.output
+    assert f"[rank{rank}]: " in outcome.output
+    if place not in ("setup", "teardown"):
+        assert _seen(tmp_path, rank)["exception"] == "InjectedError"
+
+
+@pytest.mark.parametrize(
+    ("layout", "devices", "rank", "launcher"),
+    [
+        ("dp2", 2, 1, "lightning"),
+        ("pp2", 2, 0, "lightning"),
+        ("pp2", 2, 1, "torchrun"),
+        _slow("dp2", 2, 0, "torchrun"),
+        _slow("tp2-pp2", 4, 2, "lightning"),
+        _slow("dp2-pp2", 4, 0, "lightning"),
+    ],
+)
+def test_killed(layout: str, devices: int, rank: int, launcher: Launcher, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a step: another rank names it, with the step."""
+    fault = ("--kind", "kill", "--rank", str(rank), "--step", "7", "--place", "training_step")
+    outcome = run(tmp_path, devices, "--layout", layout, *fault, launcher=launcher)
+    _check_end(outcome)
+    found = re.findall(rf"{ERROR}(Rank (\d) of \d ended without a word.*)", outcome.output)
+    assert [f[1] for f in found] == [str(rank)], outcome.output
+    assert "of batch 7" in found[0][0]
+    assert _own_traces(outcome) <= 1, outcome.output
+    assert "Connection closed" not in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "devices", "rank"),
+    [
+        ("hang", "dp2", 2, 1),
+        ("stop", "pp2", 2, 1),
+        _slow("stop", "pp2", 2, 0),
+        _slow("hang", "pp2", 2, 0),
+        _slow("hang", "dp2-pp2", 4, 2),
+    ],
+)
+def test_hang(kind: str, layout: str, devices: int, rank: int, tmp_path: Path) -> None:
+    """Named with the place in the user's code, or as stopped; ended, although it cannot end itself."""
+    fault = ("--kind", kind, "--rank", str(rank), "--step", "7", "--place", "training_step")
+    outcome = run(tmp_path, devices, "--layout", layout, *fault, "--timeout", str(TIMEOUT_SECONDS))
+    _check_end(outcome, TIMEOUT_SECONDS + BOUND_SECONDS)
+    (said,) = re.findall(rf"{ERROR}(Rank {rank} of .*)", outcome.output)
+    assert "of batch 7" in said
+    if kind == "hang":
+        assert re.search(r"hangs in training_step of batch 7 .*inject\.py:\d+ \(_happen\)", said), said
+    else:
+        assert "stopped (SIGSTOP)" in said
+    assert len(re.findall(ERROR, outcome.output)) == 1, outcome.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "launcher"),
+    [
+        ("sigterm", 1, "lightning"),
+        ("sigterm-launcher", 1, "torchrun"),
+        _slow("sigterm", 0, "lightning"),
+        _slow("sigterm-launcher", 1, "lightning"),
+        _slow("sigterm", 0, "torchrun"),
+    ],
+)
+def test_sigterm_in_a_pipeline_step(kind: str, rank: int, launcher: Launcher, tmp_path: Path) -> None:
+    """All ranks end the batch, stop at the same one, save together; the run goes on from there to the same end."""
+    fault = ("--kind", kind, "--rank", str(rank), "--step", "7", "--place", "training_step", "--save")
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    stopped.mkdir()
+    whole.mkdir()
+    outcome = run(stopped, 2, "--layout", "pp2", *fault, launcher=launcher)
+    assert not outcome.left
+    assert outcome.seconds < BOUND_SECONDS
+    assert _own_traces(outcome) == 0, outcome.output
+    assert outcome.code == 0 or launcher == "torchrun", outcome.output
+    assert [_seen(stopped, r) for r in (0, 1)] == [{"batches": 8, "exception": "SIGTERMException"}] * 2
+    for file in stopped.glob("pid*"):
+        file.unlink()
+    resumed = run(stopped, 2, "--layout", "pp2", "--resume")
+    assert resumed.code == 0, resumed.output
+    assert run(whole, 2, "--layout", "pp2").code == 0
+    end = [json.loads((folder / "end.json").read_text()) for folder in (stopped, whole)]
+    assert end[0] == end[1]
+
+
+@pytest.mark.slow
+def test_sigterm_in_validation(tmp_path: Path) -> None:
+    fault = ("--kind", "sigterm", "--rank", "1", "--step", "2", "--place", "validation_step")
+    outcome = run(tmp_path, 2, "--layout", "pp2", *fault)
+    assert outcome.code == 0, outcome.output
+    assert not outcome.left
+    assert [_seen(tmp_path, r)["exception"] for r in (0, 1)] == ["SIGTERMException"] * 2
+
+
+def test_no_save_alone(tmp_path: Path) -> None:
+    """A callback that saves on an exception: the failing rank does not wait for the others, and says so."""
+    fault = ("--kind", "exception", "--rank", "1", "--step", "7", "--save")
+    outcome = run(tmp_path, 2, "--layout", "dp2", *fault)
+    _check_end(outcome)
+    assert outcome.output.count("is not saved: a checkpoint needs all ranks") == 1, outcome.output
+    assert outcome.output.count(f"InjectedError: {MESSAGE}\n") >= 1
+    assert not list((tmp_path / "saved").glob("*")) if (tmp_path / "saved").exists() else True
+
+
+@pytest.mark.parametrize("launcher", ["lightning", _slow("torchrun")])
+def test_launcher_is_killed(launcher: Launcher, tmp_path: Path) -> None:
+    """Children end although nobody is left to end them."""
+    outcome = run(
+        tmp_path, 2, "--layout", "dp2", "--kind", "kill-launcher", "--rank", "1", "--step", "7", launcher=launcher
+    )
+    _check_end(outcome)
+    # torchrun is no rank, so that a short run may have come to its end before
+    assert len(re.findall(ERROR, outcome.output)) == 1 or launcher == "torchrun", outcome.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_exits(rank: int, tmp_path: Path) -> None:
+    """`sys.exit` on one rank shows nothing by itself."""
+    outcome = run(tmp_path, 2, "--layout", "dp2", "--kind", "exit", "--rank", str(rank), "--step", "7")
+    _check_end(outcome)
+    assert len(re.findall(rf"{ERROR}Rank {rank} of 2 failed in .*SystemExit: 3", outcome.output)) == 1, outcome.output
+
+
+def test_missing_rank(tmp_path: Path) -> None:
+    fault = ("--kind", "hang", "--place", "start", "--rank", "1")
+    outcome = run(tmp_path, 2, "--layout", "dp2", *fault, "--timeout", "10")
+    _check_end(outcome, 40.0)
+    assert outcome.output.count("rank 1 has not come within 0:00:10") == 1, outcome.output
+
+
+def test_rank_that_ends_before_the_meeting(tmp_path: Path) -> None:
+    outcome = run(tmp_path, 2, "--layout", "dp2", "--kind", "exception", "--place", "start", "--rank", "1")
+    _check_end(outcome)
+    assert outcome.output.count("injected fault before the Trainer\n") == 1
+    assert outcome.output.count("local rank 1") == 1, outcome.output
+
+
+@pytest.mark.parametrize(
+    ("differs", "patterns"),
+    [
+        ("schedule", [r"`schedule` of the strategy is 1F1B on rank 0 and GPipe on rank 1"]),
+        ("width", [r"Parameter `\w*stem.weight` is \(16, 16\).* on rank 0 and \(24, 16\).* on rank 1"]),
+    ],
+)
+def test_different_program(differs: str, patterns: list[str], tmp_path: Path) -> None:
+    outcome = run(tmp_path, 2, "--layout", "pp2", "--rank", "1", "--differs", differs)
+    _check_end(outcome, 40.0)
+    for pattern in patterns:
+        assert len(re.findall(pattern, outcome.output)) == 1, outcome.output
+    assert _own_traces(outcome) == 1
