@@ -148,6 +148,13 @@ class Growing:
 
 
 GLOBAL_BATCH = 16
+
+
+def in_workers(count: int) -> dict[str, Any]:
+    """Options of a loader with so many workers, forked: the ranks of a test start others slowly."""
+    return {"num_workers": count, "multiprocessing_context": "fork"} if count else {}
+
+
 RUNNING: list[L.Trainer] = []
 """The trainer that runs, for datasets that ask it."""
 
@@ -156,6 +163,7 @@ def loader_for(kind: str, samples: int, replicas: int, **options: Any) -> DataLo
     """A training loader of a replica, so that the global batch is always the same."""
     data: Dataset = Numbers(samples)
     size = GLOBAL_BATCH // replicas
+    options = {**in_workers(options.pop("num_workers", 0)), **options}
     if kind == "in order":
         return DataLoader(data, size, **options)
     if kind == "shuffled":
@@ -455,7 +463,7 @@ def train_on_stream(
     else:
         drop = kind == "drop last"
         dataset = Stream(samples) if drop else datasets[kind]()
-        loader = DataLoader(dataset, size, num_workers=workers, drop_last=drop)
+        loader = DataLoader(dataset, size, drop_last=drop, **in_workers(workers))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
@@ -529,7 +537,7 @@ def what_workers_see(layout: str, kind: str) -> list[str]:
     dataset: Any = WithNoise(32) if kind == "samples" else Stream(32)
     trainer, _ = trainer_for(layout)
     with tempfile.TemporaryDirectory() as folder:
-        loader = DataLoader(dataset, 8, num_workers=2, worker_init_fn=NoteDataset(folder))
+        loader = DataLoader(dataset, 8, **in_workers(2), worker_init_fn=NoteDataset(folder))
         trainer.fit(Recording(), loader)
         return [(Path(folder) / str(i)).read_text() for i in range(2)]
 
@@ -554,18 +562,20 @@ def collate_with_noise(layout: str, workers: int) -> list[list[float]]:
     L.seed_everything(7, verbose=False)
     module = Recording()
     trainer, _ = trainer_for(layout)
-    trainer.fit(module, DataLoader(AtOnce(32), 8, collate_fn=collate_noisily, num_workers=workers))
+    trainer.fit(module, DataLoader(AtOnce(32), 8, collate_fn=collate_noisily, **in_workers(workers)))
     return module.noise
 
 
-def noise_of_stream(layout: str) -> list[list[float]]:
+def noise_of_stream(layout: str, context: str = "fork") -> list[list[float]]:
     """The random numbers of a stream that is sharded by replica, read in workers that are seeded by Lightning."""
     quiet()
     L.seed_everything(7, workers=True, verbose=False)
     module = Recording()
     trainer, _ = trainer_for(layout)
     RUNNING[:] = [trainer]
-    trainer.fit(module, DataLoader(Stream(32, by_replica, noisy=True), 8, num_workers=1))
+    trainer.fit(
+        module, DataLoader(Stream(32, by_replica, noisy=True), 8, num_workers=1, multiprocessing_context=context)
+    )
     os.environ.pop("PL_SEED_WORKERS")
     return module.noise
 

@@ -17,9 +17,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("fsdp2", "noise", {"num_workers": 2}),
     ("tp2", "noise", {}),
     ("tp2", "noise", {"num_workers": 1, "persistent_workers": True}),
-    ("pp2", "noise", {"num_workers": 2}),
     ("dp2", "noise in a subset", {"num_workers": 1}),
-    ("dp2", "collated", {}),
 ]
 
 
@@ -38,7 +36,7 @@ def expected() -> dict:
     return data_jobs.train("dp1", kind="noise")
 
 
-@pytest.mark.parametrize(("layout", "kind", "options"), [c for c in CASES if c[1] != "collated" and c[0] != "pp2"])
+@pytest.mark.parametrize(("layout", "kind", "options"), CASES)
 def test_every_sample_comes_with_the_same_numbers(ranks2: RankGroup, expected, layout, kind, options):
     results = ranks2.call(data_jobs.train, layout, kind=kind, loader_options=options)
     wanted = noise_of([expected])
@@ -80,3 +78,9 @@ def test_workers_are_seeded_by_replica(ranks2: RankGroup):
     assert first == second
     first, second = ranks2.call(data_jobs.noise_of_stream, "dp2")
     assert first != second
+
+
+@pytest.mark.slow
+def test_workers_may_be_started_anew(ranks2: RankGroup):
+    """What travels to a worker can be pickled."""
+    assert ranks2.call(data_jobs.noise_of_stream, "dp2", "spawn") == ranks2.call(data_jobs.noise_of_stream, "dp2")
