@@ -43,7 +43,7 @@ class HybridLauncher(_SubprocessScriptLauncher):
     @override
     def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         if trainer is not None:
-            find_last_by(trainer, partial(trainer.strategy.find_last_checkpoint, trainer))  # type: ignore[attr-defined]
+            find_last_by(trainer, partial(trainer.strategy.checkpoints.find_last, trainer))  # type: ignore[attr-defined]
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             os.environ[_MAIN_PID] = str(os.getpid())

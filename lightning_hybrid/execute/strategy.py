@@ -26,13 +26,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hybrid._lightning_private import checkpoint_folders, evaluation_batch, running_batch
+from lightning_hybrid._lightning_private import evaluation_batch, running_batch
 from lightning_hybrid._torch_private import limit_waiting
 from lightning_hybrid.checkpoint.options import CheckpointOptions
-from lightning_hybrid.checkpoint.reader import SavedCheckpoint
-from lightning_hybrid.execute import agreement, loading, start, state
+from lightning_hybrid.execute import agreement, start, state
 from lightning_hybrid.execute.averaging import follow_partition
 from lightning_hybrid.execute.callback_views import follow_callbacks
+from lightning_hybrid.execute.checkpoints import Checkpoints
 from lightning_hybrid.execute.data import ReplicaData
 from lightning_hybrid.execute.launcher import HybridLauncher
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
@@ -41,7 +41,6 @@ from lightning_hybrid.execute.preemption import Preemption
 from lightning_hybrid.execute.processes import DEFAULT_TIMEOUT, meet
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.samplers import Uneven
-from lightning_hybrid.execute.saving import Saver
 from lightning_hybrid.execute.watch import Watch
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.plan.stages import SCHEDULES
@@ -95,12 +94,9 @@ class HybridStrategy(ParallelStrategy):
         self._compile, self._backend, self._timeout = compile, process_group_backend, timeout
         self._mesh: Mesh | None = None
         self._runner: Runner | None = None
-        self._checkpoints = checkpoints
+        self.checkpoints = Checkpoints(checkpoints, timeout)
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._steps: OptimizerSteps | None = None
-        self._saver: Saver | None = None
-        self._older_checkpoints: list[Path] = []
-        self._streams: Mapping[str, Any] | None = None
         self._splits_data: bool | None = None
         self._data: ReplicaData | None = None
         self._watch = Watch(timeout or DEFAULT_TIMEOUT)
@@ -127,13 +123,6 @@ class HybridStrategy(ParallelStrategy):
         if self._runner is None:
             raise RuntimeError("`strategy.runner` is there only after the strategy has been set up (Trainer.fit).")
         return self._runner
-
-    @property
-    def saver(self) -> Saver:
-        """Saves checkpoints, once the processes are connected."""
-        if self._saver is None:
-            self._saver = Saver(self._checkpoints, self._timeout)
-        return self._saver
 
     @property
     def steps(self) -> OptimizerSteps:
@@ -429,32 +418,15 @@ class HybridStrategy(ParallelStrategy):
             self._watch.note_unsaved(filepath)
             return
         with self._during("save_checkpoint"):
-            streams = {**loading.random_streams(), **self.runner.streams.state_dict()}
-            content = state.content_of(self.runner, {**checkpoint, "streams": streams})
-            self.saver.save(filepath, content, loading.manifest_facts(checkpoint, self.layout))
+            self.checkpoints.save(self.runner, checkpoint, filepath)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        self.saver.remove(filepath)
+        self.checkpoints.saver.remove(filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        self.saver.wait()
-        trust = self._checkpoints.trust_pickle or weights_only is False
-        paths = self.broadcast([Path(checkpoint_path), *self._older_checkpoints])
-        self._older_checkpoints = []
-        opened = loading.open_first(paths, trust)
-        if not isinstance(opened, SavedCheckpoint):
-            return opened
-        checkpoint = loading.as_lightning(opened, self._module.trainer, self.layout)
-        self._streams = checkpoint.pop("streams")
-        return checkpoint
-
-    def find_last_checkpoint(self, trainer: pl.Trainer) -> str | None:
-        """What `ckpt_path="last"` means: the newest checkpoint of the callbacks' folders; older ones stand by."""
-        found = loading.valid_checkpoints([Path(folder) for folder in checkpoint_folders(trainer)])
-        self._older_checkpoints = found[1:]
-        return str(found[0]) if found else None
+        return self.checkpoints.load(self.runner, checkpoint_path, trust_pickle=weights_only is False)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -464,28 +436,22 @@ class HybridStrategy(ParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             state.load_optimizer_state(self.runner, optimizer, saved)
-        if self._streams is not None:
-            loading.set_random_streams(self._streams)
-            self.runner.streams.load_state_dict(self._streams)
+        self.checkpoints.restore_streams(self.runner)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        trainer = self._module.trainer
-        if self._streams is not None and trainer.training:
-            if trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
-                loading.set_random_streams(self._streams)  # starting the loader in mid-epoch has drawn from them
-            self._streams = None
+        self.checkpoints.first_batch(self._module.trainer)
         return super().batch_to_device(batch, device, dataloader_idx)
+
+    # ---- end
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if self._saver is not None:
-            self._saver.abandon()
+        self.checkpoints.abandon()
 
     @override
     def teardown(self) -> None:
-        if self._saver is not None:
-            self._saver.wait()
+        self.checkpoints.wait()
         if self._steps is not None:
             self._steps.remove()
         if self._runner is not None:

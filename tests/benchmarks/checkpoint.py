@@ -86,9 +86,9 @@ def measure(kind: str, width: int, folder: str, number: int) -> dict[str, float]
     start = time.perf_counter()
     trainer.save_checkpoint(path)
     blocked = time.perf_counter() - start
-    saver = getattr(trainer.strategy, "saver", None)
-    if saver is not None:
-        saver.wait()
+    checkpoints = getattr(trainer.strategy, "checkpoints", None)
+    if checkpoints is not None:
+        checkpoints.wait()
     trainer.strategy.barrier()
     written = time.perf_counter() - start
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains with a checkpoint every `every` steps, or goes on from one."""
     from lightning_hybrid import CheckpointOptions
+    from lightning_hybrid.execute.checkpoints import Checkpoints
 
     quiet()
     L.seed_everything(3, verbose=False)
@@ -124,7 +126,7 @@ def run(
     )
     strategy: Any = trainer.strategy
     if checkpoints is not None:
-        strategy._checkpoints = CheckpointOptions(**checkpoints)
+        strategy.checkpoints = Checkpoints(CheckpointOptions(**checkpoints), timedelta(seconds=60))
     loader = DataLoader(Numbers(SAMPLES), batch_size=GLOBAL_BATCH // replicas, shuffle=shuffle, num_workers=workers)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
