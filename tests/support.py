@@ -2,8 +2,8 @@
 
 `@pytest.mark.feature("self.log", ...)` on a test names what it shows, and its parameter `layout` says under which
 layout. Where a parameter has the names, `by` is that parameter, with `prefix` before them; `layout` is for a test
-without such a parameter, and `refused=True` for one of a documented refusal, as `refused(request)` is within a test. A test
-counts if it passes. A feature of several tests is supported where all have passed, and some did run.
+without such a parameter, and `refused=True` for one of a documented refusal, as `refused(request)` is within a test.
+A test counts if it passes. A feature of several tests is supported where all have passed, and some did run.
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from safetensors.torch import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from lightning_hybrid.callbacks.save_config import redacted
 from lightning_hybrid.checkpoint.content import Content, Part, RankFiles
 from lightning_hybrid.checkpoint.writer import Party, write_checkpoint
 from lightning_hybrid.cli import main
@@ -92,3 +94,45 @@ def test_checkpoint_commands(tmp_path, capsys):
     (path / "rank-00000.safetensors").unlink()
     with pytest.raises(SystemExit, match=r"error: .*rank-00000.safetensors \(rank 0\) is missing"):
         main(["verify", str(path)])
+
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_keys_never_reach_a_saved_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="the logger whose settings have a key")
+    content = yaml.safe_load(config.read_text())
+    content["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.WandbLogger",
+        "init_args": {"offline": True, "save_dir": "runs", "settings": {"api_key": KEY, "mode": "offline"}},
+    }
+    config.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("WANDB_API_KEY", KEY[::-1])
+    try:
+        main(["fit", "--config", str(config)])
+    finally:
+        wandb.finish()
+        wandb.teardown()
+    files = [path for path in config.parent.rglob("*") if path.is_file() and path != config]
+    (saved,) = [path for path in files if path.name == "config.yaml" and "trainer" in path.read_text()]
+    logger = yaml.safe_load(saved.read_text())["trainer"]["logger"]
+    assert logger["init_args"]["settings"]["api_key"] is None
+    assert logger["init_args"]["save_dir"] == "runs"
+    for path in files:
+        assert KEY.encode() not in path.read_bytes(), path
+        assert KEY[::-1].encode() not in path.read_bytes(), path
+
+
+def test_secrets_are_found_wherever_they_are() -> None:
+    tree = {
+        "a": [{"api_key": KEY, "API-KEY": 1}, Namespace(auth_token=KEY, tokens=5, tokenizer="x")],
+        "password": {"of": KEY},
+        "monkey": 1,
+        "key": "kept",
+    }
+    assert redacted(tree) == {
+        "a": [{"api_key": None, "API-KEY": 1}, Namespace(auth_token=None, tokens=5, tokenizer="x")],
+        "password": None,
+        "monkey": 1,
+        "key": "kept",
+    }
