@@ -8,12 +8,14 @@ any list or local variable of the user's code, use the received tensor.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from lightning_hybrid._torch_private import disable_torch_function, make_wrapper, user_location
 
@@ -68,6 +70,8 @@ class Ghost(torch.Tensor):
     """Given by the observer; -1 if it gives none."""
     wants_grad: bool
     """For a ghost in place of a parameter: whether the parameter is trained."""
+    gradient_hooks: dict[str, OrderedDict]
+    """For a ghost in place of a parameter: hooks on its gradient, by the table of the parameter they belong to."""
 
     @staticmethod
     def __new__(  # noqa: D102 -- the class docstring describes it
@@ -80,7 +84,22 @@ class Ghost(torch.Tensor):
         self = make_wrapper(cls, meta, device, requires_grad)
         self.meta, self.received, self.uid, self.wants_grad = meta, None, -1, requires_grad
         self.observer = observer if observer is not None else GhostObserver()
+        self.gradient_hooks = {}
         return self
+
+    def register_hook(self, hook: Any) -> RemovableHandle:
+        """Keeps the hook for the parameter that this ghost stands for; on other ranks it never runs."""
+        return self._keep_hook("_backward_hooks", hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> RemovableHandle:
+        """As `register_hook`."""
+        return self._keep_hook("_post_accumulate_grad_hooks", hook)
+
+    def _keep_hook(self, table: str, hook: Any) -> RemovableHandle:
+        hooks = self.gradient_hooks.setdefault(table, OrderedDict())
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = hook
+        return handle
 
     def materialize(self, real: torch.Tensor) -> None:
         """From now on every use of this ghost uses `real` (same shape and dtype)."""

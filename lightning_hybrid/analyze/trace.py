@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from lightning_hybrid._torch_private import user_location
+from lightning_hybrid._torch_private import gradients_taken_by, user_location
 from lightning_hybrid.analyze.ghost import Ghost, GhostObserver, GhostWriteError, ghost_like, parameter_slots
 from lightning_hybrid.analyze.manual import idle_optimizers, optimize_idly
 from lightning_hybrid.analyze.preserve import module_state_kept, random_streams_kept
@@ -77,6 +77,8 @@ class Trace:
     """Intervals in which a parameter (by its first name) is used; absent: never used."""
     flops: list[float]
     """Forward FLOPs of interval -1 and of each call's interval, for this microbatch; length len(calls) + 1."""
+    takes_gradients: bool = False
+    """Whether the step calls `torch.autograd.grad`."""
     use: StepUse | None = None
     """How weights and results of units are used, if it was asked for."""
 
@@ -107,7 +109,7 @@ class Tracer(GhostObserver):
         self.reads: list[tuple[int, str]] = []
         self.ghosts: list[Ghost] = []
         """The ghosts of parameters, kept so that their ids stay theirs."""
-        self.inside = False
+        self.inside = self.takes_gradients = False
 
     @property
     def interval(self) -> int:
@@ -165,6 +167,16 @@ class Tracer(GhostObserver):
     def consume_all(self, tree: Any) -> None:
         """Marks every ghost in `tree` as used now (logged, returned, given to a metric)."""
         tree_map(lambda x: self.consume(x) if isinstance(x, Ghost) else None, tree)
+
+    def gradients(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Ghost, ...]:
+        """Instead of `torch.autograd.grad`: a ghost for every gradient."""
+        self.takes_gradients = True
+        self.consume_all((outputs, inputs))
+        wanted = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+        ghosts = [Ghost(torch.empty_like(x, device="meta"), x.device, self) for x in wanted]
+        for ghost in ghosts:
+            self.register(ghost, user_location())
+        return tuple(ghosts)
 
     # ---- CallHandler
 
@@ -322,6 +334,7 @@ def trace_step(
         stack.enter_context(switch.handled_by(tracer))
         stack.enter_context(torch.no_grad())
         stack.enter_context(context())
+        stack.enter_context(gradients_taken_by(tracer.gradients))
         use = stack.enter_context(record_use(root, use_of)) if use_of is not None else None
         try:
             out = step(*args)
@@ -329,7 +342,7 @@ def trace_step(
             raise PartitionError(f"`layout`: pipeline stages cannot be made of this module: {error}") from error
         tracer.consume_all(_as_tree(out))
     trace = tracer.result(names)
-    trace.use = use
+    trace.use, trace.takes_gradients = use, tracer.takes_gradients
     return trace
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hybrid._torch_private import after_this_backward, foreach_copy
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.layout import Layout
 
 BUCKET_BYTES = 25 * 1024 * 1024
 """As in DistributedDataParallel (Li et al., 2020, section 4.2: 25 MB is robust across models)."""
@@ -145,6 +148,27 @@ def sum_over_holders(shared: Mapping[str, dist.ProcessGroup], parameter: Callabl
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         dist.all_reduce(local(weight.grad), group=group)
+
+
+def refusal_of_gradients(layout: Layout) -> str:
+    """Why `torch.autograd.grad` cannot be called in a step."""
+    return (
+        f"`layout='{layout}'`: `training_step` calls `torch.autograd.grad`. Under `pp` no stage has the whole graph; "
+        "under `fsdp` the weights that a second pass through it needs are not there any more. Use a layout of `dp` or "
+        "`tp`."
+    )
+
+
+def refuse_gradients(layout: Layout) -> Callable[..., Any]:
+    """To stand for `torch.autograd.grad` where a later backward pass cannot go through the same graph again."""
+    take = torch.autograd.grad
+
+    def grad(*args: Any, create_graph: bool = False, retain_graph: bool | None = None, **kwargs: Any) -> Any:
+        if create_graph or retain_graph:
+            raise PartitionError(refusal_of_gradients(layout))
+        return take(*args, **kwargs)
+
+    return grad
 
 
 class SetAside:

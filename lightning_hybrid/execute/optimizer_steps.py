@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
 
 from lightning_hybrid._torch_private import agree_on_overflow
 from lightning_hybrid.execute.clipping import clip_by_value
@@ -87,7 +87,15 @@ class OptimizerSteps:
             PartitionError: If so.
         """
         layout = self.runner.mesh.layout
+        divided = layout.fsdp > 1 or layout.tp > 1
         for optimizer in optimizers:
+            fused = isinstance(optimizer, SGD | Adagrad) and any(g.get("fused") for g in optimizer.param_groups)
+            if divided and (fused or isinstance(optimizer, Adafactor)):
+                raise PartitionError(
+                    f"`configure_optimizers` returned {type(optimizer).__name__}{'(fused=True)' if fused else ''}, "
+                    f"which torch has not written for divided weights; `layout='{layout}'` divides them. Use "
+                    f"{'`fused=False`' if fused else 'AdamW'}, or a layout of `dp` and `pp`."
+                )
             if not isinstance(optimizer, LBFGS):
                 continue
             if layout.devices != layout.dp:

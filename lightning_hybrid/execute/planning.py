@@ -91,8 +91,6 @@ def make_partition(
         watched = units.names if layout.tp > 1 else None
         trace = trace_step(root, switch, step, arguments, device=device, context=precision, use_of=watched)
         if layout.pp > 1:
-            if trace.takes_gradients:
-                raise PartitionError(refusal_of_gradients(layout))
             plan = _staged_plan(request, units, trace, parameters, count)
         else:
             plan = _whole_plan(layout, parameters, units)
@@ -196,6 +194,8 @@ def _whole_plan(layout: Layout, parameters: Parameters, units: Units) -> Plan:
 
 
 def _staged_plan(request: Request, units: Units, trace: Trace, parameters: Parameters, count: int) -> Plan:
+    if trace.takes_gradients:
+        raise PartitionError(refusal_of_gradients(request.layout))
     chosen = set(units.blocks)
     return plan_stages(
         layout=request.layout,

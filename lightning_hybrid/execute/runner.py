@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_hybrid._lightning_private import evaluation_batch, training_batch
-from lightning_hybrid._torch_private import finish_sharded_backward
+from lightning_hybrid._torch_private import finish_sharded_backward, gradients_taken_by
 from lightning_hybrid.execute.batches import count_samples
 from lightning_hybrid.execute.clipping import clip_by_global_norm
-from lightning_hybrid.execute.gradients import GradientsOfPipeline, ReplicaReducer, SetAside, sum_over_holders
+from lightning_hybrid.execute.gradients import (
+    GradientsOfPipeline,
+    ReplicaReducer,
+    SetAside,
+    refuse_gradients,
+    sum_over_holders,
+)
 from lightning_hybrid.execute.logs import HookLogs, LogRecorder, leave_out, reduce_over_replicas, replay
 from lightning_hybrid.execute.metrics import Metrics
 from lightning_hybrid.execute.pipeline import Pipeline
@@ -60,6 +66,7 @@ class Runner:
         self.metrics = Metrics(root, self.mesh, device)
         self.hook_logs = HookLogs(root, self.mesh, device)
         self.stage_logs = StageLogs(self.mesh, device, self.metrics)
+        partition.on_remove = self._release
         self.streams = RandomStreams(device, self.mesh.replica, self.mesh.rank("tp"))
         partition.switch.streams = self.streams
         if partition.tensor is not None:
@@ -90,6 +97,11 @@ class Runner:
             self.reducer.enabled = self._sync
             if self.pipeline is None:
                 self.reducer.overlap()
+
+    def _release(self) -> None:
+        """The partition is taken off."""
+        if self.reducer is not None:
+            self.reducer.release()
 
     @property
     def _sharded(self) -> FSDPModule | None:
@@ -132,10 +144,15 @@ class Runner:
 
     def _whole_step(self, *args: Any, **kwargs: Any) -> Any:
         recorder, watched = LogRecorder(self.root), self.metrics.watching(self.partition.switch)
-        with self.precision.train_step_context(), recorder.recording(count_samples(args[0])), watched:
+        recording, refused = recorder.recording(count_samples(args[0])), self._gradients_refused()
+        with self.precision.train_step_context(), recording, watched, refused:
             out = self.partition.step_module(self.root.training_step, *args, **kwargs)
         self._log("training_step", recorder)
         return out
+
+    def _gradients_refused(self) -> AbstractContextManager:
+        layout = self.mesh.layout
+        return gradients_taken_by(refuse_gradients(layout)) if layout.fsdp > 1 else nullcontext()
 
     def _pipelined_step(self, pipeline: Pipeline, *args: Any) -> Any:
         held = [p for p in self.partition.parameters.held().values() if p.requires_grad]

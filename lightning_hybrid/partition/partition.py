@@ -21,6 +21,7 @@ from lightning_hybrid.analyze.trace import Trace
 from lightning_hybrid.analyze.units import CallSwitch
 from lightning_hybrid.partition.batch_norm import global_batch_norm
 from lightning_hybrid.partition.build import BuildTape
+from lightning_hybrid.partition.gradient_hooks import GradientHooks
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.ownership import Parameters
 from lightning_hybrid.partition.shard import shard_replicas
@@ -65,6 +66,9 @@ class Partition:
     """For each weight that several pipeline ranks hold, this one included: the group of its holders."""
     absent: bool = False
     """Whether what this replica runs at present counts for nothing (see `execute.samplers.Uneven`)."""
+    gradient_hooks: GradientHooks | None = None
+    on_remove: Callable[[], None] | None = None
+    """What is undone first when the partition is taken off."""
     _overrides: list[tuple[nn.Module, Callable]] = field(default_factory=list)
     _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
 
@@ -81,6 +85,7 @@ class Partition:
             tape: The tape on which the module was built, if it has no weights yet.
         """
         before = {m: [set(table) for table in hook_tables(m)] for m in self.root.modules()}
+        self.gradient_hooks = GradientHooks(self.parameters)
         held = self._held_names()
         layout = self.plan.layout
         self.parameters.release([n for n in self.parameters.names if n not in held], device)
@@ -112,6 +117,8 @@ class Partition:
                 self.root, step_module, blocks, self.parameters, held, mesh, make_real
             )
             self._overrides += overrides
+        self.gradient_hooks.attach()
+        self.gradient_hooks.pass_on([self.step_module, *self.root.modules()])
         self._create_shared_groups()
         self._hooks = self._new_hooks(before)
 
@@ -130,10 +137,25 @@ class Partition:
 
     def remove(self) -> None:
         """Takes everything off. Collective; afterwards every rank has the user's module with all present weights."""
+        if self.on_remove is not None:
+            self.on_remove()
         self.reshard()
+        hooks = self.gradient_hooks
+        if hooks is not None:
+            hooks.collect()
         wholes = {name: self.whole_parameter(name) for name in self.parameters.names}
         if self.tensor is not None:
             self.tensor.remove()
+        self._take_off_modules()
+        for name, whole in wholes.items():
+            present = self.parameters[name]
+            if self.tensor is None or isinstance(present, Ghost):
+                self.parameters.put(name, nn.Parameter(whole, requires_grad=self.parameters.requires_grad[name]))
+        if hooks is not None:
+            hooks.attach()
+        self._share_buffers()
+
+    def _take_off_modules(self) -> None:
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 forget_fully_shard(module)
@@ -144,11 +166,6 @@ class Partition:
         for module, _ in self._overrides:
             del module.__dict__["forward"]
         self.switch.remove()
-        for name, whole in wholes.items():
-            present = self.parameters[name]
-            if self.tensor is None or isinstance(present, Ghost):
-                self.parameters.put(name, nn.Parameter(whole, requires_grad=self.parameters.requires_grad[name]))
-        self._share_buffers()
 
     def reshard(self) -> None:
         """Frees what `fsdp` has gathered for evaluation, so that parameters are the sharded ones again."""

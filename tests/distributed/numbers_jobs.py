@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 import zlib
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -305,3 +306,64 @@ def precise(
         "scale": scaler.get_scale() if (scaler := getattr(trainer.precision_plugin, "scaler", None)) else None,
         "optimizer": {str(v.dtype) for v in state if v.ndim},
     }
+
+
+class Hooked(Plain):
+    """Hooks of the user on gradients, and gradients taken inside of the step.
+
+    Args:
+        when: When the hooks are put on: in `__init__`, `configure_model` or `on_train_start`.
+        penalty: Whether the loss has a penalty on gradients, which `torch.autograd.grad` gives.
+    """
+
+    def __init__(self, when: str = "", penalty: bool = False) -> None:
+        super().__init__()
+        self.when, self.penalty = when, penalty
+        self.fired: list[str] = []
+        self.norms: list[float] = []
+        if when == "configure_model":
+            del self.stem
+            self.blocks = self.head = None
+        if when == "__init__":
+            self._hook()
+
+    def _hook(self) -> None:
+        first, second = self.blocks[1].up.weight, self.blocks[2].down.weight
+        first.register_hook(self._halved)
+        second.register_post_accumulate_grad_hook(lambda p: self.fired.append("accumulated"))
+
+    def _halved(self, gradient):
+        self.fired.append("computed")
+        return gradient * 0.5
+
+    def configure_model(self):
+        absent = self.blocks is None
+        super().configure_model()
+        if absent:
+            self._hook()
+
+    def on_train_start(self):
+        if self.when == "on_train_start":
+            self._hook()
+
+    def training_step(self, batch, batch_idx):
+        if not self.penalty:
+            return super().training_step(batch, batch_idx)
+        x = batch["x"].requires_grad_()
+        logits = self(x)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), x, create_graph=True)
+        loss = nn.functional.cross_entropy(logits, batch["y"])
+        return loss + 0.1 * gradient.square().sum(1).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def hooked(layout: str | None, module_options: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Trains with hooks on gradients."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Hooked(**module_options)
+    trainer, replicas = trainer_for(layout, **options)
+    trainer.fit(module, DataLoader(Numbers(), batch_size=16 // replicas))
+    return {"weights": weights(trainer, module), "fired": Counter(module.fired)}
