@@ -52,6 +52,8 @@ class _Verdict:
     """The cause of a failed run, once it is decided."""
 
     cause: Cause | None = None
+    alone: bool = False
+    """Whether this rank has decided by itself, without a store."""
     at: float = 0.0
     decided: threading.Event = field(default_factory=threading.Event)
     known_to_all: threading.Event = field(default_factory=threading.Event)
@@ -337,7 +339,7 @@ class Watch:
     def _accept(self, lookout: Lookout, cause: Cause) -> None:
         verdict = self._verdict
         if verdict.cause is None:
-            verdict.at, verdict.cause = time.monotonic(), cause
+            verdict.alone, verdict.at, verdict.cause = lookout.is_alone, time.monotonic(), cause
         verdict.decided.set()
 
     def _enforce(self, lookout: Lookout, cause: Cause) -> None:
@@ -373,10 +375,12 @@ class Watch:
         verdict = self._verdict
         with verdict.lock:
             if verdict.speech is None:
-                try:
-                    verdict.speech = lookout.is_first_alive() if lookout.is_alone else lookout.board.claim_speech()
-                except (RuntimeError, OSError):
+                verdict.speech = False
+                if verdict.alone:
                     verdict.speech = lookout.is_first_alive()
+                else:
+                    with contextlib.suppress(RuntimeError):  # a store that is gone since has ended after a speech
+                        verdict.speech = lookout.board.claim_speech()
         return verdict.speech
 
 

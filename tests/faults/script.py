@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_hybrid import HybridStrategy, Layout
+from lightning_hybrid._torch_private import limit_waiting
 from tests.distributed.jobs import Classifier, Numbers, quiet
 from tests.faults.inject import FailAt, Fault
 
@@ -67,6 +68,17 @@ class Report(L.Callback):
         (self.folder / f"seen{own_rank()}.json").write_text(json.dumps(self.seen))
 
 
+class Patience(L.Callback):
+    """Collectives wait this long in training; the start of processes takes longer on a busy machine."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+    def on_train_start(self, *_: Any) -> None:
+        if self.seconds is not None:
+            limit_waiting(timedelta(seconds=self.seconds))
+
+
 def own_rank() -> int:
     """From the environment, which workers of a data loader share."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
@@ -82,6 +94,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=None)
     parser.add_argument("--place", default="callback")
     parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--patience", type=float)
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--differs", default="")
@@ -97,7 +110,7 @@ def main() -> None:
     warnings.simplefilter("default", RuntimeWarning)
     L.seed_everything(7, verbose=False)
     module, data = Module(width=24 if options.differs == "width" and mine else 16), Data(BATCHES * 8)
-    callbacks: list[L.Callback] = [Report(options.out)]
+    callbacks: list[L.Callback] = [Report(options.out), Patience(options.patience)]
     if options.kind:
         fault = Fault(options.kind, options.rank, options.step, options.place, options.out / "struck")
         module.fault = data.fault = fault
