@@ -109,7 +109,15 @@ def first_batch(loaders: Any) -> Any:
         return {k: first_batch(v) for k, v in loaders.items()}
     if isinstance(loaders, list | tuple):
         return type(loaders)(first_batch(v) for v in loaders)
-    with random_streams_kept(), place_kept(loaders), place_kept(getattr(loaders, "dataset", None)):
+    batches = getattr(loaders, "batch_sampler", None)
+    owners = [
+        loaders,
+        *(getattr(loaders, k, None) for k in ("dataset", "sampler")),
+        getattr(batches, "sampler", batches),
+    ]
+    with random_streams_kept(), ExitStack() as stack:
+        for owner in {id(o): o for o in owners}.values():
+            stack.enter_context(place_kept(owner))
         if isinstance(loaders, DataLoader):
             return _first_of_data_loader(loaders)
         iterator = iter(loaders)

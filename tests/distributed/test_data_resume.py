@@ -32,7 +32,7 @@ CASES: list[tuple[str, tuple[str, int], str, str, dict[str, Any]]] = [
     ("own generator", LATER, "dp2", "fsdp2", {}),
     ("own generator", VALIDATION_END, "dp2", "dp2", {}),
     ("own sampler", LATER, "dp2", "dp2", {}),
-    ("own sampler", EPOCH_END, "dp2", "tp2", {}),
+    ("own sampler", EPOCH_END, "tp2", "dp2", {}),
     ("given batches", LATER, "tp2", "dp2", {}),
     ("noise", LATER, "dp2", "pp2", {}),
     ("noise", LATER, "fsdp2", "dp2", {"loader_options": {"num_workers": 2}}),
