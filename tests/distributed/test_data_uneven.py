@@ -55,7 +55,8 @@ def assert_like_one_process(results: list[dict], expected: dict, layout: str) ->
         assert set(result["metrics"]) == set(expected["metrics"])
         for key, value in expected["metrics"].items():
             assert result["metrics"][key] == pytest.approx(value, rel=2e-5, abs=1e-6), key
-        for name, value in expected["buffers"].items():
+        # a stage's statistics are on its own rank, here the first
+        for name, value in expected["buffers"].items() if result is results[0] or "pp" not in layout else ():
             torch.testing.assert_close(result["buffers"][name], value, rtol=2e-5, atol=2e-6, msg=name)
     if layout in ("dp2", "fsdp2"):
         of_replicas = [results[0]["steps"], results[1]["steps"]]
