@@ -10,18 +10,11 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.distributed import (
-    _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
-    _sync_ddp_if_available,
 )
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -33,6 +26,7 @@ from lightning_hybrid.execute import agreement, start, state
 from lightning_hybrid.execute.averaging import follow_partition
 from lightning_hybrid.execute.callback_views import follow_callbacks
 from lightning_hybrid.execute.checkpoints import Checkpoints
+from lightning_hybrid.execute.connected import ConnectedStrategy
 from lightning_hybrid.execute.data import ReplicaData
 from lightning_hybrid.execute.launcher import HybridLauncher
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
@@ -47,7 +41,7 @@ from lightning_hybrid.plan.stages import SCHEDULES
 from lightning_hybrid.spec.layout import Layout
 
 
-class HybridStrategy(ParallelStrategy):
+class HybridStrategy(ConnectedStrategy):
     """Trains any LightningModule, unmodified, under a layout of replicas, sharding, tensor and pipeline parallelism.
 
     Args:
@@ -82,7 +76,7 @@ class HybridStrategy(ParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
-        super().__init__()
+        super().__init__(process_group_backend, Watch(timeout or DEFAULT_TIMEOUT))
         if schedule not in SCHEDULES:
             raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}. Got {schedule!r}.")
         if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
@@ -91,17 +85,14 @@ class HybridStrategy(ParallelStrategy):
             raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {on_nonfinite!r}.")
         self._layout = Layout.parse(layout) if isinstance(layout, str) else layout
         self._schedule, self._microbatches, self._tensor_plan = schedule, microbatches, tensor_plan
-        self._compile, self._backend, self._timeout = compile, process_group_backend, timeout
-        self._mesh: Mesh | None = None
+        self._compile, self._timeout = compile, timeout
         self._runner: Runner | None = None
         self.checkpoints = Checkpoints(checkpoints, timeout)
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._steps: OptimizerSteps | None = None
         self._splits_data: bool | None = None
         self._data: ReplicaData | None = None
-        self._watch = Watch(timeout or DEFAULT_TIMEOUT)
         self._preemption = Preemption(lambda wanted: self.reduce_boolean_decision(wanted, all=False))
-        self.num_nodes = 1
 
     # ---- what Lightning asks about
 
@@ -109,13 +100,6 @@ class HybridStrategy(ParallelStrategy):
     def layout(self) -> Layout:
         """The layout; with none given, `fsdp` over all devices."""
         return self._layout or Layout(fsdp=self.num_nodes * self.num_processes)
-
-    @property
-    def mesh(self) -> Mesh:
-        """This rank's place in the layout, once the processes are connected."""
-        if self._mesh is None:
-            raise RuntimeError("`strategy.mesh` is there only after the processes have been connected (Trainer.fit).")
-        return self._mesh
 
     @property
     def runner(self) -> Runner:
@@ -137,40 +121,6 @@ class HybridStrategy(ParallelStrategy):
         if self._data is None:
             raise RuntimeError("`strategy.data` is there only after the processes have been connected (Trainer.fit).")
         return self._data
-
-    @property
-    def _module(self) -> pl.LightningModule:
-        if self.lightning_module is None:
-            raise RuntimeError("The strategy has no LightningModule yet; it gets it from the Trainer.")
-        return self.lightning_module
-
-    @property
-    def _environment(self) -> ClusterEnvironment:
-        if self.cluster_environment is None:
-            raise RuntimeError("The strategy has no cluster environment yet; it gets it from the Trainer.")
-        return self.cluster_environment
-
-    @property
-    def is_distributed(self) -> bool:
-        """True: Lightning injects distributed samplers and reduces what is logged with `sync_dist`."""
-        return True
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        if self.parallel_devices is None:
-            raise RuntimeError("The strategy has no devices yet; it gets them from the Trainer.")
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_processes(self) -> int:
-        """Processes on this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    @property
-    def process_group_backend(self) -> str | None:
-        """The backend of the default process group."""
-        return self._backend
 
     @property
     @override
@@ -226,11 +176,6 @@ class HybridStrategy(ParallelStrategy):
             party = meet(self._environment, self.global_rank, self.world_size, self._timeout, facts, check)
         self._watch.connect(party)
         agreement.check_facts(party.facts)
-
-    def _set_world_ranks(self) -> None:
-        self._environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self._environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -353,47 +298,6 @@ class HybridStrategy(ParallelStrategy):
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         return self.steps.step(super().optimizer_step, optimizer, closure, model, **kwargs)
-
-    # ---- collectives; none once a rank has failed, when callbacks may still ask for them
-
-    @property
-    def _connected(self) -> bool:
-        return _distributed_is_initialized() and not self._watch.failing
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if self._connected:
-            if dist.get_backend() == "nccl":
-                dist.barrier(device_ids=[self.root_device.index or 0])
-            else:
-                dist.barrier()
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not self._connected:
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src)
-        return box[0]
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduces over the replicas: ranks of `tp` and `pp` hold copies of the same value."""
-        if not isinstance(tensor, Tensor) or not self._connected:
-            return tensor
-        if group is None and self._mesh is not None:
-            if self.mesh.layout.replicas == 1:
-                return tensor
-            group = self.mesh.replica_group
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if not self._connected:
-            return decision
-        votes = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(votes)
-        return bool(votes == self.world_size) if all else bool(votes)
 
     # ---- state
 
