@@ -6,6 +6,7 @@ import random
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -367,3 +368,79 @@ def hooked(layout: str | None, module_options: dict[str, Any], **options: Any) -
     trainer, replicas = trainer_for(layout, **options)
     trainer.fit(module, DataLoader(Numbers(), batch_size=16 // replicas))
     return {"weights": weights(trainer, module), "fired": Counter(module.fired)}
+
+
+def _groups(module: L.LightningModule) -> Any:
+    """A rate for every weight, and a schedule that changes rate and momentum every step."""
+    parameters = [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(module.parameters())]
+    optimizer = torch.optim.SGD(parameters, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=6)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+OPTIMIZERS: dict[str, Callable[[L.LightningModule], Any]] = {
+    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, eps=1e-4),
+    "AdamW, foreach": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, eps=1e-4, foreach=True),
+    "AdamW, fused": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, eps=1e-4, fused=True),
+    "SGD, foreach": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, foreach=True),
+    "SGD, fused": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, fused=True),
+    "Adafactor": lambda m: torch.optim.Adafactor(m.parameters(), lr=0.01),
+    "LBFGS": lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3),
+    "groups and a schedule": _groups,
+}
+
+
+class Optimized(Plain):
+    """Any optimizer, a warm-up by hand, clipping of the user's own.
+
+    Args:
+        optimizer: A key of `OPTIMIZERS`.
+        warm_up: Whether `optimizer_step` sets the rate.
+        clip: `""`, `"configured"` (`configure_gradient_clipping`) or `"by hand"` (two optimizers, stepped by hand).
+    """
+
+    def __init__(self, optimizer: str = "AdamW", warm_up: bool = False, clip: str = "") -> None:
+        super().__init__(manual=clip == "by hand")
+        self.optimizer, self.warm_up, self.clip = optimizer, warm_up, clip
+
+    def training_step(self, batch, batch_idx):
+        if self.clip != "by hand":
+            return super().training_step(batch, batch_idx)
+        optimizers: Any = self.optimizers()
+        for optimizer, kind, value in zip(optimizers, ("norm", "value"), (0.05, 0.01), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(self._loss(batch))
+            self.clip_gradients(optimizer, gradient_clip_val=value, gradient_clip_algorithm=kind)
+            optimizer.step()
+        return None
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        value: Any = 0.03 if self.clip == "configured" else gradient_clip_val
+        self.clip_gradients(optimizer, gradient_clip_val=value, gradient_clip_algorithm=gradient_clip_algorithm)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        if self.warm_up:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * (batch_idx + 1)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def configure_optimizers(self):
+        return super().configure_optimizers() if self.clip == "by hand" else OPTIMIZERS[self.optimizer](self)
+
+
+def optimized(layout: str | None, module_options: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
+    """The weights after training with an optimizer."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Optimized(**module_options)
+    trainer, replicas = trainer_for(layout, **options)
+    trainer.fit(module, DataLoader(Numbers(96), batch_size=16 // replicas))
+    return weights(trainer, module)
+
+
+def whole_model_compiled(layout: str) -> None:
+    """A LightningModule that the user has compiled."""
+    quiet()
+    trainer, _ = trainer_for(layout)
+    compiled: Any = torch.compile(Plain())
+    trainer.fit(compiled, DataLoader(Numbers(), batch_size=8))

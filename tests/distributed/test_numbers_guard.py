@@ -42,7 +42,11 @@ def stopped(results: list[dict]) -> str:
     return shown[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+OFTEN = {"a loss, dp", "a gradient, fsdp", "a gradient, tp", "a gradient, last stage"}
+"""An error ends the ranks, and new ones have to connect: the other cases run with the slow tests."""
+
+
+@pytest.mark.parametrize("case", [c if c in OFTEN else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_all_ranks_stop_before_the_update(ranks2: RankGroup, case):
     layout, options, message = CASES[case]
     results = ranks2.call(jobs.poisoned, layout, None, options)
