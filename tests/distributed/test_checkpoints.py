@@ -38,6 +38,7 @@ def assert_goes_on(resumed: list[dict], whole: list[dict], step: int) -> None:
         assert (again["lr"], again["seen"], again["random"]) == (before["lr"], before["seen"], before["random"])
 
 
+@pytest.mark.feature("resuming in mid-epoch, bit for bit")
 @pytest.mark.parametrize("layout", TWO)
 def test_the_same_layout_goes_on_bit_for_bit(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = ranks2.call(jobs.run, layout, str(tmp_path))
@@ -46,6 +47,7 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks2: RankGroup, tmp_path: Path, 
         assert_goes_on(resumed, whole, step)
 
 
+@pytest.mark.feature("resuming in mid-epoch, bit for bit")
 @pytest.mark.parametrize("layout", FOUR)
 def test_the_same_product_goes_on_bit_for_bit(ranks4: RankGroup, tmp_path: Path, layout: str):
     whole = ranks4.call(jobs.run, layout, str(tmp_path))
@@ -79,13 +81,15 @@ def test_from_one_layout_and_world_size_to_others(ranks2: RankGroup, ranks4: Ran
         torch.testing.assert_close(third["weights"][name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [("fsdp2", "pp2"), ("pp2", "tp2"), ("tp2", "fsdp2"), ("dp2", "pp2")])
-def test_to_another_layout_in_mid_epoch(ranks2: RankGroup, tmp_path: Path, saved: str, resumed: str):
+@pytest.mark.feature("resuming from another layout, with the same losses")
+@pytest.mark.parametrize(("saved", "layout"), [("fsdp2", "pp2"), ("pp2", "tp2"), ("tp2", "fsdp2"), ("tp2", "dp2")])
+def test_to_another_layout_in_mid_epoch(ranks2: RankGroup, tmp_path: Path, saved: str, layout: str):
     whole = ranks2.call(jobs.run, saved, str(tmp_path), dropout=0.0, every=3)[0]
-    again = ranks2.call(jobs.run, resumed, ckpt_path=str(tmp_path / "step=3.ckpt"), dropout=0.0)[0]
+    again = ranks2.call(jobs.run, layout, ckpt_path=str(tmp_path / "step=3.ckpt"), dropout=0.0)[0]
     assert again["losses"] == pytest.approx({s: whole["losses"][s] for s in range(4, LAST + 1)}, rel=1e-6)
 
 
+@pytest.mark.feature("checkpoints: consolidated into one plain file")
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2", "pp2"])
 def test_one_plain_file(ranks2: RankGroup, tmp_path: Path, layout: str):
     """What Lightning loads in one process, goes on from there, and what any program reads."""
@@ -112,6 +116,7 @@ def test_one_plain_file(ranks2: RankGroup, tmp_path: Path, layout: str):
     assert whole["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
+@pytest.mark.feature("checkpoints: going on from a plain file of Lightning")
 @pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
 def test_a_plain_file_of_lightning_is_a_starting_point(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = jobs.run(None, str(tmp_path), dropout=0.0, every=jobs.STEPS_PER_EPOCH, shuffle=False)
@@ -122,6 +127,7 @@ def test_a_plain_file_of_lightning_is_a_starting_point(ranks2: RankGroup, tmp_pa
     assert again["losses"] == pytest.approx({s: whole["losses"][s] for s in steps}, rel=1e-5)
 
 
+@pytest.mark.feature("`on_save_checkpoint` and `on_load_checkpoint`")
 @pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
 def test_hooks_change_what_is_saved_and_loaded(ranks2: RankGroup, tmp_path: Path, layout: str):
     ranks2.call(jobs.run, layout, str(tmp_path), kind="Hooks", every=5, max_epochs=1)
@@ -137,6 +143,7 @@ def test_hooks_change_what_is_saved_and_loaded(ranks2: RankGroup, tmp_path: Path
     assert torch.equal(results[0]["weights"]["norm.bias"], torch.full((16,), 0.25))
 
 
+@pytest.mark.feature("checkpoints: sharded, each element written once")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
 def test_every_element_is_written_once(ranks2: RankGroup, tmp_path: Path, layout: str):
     """No rank writes what another one writes; replicas share the work."""
@@ -175,6 +182,7 @@ def test_a_damaged_checkpoint_is_refused_by_all_ranks(ranks2: RankGroup, tmp_pat
         ranks2.call(jobs.run, "pp2", ckpt_path=str(tmp_path / "step=5.ckpt"))
 
 
+@pytest.mark.feature('`ckpt_path="last"` falls back to the newest intact one')
 @pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
 def test_last_is_the_newest_that_is_intact(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = ranks2.call(jobs.run, layout, str(tmp_path))
