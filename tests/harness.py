@@ -66,8 +66,9 @@ class RankFailure:
     @property
     def is_secondary(self) -> bool:
         """Whether this is only the echo of another rank's failure, or a quiet end because another rank reports."""
-        quiet = self.kind in ("Hang", "SystemExit", "RankFailed") or (self.kind == "Exit" and " code 1 " in self.message)
-        return quiet or bool(SECONDARY_ERROR.search(f"{self.kind}: {self.message}"))
+        quiet = self.kind in ("Hang", "SystemExit", "RankFailed")
+        ended = self.kind == "Exit" and " code 1 " in self.message
+        return quiet or ended or bool(SECONDARY_ERROR.search(f"{self.kind}: {self.message}"))
 
 
 class RankError(RuntimeError):
