@@ -107,8 +107,8 @@ class Logs(Base):
             self.log(name, reduced, reduce_fx=reduce_fx, on_step=True, on_epoch=True)
         if batch_idx % 2:
             self.log("sometimes", loss, on_epoch=True)
-        for _ in range(2):
-            self.log("twice", loss, on_epoch=True)
+        for i in range(2):
+            self.log("twice", loss * (1 + i), on_epoch=True)
         self.log("rank zero", 1.0 + batch_idx, rank_zero_only=True)
         return {"loss": loss, "index": batch["index"], "confidence": logits.softmax(1).amax(1).mean(), "note": "same"}
 
