@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
@@ -141,13 +144,48 @@ def _chunks(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     return chunks
 
 
-def sum_over_holders(shared: Mapping[str, dist.ProcessGroup], parameter: Callable[[str], Tensor]) -> None:
-    """Sums the gradients of weights that several pipeline ranks hold, so that all copies take the same update."""
+def sum_over_holders(
+    shared: Mapping[str, dist.ProcessGroup],
+    parameter: Callable[[str], Tensor],
+    summed: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Sums the gradients of weights that several pipeline ranks hold, so that all copies take the same update.
+
+    Args:
+        shared: The group of the holders of each of these weights.
+        parameter: Gives a weight by name.
+        summed: What of a weight's gradient is a sum over the holders already.
+    """
     for name, group in shared.items():
         weight = parameter(name)
+        if not weight.requires_grad:
+            continue
+        users = torch.tensor(float(weight.grad is not None), device=weight.device)
+        dist.all_reduce(users, group=group)
         if weight.grad is None:
+            if users.item() == 0:  # as in one process: an optimizer would take a zero and decay the weight
+                continue
             weight.grad = torch.zeros_like(weight)
-        dist.all_reduce(local(weight.grad), group=group)
+        gradient, earlier = local(weight.grad), summed.get(name)
+        if earlier is not None:
+            gradient -= earlier
+        dist.all_reduce(gradient, group=group)
+        if earlier is not None:
+            gradient += earlier
+
+
+def gradients_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of this rank's parts of the gradients that these weights have."""
+    return {name: local(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
+
+
+def seen_after_backward(trainer: pl.Trainer) -> bool:
+    """Whether user code sees, and may change, the gradients after every backward pass, so of every accumulated batch.
+
+    In one process they are complete there.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+    return any(is_overridden("on_after_backward", x) for x in (trainer.lightning_module, *callbacks))
 
 
 def refusal_of_gradients(layout: Layout) -> str:

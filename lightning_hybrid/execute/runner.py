@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from lightning_hybrid.execute.gradients import (
     GradientsOfPipeline,
     ReplicaReducer,
     SetAside,
+    gradients_of,
     refuse_gradients,
     sum_over_holders,
 )
@@ -60,6 +61,8 @@ class Runner:
         self._microbatches = 1 if has_batch_norm(root) else microbatches  # statistics are those of the whole batch
         self.optimizer_names: dict[int, list[list[str]]] = {}
         self._sync = True
+        self.gradients_are_seen = False
+        """Whether a hook of the user, on any rank, sees the gradients of every accumulated batch."""
         self.uneven: Uneven | None = None
         self.absent = False
         layout = partition.plan.layout
@@ -155,12 +158,13 @@ class Runner:
         return gradients_taken_by(refuse_gradients(layout)) if layout.fsdp > 1 else nullcontext()
 
     def _pipelined_step(self, pipeline: Pipeline, *args: Any) -> Any:
-        held = [p for p in self.partition.parameters.held().values() if p.requires_grad]
+        held = self.partition.parameters.held()  # sharded, where `fsdp` divides them
+        shared = {name: held[name] for name in self.partition.shared_groups}
         if self._sharded is not None:
             self._sharded.set_requires_gradient_sync(False)
             self._sharded.set_is_last_backward(False)
             self._sharded.set_reshard_after_backward(False)
-        aside = SetAside(held)
+        aside = SetAside(p for p in held.values() if p.requires_grad)
         scale: Any = 1.0 / self.root.trainer.accumulate_grad_batches
         scaler = getattr(self.precision, "scaler", None)
         if scaler is not None:  # Lightning scales a loss whose gradients the schedule has computed already
@@ -170,17 +174,18 @@ class Runner:
         aside.keep()
         mean_loss, extras = self._log("training_step", recorder, loss, extras)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
-        mean_loss = GradientsOfPipeline.apply(anchor, mean_loss, partial(self._deliver, aside))
+        mean_loss = GradientsOfPipeline.apply(anchor, mean_loss, partial(self._deliver, aside, shared))
         return {"loss": mean_loss, **extras} if extras else mean_loss
 
-    def _deliver(self, aside: SetAside) -> None:
+    def _deliver(self, aside: SetAside, shared: Mapping[str, Tensor]) -> None:
+        summed = gradients_of(shared) if self.gradients_are_seen else {}
         aside.add()
         if self._sync:
             if self._sharded is not None:
                 finish_sharded_backward(self._sharded)
             if self.reducer is not None:
                 self.reducer.finish()
-            sum_over_holders(self.partition.shared_groups, self.partition.parameters.__getitem__)
+            sum_over_holders(self.partition.shared_groups, shared.__getitem__, summed)
 
     def _log(
         self, step: str, recorder: LogRecorder, loss: Tensor | None = None, extras: dict[str, Any] | None = None
@@ -198,8 +203,11 @@ class Runner:
 
     @contextmanager
     def gradients_stay_local(self) -> Iterator[None]:
-        """Inside, backward passes accumulate without communication (all but the last accumulated batch)."""
-        self._set_sync(False)
+        """Inside, backward passes accumulate without communication (all but the last accumulated batch).
+
+        Not where a hook of the user sees the gradients in between.
+        """
+        self._set_sync(self.gradients_are_seen)
         try:
             yield
         finally:

@@ -28,6 +28,7 @@ from lightning_hybrid.execute.callback_views import follow_callbacks
 from lightning_hybrid.execute.checkpoints import Checkpoints
 from lightning_hybrid.execute.connected import ConnectedStrategy
 from lightning_hybrid.execute.data import ReplicaData
+from lightning_hybrid.execute.gradients import seen_after_backward
 from lightning_hybrid.execute.launcher import HybridLauncher
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
 from lightning_hybrid.execute.planning import Request
@@ -212,6 +213,7 @@ class HybridStrategy(ConnectedStrategy):
         follow_callbacks(trainer, self._runner)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            self._runner.gradients_are_seen = self.reduce_boolean_decision(seen_after_backward(trainer), all=False)
         self.setup_precision_plugin()
         if self._steps is None or self._steps.runner is not self._runner:
             self._steps = OptimizerSteps(self.runner, self.precision_plugin, self._on_nonfinite)

@@ -1,0 +1,65 @@
+"""Modules and calls for the tests of what users do with gradients and parameter groups; they run on every rank."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch.utils.data import DataLoader
+
+from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
+
+
+class Gradients(L.Callback):
+    """Reads gradients where users do, and changes them in place.
+
+    Args:
+        factor: By what gradients are multiplied, in the hook `where`.
+        where: The hook.
+    """
+
+    def __init__(self, factor: float = 1.0, where: str = "") -> None:
+        self.factor, self.where = factor, where
+        self.found: list[tuple[str, dict[str, torch.Tensor]]] = []
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._use("on_after_backward", trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self._use("on_before_optimizer_step", trainer, pl_module)
+
+    def _use(self, hook: str, trainer: L.Trainer, root: L.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        present = {n: p.grad for n, p in root.named_parameters() if p.grad is not None}
+        if hasattr(strategy, "runner"):
+            present = {n: strategy.runner.partition.gathered(n, g) for n, g in present.items()}
+        self.found.append((hook, {n: g.detach().clone() for n, g in present.items()}))
+        if hook == self.where:
+            for parameter in root.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.factor)
+
+
+def with_gradients(
+    layout: str | None, callback_options: dict[str, Any], *, tied: str = "", alone: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Trains with a callback that uses gradients.
+
+    Args:
+        layout: The layout; None: one process.
+        callback_options: Arguments of `Gradients`.
+        tied: Whether the first and the last block share a weight: `trained` or `frozen`.
+        alone: Whether rank 0 alone has the callback.
+        **options: Arguments of the Trainer.
+    """
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module, callback = Classifier(optimizer="adamw"), Gradients(**callback_options)
+    if tied:
+        module.blocks[3].up.weight = module.blocks[0].up.weight.requires_grad_(tied == "trained")
+    here = not alone or os.environ.get("RANK", "0") == "0"
+    trainer, replicas = trainer_for(layout, callbacks=[callback] if here else [], **options)
+    trainer.fit(module, DataLoader(Numbers(), batch_size=16 // replicas))
+    return {"weights": weights(trainer, module), "found": callback.found}
