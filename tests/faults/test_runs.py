@@ -106,7 +106,7 @@ def test_killed(layout: str, devices: int, rank: int, launcher: Launcher, tmp_pa
     ("kind", "layout", "devices", "rank"),
     [
         ("hang", "dp2", 2, 1),
-        ("stop", "pp2", 2, 1),
+        _slow("stop", "pp2", 2, 1),
         _slow("stop", "pp2", 2, 0),
         _slow("hang", "pp2", 2, 0),
         _slow("hang", "dp2-pp2", 4, 2),
@@ -115,8 +115,10 @@ def test_killed(layout: str, devices: int, rank: int, launcher: Launcher, tmp_pa
 def test_hang(kind: str, layout: str, devices: int, rank: int, tmp_path: Path) -> None:
     """Named with the place in the user's code, or as stopped; ended, although it cannot end itself."""
     fault = ("--kind", kind, "--rank", str(rank), "--step", "7", "--place", "training_step")
-    outcome = run(tmp_path, devices, "--layout", layout, *fault, "--patience", str(TIMEOUT_SECONDS))
-    _check_end(outcome, TIMEOUT_SECONDS + BOUND_SECONDS)
+    # a connection between two stages keeps the time-out it was made with
+    waiting, seconds = ("--timeout", 20.0) if "pp" in layout else ("--patience", TIMEOUT_SECONDS)
+    outcome = run(tmp_path, devices, "--layout", layout, *fault, waiting, str(seconds))
+    _check_end(outcome, seconds + BOUND_SECONDS)
     (said,) = re.findall(rf"{ERROR}(Rank {rank} of .*)", outcome.output)
     assert "of batch 7" in said
     if kind == "hang":
