@@ -173,7 +173,12 @@ def loaders_of_running_batch(trainer: pl.Trainer) -> tuple[list[Any] | None, int
     progress = (loop.epoch_loop if loop is trainer.fit_loop else loop).batch_progress
     combined, fetcher = loop._combined_loader, loop._data_fetcher
     ahead = 0 if fetcher is None else max(0, fetcher.fetched - progress.current.ready)
-    return (None if combined._mode == "sequential" else combined.flattened), ahead
+    return (None if reads_in_turn(combined) else combined.flattened), ahead
+
+
+def reads_in_turn(combined: Any) -> bool:
+    """Whether a `CombinedLoader` reads one loader after the other."""
+    return combined._mode == "sequential"
 
 
 def hands_out_its_iterator(trainer: pl.Trainer) -> bool:

@@ -9,12 +9,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_convert
 
+from lightning_hybrid._lightning_private import reads_in_turn
 from lightning_hybrid.analyze.preserve import random_streams_kept
+from lightning_hybrid.execute.data_loader import users_loader
 from lightning_hybrid.spec.errors import PartitionError
+
+_NONE: Any = object()
+"""In the place of a batch where there is none."""
 
 
 def batch_size(batch: Any) -> int:
@@ -99,35 +105,75 @@ def signature(batch: Any) -> Hashable:
     return tuple(parts)
 
 
-def first_batch(loaders: Any) -> Any:
-    """The first batch of a loader, or of a collection of loaders, without advancing anything.
+def sample_batch(loaders: Any, *, training: bool) -> tuple[Any, tuple[int, ...]]:
+    """The first batch that a step is given, without advancing anything, and the index of its loader.
+
+    Args:
+        loaders: What the user has given: a loader, a collection, or Lightning's `CombinedLoader`.
+        training: Whether for training, which takes a batch of every loader at once and no index.
+
+    Returns:
+        The batch, and in a tuple the index if the step is given one.
 
     Raises:
-        PartitionError: If a loader can be iterated only once.
+        PartitionError: If there is no batch, or a loader can be iterated only once.
+    """
+    combined = loaders
+    if not isinstance(loaders, CombinedLoader):
+        combined = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
+    if not reads_in_turn(combined):
+        return first_batch(combined.iterables), ()
+    for number, loader in enumerate(combined.flattened):
+        batch = _first(loader)
+        if batch is not _NONE:
+            return batch, (number,) if not training and len(combined.flattened) > 1 else ()
+    raise _no_batch()
+
+
+def first_batch(loaders: Any) -> Any:
+    """The first batch of a loader, or of all loaders of a collection, without advancing anything.
+
+    Raises:
+        PartitionError: If a loader has no batch, or can be iterated only once.
     """
     if isinstance(loaders, Mapping):
         return {k: first_batch(v) for k, v in loaders.items()}
     if isinstance(loaders, list | tuple):
         return type(loaders)(first_batch(v) for v in loaders)
-    batches = getattr(loaders, "batch_sampler", None)
+    batch = _first(loaders)
+    if batch is _NONE:
+        raise _no_batch()
+    return batch
+
+
+def _no_batch() -> PartitionError:
+    return PartitionError(
+        "`layout` with `tp` or `pp` is planned with the first batch, but the data has none: its dataset is empty, or "
+        "smaller than a batch with `drop_last=True`. Give it at least one batch."
+    )
+
+
+def _first(loader: Any) -> Any:
+    loader = users_loader(loader)
+    batches = getattr(loader, "batch_sampler", None)
     owners = [
-        loaders,
-        *(getattr(loaders, k, None) for k in ("dataset", "sampler")),
+        loader,
+        *(getattr(loader, k, None) for k in ("dataset", "sampler")),
         getattr(batches, "sampler", batches),
     ]
     with random_streams_kept(), ExitStack() as stack:
         for owner in {id(o): o for o in owners}.values():
             stack.enter_context(place_kept(owner))
-        if isinstance(loaders, DataLoader):
-            return _first_of_data_loader(loaders)
-        iterator = iter(loaders)
-        if iterator is loaders:
+        if isinstance(loader, DataLoader):
+            return _first_of_data_loader(loader)
+        iterator = iter(loader)
+        if iterator is loader:
             raise PartitionError(
                 f"`layout` with `tp` or `pp` looks at the first batch before training, but the data loader of type "
-                f"{type(loaders).__name__} can be iterated only once. Wrap it in an object whose `__iter__` starts "
+                f"{type(loader).__name__} can be iterated only once. Wrap it in an object whose `__iter__` starts "
                 "anew."
             )
-        return next(iterator)
+        return next(iterator, _NONE)
 
 
 @contextmanager
@@ -145,15 +191,22 @@ def place_kept(source: Any) -> Iterator[None]:
 def _first_of_data_loader(loader: DataLoader) -> Any:
     with _generators_kept(loader):
         if isinstance(loader.dataset, IterableDataset):
-            samples: Any = itertools.islice(iter(loader.dataset), loader.batch_size or 1)
-            samples = list(samples) if loader.batch_size is not None else next(samples)
-        elif loader.batch_sampler is None:
-            samples = loader.dataset[next(iter(loader.sampler))]
+            stream = iter(loader.dataset)
+            samples: Any = next(stream, _NONE)
+            if loader.batch_size is not None and samples is not _NONE:
+                samples = [samples, *itertools.islice(stream, loader.batch_size - 1)]
         else:
-            indices = next(iter(loader.batch_sampler))
+            batched = loader.batch_sampler is not None
+            sampler: Any = loader.batch_sampler if batched else loader.sampler
+            keys: Any = next(iter(sampler), _NONE)
             fetch = getattr(loader.dataset, "__getitems__", None)
-            samples = fetch(indices) if fetch is not None else [loader.dataset[i] for i in indices]
-    return (loader.collate_fn or default_convert)(samples)
+            if keys is _NONE:
+                samples = _NONE
+            elif not batched:
+                samples = loader.dataset[keys]
+            else:
+                samples = fetch(keys) if fetch is not None else [loader.dataset[i] for i in keys]
+    return _NONE if samples is _NONE else (loader.collate_fn or default_convert)(samples)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from lightning_hybrid._lightning_private import (
 )
 from lightning_hybrid.execute import samplers
 from lightning_hybrid.execute.data_agreement import CheckedFlow
-from lightning_hybrid.execute.data_loader import BatchStream, ResumableStream, keeps_its_place, placed
+from lightning_hybrid.execute.data_loader import BatchStream, ResumableStream, keeps_its_place, placed, users_loader
 from lightning_hybrid.execute.data_samples import DealtSampler, SampleFlow, index_batches
 from lightning_hybrid.execute.data_stream import StreamFlow
 from lightning_hybrid.execute.samplers import Uneven
@@ -70,6 +70,7 @@ class ReplicaData:
 
     def process(self, loader: object) -> object:
         """The loader as this rank iterates it; collective over all ranks."""
+        loader = users_loader(loader)
         if isinstance(loader, DataLoader):
             return self._data_loader(loader)
         if not self._split and self._mesh.layout.devices == self._mesh.layout.replicas:
@@ -164,9 +165,14 @@ class ReplicaData:
             "Several training loaders are read together, and one of them is used up within a global batch. The batch "
             "is weighed by the samples of all loaders."
         )
-        sizes = [getattr(loader, "batch_size", None) or 1 for loader in loaders if hasattr(loader, "flow")]
+        sizes = [getattr(loader, "batch_size", None) for loader in loaders if hasattr(loader, "flow")]
+        if any(u is None and n is None for u, n in zip(found, sizes, strict=True)):
+            raise PartitionError(
+                "Several training loaders are read together. One of them is used up within a global batch, and another "
+                "has no `batch_size`, so the batch cannot be weighed. Set `drop_last=True`, or give a `batch_size`."
+            )
         replicas = self._mesh.layout.replicas
-        return samplers.added([u or samplers.even(replicas, n) for u, n in zip(found, sizes, strict=True)])
+        return samplers.added([u or samplers.even(replicas, n or 1) for u, n in zip(found, sizes, strict=True)])
 
     # ---- predictions
 

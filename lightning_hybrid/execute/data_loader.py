@@ -40,6 +40,7 @@ class Flow(Protocol):
 
 class _Placed(DataLoader):
     flow: Flow
+    users_loader: DataLoader
 
     def __iter__(self) -> Any:
         return self.flow.iterate(self, super().__iter__)
@@ -70,10 +71,17 @@ def placed(loader: DataLoader, flow: Flow, *, resumable: bool, **parts: Any) -> 
     kind: Any = type(loader)
     copied.__class__ = types.new_class(kind.__name__, (base,) if kind is DataLoader else (base, kind))
     # a DataLoader refuses to have its parts set, since its sampler would not know; here both are set together
-    copied.__dict__.update(parts, flow=flow, _iterator=None)
+    copied.__dict__.update(parts, flow=flow, users_loader=loader, _iterator=None)
     if "in_order" in copied.__dict__:
         copied.__dict__["in_order"] = True
     return copied
+
+
+def users_loader(loader: Any) -> Any:
+    """The user's own loader, for one that is dealt: Lightning hands those out, and they may be given to it again."""
+    if isinstance(loader, _Placed):
+        return loader.users_loader
+    return loader.loader if isinstance(loader, BatchStream) else loader
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -115,7 +115,7 @@ class SampleFlow:
             "worker_init_fn": streams.WorkerInit(loader.worker_init_fn),
         }
         # beginning again in mid-epoch must not draw from the streams once more
-        with streams.kept() if resume else nullcontext(), lent(loader, **parts):
+        with streams.kept() if resume and self._sized else nullcontext(), lent(loader, **parts):
             iterator = start()
         if self._ended and self._owned_then is not None:
             self._set_owned(self._owned_then)  # beginning has drawn from the loader's generator
@@ -201,10 +201,18 @@ class SampleFlow:
         if self._drawn_from is None:
             self._drawn_from = {"streams": streams.capture(), **self._owned()}
             return self._materialized()
-        with streams.kept():
+        with streams.kept() if self._sized else nullcontext():
             streams.restore(self._drawn_from["streams"])
             self._set_owned(self._drawn_from)
-            return self._materialized()
+            if self._sized:
+                return self._materialized()
+            # drawn again up to there, and then from the global streams, which are as they were
+            keys = iter(self._source)
+            return chain(list(islice(keys, self._first)), keys)
+
+    @property
+    def _sized(self) -> bool:
+        return hasattr(self._source, "__len__")
 
     def _owned(self) -> dict[str, list[Any]]:
         """The states of what the loader owns."""
@@ -221,7 +229,7 @@ class SampleFlow:
 
     def _materialized(self) -> Any:
         # at once, so that what happens between steps cannot change it; an endless sampler is read as it goes
-        return list(self._source) if hasattr(self._source, "__len__") else iter(self._source)
+        return list(self._source) if self._sized else iter(self._source)
 
     def _stateful(self) -> list[Any]:
         return [s for s in (self._source, getattr(self._source, "sampler", None)) if keeps_its_place(s)]
@@ -270,7 +278,7 @@ class SampleFlow:
         steps = max(0, place.processed - self._steps_before)
         used = self._first + steps * self._replicas * (self._batch_size if self._kind == "samples" else 1)
         complete = self._first + steps > 0 and place.processed >= self._trainer.num_training_batches
-        if hasattr(self._source, "__len__"):
+        if self._sized:
             used = min(used, len(self._source))
             complete = complete or self._steps(used) <= 0
         return {
@@ -298,7 +306,7 @@ class SampleFlow:
                 f"{state.get('kind')}. Resume with a loader like the one that was saved."
             )
         self._resume = {**state, "used": int(state["used"])}
-        if hasattr(self._source, "__len__") and self._trainer is not None and not state["complete"]:
+        if self._sized and self._trainer is not None and not state["complete"]:
             length = self.steps_in_all()
             if length != self._steps(0):  # the global batch is another one than before
                 self._other_length = True

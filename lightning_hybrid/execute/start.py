@@ -22,7 +22,7 @@ from lightning_hybrid._lightning_private import running_prediction
 from lightning_hybrid.analyze.preserve import random_streams_kept
 from lightning_hybrid.execute.agreement import check_parameters
 from lightning_hybrid.execute.averaging import forget_partition
-from lightning_hybrid.execute.batches import first_batch
+from lightning_hybrid.execute.batches import sample_batch
 from lightning_hybrid.execute.loggers import log_plan, watch_local_parts
 from lightning_hybrid.execute.planning import Request, check_precision, check_trainer, make_partition
 from lightning_hybrid.execute.runner import Runner
@@ -164,11 +164,8 @@ def _sample(trainer: pl.Trainer) -> tuple[str, tuple]:
     name, loop = loops[trainer.state.fn]
     with random_streams_kept():
         loaders: Any = loop._data_source.dataloader()
-    extra: tuple[int, ...] = ()
-    if name != "training_step" and isinstance(loaders, list | tuple):
-        extra = (0,) if len(loaders) > 1 else ()
-        loaders = next(iter(loaders))
-    return name, _arguments(trainer, name, first_batch(loaders), 0, extra)
+    batch, extra = sample_batch(loaders, training=name == "training_step")
+    return name, _arguments(trainer, name, batch, 0, extra)
 
 
 def _arguments(trainer: pl.Trainer, name: str, batch: Any, number: int, extra: tuple[int, ...]) -> tuple:
