@@ -28,6 +28,7 @@ from lightning_hybrid.execute.callback_views import follow_callbacks
 from lightning_hybrid.execute.checkpoints import Checkpoints
 from lightning_hybrid.execute.connected import ConnectedStrategy
 from lightning_hybrid.execute.data import ReplicaData
+from lightning_hybrid.execute.gradient_norms import gradient_norms
 from lightning_hybrid.execute.gradients import seen_after_backward
 from lightning_hybrid.execute.launcher import HybridLauncher
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
@@ -300,6 +301,14 @@ class HybridStrategy(ConnectedStrategy):
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         return self.steps.step(super().optimizer_step, optimizer, closure, model, **kwargs)
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """What `lightning.pytorch.utilities.grad_norm(module, 2)` gives in one process. Collective.
+
+        That function itself sees this rank's parts only. In `on_before_optimizer_step`:
+        `self.log_dict(self.trainer.strategy.gradient_norms())`.
+        """
+        return gradient_norms(self.runner)
 
     # ---- state
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import grad_norm
 from torch.utils.data import DataLoader
 
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
@@ -63,3 +64,28 @@ def with_gradients(
     trainer, replicas = trainer_for(layout, callbacks=[callback] if here else [], **options)
     trainer.fit(module, DataLoader(Numbers(), batch_size=16 // replicas))
     return {"weights": weights(trainer, module), "found": callback.found}
+
+
+class _Norms(L.Callback):
+    """Logs norms of gradients; those of Lightning in one process."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, float]] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        strategy: Any = trainer.strategy
+        given = hasattr(strategy, "gradient_norms")
+        norms: Any = strategy.gradient_norms() if given else grad_norm(pl_module, 2)
+        self.found.append({name: float(norm) for name, norm in norms.items()})
+        pl_module.log_dict(norms)
+
+
+def norms_of_gradients(layout: str | None, module_options: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Trains; the norms of every step, and those that were logged last."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    callback = _Norms()
+    trainer, replicas = trainer_for(layout, callbacks=[callback], **options)
+    trainer.fit(Classifier(**module_options), DataLoader(Numbers(), batch_size=16 // replicas))
+    logged = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("grad_")}
+    return {"found": callback.found, "logged": logged}

@@ -76,3 +76,15 @@ def test_a_callback_of_one_rank(ranks2: RankGroup, layout):
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "alone": True}
     results = ranks2.call(jobs.with_gradients, layout, {}, **options)
     check_weights(results[0]["weights"], jobs.with_gradients(None, {}, **options)["weights"])
+
+
+@pytest.mark.feature("norms of gradients (`strategy.gradient_norms`)")
+@pytest.mark.parametrize("optimizer", ["sgd", "head"])
+@pytest.mark.parametrize("layout", [*TWO, "dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"])
+def test_norms_of_gradients(request, layout, optimizer):
+    expected = jobs.norms_of_gradients(None, {"optimizer": optimizer})
+    assert len(expected["found"][0]) == (3 if optimizer == "head" else 21)
+    for result in group_of(request, layout).call(jobs.norms_of_gradients, layout, {"optimizer": optimizer}):
+        for found, norms in zip(result["found"], expected["found"], strict=True):
+            assert found == pytest.approx(norms, rel=1e-4)
+        assert result["logged"] == pytest.approx(expected["logged"], rel=1e-4)
