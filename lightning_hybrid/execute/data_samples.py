@@ -115,7 +115,7 @@ class SampleFlow:
             "worker_init_fn": streams.WorkerInit(loader.worker_init_fn),
         }
         # beginning again in mid-epoch must not draw from the streams once more
-        with streams.kept() if resume and self._sized else nullcontext(), lent(loader, **parts):
+        with streams.kept() if resume else nullcontext(), lent(loader, **parts):
             iterator = start()
         if self._ended and self._owned_then is not None:
             self._set_owned(self._owned_then)  # beginning has drawn from the loader's generator
@@ -201,14 +201,20 @@ class SampleFlow:
         if self._drawn_from is None:
             self._drawn_from = {"streams": streams.capture(), **self._owned()}
             return self._materialized()
-        with streams.kept() if self._sized else nullcontext():
+        with streams.kept():
             streams.restore(self._drawn_from["streams"])
             self._set_owned(self._drawn_from)
-            if self._sized:
-                return self._materialized()
-            # drawn again up to there, and then from the global streams, which are as they were
-            keys = iter(self._source)
-            return chain(list(islice(keys, self._first)), keys)
+            return self._materialized() if self._sized else self._drawn_again(self._drawn_from["streams"])
+
+    def _drawn_again(self, drawn_from: dict[str, Any]) -> Any:
+        keys = iter(self._source)
+        used = list(islice(keys, self._first))
+        if not streams.same(drawn_from, streams.capture()):
+            raise ValueError(
+                f"The sampler {type(self._source).__name__} has no length and draws from the global random streams, so "
+                "a run cannot go on in the middle of its order. Give it a `torch.Generator` of its own, or a `__len__`."
+            )
+        return chain(used, keys)
 
     @property
     def _sized(self) -> bool:

@@ -43,6 +43,17 @@ def restore(streams: Mapping[str, Any]) -> None:
     torch.set_rng_state(torch.as_tensor(streams["torch"]))
 
 
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two states that were captured are equal."""
+    (_, key, *place), (_, other_key, *other_place) = one["numpy"], other["numpy"]
+    return (
+        list(one["python"]) == list(other["python"])
+        and torch.equal(torch.as_tensor(key), torch.as_tensor(other_key))
+        and place == other_place
+        and torch.equal(torch.as_tensor(one["torch"]), torch.as_tensor(other["torch"]))
+    )
+
+
 @contextmanager
 def kept() -> Iterator[None]:
     """The global streams are afterwards as they were before."""

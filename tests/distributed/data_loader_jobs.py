@@ -168,24 +168,24 @@ def train_by_iterator(layout: str | None, samples: int) -> dict[str, Any]:
 
 
 class Endless(Sampler):
-    """Samples without an end, in an order of their own."""
+    """Samples without an end, drawn from the global stream or from a generator of its own."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, own: bool) -> None:
+        self.count, self.generator = count, torch.Generator().manual_seed(3) if own else None
 
     def __iter__(self) -> Iterator[int]:
         while True:
-            yield from torch.randperm(self.count).tolist()
+            yield from torch.randperm(self.count, generator=self.generator).tolist()
 
 
-def train_without_end(layout: str | None, save: Any = None, ckpt_path: str | None = None) -> dict[str, Any]:
+def train_without_end(layout: str | None, own: bool, save: Any = None, ckpt_path: str | None = None) -> dict[str, Any]:
     """Trains on a sampler without a length, five steps an epoch."""
     quiet()
     L.seed_everything(7, verbose=False)
     module = Recording()
     callbacks: list[L.Callback] = [SaveAt(*save)] if save else []
     trainer, replicas = trainer_for(layout, max_epochs=2, limit_train_batches=5, callbacks=callbacks)
-    loader = DataLoader(Numbers(37), GLOBAL_BATCH // replicas, sampler=Endless(37))
+    loader = DataLoader(Numbers(37), GLOBAL_BATCH // replicas, sampler=Endless(37, own))
     trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
     return _result(trainer, module)
 

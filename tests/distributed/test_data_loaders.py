@@ -113,13 +113,21 @@ def test_a_step_that_takes_an_iterator(ranks2: RankGroup, layout):
 @pytest.mark.feature("data: a sampler without a length")
 @pytest.mark.parametrize("layout", TWO)
 def test_a_sampler_without_a_length(ranks2: RankGroup, tmp_path, layout):
-    expected = data_loader_jobs.train_without_end(None)
+    expected = data_loader_jobs.train_without_end(None, True)
     path = data_jobs.file_of(tmp_path, "one.ckpt")
-    results = ranks2.call(data_loader_jobs.train_without_end, layout, save=(path, "batch", 7))
+    results = ranks2.call(data_loader_jobs.train_without_end, layout, True, save=(path, "batch", 7))
     assert_trained(results[0], expected)
-    resumed = ranks2.call(data_loader_jobs.train_without_end, "dp2", ckpt_path=path)[0]
+    resumed = ranks2.call(data_loader_jobs.train_without_end, "dp2", True, ckpt_path=path)[0]
     assert len(resumed["steps"]) == 3
     assert_trained(resumed, {**expected, "metrics": resumed["metrics"]})
+
+
+def test_an_order_from_the_global_stream_without_a_length_does_not_go_on(ranks2: RankGroup, tmp_path):
+    job = data_loader_jobs.train_without_end
+    path = data_jobs.file_of(tmp_path, "one.ckpt")
+    assert_trained(ranks2.call(job, "dp2", False, save=(path, "batch", 7))[0], job(None, False))
+    with pytest.raises(RankError, match=r"ValueError: The sampler Endless has no length.*`torch.Generator` of its own"):
+        ranks2.call(job, "dp2", False, ckpt_path=path)
 
 
 @pytest.mark.feature("data: batches of any size")

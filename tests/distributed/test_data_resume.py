@@ -65,9 +65,20 @@ def test_goes_on(ranks2: RankGroup, references, tmp_path, kind, place, saved, re
     assert seen[0] < seen[1], "what was trained on is not trained on again"
 
 
-def test_a_run_of_one_process_without_the_strategy_is_gone_on_with(ranks2: RankGroup, references):
-    """With nothing random in a sample, the strategy trains as Lightning does by itself."""
+def test_training_is_that_of_lightning_without_the_strategy(ranks2: RankGroup):
+    """With nothing random in a sample, the reference of the other tests is what Lightning does by itself."""
     _same(ranks2.call(data_jobs.train, "dp2", max_epochs=EPOCHS)[0], data_jobs.train(None, max_epochs=EPOCHS))
+
+
+@pytest.mark.parametrize("kind", ["in order", "shuffled"])
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+def test_a_checkpoint_of_lightning_in_mid_epoch_goes_on_as_in_lightning(ranks2: RankGroup, tmp_path, layout, kind):
+    """It has no place in the data: Lightning makes the steps that are left with the beginning of a new order."""
+    path = data_jobs.file_of(tmp_path, "plain.ckpt")
+    data_jobs.train(None, kind=kind, save=(path, *MIDDLE), max_epochs=2)
+    expected = data_jobs.train(None, kind=kind, ckpt_path=path, max_epochs=2)
+    assert len(expected["steps"]) == 4
+    _same(ranks2.call(data_jobs.train, layout, kind=kind, ckpt_path=path, max_epochs=2)[0], expected)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
