@@ -14,6 +14,9 @@ TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 
 pytestmark = pytest.mark.distributed
 
+KINDS = ["samples", "dropped", "stream", "batches"]
+SLOW = [(x, k) for x in ("tp2", "pp2") for k in KINDS if (x, k) not in [("tp2", "samples"), ("pp2", "dropped")]]
+
 
 def assert_trained(result: dict, expected: dict) -> None:
     for name, value in expected["weights"].items():
@@ -23,8 +26,15 @@ def assert_trained(result: dict, expected: dict) -> None:
         assert result["metrics"][key] == pytest.approx(value, rel=2e-5), key
 
 
-@pytest.mark.parametrize("kind", ["samples", "dropped", "stream", "batches"])
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        *(("dp2", kind) for kind in KINDS),
+        ("tp2", "samples"),
+        ("pp2", "dropped"),
+        *(pytest.param(layout, kind, marks=pytest.mark.slow) for layout, kind in SLOW),
+    ],
+)
 def test_without_a_batch_nothing_is_trained(ranks2: RankGroup, layout, kind):
     """As in one process; a plan of `tp` or `pp` needs a batch, and says so."""
     if layout != "dp2":
@@ -52,8 +62,8 @@ def test_an_empty_validation_dataset(ranks2: RankGroup, layout):
         assert found == pytest.approx(logged, rel=2e-5)
 
 
-@pytest.mark.feature("data: several training loaders, by mode of `CombinedLoader`")
-@pytest.mark.parametrize("mode", [None, "min_size"])
+@pytest.mark.feature("data: several training loaders")
+@pytest.mark.parametrize("mode", [None, pytest.param("min_size", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", TWO)
 def test_several_loaders(ranks2: RankGroup, layout, mode):
     """The loss is a mean over the samples of both, the last batches are uneven.

@@ -37,6 +37,7 @@ def assert_predicted(found: Any, expected: Any) -> None:
         assert (batch["batch"], batch["loader"]) == (wanted["batch"], wanted["loader"])
 
 
+@pytest.mark.feature(by="case", prefix="predictions: ")
 @pytest.mark.parametrize(
     ("layout", "case"),
     # a sample without a batch has no dimension to split, and the stack is planned with one
@@ -48,7 +49,8 @@ def test_every_rank_has_all_predictions_in_order(ranks2: RankGroup, layout, case
         assert_predicted(found, expected)
 
 
-@pytest.mark.parametrize("layout", ["fsdp2-pp2", "dp2-tp2"])
+@pytest.mark.feature("predictions: two loaders")
+@pytest.mark.parametrize("layout", ["fsdp2-pp2", pytest.param("dp2-tp2", marks=pytest.mark.slow)])
 def test_four_ranks(ranks4: RankGroup, layout):
     expected, _, _ = data_jobs.predict(None, counts=(21, 10))
     for found, _, _ in ranks4.call(data_jobs.predict, layout, counts=(21, 10)):
@@ -83,6 +85,7 @@ def test_nothing_is_gathered_that_is_not_returned(ranks2: RankGroup, layout):
         assert batches
 
 
+@pytest.mark.feature("predictions: on a stream")
 @pytest.mark.parametrize("limit", [None, 3])
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2"])

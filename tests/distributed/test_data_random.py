@@ -36,6 +36,7 @@ def expected() -> dict:
     return data_jobs.train("dp1", kind="noise")
 
 
+@pytest.mark.feature("data: random augmentations in samples, with and without workers")
 @pytest.mark.parametrize(("layout", "kind", "options"), CASES)
 def test_every_sample_comes_with_the_same_numbers(ranks2: RankGroup, expected, layout, kind, options):
     results = ranks2.call(data_jobs.train, layout, kind=kind, loader_options=options)
@@ -50,6 +51,7 @@ def test_every_sample_comes_with_the_same_numbers(ranks2: RankGroup, expected, l
         assert results[0]["noise"] == results[1]["noise"]
 
 
+@pytest.mark.feature("data: random augmentations in samples, with and without workers")
 @pytest.mark.parametrize("layout", ["dp2", "pp2"])
 def test_training_with_them_is_that_of_one_process(ranks2: RankGroup, expected, layout):
     result = ranks2.call(data_jobs.train, layout, kind="noise", loader_options={"num_workers": 2})[0]

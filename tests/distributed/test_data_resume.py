@@ -50,8 +50,9 @@ def references() -> dict[str, dict]:
     return {}
 
 
-@pytest.mark.parametrize(("kind", "place", "saved", "resumed", "options"), CASES)
-def test_goes_on(ranks2: RankGroup, references, tmp_path, kind, place, saved, resumed, options):
+@pytest.mark.feature("data: a run goes on in the middle of an epoch, saved under another layout")
+@pytest.mark.parametrize(("kind", "place", "saved", "layout", "options"), CASES)
+def test_goes_on(ranks2: RankGroup, references, tmp_path, kind, place, saved, layout, options):
     options = {"kind": kind, "max_epochs": EPOCHS, **options}
     place = options.pop("save_at", place)
     key = repr(sorted(options.items(), key=str))
@@ -59,7 +60,7 @@ def test_goes_on(ranks2: RankGroup, references, tmp_path, kind, place, saved, re
         references[key] = data_jobs.train(ONE, **options)
     path = data_jobs.file_of(tmp_path, "one.ckpt")
     ranks2.call(data_jobs.train, saved, save=(path, *place), **options)
-    results = ranks2.call(data_jobs.train, resumed, ckpt_path=path, **options)
+    results = ranks2.call(data_jobs.train, layout, ckpt_path=path, **options)
     _same(results[0], references[key])
     seen = [sum(len(step) for step in result["steps"]) for result in (results[0], references[key])]
     assert seen[0] < seen[1], "what was trained on is not trained on again"
@@ -70,7 +71,8 @@ def test_training_is_that_of_lightning_without_the_strategy(ranks2: RankGroup):
     _same(ranks2.call(data_jobs.train, "dp2", max_epochs=EPOCHS)[0], data_jobs.train(None, max_epochs=EPOCHS))
 
 
-@pytest.mark.parametrize("kind", ["in order", "shuffled"])
+@pytest.mark.feature("data: a checkpoint of Lightning in mid-epoch")
+@pytest.mark.parametrize("kind", [pytest.param("in order", marks=pytest.mark.slow), "shuffled"])
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
 def test_a_checkpoint_of_lightning_in_mid_epoch_goes_on_as_in_lightning(ranks2: RankGroup, tmp_path, layout, kind):
     """It has no place in the data: Lightning makes the steps that are left with the beginning of a new order."""

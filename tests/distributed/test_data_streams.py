@@ -22,7 +22,8 @@ def assert_trained(result: dict, expected: dict) -> None:
         assert result["metrics"][key] == pytest.approx(value, rel=2e-5), key
 
 
-@pytest.mark.parametrize("samples", [37, 33])
+@pytest.mark.feature("data: `IterableDataset`, dealt to the replicas")
+@pytest.mark.parametrize("samples", [37, pytest.param(33, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", TWO)
 def test_a_stream_that_is_not_sharded_is_dealt(ranks2: RankGroup, layout, samples):
     expected = data_jobs.train_on_stream(None, samples=samples)
@@ -53,6 +54,7 @@ def test_four_ranks(ranks4: RankGroup):
     assert_trained(ranks4.call(data_jobs.train_on_stream, "fsdp2-pp2")[0], expected)
 
 
+@pytest.mark.feature("data: `IterableDataset`, sharded by the user")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
 def test_a_stream_that_the_user_shards_is_left_alone(ranks2: RankGroup, layout):
     expected = data_jobs.train_on_stream(None, samples=64)

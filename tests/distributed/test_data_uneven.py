@@ -71,17 +71,19 @@ def _always() -> list[tuple[str, str]]:
     return [(layout, case) for layout in TWO for case in CASES if case in FIRST or layout == "dp2"]
 
 
+@pytest.mark.feature(by="case", prefix="data: ")
 @pytest.mark.parametrize(("layout", "case"), _always())
 def test_two_ranks(ranks2: RankGroup, references, layout, case):
     assert_like_one_process(ranks2.call(data_jobs.train, layout, **CASES[case]), reference(references, case), layout)
 
 
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.feature(by="case", prefix="data: ", layout=FOUR)
+@pytest.mark.parametrize("case", [FIRST[0], pytest.param(FIRST[1], marks=pytest.mark.slow), *FIRST[2:]])
 def test_four_ranks(ranks4: RankGroup, references, case):
     assert_like_one_process(ranks4.call(data_jobs.train, FOUR, **CASES[case]), reference(references, case), FOUR)
 
 
-@pytest.mark.parametrize("layout", ["dp4", "dp2-fsdp2"])
+@pytest.mark.parametrize("layout", [pytest.param("dp4", marks=pytest.mark.slow), "dp2-fsdp2"])
 def test_samples_that_do_not_count_do_not_change_batch_statistics(ranks4: RankGroup, layout):
     options: dict[str, Any] = {"samples": 34, "module_options": {"norm": True}}
     results = ranks4.call(data_jobs.train, layout, **options)
@@ -90,6 +92,7 @@ def test_samples_that_do_not_count_do_not_change_batch_statistics(ranks4: RankGr
 
 
 @pytest.mark.slow
+@pytest.mark.feature(by="case", prefix="data: ")
 @pytest.mark.parametrize(
     ("layout", "case"),
     [
@@ -103,6 +106,7 @@ def test_two_ranks_the_rest(ranks2: RankGroup, references, layout, case):
     assert_like_one_process(ranks2.call(data_jobs.train, layout, **CASES[case]), reference(references, case), layout)
 
 
+@pytest.mark.feature("data: a batch sampler of the user")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
 def test_a_batch_sampler_gives_every_replica_a_batch_in_turn(ranks2: RankGroup, layout):
     """A global step is the batches of the replicas, weighed by samples; one process sees them joined."""
@@ -124,6 +128,7 @@ def test_a_full_epoch_needs_no_weights(ranks2: RankGroup):
     assert not any(result["any_uneven"] for result in results)
 
 
+@pytest.mark.feature("data: sequences padded to the longest of their batch")
 @pytest.mark.parametrize("layout", TWO)
 def test_lengths_that_change_in_every_step(ranks2: RankGroup, layout):
     """Replicas pad their own samples, and the last batch has another size: stages are planned again for each shape."""
