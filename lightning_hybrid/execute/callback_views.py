@@ -68,7 +68,7 @@ def optimizers_complete(runner: Runner, trainer: pl.Trainer) -> Iterator[None]:
     with parameters.all_visible() as ghosts, parameters_compared_by_identity():
         optimizers = [plain_optimizer(o) for o in trainer.optimizers]
         for optimizer in optimizers:
-            for group, names in zip(optimizer.param_groups, runner.optimizer_names[id(optimizer)], strict=True):
+            for group, names in zip(optimizer.param_groups, runner.names_in(optimizer), strict=True):
                 group["params"] = [parameters.visible(n) for n in names]
         yield
         named = {id(parameters.visible(n)): n for n in parameters.names}

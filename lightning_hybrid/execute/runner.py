@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
@@ -255,6 +256,23 @@ class Runner:
             ]
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in ghosts]
+
+    def names_in(self, optimizer: Optimizer) -> list[list[str]]:
+        """The names of all parameters of each group of an optimizer, on other stages too.
+
+        Collective if the user has added groups since the last call (`add_param_group`); in these, names are in the
+        model's order.
+        """
+        known = self.optimizer_names[id(optimizer)]
+        names = {id(p): n for n, p in self.partition.parameters.held().items()}
+        own = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups[len(known) :]]
+        if own:
+            found: list[list[list[str]]] = [[]] * dist.get_world_size()
+            dist.all_gather_object(found, own)
+            for groups in zip(*found, strict=True):
+                members = set().union(*groups)
+                known.append([n for n in self.partition.parameters.names if n in members])
+        return known
 
     def clip(self, optimizer: Optimizer, max_norm: int | float) -> Tensor:
         """Clips by the norm over the optimizer's parameters on all ranks; returns that norm."""

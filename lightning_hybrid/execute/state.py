@@ -41,7 +41,7 @@ def state_dict(runner: Runner) -> dict[str, Any]:
 def optimizer_state(runner: Runner, optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state of this rank's parameters, by name; the groups hold the names of all parameters."""
     optimizer = plain_optimizer(optimizer)
-    names = runner.optimizer_names[id(optimizer)]
+    names = runner.names_in(optimizer)
     parameters = runner.partition.parameters
     entries = {}
     for name in (name for group in names for name in group):
@@ -224,7 +224,7 @@ def _check_shape(runner: Runner, name: str, saved: Any, shape: torch.Size) -> No
 def load_optimizer_state(runner: Runner, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Each rank takes its part of an optimizer's state, saved by name or, by one process, by number."""
     optimizer = plain_optimizer(optimizer)
-    names = runner.optimizer_names[id(optimizer)]
+    names = runner.names_in(optimizer)
     order = [name for group in names for name in group]
     if len(names) != len(saved["param_groups"]):
         raise CheckpointError(

@@ -89,3 +89,33 @@ def norms_of_gradients(layout: str | None, module_options: dict[str, Any], **opt
     trainer.fit(Classifier(**module_options), DataLoader(Numbers(), batch_size=16 // replicas))
     logged = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("grad_")}
     return {"found": callback.found, "logged": logged}
+
+
+class _Unfreezes(L.Callback):
+    """Gives the optimizer a group of what was frozen, when the second epoch starts."""
+
+    def __init__(self, everything: bool) -> None:
+        self.everything = everything
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        root: Any = pl_module
+        if trainer.current_epoch == 1:
+            module = root if self.everything else root.blocks
+            known = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+            added = [p for p in module.parameters() if id(p) not in known]
+            for parameter in added:
+                parameter.requires_grad_(True)
+            trainer.optimizers[0].add_param_group({"params": added, "lr": 0.05})
+
+
+def with_an_added_group(layout: str | None, *, everything: bool = True, save: str | None = None, **options: Any) -> Any:
+    """Trains the head, then more, in a parameter group that a callback adds."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Classifier(optimizer="head")
+    trainer, replicas = trainer_for(layout, callbacks=[_Unfreezes(everything)], max_epochs=2, **options)
+    trainer.fit(module, DataLoader(Numbers(), batch_size=16 // replicas))
+    if save is not None:
+        trainer.save_checkpoint(save)
+    saved: Any = trainer.strategy.optimizer_state(trainer.optimizers[0])
+    return {"weights": weights(trainer, module), "groups": [g["params"] for g in saved["param_groups"]]}

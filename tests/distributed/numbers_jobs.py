@@ -264,6 +264,18 @@ def poisoned(layout: str | None, mode: str | None, module_options: dict[str, Any
     }
 
 
+class Steady(Plain):
+    """With an `eps` of the size of the gradients: an update changes no more than in proportion to rounding errors.
+
+    In half precision, AdamW's squares of small gradients are zero; with a small `eps` such weights move by any amount.
+    """
+
+    def configure_optimizers(self):
+        made: Any = super().configure_optimizers()
+        made["optimizer"].param_groups[0]["eps"] = 0.01
+        return made
+
+
 def precise(
     layout: str | None,
     precision: str,
@@ -279,7 +291,7 @@ def precise(
     """Trains in a precision; losses, weights and dtypes."""
     quiet()
     L.seed_everything(7, verbose=False)
-    module = Plain(**(module_options or {}))
+    module = Steady(**(module_options or {}))
     kinds: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":
         kinds = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]}

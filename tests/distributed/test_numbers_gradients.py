@@ -88,3 +88,16 @@ def test_norms_of_gradients(request, layout, optimizer):
         for found, norms in zip(result["found"], expected["found"], strict=True):
             assert found == pytest.approx(norms, rel=1e-4)
         assert result["logged"] == pytest.approx(expected["logged"], rel=1e-4)
+
+
+@pytest.mark.feature("`optimizer.add_param_group` while training")
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("layout", [*TWO, "fsdp2-pp2"])
+def test_an_added_parameter_group(request, tmp_path, layout, save):
+    expected = jobs.with_an_added_group(None)
+    path = str(tmp_path / "added.ckpt") if save else None
+    results = group_of(request, layout).call(jobs.with_an_added_group, layout, save=path)
+    check_weights(results[0]["weights"], expected["weights"])
+    names = list(expected["weights"])
+    body, head = [n for n in names if not n.startswith("head")], ["head.weight", "head.bias"]
+    assert all(r["groups"] == [head, body] for r in results)

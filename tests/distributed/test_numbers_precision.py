@@ -16,14 +16,15 @@ TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 HALF = ["bf16-mixed", "bf16-true", "16-mixed", "16-true"]
 TIMES_RERUN = 4
 """How many times as far from one process a layout may be as one process is that adds the same gradients in 4 parts."""
+TIMES_LARGEST = 10
+"""The same for the weight that is farthest: a single wrong one must show."""
 
 
-def distance(a: dict, b: dict) -> tuple[float, float]:
-    """Largest difference of losses, and root mean square of that of weights."""
+def distance(a: dict, b: dict) -> tuple[float, float, float]:
+    """Largest difference of losses, and root mean square and largest of those of weights."""
     losses = max(abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True))
-    return losses, float(
-        torch.cat([(a["weights"][n] - w).flatten() for n, w in b["weights"].items()]).square().mean().sqrt()
-    )
+    weights = torch.cat([(a["weights"][n] - w).flatten() for n, w in b["weights"].items()])
+    return losses, float(weights.square().mean().sqrt()), float(weights.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +33,24 @@ def one() -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def bounds(one) -> dict[str, tuple[float, float]]:
-    found = {"32-true": (2e-6, 1e-6), "64-true": (1e-6, 1e-12)}  # what is logged is single precision
-    for precision in HALF:
+def bounds(one) -> dict[str, tuple[float, float, float]]:
+    found = {}
+    for precision, expected in one.items():
         rerun = jobs.precise(None, precision, batch=4, accumulate_grad_batches=4)
         rerun["losses"] = [sum(rerun["losses"][i : i + 4]) / 4 for i in range(0, len(rerun["losses"]), 4)]
-        losses, weights = distance(rerun, one[precision])
-        found[precision] = TIMES_RERUN * losses, TIMES_RERUN * weights
+        losses, weights, largest = distance(rerun, expected)
+        found[precision] = TIMES_RERUN * losses, TIMES_RERUN * weights, TIMES_LARGEST * largest
+    # what is logged is single precision
+    found["32-true"] = 2e-6, 1e-6, found["32-true"][2]
+    found["64-true"] = 1e-6, 1e-12, found["64-true"][2]
     return found
 
 
-def check(result: dict, expected: dict, bound: tuple[float, float]) -> None:
-    losses, weights = distance(result, expected)
+def check(result: dict, expected: dict, bound: tuple[float, float, float]) -> None:
+    losses, weights, largest = distance(result, expected)
     assert losses <= bound[0], f"losses differ by {losses:.1e}, more than {bound[0]:.1e}"
     assert weights <= bound[1], f"weights differ by {weights:.1e}, more than {bound[1]:.1e}"
+    assert largest <= bound[2], f"a weight differs by {largest:.1e}, more than {bound[2]:.1e}"
     for key in ("dtypes", "gradients", "optimizer", "scale"):
         assert result[key] == expected[key], key
 
@@ -68,6 +73,17 @@ def test_precisions_are_different_ones(one):
     assert one["64-true"]["dtypes"] == {"torch.float64"}
     for precision in HALF:
         assert distance(one[precision], one["32-true"])[0] > 5e-5
+
+
+@pytest.mark.parametrize(
+    ("precision", "off"),
+    [("32-true", 1e-5), ("64-true", 1e-11), ("bf16-mixed", 5e-3), ("16-mixed", 1e-3), ("bf16-true", 0.03)],
+)
+def test_a_single_wrong_weight_shows(one, bounds, precision, off):
+    wrong = {name: value.clone() for name, value in one[precision]["weights"].items()}
+    wrong["blocks.1.up.weight"][3, 5] += off
+    with pytest.raises(AssertionError, match="a weight differs by"):
+        check({**one[precision], "weights": wrong}, one[precision], bounds[precision])
 
 
 @pytest.mark.parametrize("layout", TWO)
