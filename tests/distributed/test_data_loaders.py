@@ -95,7 +95,9 @@ def test_several_loaders_go_on(ranks2: RankGroup, tmp_path, saved, resumed):
     assert_trained(result, {**expected, "metrics": result["metrics"]})
 
 
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize(
+    "layout", ["dp2", pytest.param("fsdp2", marks=pytest.mark.slow), "tp2", pytest.param("pp2", marks=pytest.mark.slow)]
+)
 def test_loaders_that_lightning_has_handed_out_are_not_dealt_twice(ranks2: RankGroup, layout):
     logged, counts = data_loader_jobs.read_again(None)
     assert counts == [3, 5, 2 * 5]
@@ -104,14 +106,22 @@ def test_loaders_that_lightning_has_handed_out_are_not_dealt_twice(ranks2: RankG
         assert values == pytest.approx(logged, rel=2e-5)
 
 
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "dp2",
+        pytest.param("fsdp2", marks=pytest.mark.slow),
+        pytest.param("tp2", marks=pytest.mark.slow),
+        pytest.param("pp2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_combined_loader_is_fitted_on_twice(ranks2: RankGroup, layout):
     expected = data_loader_jobs.train_on_several(None, "max_size_cycle", (37, 37), fits=2)
     results = ranks2.call(data_loader_jobs.train_on_several, layout, "max_size_cycle", (37, 37), fits=2)
     assert_trained(results[0], expected)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_step_that_takes_an_iterator(ranks2: RankGroup, layout):
     """It is not known which batch it trains on, so an uneven one cannot be weighed."""
     expected = data_loader_jobs.train_by_iterator(None, 32)

@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "half of the batches": {"counts": (21,), "limit_predict_batches": 0.5},
     "no batches, one sample at a time": {"counts": (5,), "size": None},
 }
+LIMITED = ("limited to three batches", "half of the batches")
 
 
 def assert_predicted(found: Any, expected: Any) -> None:
@@ -41,7 +42,12 @@ def assert_predicted(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("layout", "case"),
     # a sample without a batch has no dimension to split, and the stack is planned with one
-    [(layout, case) for layout in TWO for case in CASES if "size" not in CASES[case] or layout in ("dp2", "fsdp2")],
+    [
+        pytest.param(layout, case, marks=[pytest.mark.slow] if layout != "dp2" and case in LIMITED else [])
+        for layout in TWO
+        for case in CASES
+        if "size" not in CASES[case] or layout in ("dp2", "fsdp2")
+    ],
 )
 def test_every_rank_has_all_predictions_in_order(ranks2: RankGroup, layout, case):
     expected, _, _ = data_jobs.predict(None, **CASES[case])

@@ -20,18 +20,18 @@ ONE = "dp1"
 MIDDLE, LATER, LAST_BATCH = ("batch", 2), ("batch", 4), ("batch", 3)
 EPOCH_END, VALIDATION_END = ("epoch", 3), ("validation", 3)
 
-CASES: list[tuple[str, tuple[str, int], str, str, dict[str, Any]]] = [
+CASES: list[Any] = [
     ("shuffled", MIDDLE, "dp2", "dp2", {}),
-    ("shuffled", LATER, "dp2", "tp2", {}),
+    pytest.param(*("shuffled", LATER, "dp2", "tp2", {}), marks=pytest.mark.slow),
     ("shuffled", LATER, "pp2", "fsdp2", {}),
     ("shuffled", LATER, "tp2", "pp2", {}),
     ("shuffled", LATER, "dp2", "dp2", {"accumulate_grad_batches": 2, "save_at": ("batch", 3)}),
     ("shuffled", LAST_BATCH, "dp2", "pp2", {"val_samples": 0}),
-    ("shuffled", EPOCH_END, "fsdp2", "dp2", {}),
+    pytest.param(*("shuffled", EPOCH_END, "fsdp2", "dp2", {}), marks=pytest.mark.slow),
     ("shuffled", VALIDATION_END, "dp2", "dp2", {"val_check_interval": 1.0}),
     ("own generator", LATER, "dp2", "fsdp2", {}),
-    ("own generator", VALIDATION_END, "dp2", "dp2", {}),
-    ("own sampler", LATER, "dp2", "dp2", {}),
+    pytest.param(*("own generator", VALIDATION_END, "dp2", "dp2", {}), marks=pytest.mark.slow),
+    pytest.param(*("own sampler", LATER, "dp2", "dp2", {}), marks=pytest.mark.slow),
     ("own sampler", EPOCH_END, "tp2", "dp2", {}),
     ("given batches", LATER, "tp2", "dp2", {}),
     ("noise", LATER, "dp2", "pp2", {}),

@@ -64,7 +64,7 @@ def test_a_stream_that_the_user_shards_is_left_alone(ranks2: RankGroup, layout):
     assert sorted(seen) == sorted([*range(64), *range(64)])
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("pp2", marks=pytest.mark.slow)])
 def test_sharding_by_rank_is_refused_where_ranks_share_data(ranks2: RankGroup, layout):
     with pytest.raises(RankError, match=r"the ranks 0, 1 of one replica must read the same data.*distributed_sampler"):
         ranks2.call(data_jobs.train_on_stream, layout, "by rank")
