@@ -22,7 +22,7 @@ from lightning_hybrid._lightning_private import (
 )
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.execute.runner import Runner
-from lightning_hybrid.execute.state import load_state_dict, read
+from lightning_hybrid.execute.saving.state import load_state_dict, read
 from lightning_hybrid.partition.partition import Partition
 from lightning_hybrid.partition.placement import index_of
 from lightning_hybrid.spec.errors import PartitionError

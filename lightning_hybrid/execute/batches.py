@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_convert
 
 from lightning_hybrid._lightning_private import reads_in_turn
 from lightning_hybrid.analyze.preserve import random_streams_kept
-from lightning_hybrid.execute.data_loader import users_loader
+from lightning_hybrid.execute.data.loader import users_loader
 from lightning_hybrid.spec.errors import PartitionError
 
 _NONE: Any = object()

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary
 
 from lightning_hybrid._lightning_private import parameters_compared_by_identity
 from lightning_hybrid.execute.runner import Runner
-from lightning_hybrid.execute.state import plain_optimizer
+from lightning_hybrid.execute.saving.state import plain_optimizer
 
 
 def follow_callbacks(trainer: pl.Trainer, runner: Runner) -> None:

@@ -19,10 +19,10 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from lightning_hybrid._torch_private import checkpoints_not_reentrant
 from lightning_hybrid.analyze.trace import CrossingValue, Trace, trace_step
 from lightning_hybrid.execute.batches import batch_size, count_samples, signature, split_batch
-from lightning_hybrid.execute.logs import LogRecorder
-from lightning_hybrid.execute.metrics import Metrics
-from lightning_hybrid.execute.outputs import extras, join
 from lightning_hybrid.execute.random_streams import RandomStreams
+from lightning_hybrid.execute.records.logs import LogRecorder
+from lightning_hybrid.execute.records.metrics import Metrics
+from lightning_hybrid.execute.records.outputs import extras, join
 from lightning_hybrid.execute.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.partition import Partition

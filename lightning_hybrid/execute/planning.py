@@ -25,7 +25,7 @@ from lightning_hybrid.analyze.trace import Trace, trace_step
 from lightning_hybrid.analyze.units import CallSwitch, Units, find_units
 from lightning_hybrid.execute.batches import batch_size, split_batch
 from lightning_hybrid.execute.gradients import refusal_of_gradients
-from lightning_hybrid.execute.logs import silent
+from lightning_hybrid.execute.records.logs import silent
 from lightning_hybrid.partition.batch_norm import has_batch_norm
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.ownership import Parameters

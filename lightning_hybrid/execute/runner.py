@@ -20,6 +20,7 @@ from lightning_hybrid._lightning_private import evaluation_batch, training_batch
 from lightning_hybrid._torch_private import finish_sharded_backward, gradients_taken_by
 from lightning_hybrid.execute.batches import count_samples
 from lightning_hybrid.execute.clipping import clip_by_global_norm
+from lightning_hybrid.execute.data.dealing import Uneven
 from lightning_hybrid.execute.gradients import (
     GradientsOfPipeline,
     ReplicaReducer,
@@ -28,12 +29,11 @@ from lightning_hybrid.execute.gradients import (
     refuse_gradients,
     sum_over_holders,
 )
-from lightning_hybrid.execute.logs import HookLogs, LogRecorder, leave_out, reduce_over_replicas, replay
-from lightning_hybrid.execute.metrics import Metrics
 from lightning_hybrid.execute.pipeline import Pipeline
 from lightning_hybrid.execute.random_streams import RandomStreams
-from lightning_hybrid.execute.samplers import Uneven
-from lightning_hybrid.execute.stage_logs import StageLogs
+from lightning_hybrid.execute.records.logs import HookLogs, LogRecorder, leave_out, reduce_over_replicas, replay
+from lightning_hybrid.execute.records.metrics import Metrics
+from lightning_hybrid.execute.records.stage_logs import StageLogs
 from lightning_hybrid.partition.batch_norm import has_batch_norm
 from lightning_hybrid.partition.partition import Partition
 

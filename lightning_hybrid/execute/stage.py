@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from lightning_hybrid._torch_private import is_view
 from lightning_hybrid.analyze.ghost import Ghost
 from lightning_hybrid.analyze.trace import CrossingValue, Trace
-from lightning_hybrid.execute.metrics import Metrics
+from lightning_hybrid.execute.records.metrics import Metrics
 from lightning_hybrid.spec.errors import PartitionError
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None))

@@ -20,11 +20,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_hybrid._lightning_private import running_prediction
 from lightning_hybrid.analyze.preserve import random_streams_kept
-from lightning_hybrid.execute.agreement import check_parameters
 from lightning_hybrid.execute.averaging import forget_partition
 from lightning_hybrid.execute.batches import sample_batch
-from lightning_hybrid.execute.loggers import log_plan, watch_local_parts
 from lightning_hybrid.execute.planning import Request, check_precision, check_trainer, make_partition
+from lightning_hybrid.execute.ranks.agreement import check_parameters
+from lightning_hybrid.execute.records.loggers import log_plan, watch_local_parts
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.observe.table import plan_record, plan_table, print_table
 from lightning_hybrid.partition.build import BuildTape, built_on_tape

@@ -22,22 +22,24 @@ from typing_extensions import override
 from lightning_hybrid._lightning_private import evaluation_batch, running_batch
 from lightning_hybrid._torch_private import limit_waiting
 from lightning_hybrid.checkpoint.options import CheckpointOptions
-from lightning_hybrid.execute import agreement, start, state
+from lightning_hybrid.execute import start
 from lightning_hybrid.execute.averaging import follow_partition
 from lightning_hybrid.execute.callback_views import follow_callbacks
-from lightning_hybrid.execute.checkpoints import Checkpoints
-from lightning_hybrid.execute.connected import ConnectedStrategy
-from lightning_hybrid.execute.data import ReplicaData
+from lightning_hybrid.execute.data.dealing import Uneven
+from lightning_hybrid.execute.data.replica import ReplicaData
 from lightning_hybrid.execute.gradient_norms import gradient_norms
 from lightning_hybrid.execute.gradients import seen_after_backward
-from lightning_hybrid.execute.launcher import HybridLauncher
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
 from lightning_hybrid.execute.planning import Request
-from lightning_hybrid.execute.preemption import Preemption
-from lightning_hybrid.execute.processes import DEFAULT_TIMEOUT, meet
+from lightning_hybrid.execute.ranks import agreement
+from lightning_hybrid.execute.ranks.connected import ConnectedStrategy
+from lightning_hybrid.execute.ranks.launcher import HybridLauncher
+from lightning_hybrid.execute.ranks.preemption import Preemption
+from lightning_hybrid.execute.ranks.processes import DEFAULT_TIMEOUT, meet
+from lightning_hybrid.execute.ranks.watch import Watch
 from lightning_hybrid.execute.runner import Runner
-from lightning_hybrid.execute.samplers import Uneven
-from lightning_hybrid.execute.watch import Watch
+from lightning_hybrid.execute.saving import state
+from lightning_hybrid.execute.saving.checkpoints import Checkpoints
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.plan.stages import SCHEDULES
 from lightning_hybrid.spec.layout import Layout

@@ -65,7 +65,7 @@ class Partition:
     shared_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     """For each weight that several pipeline ranks hold, this one included: the group of its holders."""
     absent: bool = False
-    """Whether what this replica runs at present counts for nothing (see `execute.samplers.Uneven`)."""
+    """Whether what this replica runs at present counts for nothing (see `execute.data.dealing.Uneven`)."""
     gradient_hooks: GradientHooks | None = None
     on_remove: Callable[[], None] | None = None
     """What is undone first when the partition is taken off."""

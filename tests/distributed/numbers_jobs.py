@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_hybrid.analyze.ghost import Ghost
-from lightning_hybrid.execute.failures import RankFailed
+from lightning_hybrid.execute.ranks.failures import RankFailed
 from lightning_hybrid.spec.errors import NonFiniteError
 from tests.distributed.jobs import WIDTH, Classifier, Numbers, quiet, trainer_for, weights
 

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_hybrid._torch_private import default_group
 from lightning_hybrid.execute import gradients
 from lightning_hybrid.execute.gradients import ReplicaReducer, sum_over_holders
-from lightning_hybrid.execute.logs import LogRecorder, reduce_over_replicas
+from lightning_hybrid.execute.records.logs import LogRecorder, reduce_over_replicas
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.spec.layout import Layout
 from tests.harness import RankError, RankGroup

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lightning_hybrid.execute.samplers import (
+from lightning_hybrid.execute.data.dealing import (
     Share,
     Uneven,
     added,

@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightning_hybrid._torch_private import store_client
-from lightning_hybrid.execute.failures import RankFailed
+from lightning_hybrid.execute.ranks.failures import RankFailed
 from lightning_hybrid.spec.errors import RankError
 
 State = Literal["running", "stopped", "gone"]

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_hybrid.execute.logs import LogEntry
-from lightning_hybrid.execute.metrics import Metrics
+from lightning_hybrid.execute.records.logs import LogEntry
+from lightning_hybrid.execute.records.metrics import Metrics
 from lightning_hybrid.partition.mesh import Mesh
 
 

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from lightning_hybrid._lightning_private import checkpoint_folders
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
-from lightning_hybrid.execute import loading, state
 from lightning_hybrid.execute.runner import Runner
-from lightning_hybrid.execute.saving import Saver
+from lightning_hybrid.execute.saving import loading, state
+from lightning_hybrid.execute.saving.saver import Saver
 
 
 class Checkpoints:

@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_hybrid.execute.watch import Watch
+from lightning_hybrid.execute.ranks.watch import Watch
 from lightning_hybrid.partition.mesh import Mesh
 
 

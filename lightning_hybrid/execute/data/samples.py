@@ -19,11 +19,11 @@ from lightning_hybrid._lightning_private import (
     set_epoch_length,
     state_left,
 )
-from lightning_hybrid.execute import data_streams as streams
-from lightning_hybrid.execute import samplers
-from lightning_hybrid.execute.data_loader import generators_of, keeps_its_place, lent
+from lightning_hybrid.execute.data import dealing as samplers
+from lightning_hybrid.execute.data import random_streams as streams
+from lightning_hybrid.execute.data.dealing import Share, Uneven
+from lightning_hybrid.execute.data.loader import generators_of, keeps_its_place, lent
 from lightning_hybrid.execute.random_streams import mix
-from lightning_hybrid.execute.samplers import Share, Uneven
 
 Kind = Literal["samples", "batches", "items"]
 """What is dealt: samples, in batches of the loader's size; the batches of a batch sampler; items without batches."""

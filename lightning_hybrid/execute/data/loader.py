@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_hybrid.execute.samplers import Uneven
+from lightning_hybrid.execute.data.dealing import Uneven
 
 
 class Flow(Protocol):

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_hybrid._lightning_private import TunerExit, find_last_by, share_cores
-from lightning_hybrid.execute.watch import Watch
+from lightning_hybrid.execute.ranks.watch import Watch
 
 _MAIN_PID = "LIGHTNING_HYBRID_MAIN_PID"
 """Environment variable by which a rank knows the process that has started it."""

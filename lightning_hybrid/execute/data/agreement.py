@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_hybrid.execute.samplers import Uneven
+from lightning_hybrid.execute.data.dealing import Uneven
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
 

@@ -24,7 +24,7 @@ from lightning_hybrid._lightning_private import (
 )
 from lightning_hybrid.analyze.preserve import module_state_kept
 from lightning_hybrid.analyze.units import CallSwitch
-from lightning_hybrid.execute.logs import LogEntry
+from lightning_hybrid.execute.records.logs import LogEntry
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
 

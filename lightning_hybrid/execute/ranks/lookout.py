@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from subprocess import Popen
 
 from lightning_hybrid._torch_private import main_thread_location
-from lightning_hybrid.execute.board import Board
-from lightning_hybrid.execute.failures import Answer, Failure
-from lightning_hybrid.execute.processes import Party, State, exit_text
+from lightning_hybrid.execute.ranks.board import Board
+from lightning_hybrid.execute.ranks.failures import Answer, Failure
+from lightning_hybrid.execute.ranks.processes import Party, State, exit_text
 
 POLL_SECONDS = 0.5
 """How often the watch looks."""

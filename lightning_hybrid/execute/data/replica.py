@@ -30,12 +30,12 @@ from lightning_hybrid._lightning_private import (
     predictions_of,
     takes_ahead,
 )
-from lightning_hybrid.execute import samplers
-from lightning_hybrid.execute.data_agreement import CheckedFlow
-from lightning_hybrid.execute.data_loader import BatchStream, ResumableStream, keeps_its_place, placed, users_loader
-from lightning_hybrid.execute.data_samples import DealtSampler, SampleFlow, index_batches
-from lightning_hybrid.execute.data_stream import StreamFlow
-from lightning_hybrid.execute.samplers import Uneven
+from lightning_hybrid.execute.data import dealing as samplers
+from lightning_hybrid.execute.data.agreement import CheckedFlow
+from lightning_hybrid.execute.data.dealing import Uneven
+from lightning_hybrid.execute.data.loader import BatchStream, ResumableStream, keeps_its_place, placed, users_loader
+from lightning_hybrid.execute.data.samples import DealtSampler, SampleFlow, index_batches
+from lightning_hybrid.execute.data.stream import StreamFlow
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from lightning_hybrid.execute.failures import Answer, Cause, Failure, load
+from lightning_hybrid.execute.ranks.failures import Answer, Cause, Failure, load
 
 
 class Board:

@@ -23,14 +23,14 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hybrid._lightning_private import place_in_epoch
-from lightning_hybrid.execute import data_streams as streams
-from lightning_hybrid.execute import samplers
 from lightning_hybrid.execute.batches import count_samples, place_kept
-from lightning_hybrid.execute.data_agreement import all_read_the_same, different_data, digest, replicas_of
-from lightning_hybrid.execute.data_loader import generators_of, keeps_its_place, lent
-from lightning_hybrid.execute.data_samples import next_seed
+from lightning_hybrid.execute.data import dealing as samplers
+from lightning_hybrid.execute.data import random_streams as streams
+from lightning_hybrid.execute.data.agreement import all_read_the_same, different_data, digest, replicas_of
+from lightning_hybrid.execute.data.dealing import Uneven
+from lightning_hybrid.execute.data.loader import generators_of, keeps_its_place, lent
+from lightning_hybrid.execute.data.samples import next_seed
 from lightning_hybrid.execute.random_streams import mix
-from lightning_hybrid.execute.samplers import Uneven
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
 

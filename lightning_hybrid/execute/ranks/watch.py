@@ -26,9 +26,9 @@ from datetime import timedelta
 from subprocess import Popen
 from typing import Any, NoReturn
 
-from lightning_hybrid.execute.failures import Answer, Cause, RankFailed, choose_cause, failure_of, is_ripe
-from lightning_hybrid.execute.lookout import POLL_SECONDS, Lookout
-from lightning_hybrid.execute.processes import Party, exit_text, process_state
+from lightning_hybrid.execute.ranks.failures import Answer, Cause, RankFailed, choose_cause, failure_of, is_ripe
+from lightning_hybrid.execute.ranks.lookout import POLL_SECONDS, Lookout
+from lightning_hybrid.execute.ranks.processes import Party, exit_text, process_state
 from lightning_hybrid.spec.errors import RankError
 
 _RETURN_SECONDS = 3.0

@@ -1,0 +1,1 @@
+"""What a run tells: logged values, metrics, outputs of steps, the plan for loggers."""

@@ -1,0 +1,1 @@
+"""Checkpoints of a partitioned module and its optimizers."""
