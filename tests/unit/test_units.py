@@ -51,7 +51,7 @@ def test_the_switch_hands_over_calls_only_while_a_handler_is_active():
             calls.append(name)
             return call(*args, **kwargs)
 
-        def metric_call(self, metric, call, args, kwargs):
+        def metric_call(self, metric, kind, call, args, kwargs):
             raise AssertionError
 
     switch = CallSwitch(model, find_units(model))

@@ -19,7 +19,7 @@ from lightning_hybrid._lightning_private import (
     set_epoch_length,
     state_left,
 )
-from lightning_hybrid.execute.data import dealing as samplers
+from lightning_hybrid.execute.data import dealing
 from lightning_hybrid.execute.data import random_streams as streams
 from lightning_hybrid.execute.data.dealing import Share, Uneven
 from lightning_hybrid.execute.data.loader import generators_of, keeps_its_place, lent
@@ -184,11 +184,11 @@ class SampleFlow:
     def _shares(self, order: Any) -> Iterator[Share]:
         place = (self._replica, self._replicas)
         if self._kind == "samples":
-            return samplers.deal_samples(order, self._batch_size, *place, drop_last=self._drop_last, first=self._first)
+            return dealing.deal_samples(order, self._batch_size, *place, drop_last=self._drop_last, first=self._first)
         batches = ([key] for key in order) if self._kind == "items" else order
         if self._limit is not None:
             batches = islice(batches, self._cap())
-        return samplers.deal_batches(batches, *place, first=self._first)
+        return dealing.deal_batches(batches, *place, first=self._first)
 
     def _order(self) -> Any:
         if self._before_start is not None:
@@ -248,7 +248,7 @@ class SampleFlow:
             return own()
         if self._cap() == 0:
             return len(self._source)  # Lightning raises its own error
-        return samplers.length_before_limit(own(), self._limit)
+        return dealing.length_before_limit(own(), self._limit)
 
     def _cap(self) -> int | None:
         """How many batches are used at all."""
@@ -271,8 +271,8 @@ class SampleFlow:
         if (cap := self._cap()) is not None:
             count = min(count, cap)
         if self._kind == "samples":
-            return samplers.steps_of_samples(count - used, self._batch_size, self._replicas, drop_last=self._drop_last)
-        return samplers.steps_of_batches(count - used, self._replicas)
+            return dealing.steps_of_samples(count - used, self._batch_size, self._replicas, drop_last=self._drop_last)
+        return dealing.steps_of_batches(count - used, self._replicas)
 
     # ---- state
 
