@@ -1,7 +1,7 @@
 """A sample of what a language model learned, printed when training ends."""
 
 import inspect
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -55,8 +55,9 @@ class GenerateSample(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate and print the sample on rank 0."""
-        # Every rank takes part in collecting the weights.
-        state = trainer.strategy.lightning_module_state_dict()
+        # every rank takes part in collecting the weights; other strategies have them whole
+        strategy: Any = trainer.strategy
+        state = getattr(strategy, "full_state_dict", strategy.lightning_module_state_dict)()
         if not trainer.is_global_zero:
             return
         with isolate_rng():

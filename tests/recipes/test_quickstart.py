@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_hybrid.checkpoint.consolidate import consolidate
 from lightning_hybrid.models import CausalLM
 
 pytestmark = [pytest.mark.recipes, pytest.mark.timeout(400)]
@@ -32,8 +33,12 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        (checkpoint,) = self.directory.rglob("*.ckpt")
-        return checkpoint
+        """As one plain file."""
+        plain = self.directory / "plain.ckpt"
+        if not plain.exists():
+            (checkpoint,) = self.directory.rglob("*.ckpt")
+            consolidate(checkpoint, plain)
+        return plain
 
 
 RunRecipe = Callable[[str, int], Run]
