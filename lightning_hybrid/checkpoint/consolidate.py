@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_hybrid.checkpoint.folder import STAGED
-from lightning_hybrid.checkpoint.reader import SavedCheckpoint, SavedTensor
+from lightning_hybrid.checkpoint.reader import OPTIMIZER_STATES, SavedCheckpoint, SavedTensor, whole
 from lightning_hybrid.spec.errors import CheckpointError
 
 
@@ -35,7 +35,7 @@ def consolidate(checkpoint: Path, out: Path, *, weights_only: bool = False, trus
         raise CheckpointError(" ".join(problems))
     passing = out.with_name(out.name + STAGED)
     if out.suffix == ".safetensors":
-        tensors = {n: v for n, v in whole_group(saved, "state_dict").items() if isinstance(v, torch.Tensor)}
+        tensors = {n: v.read() for n, v in saved.group("state_dict").items() if isinstance(v, SavedTensor)}
         # weights with two names are written twice, since the format has no references
         save_file({n: v.clone() for n, v in tensors.items()}, passing, metadata={"format": "pt"})
     else:
@@ -66,49 +66,26 @@ def verify(checkpoint: Path) -> str:
     )
 
 
-def whole_group(saved: SavedCheckpoint, group: str) -> dict[str, Any]:
-    """A mapping of the checkpoint with whole tensors, in the order of the module's names."""
-    document = saved.document(0, leave_out_pickles=("hyper_parameters", "datamodule_hyper_parameters"))
-    members: dict[str, Any] = {**saved.groups.get(group, {}), **saved.values.get(group, {})}
-    wholes = {n: v.read() if isinstance(v, SavedTensor) else v for n, v in members.items()}
-    wholes |= {alias: wholes[first] for alias, first in document["aliases"].items() if first in wholes}
-    order = [n for n in document["names"] if n in wholes]
-    return {n: wholes[n] for n in [*order, *(n for n in wholes if n not in order)]}
-
-
 def as_one_process(saved: SavedCheckpoint, weights_only: bool = False) -> dict[str, Any]:
     """The checkpoint dict that Lightning would have saved in one process."""
     checkpoint = saved.document(0)
-    names, aliases, streams = checkpoint.pop("names"), checkpoint.pop("aliases"), checkpoint.pop("streams")
-    del names, aliases, streams
-    groups = {g for g in [*saved.groups, *saved.values] if not g.startswith("optimizer_states/")}
-    for group in sorted(groups):
-        checkpoint[group] = whole_group(saved, group)
+    for key in ("names", "aliases", "streams"):  # of no use to Lightning
+        del checkpoint[key]
+    for group in saved.model_groups:
+        checkpoint[group] = {name: whole(value) for name, value in saved.group(group).items()}
     if weights_only:
-        for key in ("optimizer_states", "lr_schedulers", "callbacks", "loops"):
+        for key in (OPTIMIZER_STATES, "lr_schedulers", "callbacks", "loops"):
             checkpoint.pop(key, None)
         return checkpoint
-    for i, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
-        entries = optimizer_entries(saved, i)
+    for i, optimizer in enumerate(checkpoint.get(OPTIMIZER_STATES, [])):
+        entries = saved.optimizer_entries(i)
         order = [name for group in optimizer["param_groups"] for name in group["params"]]
         number = {name: j for j, name in enumerate(order)}
         optimizer["state"] = {
-            number[name]: {k: v.read() if isinstance(v, SavedTensor) else v for k, v in entries[name].items()}
+            number[name]: {key: whole(value) for key, value in entries[name].items()}
             for name in order
             if name in entries
         }
         for group in optimizer["param_groups"]:
             group["params"] = [number[name] for name in group["params"]]
     return checkpoint
-
-
-def optimizer_entries(saved: SavedCheckpoint, number: int) -> dict[str, dict[str, Any]]:
-    """The state of optimizer `number`: parameter name to the entries of its state."""
-    prefix = f"optimizer_states/{number}/"
-    entries: dict[str, dict[str, Any]] = {}
-    for groups in (saved.groups, saved.values):
-        for group, members in groups.items():
-            if group.startswith(prefix):
-                for name, value in members.items():
-                    entries.setdefault(name, {})[group.removeprefix(prefix)] = value
-    return entries

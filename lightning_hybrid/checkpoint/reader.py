@@ -21,6 +21,10 @@ from lightning_hybrid.checkpoint.writer import canonical
 from lightning_hybrid.spec.errors import CheckpointError
 from lightning_hybrid.spec.tensor_index import Index, overlaps, shape_of, whole_index
 
+OPTIMIZER_STATES = "optimizer_states"
+"""Begins the names of groups with optimizer state: `optimizer_states/<number>/<entry>`."""
+HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
+"""Lightning saves them for `load_from_checkpoint`; nothing else reads them."""
 _BOXES_READ_SINGLY = 8
 """A part that shares more boxes with what is wanted is read whole: one long read is faster than many short ones."""
 
@@ -76,6 +80,11 @@ class SavedTensor:
         """The type of its elements."""
         rank, key, _ = self.stored[0]
         return self.checkpoint.tensor(rank, key).dtype
+
+
+def whole(value: Any) -> Any:
+    """All of a `SavedTensor`; anything else as it is."""
+    return value.read() if isinstance(value, SavedTensor) else value
 
 
 class SavedCheckpoint:
@@ -171,6 +180,30 @@ class SavedCheckpoint:
                         name, decode(value, lambda k, r=rank: self.tensor(r, k), self.trust_pickle, source)
                     )
         return found
+
+    def group(self, name: str) -> dict[str, Any]:
+        """A group's tensors and other members under all their names, in the order of the module's."""
+        members: dict[str, Any] = {**self.groups.get(name, {}), **self.values.get(name, {})}
+        document = self._index(0)["document"]
+        members |= {alias: members[first] for alias, first in document["aliases"].items() if first in members}
+        order = [n for n in document["names"] if n in members]
+        return {n: members[n] for n in [*order, *(n for n in members if n not in order)]}
+
+    @property
+    def model_groups(self) -> list[str]:
+        """The groups with entries for names of the module: `state_dict`, and what hooks have added like it."""
+        return sorted(g for g in {*self.groups, *self.values} if not g.startswith(OPTIMIZER_STATES))
+
+    def optimizer_entries(self, number: int) -> dict[str, dict[str, Any]]:
+        """The state of optimizer `number`: parameter name to the entries of its state."""
+        prefix = f"{OPTIMIZER_STATES}/{number}/"
+        entries: dict[str, dict[str, Any]] = {}
+        for groups in (self.groups, self.values):
+            for group, members in groups.items():
+                if group.startswith(prefix):
+                    for name, value in members.items():
+                        entries.setdefault(name, {})[group.removeprefix(prefix)] = value
+        return entries
 
     def tensor(self, rank: int, key: str) -> Tensor:
         """One tensor of a rank's file."""

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
@@ -23,6 +22,7 @@ from lightning_hybrid.execute.random_streams import RandomStreams
 from lightning_hybrid.execute.records.logs import LogRecorder
 from lightning_hybrid.execute.records.metrics import Metrics
 from lightning_hybrid.execute.records.outputs import extras, join
+from lightning_hybrid.execute.sharing import share_object
 from lightning_hybrid.execute.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.partition import Partition
@@ -187,19 +187,13 @@ class Pipeline:
             if stage.index + 1 not in self.local:
                 for value in values:
                     dist.send(value, dist.get_global_rank(group, plan.stages[stage.index + 1].rank), group=group)
-        return self._share(out), recorder
+        return share_object(out, self.last_rank, self.mesh.group("pp"), self.device), recorder
 
     def _receive(self, value: CrossingValue, rank: int) -> Tensor:
         group = self.mesh.group("pp")
         tensor = torch.empty(value.shape, dtype=value.dtype, device=self.device)
         dist.recv(tensor, dist.get_global_rank(group, rank), group=group)
         return tensor
-
-    def _share(self, out: Any) -> Any:
-        group = self.mesh.group("pp")
-        box = [apply_to_collection(out, Tensor, lambda t: t.detach().cpu())] if self.has_last else [None]
-        dist.broadcast_object_list(box, dist.get_global_rank(group, self.last_rank), group=group)
-        return out if self.has_last else apply_to_collection(box[0], Tensor, lambda t: t.to(self.device))
 
     # ---- preparation
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 import warnings
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
@@ -66,15 +64,6 @@ def prepare_trainer(trainer: pl.Trainer) -> bool:
 def release_trainer(trainer: pl.Trainer, split: bool) -> None:
     """Undoes `prepare_trainer`, so that the trainer can be run again."""
     trainer._accelerator_connector.use_distributed_sampler = split
-
-
-def agree_on_random_streams() -> None:
-    """All ranks take the random streams of rank 0, so that samplers and initial weights are the same everywhere."""
-    state = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
-    dist.broadcast_object_list(state, 0)
-    random.setstate(state[0])  # type: ignore[arg-type]
-    np.random.set_state(state[1])  # type: ignore[arg-type]
-    torch.set_rng_state(state[2])  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from lightning_hybrid.execute import start
 from lightning_hybrid.execute.averaging import follow_partition
 from lightning_hybrid.execute.callback_views import follow_callbacks
 from lightning_hybrid.execute.data.dealing import Uneven
+from lightning_hybrid.execute.data.random_streams import agree
 from lightning_hybrid.execute.data.replica import ReplicaData
 from lightning_hybrid.execute.gradient_norms import gradient_norms
 from lightning_hybrid.execute.gradients import seen_after_backward
@@ -160,7 +161,7 @@ class HybridStrategy(ConnectedStrategy):
         _init_dist_connection(self._environment, self._backend, timeout=self._timeout, device_id=device_id)
         self._mesh = Mesh.create(self.layout, self.root_device.type)
         limit_waiting(self._timeout or DEFAULT_TIMEOUT)
-        start.agree_on_random_streams()
+        agree([])  # so that samplers and initial weights are the same everywhere
         trainer = self._module.trainer
         if self.world_size > 1:
             self._preemption.install(trainer)
@@ -251,12 +252,10 @@ class HybridStrategy(ConnectedStrategy):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.runner.take_batch(self.data.uneven())
         return self._evaluate("validation_step", *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.runner.take_batch(self.data.uneven())
         return self._evaluate("test_step", *args, **kwargs)
 
     @override
@@ -268,6 +267,7 @@ class HybridStrategy(ConnectedStrategy):
 
     def _evaluate(self, step: str, *args: Any, **kwargs: Any) -> Any:
         trainer = self._module.trainer
+        self.runner.take_batch(self.data.uneven())
         with self._watch.during(step, evaluation_batch(trainer) - 1):
             out = self.runner.evaluation_step(step, *args, **kwargs)
             self._preemption.agree(trainer)

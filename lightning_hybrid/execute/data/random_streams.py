@@ -8,8 +8,7 @@ or on where a run was resumed, and ranks of one replica read equal samples.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,16 +51,6 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         and place == other_place
         and torch.equal(torch.as_tensor(one["torch"]), torch.as_tensor(other["torch"]))
     )
-
-
-@contextmanager
-def kept() -> Iterator[None]:
-    """The global streams are afterwards as they were before."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        _put_back(states)
 
 
 def _put_back(states: tuple[Any, Any, torch.Tensor]) -> None:

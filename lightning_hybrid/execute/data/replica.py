@@ -23,6 +23,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_hybrid._lightning_private import (
+    IndexBatches,
     behind_index_batches,
     hands_out_its_iterator,
     loaders_of_running_batch,
@@ -30,11 +31,11 @@ from lightning_hybrid._lightning_private import (
     predictions_of,
     takes_ahead,
 )
-from lightning_hybrid.execute.data import dealing as samplers
+from lightning_hybrid.execute.data import dealing
 from lightning_hybrid.execute.data.agreement import CheckedFlow
 from lightning_hybrid.execute.data.dealing import Uneven
 from lightning_hybrid.execute.data.loader import BatchStream, ResumableStream, keeps_its_place, placed, users_loader
-from lightning_hybrid.execute.data.samples import DealtSampler, SampleFlow, index_batches
+from lightning_hybrid.execute.data.samples import DealtSampler, SampleFlow
 from lightning_hybrid.execute.data.stream import StreamFlow
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
@@ -135,7 +136,7 @@ class ReplicaData:
             getattr(batches, "batch_size", loader.batch_size),
             getattr(batches, "drop_last", loader.drop_last),
         )
-        return flow, {"batch_sampler": index_batches(dealt) if self._predicting else dealt}
+        return flow, {"batch_sampler": IndexBatches(dealt) if self._predicting else dealt}
 
     # ---- the running step
 
@@ -172,7 +173,7 @@ class ReplicaData:
                 "has no `batch_size`, so the batch cannot be weighed. Set `drop_last=True`, or give a `batch_size`."
             )
         replicas = self._mesh.layout.replicas
-        return samplers.added([u or samplers.even(replicas, n or 1) for u, n in zip(found, sizes, strict=True)])
+        return dealing.added([u or dealing.even(replicas, n or 1) for u, n in zip(found, sizes, strict=True)])
 
     # ---- predictions
 

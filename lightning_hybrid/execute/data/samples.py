@@ -13,12 +13,12 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from lightning_hybrid._lightning_private import (
-    IndexBatches,
     place_in_epoch,
     set_epoch,
     set_epoch_length,
     state_left,
 )
+from lightning_hybrid.analyze.preserve import random_streams_kept
 from lightning_hybrid.execute.data import dealing
 from lightning_hybrid.execute.data import random_streams as streams
 from lightning_hybrid.execute.data.dealing import Share, Uneven
@@ -115,7 +115,7 @@ class SampleFlow:
             "worker_init_fn": streams.WorkerInit(loader.worker_init_fn),
         }
         # beginning again in mid-epoch must not draw from the streams once more
-        with streams.kept() if resume else nullcontext(), lent(loader, **parts):
+        with random_streams_kept() if resume else nullcontext(), lent(loader, **parts):
             iterator = start()
         if self._ended and self._owned_then is not None:
             self._set_owned(self._owned_then)  # beginning has drawn from the loader's generator
@@ -201,7 +201,7 @@ class SampleFlow:
         if self._drawn_from is None:
             self._drawn_from = {"streams": streams.capture(), **self._owned()}
             return self._materialized()
-        with streams.kept():
+        with random_streams_kept():
             streams.restore(self._drawn_from["streams"])
             self._set_owned(self._drawn_from)
             return self._materialized() if self._sized else self._drawn_again(self._drawn_from["streams"])
@@ -323,13 +323,8 @@ def next_seed(loader: Any) -> int:
     """The seed that the loader is about to draw for its workers, without drawing it."""
     generator = loader.generator
     state = None if generator is None else generator.get_state()
-    with streams.kept():
+    with random_streams_kept():
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
     if generator is not None and state is not None:
         generator.set_state(state)
     return seed
-
-
-def index_batches(sampler: DealtSampler) -> IndexBatches:
-    """For predictions: notes the samples of each batch, as prediction writers want to know them."""
-    return IndexBatches(sampler)

@@ -23,8 +23,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hybrid._lightning_private import place_in_epoch
+from lightning_hybrid.analyze.preserve import random_streams_kept
 from lightning_hybrid.execute.batches import count_samples, place_kept
-from lightning_hybrid.execute.data import dealing as samplers
+from lightning_hybrid.execute.data import dealing
 from lightning_hybrid.execute.data import random_streams as streams
 from lightning_hybrid.execute.data.agreement import all_read_the_same, different_data, digest, replicas_of
 from lightning_hybrid.execute.data.dealing import Uneven
@@ -104,7 +105,7 @@ class StreamFlow:
         """Whether the stream is to be dealt to the replicas here; collective."""
         if dist.get_world_size() == 1:
             return False
-        with streams.kept(), place_kept(loader), place_kept(getattr(loader, "dataset", None)):
+        with random_streams_kept(), place_kept(loader), place_kept(getattr(loader, "dataset", None)):
             streams.seed_all(0)
             first = self._peek(loader)
         same = all_read_the_same(None if first is _END else digest(first), self._mesh)
@@ -151,7 +152,10 @@ class StreamFlow:
                 # a stream that is dealt must be the same everywhere, as on the first of one process
                 user = partial(pl_worker_init_function, rank=0 if self._dealt else self._replica)
             parts["worker_init_fn"] = streams.WorkerInit(user)
-        with streams.kept() if resume is not None else nullcontext(), lent(loader, **parts) if parts else nullcontext():
+        with (
+            random_streams_kept() if resume is not None else nullcontext(),
+            lent(loader, **parts) if parts else nullcontext(),
+        ):
             if resume is not None and resume["begun_from"] is not None:
                 torch.set_rng_state(torch.as_tensor(resume["begun_from"]))
             iterator, self._started = self._started or start(), None
@@ -289,12 +293,12 @@ class StreamFlow:
         if self._predicting:
             limit = self._limit
             batches = int(own() * limit) if isinstance(limit, float) else min(own(), limit)
-            steps = samplers.steps_of_batches(batches, self._replicas)
-            return samplers.length_before_limit(steps, limit) if steps else own()
+            steps = dealing.steps_of_batches(batches, self._replicas)
+            return dealing.length_before_limit(steps, limit) if steps else own()
         if not self._by_samples or loader.batch_size is None:
-            return samplers.steps_of_batches(own(), self._replicas)
+            return dealing.steps_of_batches(own(), self._replicas)
         samples = len(loader.dataset)
-        return samplers.steps_of_samples(samples, loader.batch_size, self._replicas, drop_last=loader.drop_last)
+        return dealing.steps_of_samples(samples, loader.batch_size, self._replicas, drop_last=loader.drop_last)
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps of the pass are trained on."""
@@ -324,14 +328,14 @@ class _OwnStreams:
     """Random streams of a dataset that is read in the main process, apart from those that all share."""
 
     def __init__(self, seed: int) -> None:
-        with streams.kept():
+        with random_streams_kept():
             streams.seed_all(seed)
             self._states = streams.capture()
 
     def around(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """What `iterator` draws comes from these streams."""
         while True:
-            with streams.kept():
+            with random_streams_kept():
                 streams.restore(self._states)
                 item = next(iterator, _END)
                 self._states = streams.capture()

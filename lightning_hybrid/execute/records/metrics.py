@@ -11,7 +11,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -25,6 +24,7 @@ from lightning_hybrid._lightning_private import (
 from lightning_hybrid.analyze.preserve import module_state_kept
 from lightning_hybrid.analyze.units import CallSwitch
 from lightning_hybrid.execute.records.logs import LogEntry
+from lightning_hybrid.execute.sharing import share_object, to_device, to_host
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -166,25 +166,14 @@ class Metrics:
         states = {name: getattr(metric, name) for name in reductions}
         owner, layout = self._owners.get(id(metric)), self._mesh.layout
         if layout.pp > 1 and owner is not None:
-            group = self._mesh.log_stage_group
-            box = [_to_cpu(states) if self._mesh.rank("pp") == owner else None]
-            dist.broadcast_object_list(box, dist.get_global_rank(group, owner), group=group)
-            states = _to_device(box[0], metric.device)
+            states = share_object(states, owner, self._mesh.log_stage_group, metric.device)
         if layout.replicas > 1:
             gathered: list[Any] = [None] * layout.replicas
-            dist.all_gather_object(gathered, _to_cpu(states), group=self._mesh.log_group)
-            by_replica = _to_device(gathered, metric.device)
+            dist.all_gather_object(gathered, to_host(states), group=self._mesh.log_group)
+            by_replica = to_device(gathered, metric.device)
             states = {n: combine([s[n] for s in by_replica], reduction) for n, reduction in reductions.items()}
         for name, value in states.items():
             setattr(metric, name, value)
-
-
-def _to_cpu(states: Any) -> Any:
-    return apply_to_collection(states, Tensor, lambda t: t.detach().cpu())
-
-
-def _to_device(states: Any, device: torch.device) -> Any:
-    return apply_to_collection(states, Tensor, lambda t: t.to(device))
 
 
 def combine(states: list[Any], reduction: Callable[[Any], Any] | None) -> Any:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_hybrid.execute.records.logs import LogEntry
 from lightning_hybrid.execute.records.metrics import Metrics
+from lightning_hybrid.execute.sharing import share_object
 from lightning_hybrid.partition.mesh import Mesh
 
 
@@ -116,14 +116,5 @@ class StageLogs:
     def _shared_extras(self, agreed: _Agreement, extras: dict[str, Any] | None) -> dict[str, Any]:
         for rank, content in enumerate(agreed.all):
             if content.extras:
-                return share_object(extras, rank, self._mesh, self._device)
+                return share_object(extras, rank, self._mesh.log_stage_group, self._device)
         return {}
-
-
-def share_object(value: Any, rank: int, mesh: Mesh, device: torch.device) -> Any:
-    """Gives every pipeline rank the `value` of pipeline rank `rank`, tensors on its own device; collective."""
-    group = mesh.log_stage_group
-    own = mesh.rank("pp") == rank
-    box = [apply_to_collection(value, Tensor, lambda t: t.detach().cpu()) if own else None]
-    dist.broadcast_object_list(box, dist.get_global_rank(group, rank), group=group)
-    return value if own else apply_to_collection(box[0], Tensor, lambda t: t.to(device))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import platform
-import random
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,20 +12,16 @@ from typing import Any
 
 import lightning
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_hybrid.checkpoint.consolidate import optimizer_entries
 from lightning_hybrid.checkpoint.folder import candidates
-from lightning_hybrid.checkpoint.reader import SavedCheckpoint, SavedTensor, newest_first
+from lightning_hybrid.checkpoint.reader import HYPER_PARAMETERS, OPTIMIZER_STATES, SavedCheckpoint, newest_first, whole
+from lightning_hybrid.execute.data.random_streams import capture, restore
 from lightning_hybrid.spec.errors import CheckpointError
 from lightning_hybrid.spec.layout import Layout
-
-_HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
-"""Lightning saves them for `load_from_checkpoint` and does not read them when it resumes."""
 
 
 def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
@@ -49,11 +44,7 @@ def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout) -> dict[str, A
 
 def random_streams() -> dict[str, Any]:
     """The global random streams of this process."""
-    streams: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
+    streams = capture()
     if torch.cuda.is_available():
         streams["cuda"] = torch.cuda.get_rng_state()
     return streams
@@ -61,9 +52,7 @@ def random_streams() -> dict[str, Any]:
 
 def set_random_streams(streams: Mapping[str, Any]) -> None:
     """The reverse of `random_streams`."""
-    random.setstate(streams["python"])
-    np.random.set_state(streams["numpy"])
-    torch.set_rng_state(streams["torch"])
+    restore(streams)
     if "cuda" in streams and torch.cuda.is_available():
         torch.cuda.set_rng_state(streams["cuda"])
 
@@ -140,21 +129,16 @@ def as_lightning(saved: SavedCheckpoint, trainer: pl.Trainer, layout: Layout) ->
 
     Where a hook of the user or of a callback looks at the checkpoint, the model's weights are whole tensors in it.
     """
-    checkpoint = saved.document(0, leave_out_pickles=_HYPER_PARAMETERS)
+    checkpoint = saved.document(0, leave_out_pickles=HYPER_PARAMETERS)
     if saved.about["layout"] == str(layout) and saved.world_size == dist.get_world_size() and dist.get_rank() > 0:
         checkpoint |= saved.document(dist.get_rank())
-    whole = is_overridden("on_load_checkpoint", trainer.lightning_module) or any(
+    looked_at = is_overridden("on_load_checkpoint", trainer.lightning_module) or any(
         type(callback).on_load_checkpoint is not pl.Callback.on_load_checkpoint
         for callback in trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     )
-    groups = set(saved.groups) | set(saved.values)
-    for group in (g for g in groups if not g.startswith("optimizer_states/")):
-        members: dict[str, Any] = {**saved.groups.get(group, {}), **saved.values.get(group, {})}
-        members |= {alias: members[first] for alias, first in checkpoint["aliases"].items() if first in members}
-        order = [n for n in checkpoint["names"] if n in members]
-        checkpoint[group] = {n: members[n] for n in [*order, *(n for n in members if n not in order)]}
-        if whole:
-            checkpoint[group] = {n: v.read() if isinstance(v, SavedTensor) else v for n, v in checkpoint[group].items()}
-    for i, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
-        optimizer["state"] = optimizer_entries(saved, i)
+    for group in saved.model_groups:
+        members = saved.group(group)
+        checkpoint[group] = {name: whole(value) for name, value in members.items()} if looked_at else members
+    for i, optimizer in enumerate(checkpoint.get(OPTIMIZER_STATES, [])):
+        optimizer["state"] = saved.optimizer_entries(i)
     return checkpoint

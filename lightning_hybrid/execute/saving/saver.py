@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -44,8 +43,6 @@ class Saver:
         self._error: CheckpointError | None = None
         self._failed = False
         self._unwanted: list[Path] = []
-        self.blocked_seconds = 0.0
-        """How long training has waited for the last save."""
 
     def save(self, path: str | Path, content: Content, about: dict[str, Any]) -> None:
         """Saves one checkpoint; with the asynchronous option it may be complete later, see `wait`.
@@ -58,7 +55,6 @@ class Saver:
         Raises:
             CheckpointError: On every rank, if this save or the asynchronous one before failed and `on_error="raise"`.
         """
-        start = time.perf_counter()
         self.wait()
         path = _local(path)
         files = RankFiles.of(content)
@@ -71,7 +67,6 @@ class Saver:
         else:
             self._write(number, path, files, about)
             self._report()
-        self.blocked_seconds = time.perf_counter() - start
 
     def wait(self) -> None:
         """Waits for an asynchronous save to end.
