@@ -28,7 +28,7 @@ def make_trainer(layout: str | None, **options: Any) -> tuple[L.Trainer, int]:
 
         name, _, schedule = layout.partition(" ")
         parsed, chosen = Layout.parse(name), {"schedule": schedule} if schedule else {}
-        strategy, devices, replicas = HybridStrategy(layout=name, **chosen), parsed.devices, parsed.replicas  # type: ignore[arg-type]
+        strategy, devices, replicas = HybridStrategy(layout=name, **chosen), parsed.devices, parsed.replicas  # type: ignore[arg-type]  -- options of any type
     defaults: dict[str, Any] = {
         "max_epochs": 2,
         "logger": False,

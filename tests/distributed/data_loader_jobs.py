@@ -117,7 +117,7 @@ def train_on_several(
     if own_batches:
         sampler: Any = Joined(BatchSampler(range(counts[1]), 4, drop_last=False), 1)
         loaders["b"] = DataLoader(Numbers(counts[1]), batch_sampler=sampler)
-    data: Any = CombinedLoader(loaders, mode) if mode else loaders  # type: ignore[arg-type]
+    data: Any = CombinedLoader(loaders, mode) if mode else loaders  # type: ignore[arg-type]  -- any text
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for number in range(fits):
@@ -149,7 +149,7 @@ def read_again(layout: str | None) -> tuple[dict[str, float], list[int]]:
 class Iterating(Classifier):
     """Takes the iterator instead of a batch."""
 
-    def training_step(self, dataloader_iter):  # type: ignore[override]
+    def training_step(self, dataloader_iter):  # type: ignore[override]  -- the form that Lightning looks for
         batch, _, _ = next(dataloader_iter)
         return nn.functional.cross_entropy(self(batch["x"]), batch["y"])
 
