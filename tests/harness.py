@@ -176,7 +176,7 @@ class RankGroup:
     def _start(self) -> None:
         self._context.set_forkserver_preload(list(PRELOADED_MODULES))
         self._logs = Path(tempfile.mkdtemp(prefix="ranks-"))
-        port = _free_port()
+        port = free_port()
         for rank in range(self.world_size):
             (self._logs / f"{rank}.log").touch()
             ours, theirs = self._context.Pipe()
@@ -231,7 +231,26 @@ class RankGroup:
         return self.output(rank)[-LOG_TAIL_CHARACTERS:]
 
 
-def _free_port() -> int:
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""What launchers and runs of one process leave in the environment; a script that inherits it would join that run."""
+
+
+def script_environment() -> dict[str, str]:
+    """The environment of a script that a test starts: as a user's, with the project on the path and no run in it."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    root = str(Path(__file__).parents[1])
+    return kept | {"PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

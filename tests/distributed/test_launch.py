@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.harness import script_environment
+
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("train_script.py")
 TIMEOUT_SECONDS = 90.0
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -22,12 +23,9 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalon
 
 def _run(*command: str) -> tuple[int, str]:
     """Run Python with a clean environment; returns the exit code and all output. A time-out ends all its processes."""
-    launcher_variables = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in launcher_variables}
-    environment |= {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     process = subprocess.Popen(
         [sys.executable, *command],
-        env=environment,
+        env=script_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

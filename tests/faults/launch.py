@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.harness import _free_port
+from tests.harness import free_port, script_environment
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("script.py")
 LIMIT_SECONDS = 90.0
 
@@ -44,14 +43,12 @@ def run(
         launcher: Lightning's own, or torchrun.
         script: The script.
     """
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = script_environment()
     command = [sys.executable]
     if launcher == "torchrun":
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(devices), "--standalone"]
     else:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     start = time.time()
     with (folder / "output").open("w") as output:
         process = subprocess.Popen(

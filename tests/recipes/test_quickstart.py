@@ -14,6 +14,7 @@ import torch
 
 from lightning_hybrid.checkpoint.consolidate import consolidate
 from lightning_hybrid.models import CausalLM
+from tests.harness import script_environment
 
 pytestmark = [pytest.mark.recipes, pytest.mark.timeout(400)]
 
@@ -47,14 +48,10 @@ RunRecipe = Callable[[str, int], Run]
 def command_line(subcommand: str, *arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
     """Run the command line in a directory of its own; end its whole process group when it takes too long."""
     command = [sys.executable, "-m", "lightning_hybrid.cli", subcommand, "--config", str(RECIPE), *arguments]
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    }
-    environment["PYTHONPATH"] = str(RECIPE.parents[1])
     process = subprocess.Popen(
         command,
         cwd=directory,
-        env=environment,
+        env=script_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
