@@ -155,6 +155,18 @@ def hook_tables(module: nn.Module) -> list[dict]:
     ]
 
 
+class _Direct:
+    @staticmethod
+    def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+class _NotReentrant:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
 @contextmanager
 def recomputation_off() -> Iterator[None]:
     """Inside, `torch.utils.checkpoint.checkpoint` calls its function and keeps what it saves for the backward pass."""
@@ -164,12 +176,7 @@ def recomputation_off() -> Iterator[None]:
     def generator(*_: Any, **__: Any) -> Iterator[None]:
         yield
 
-    class Direct:
-        @staticmethod
-        def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
-            return function(*args)
-
-    module._checkpoint_without_reentrant_generator, module.CheckpointFunction = generator, Direct
+    module._checkpoint_without_reentrant_generator, module.CheckpointFunction = generator, _Direct
     try:
         yield
     finally:
@@ -185,13 +192,7 @@ def checkpoints_not_reentrant() -> Iterator[None]:
     """
     module: Any = torch.utils.checkpoint
     kept = module.CheckpointFunction
-
-    class NotReentrant:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            return module.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
-
-    module.CheckpointFunction = NotReentrant
+    module.CheckpointFunction = _NotReentrant
     try:
         yield
     finally:

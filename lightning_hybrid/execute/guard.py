@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hybrid.execute.gradients import local
+from lightning_hybrid.execute.ranks.preemption import Preemption
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.spec.errors import NonFiniteError
 
@@ -48,14 +49,16 @@ class _Finding:
 class Guard:
     """Checks an optimizer's gradients on all ranks before its step.
 
-    The check is one norm of this rank's gradients and one all-reduce of a number, which is read once. Gradients are
-    synchronised and not yet clipped. Only what is not finite is looked at closer.
+    The check is one norm of this rank's gradients and one all-reduce of two numbers, which are read once. Gradients are
+    synchronised and not yet clipped. Only what is not finite is looked at closer. The other number is whether a rank
+    was asked to stop: an all-reduce of its own would make the ranks wait for each other once more in every step.
 
     Args:
         mesh: The device mesh.
         device: This rank's device.
         parameters: Gives this rank's parameters by name.
         on_nonfinite: `"raise"`: all ranks raise `NonFiniteError`. `"skip"`: all ranks leave out the step.
+        preemption: This rank's note of a SIGTERM; takes what the ranks tell each other.
     """
 
     def __init__(
@@ -64,7 +67,9 @@ class Guard:
         device: torch.device,
         parameters: Callable[[], Mapping[str, nn.Parameter]],
         on_nonfinite: Literal["raise", "skip"],
+        preemption: Preemption,
     ) -> None:
+        self._preemption = preemption
         self._mesh, self._device, self._parameters, self._mode = mesh, device, parameters, on_nonfinite
         self._loss: Tensor | None = None
         self.skipped = 0
@@ -88,10 +93,7 @@ class Guard:
         total = total.to(self._device, torch.float32)
         if loss is not None:
             total = total + loss
-        suspects = (~torch.isfinite(total)).float()
-        if dist.get_world_size() > 1:
-            dist.all_reduce(suspects)
-        if suspects.item() == 0:
+        if not self._any_rank_suspects(~torch.isfinite(total)):
             return
         findings = self._look_closer(optimizer, loss)
         if not findings:  # a norm of finite gradients has overflowed
@@ -108,6 +110,15 @@ class Guard:
             logger.log_metrics({"skipped_steps": float(self.skipped)}, step=trainer.global_step)
         optimizer.zero_grad()
         raise SkipStep
+
+    def _any_rank_suspects(self, suspect: Tensor) -> bool:
+        if dist.get_world_size() == 1:
+            return bool(suspect)
+        told = torch.stack([suspect, torch.tensor(self._preemption.requested, device=self._device)]).float()
+        dist.all_reduce(told)
+        suspects, requests = told.tolist()
+        self._preemption.hear(requests > 0)
+        return suspects > 0
 
     def _look_closer(self, optimizer: Optimizer, loss: Tensor | None) -> list[_Finding]:
         value = 0.0 if loss is None else float(loss)

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
 from lightning_hybrid._torch_private import agree_on_overflow
 from lightning_hybrid.execute.clipping import clip_by_value
 from lightning_hybrid.execute.guard import Guard, SkipStep
+from lightning_hybrid.execute.ranks.preemption import Preemption
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -24,11 +25,14 @@ class OptimizerSteps:
         runner: The partitioned module.
         precision: The plugin.
         on_nonfinite: See `Guard`.
+        preemption: See `Guard`.
     """
 
-    def __init__(self, runner: Runner, precision: Precision, on_nonfinite: Literal["raise", "skip"]) -> None:
+    def __init__(
+        self, runner: Runner, precision: Precision, on_nonfinite: Literal["raise", "skip"], preemption: Preemption
+    ) -> None:
         self.runner, self.precision, self._on_nonfinite = runner, precision, on_nonfinite
-        self.guard = Guard(runner.mesh, runner.device, runner.partition.parameters.held, on_nonfinite)
+        self.guard = Guard(runner.mesh, runner.device, runner.partition.parameters.held, on_nonfinite, preemption)
         self._after_closure: Callable[..., None] = type(precision)._after_closure.__get__(precision)
         self._scaler: Any = getattr(precision, "scaler", None)
         self._undo: Callable[[], None] | None = None

@@ -108,7 +108,8 @@ class Pipeline:
         parts = split_batch(args[0], count)
         prepared = self._prepare("training_step", (parts[0], *args[1:]), count)
         recorder = LogRecorder(self.root)
-        self._step = _Step("training_step", [(p, *args[1:]) for p in parts], recorder, scale / count)
+        samples = [count_samples(p) for p in parts]
+        self._step = _Step("training_step", [(p, *args[1:]) for p in parts], samples, recorder, scale / count)
         losses: list[Tensor] = []
         first = [torch.zeros(count)] if 0 in self.local else []
         try:
@@ -123,7 +124,7 @@ class Pipeline:
             raise (error.__cause__ or error) from None
         loss = torch.stack(self._step.losses).mean() if self.has_last else None
         returned = [self._step.extras[i] for i in range(count)] if any(self._step.extras.values()) else []
-        return loss, recorder, join(returned, [count_samples(p) for p in parts]) if returned else {}
+        return loss, recorder, join(returned, samples) if returned else {}
 
     def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
         """Runs one stage on microbatch `index`: what it sends, or for the last stage what the step returns."""
@@ -131,9 +132,8 @@ class Pipeline:
         run = StageRun(program, inputs, self.device, self._metrics)
         self._streams.begin(index)
         method = getattr(self.root, step.name)
-        samples = count_samples(step.arguments[index][0])
         switch = self.partition.switch
-        recording = step.recorder.recording(samples, run, stage)
+        recording = step.recorder.recording(step.samples[index], run, stage)
         with recording, switch.handled_by(run), self.precision(), checkpoints_not_reentrant():
             out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
         if isinstance(out, _Stopped):
@@ -169,7 +169,7 @@ class Pipeline:
         """
         prepared = self._prepare(name, args, 1, train=False)
         recorder = LogRecorder(self.root)
-        self._step = _Step(name, [args], recorder, 1.0)
+        self._step = _Step(name, [args], [count_samples(args[0])], recorder, 1.0)
         plan, group = self.partition.plan, self.mesh.group("pp")
         values: tuple[Tensor, ...] = ()
         out: Any = None
@@ -266,7 +266,10 @@ class _Step:
     """The step that is running."""
 
     name: str = ""
-    arguments: list[tuple] = None  # type: ignore[assignment]
+    arguments: list[tuple] = field(default_factory=list)
+    """By microbatch."""
+    samples: list[int] = field(default_factory=list)
+    """By microbatch."""
     recorder: LogRecorder = None  # type: ignore[assignment]
     scale: float | Tensor = 1.0
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)

@@ -220,7 +220,7 @@ class HybridStrategy(ConnectedStrategy):
             self._runner.gradients_are_seen = self.reduce_boolean_decision(seen_after_backward(trainer), all=False)
         self.setup_precision_plugin()
         if self._steps is None or self._steps.runner is not self._runner:
-            self._steps = OptimizerSteps(self.runner, self.precision_plugin, self._on_nonfinite)
+            self._steps = OptimizerSteps(self.runner, self.precision_plugin, self._on_nonfinite, self._preemption)
         self._steps.check_optimizers(self.optimizers)
         self._steps.install()
 

@@ -1,11 +1,13 @@
 """Two trainings in one process, a few steps of one after a few steps of the other, so that both see the same machine.
 
 Each training runs to its end in a thread of its own, but only one of them is ever awake: it hands over at the end of a
-block of steps and sleeps until the next. The ranks of a process group hand over in the same order.
+block of steps and sleeps until the next. The ranks of a process group hand over in the same order. Where there are
+enough cores, each rank keeps to one: moved about, ranks preempt each other for milliseconds at a time.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
@@ -82,14 +84,14 @@ class Contestant:
             return
         self._asleep.release()
         self._wake.acquire()
-        _wait_for_all()
+        wait_for_all()
         self._start = (time.perf_counter(), time.process_time())
 
     def step_ends(self) -> None:
         """To be called at the end of each step."""
         self._step += 1
         if self._step % self.steps == 0:
-            _wait_for_all()
+            wait_for_all()
             now = (time.perf_counter(), time.process_time())
             self._block = Block(now[0] - self._start[0], now[1] - self._start[1])
 
@@ -102,7 +104,7 @@ class Contestant:
         self._asleep.release()
 
 
-def _wait_for_all() -> None:
+def wait_for_all() -> None:
     """This rank's device has done its work, and so have the other ranks."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -170,6 +172,17 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return first, third
 
 
+def keep_to_one_core() -> None:
+    """Binds this rank's process to a core of its own, if there are as many as ranks on this machine."""
+    rank, ranks = (int(os.environ[name]) for name in ("LOCAL_RANK", "WORLD_SIZE"))
+    if not hasattr(os, "sched_setaffinity"):  # not on macOS
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= ranks:
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), {cores[rank]})
+
+
 def compete(ours: Training, reference: Training, *, rounds: int, steps: int) -> Result:
     """Runs both trainings, a block of one and a block of the other by turns; who begins changes every round.
 
@@ -179,6 +192,7 @@ def compete(ours: Training, reference: Training, *, rounds: int, steps: int) -> 
         rounds: Pairs of blocks that count.
         steps: Training steps in a block.
     """
+    keep_to_one_core()
     contestants = Contestant(ours, rounds, steps), Contestant(reference, rounds, steps)
     for contestant in contestants:
         contestant.prepare()

@@ -190,7 +190,14 @@ def loader(size: Size, steps: int, *, replicas: int) -> DataLoader:
 
 
 def fit(
-    module: L.LightningModule, strategy: Any, contestant: Contestant, size: Size, *, replicas: int, **trainer: Any
+    module: L.LightningModule,
+    strategy: Any,
+    clock: L.Callback,
+    size: Size,
+    *,
+    steps: int,
+    replicas: int,
+    **trainer: Any,
 ) -> None:
     """Trains with Lightning, on every rank."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -198,15 +205,15 @@ def fit(
     options: dict[str, Any] = {"accelerator": "cpu", "devices": int(os.environ["WORLD_SIZE"])} | trainer
     L.Trainer(
         strategy=strategy,
-        max_steps=contestant.total_steps,
+        max_steps=steps,
         max_epochs=-1,
-        callbacks=[Clock(contestant)],
+        callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
-    ).fit(module, loader(size, contestant.total_steps, replicas=replicas))
+    ).fit(module, loader(size, steps, replicas=replicas))
 
 
 def ours(layout: str, size: Size) -> Training:
@@ -215,7 +222,8 @@ def ours(layout: str, size: Size) -> Training:
     def training(contestant: Contestant) -> None:
         L.seed_everything(SEED, verbose=False)
         strategy = HybridStrategy(layout=layout, microbatches=size.microbatches if "pp" in layout else "auto")
-        fit(Model(size), strategy, contestant, size, replicas=_replicas(layout))
+        steps = contestant.total_steps
+        fit(Model(size), strategy, Clock(contestant), size, steps=steps, replicas=_replicas(layout))
 
     return training
 
@@ -225,14 +233,15 @@ def by_hand(layout: str, size: Size) -> Training:
 
     def training(contestant: Contestant) -> None:
         L.seed_everything(SEED, verbose=False)
+        clock, steps = Clock(contestant), contestant.total_steps
         if layout == "dp2":
-            fit(Model(size), DDPStrategy(), contestant, size, replicas=2)
+            fit(Model(size), DDPStrategy(), clock, size, steps=steps, replicas=2)
         elif layout == "fsdp2":
             strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-            fit(ShardedByHand(size), strategy, contestant, size, replicas=2)
+            fit(ShardedByHand(size), strategy, clock, size, steps=steps, replicas=2)
         elif layout == "tp2":
             strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
-            fit(DividedByHand(size), strategy, contestant, size, replicas=1)
+            fit(DividedByHand(size), strategy, clock, size, steps=steps, replicas=1)
         elif layout == "pp2":
             pipelined_by_hand(contestant, size)
         else:

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_hybrid import HybridStrategy
 from lightning_hybrid.models.transformer import Transformer
-from tests.benchmarks.contest import Contestant, Result, Training, compete
+from tests.benchmarks.contest import Clock, Contestant, Result, Training, compete
 from tests.benchmarks.contestants import SEED, Model, Size, fit
 
 PEAK_BF16_FLOPS = {
@@ -98,6 +98,6 @@ def _training(setup: Setup, *, hybrid: bool) -> Training:
             for block in module.transformer.blocks if setup.compile else ():
                 block.compile()
         options = {"accelerator": setup.device, "devices": 1, "precision": setup.precision}
-        fit(module, strategy, contestant, setup.size, replicas=1, **options)
+        fit(module, strategy, Clock(contestant), setup.size, steps=contestant.total_steps, replicas=1, **options)
 
     return training

@@ -1,9 +1,10 @@
 """SIGTERM to any rank: all ranks end the batch that they are at, and stop together.
 
 Lightning's handler broadcasts inside of the signal's handler, which meets the collectives of a step on other ranks and
-hangs. Here the handler only takes a note. Before every training batch, where Lightning broadcasts rank 0's note, the
-ranks ask each other instead; then all of them raise Lightning's `SIGTERMException` at the same place, so that callbacks
-may save a checkpoint together.
+hangs. Here the handler only takes a note. The notes travel with the all-reduce that checks the gradients before an
+optimizer step. So all ranks know already when a training batch begins, where Lightning broadcasts rank 0's note; only
+if there was no such step since the last batch do they ask each other. Then all of them raise Lightning's
+`SIGTERMException` at the same place, so that callbacks may save a checkpoint together.
 """
 
 from __future__ import annotations
@@ -26,23 +27,34 @@ class Preemption:
 
     def __init__(self, any_rank: Callable[[bool], bool]) -> None:
         self._any_rank = any_rank
-        self._requested = False
+        self.requested = False
+        """Whether this rank was asked to stop."""
+        self._heard: bool | None = None
 
     def install(self, trainer: pl.Trainer) -> None:
         """Takes the place of Lightning's handler in the trainer's next run."""
+        self._heard = None
 
         def before_batch() -> None:
-            if self.agree(trainer):
+            heard, self._heard = self._heard, None
+            if heard is None:
+                heard = self._any_rank(self.requested)
+            if heard:
+                set_received_sigterm(trainer)
                 raise SIGTERMException
 
         route_sigterm(trainer, self._note, before_batch)
 
     def _note(self, *_: Any) -> None:
-        self._requested = True
+        self.requested = True
+
+    def hear(self, any_rank: bool) -> None:
+        """What all ranks have just told each other; saves the question before the next training batch."""
+        self._heard = any_rank
 
     def agree(self, trainer: pl.Trainer) -> bool:
         """Whether any rank was asked to stop; Lightning's loops of all ranks are told. Collective."""
-        if self._any_rank(self._requested):
+        if self._any_rank(self.requested):
             set_received_sigterm(trainer)
             return True
         return False

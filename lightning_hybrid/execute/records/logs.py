@@ -28,6 +28,7 @@ from lightning_hybrid._lightning_private import running_hook, samples_of_running
 from lightning_hybrid.partition.mesh import Mesh
 
 _SIGNATURE = inspect.signature(LightningModule.log)
+_OPTIONS = frozenset(_SIGNATURE.parameters) - {"self", "name", "value"}
 _SLOTS = 32
 """Values that fit in the first all-reduce; a step that logs more needs a second one."""
 _NOT_REPLAYED = ("sync_dist", "sync_dist_group", "enable_graph")
@@ -55,6 +56,14 @@ class LogEntry:
         return not self.options.get("rank_zero_only", False)
 
 
+def _by_name(root: pl.LightningModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `self.log` call by name."""
+    if len(args) == 2 and _OPTIONS.issuperset(kwargs):  # nearly all calls; binding would take most of their time
+        return {"name": args[0], "value": args[1], **kwargs}
+    bound = _SIGNATURE.bind(root, *args, **kwargs)
+    return {k: v for k, v in bound.arguments.items() if k != "self"}
+
+
 @dataclass
 class LogRecorder:
     """Collects the `self.log` calls of one step."""
@@ -75,8 +84,7 @@ class LogRecorder:
 
         def log(*args: Any, **kwargs: Any) -> None:
             if owner is None or owner.own:
-                bound = _SIGNATURE.bind(self.root, *args, **kwargs)
-                options = {k: v for k, v in bound.arguments.items() if k != "self"}
+                options = _by_name(self.root, args, kwargs)
                 self.record(samples, (stage, options["name"], seen[options["name"]]), **options)
                 seen[options["name"]] += 1
 
@@ -267,8 +275,7 @@ class HookLogs:
             self._root.__dict__.pop(key, None)
 
     def _log(self, *args: Any, **kwargs: Any) -> None:
-        bound = _SIGNATURE.bind(self._root, *args, **kwargs)
-        self._log_all([{k: v for k, v in bound.arguments.items() if k != "self"}])
+        self._log_all([_by_name(self._root, args, kwargs)])
 
     def _log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         calls: list[dict[str, Any]] = []
