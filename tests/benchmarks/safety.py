@@ -1,8 +1,8 @@
 """What the checks of every step cost: `python -m tests.benchmarks.safety [--only dp2 ...] [--rounds N]`.
 
-Gloo ranks with one thread each train a model. The checks of a step (NaN and infinity before an optimizer step; whether
-a rank was asked to stop; notes of what the main thread is doing) are on in a block of steps, off in the next, and so on.
-It is the same training, with its weights at the same addresses: two trainings side by side differ by more than the
+Gloo ranks with one thread each train a model. The checks of a step are on in a block of steps, off in the next, and so
+on: NaN and infinity before an optimizer step, whether a rank was asked to stop, notes of what the main thread is doing.
+It is the same training, with its weights at the same addresses; two trainings side by side differ by more than the
 checks cost. The figure is the median over rounds of the ratio of the two times. The thread that watches the other ranks
 lives as long as the training, so its share is stated as processor time.
 """
