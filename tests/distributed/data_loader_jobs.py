@@ -14,13 +14,12 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from tests.distributed.data_jobs import (
     GLOBAL_BATCH,
-    Batches,
     Joined,
     Recording,
     SaveAt,
-    Stream,
     train,
 )
+from tests.distributed.data_stream_jobs import Batches, Stream
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import data_jobs
+from tests.distributed import data_stream_jobs
 from tests.harness import RankError, RankGroup
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
@@ -50,22 +50,22 @@ def assert_predicted(found: Any, expected: Any) -> None:
     ],
 )
 def test_every_rank_has_all_predictions_in_order(ranks2: RankGroup, layout, case):
-    expected, _, _ = data_jobs.predict(None, **CASES[case])
-    for found, _, _ in ranks2.call(data_jobs.predict, layout, **CASES[case]):
+    expected, _, _ = data_stream_jobs.predict(None, **CASES[case])
+    for found, _, _ in ranks2.call(data_stream_jobs.predict, layout, **CASES[case]):
         assert_predicted(found, expected)
 
 
 @pytest.mark.feature("predictions: two loaders")
 @pytest.mark.parametrize("layout", ["fsdp2-pp2", pytest.param("dp2-tp2", marks=pytest.mark.slow)])
 def test_four_ranks(ranks4: RankGroup, layout):
-    expected, _, _ = data_jobs.predict(None, counts=(21, 10))
-    for found, _, _ in ranks4.call(data_jobs.predict, layout, counts=(21, 10)):
+    expected, _, _ = data_stream_jobs.predict(None, counts=(21, 10))
+    for found, _, _ in ranks4.call(data_stream_jobs.predict, layout, counts=(21, 10)):
         assert_predicted(found, expected)
 
 
 def test_fewer_batches_than_replicas(ranks4: RankGroup):
-    expected, _, _ = data_jobs.predict(None, counts=(6,))
-    results = ranks4.call(data_jobs.predict, "fsdp4", counts=(6,))
+    expected, _, _ = data_stream_jobs.predict(None, counts=(6,))
+    results = ranks4.call(data_stream_jobs.predict, "fsdp4", counts=(6,))
     for found, _, _ in results:
         assert_predicted(found, expected)
     assert [len(batches) for _, batches, _ in results] == [1, 1, 0, 0], "nothing is written for what is not wanted"
@@ -73,8 +73,8 @@ def test_fewer_batches_than_replicas(ranks4: RankGroup):
 
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
 def test_writers_get_the_own_batches_of_a_rank_with_their_indices(ranks2: RankGroup, layout):
-    _, expected, (lengths, indices) = data_jobs.predict(None, counts=(21, 10))
-    results = ranks2.call(data_jobs.predict, layout, counts=(21, 10))
+    _, expected, (lengths, indices) = data_stream_jobs.predict(None, counts=(21, 10))
+    results = ranks2.call(data_stream_jobs.predict, layout, counts=(21, 10))
     for rank, (_, batches, epoch) in enumerate(results):
         of_loader = [[b for b in expected if b[0] == loader][rank::2] for loader in range(2)]
         assert batches == [*of_loader[0], *of_loader[1]]
@@ -86,7 +86,7 @@ def test_writers_get_the_own_batches_of_a_rank_with_their_indices(ranks2: RankGr
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2"])
 def test_nothing_is_gathered_that_is_not_returned(ranks2: RankGroup, layout):
-    for found, batches, _ in ranks2.call(data_jobs.predict, layout, return_predictions=False):
+    for found, batches, _ in ranks2.call(data_stream_jobs.predict, layout, return_predictions=False):
         assert found is None
         assert batches
 
@@ -96,11 +96,11 @@ def test_nothing_is_gathered_that_is_not_returned(ranks2: RankGroup, layout):
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
 def test_a_stream(ranks2: RankGroup, layout, sized, limit):
-    expected = data_jobs.predict_on_stream(None, 19, sized, limit=limit)
-    for found in ranks2.call(data_jobs.predict_on_stream, layout, 19, sized, limit=limit):
+    expected = data_stream_jobs.predict_on_stream(None, 19, sized, limit=limit)
+    for found in ranks2.call(data_stream_jobs.predict_on_stream, layout, 19, sized, limit=limit):
         assert_predicted(found, expected)
 
 
 def test_a_stream_beside_other_loaders_is_refused(ranks2: RankGroup):
     with pytest.raises(RankError, match=r"2 loaders are predicted on.*Call `trainer\.predict` once for each loader"):
-        ranks2.call(data_jobs.predict_on_stream, "dp2", 19, False, 2)
+        ranks2.call(data_stream_jobs.predict_on_stream, "dp2", 19, False, 2)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import data_jobs
+from tests.distributed import data_jobs, data_worker_jobs
 from tests.harness import RankGroup
 
 pytestmark = pytest.mark.distributed
@@ -61,28 +61,30 @@ def test_training_with_them_is_that_of_one_process(ranks2: RankGroup, expected, 
 
 def test_a_users_worker_init_fn_runs_and_sees_its_own_dataset(ranks2: RankGroup):
     for kind in ("samples", "stream"):
-        for seen in ranks2.call(data_jobs.what_workers_see, "dp2", kind):
+        for seen in ranks2.call(data_worker_jobs.what_workers_see, "dp2", kind):
             assert seen == ["WithNoise" if kind == "samples" else "Stream"] * 2
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])
 def test_collating_and_reading_a_batch_at_once(ranks2: RankGroup, layout):
     """`collate_fn` and `__getitems__` draw from streams that ranks of a replica, workers and runs have in common."""
-    alone = ranks2.call(data_jobs.collate_with_noise, layout, 0)
-    worked = ranks2.call(data_jobs.collate_with_noise, layout, 2)
+    alone = ranks2.call(data_worker_jobs.collate_with_noise, layout, 0)
+    worked = ranks2.call(data_worker_jobs.collate_with_noise, layout, 2)
     assert alone == worked
     assert (alone[0] == alone[1]) == (layout == "tp2")
 
 
 def test_workers_are_seeded_by_replica(ranks2: RankGroup):
     """With `seed_everything(workers=True)` Lightning seeds by rank, and ranks of one replica would differ."""
-    first, second = ranks2.call(data_jobs.noise_of_stream, "tp2")
+    first, second = ranks2.call(data_worker_jobs.noise_of_stream, "tp2")
     assert first == second
-    first, second = ranks2.call(data_jobs.noise_of_stream, "dp2")
+    first, second = ranks2.call(data_worker_jobs.noise_of_stream, "dp2")
     assert first != second
 
 
 @pytest.mark.slow
 def test_workers_may_be_started_anew(ranks2: RankGroup):
     """What travels to a worker can be pickled."""
-    assert ranks2.call(data_jobs.noise_of_stream, "dp2", "spawn") == ranks2.call(data_jobs.noise_of_stream, "dp2")
+    assert ranks2.call(data_worker_jobs.noise_of_stream, "dp2", "spawn") == ranks2.call(
+        data_worker_jobs.noise_of_stream, "dp2"
+    )

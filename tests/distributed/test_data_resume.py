@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import data_jobs
+from tests.distributed import data_jobs, data_stream_jobs, data_worker_jobs
 from tests.harness import RankGroup
 
 pytestmark = pytest.mark.distributed
@@ -108,9 +108,9 @@ def test_another_global_batch_skips_exactly_what_was_used(ranks2: RankGroup, tmp
 @pytest.mark.parametrize("kind", ["plain", "noisy", "resuming"])
 def test_a_stream_goes_on(ranks2: RankGroup, tmp_path, kind):
     path = data_jobs.file_of(tmp_path, "one.ckpt")
-    expected = ranks2.call(data_jobs.train_on_stream, "dp2", kind)
-    ranks2.call(data_jobs.train_on_stream, "dp2", kind, save=(path, "batch", 2))
-    results = ranks2.call(data_jobs.train_on_stream, "dp2", kind, ckpt_path=path)
+    expected = ranks2.call(data_stream_jobs.train_on_stream, "dp2", kind)
+    ranks2.call(data_stream_jobs.train_on_stream, "dp2", kind, save=(path, "batch", 2))
+    results = ranks2.call(data_stream_jobs.train_on_stream, "dp2", kind, ckpt_path=path)
     for result, wanted in zip(results, expected, strict=True):
         _same(results[0], expected[0])
         assert result["steps"] == wanted["steps"][2:]
@@ -121,7 +121,7 @@ def test_a_stream_goes_on(ranks2: RankGroup, tmp_path, kind):
 
 def test_a_loader_that_keeps_its_own_place(ranks2: RankGroup, tmp_path):
     path = data_jobs.file_of(tmp_path, "one.ckpt")
-    ranks2.call(data_jobs.train_on_own_loader, "dp2", save=(path, "batch", 1))
-    for steps, loaded in ranks2.call(data_jobs.train_on_own_loader, "dp2", ckpt_path=path):
+    ranks2.call(data_worker_jobs.train_on_own_loader, "dp2", save=(path, "batch", 1))
+    for steps, loaded in ranks2.call(data_worker_jobs.train_on_own_loader, "dp2", ckpt_path=path):
         assert loaded == {"at": 2}
         assert len(steps) == 1

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import data_jobs
+from tests.distributed import data_jobs, data_worker_jobs
 from tests.harness import RankGroup
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
@@ -132,8 +132,8 @@ def test_a_full_epoch_needs_no_weights(ranks2: RankGroup):
 @pytest.mark.parametrize("layout", TWO)
 def test_lengths_that_change_in_every_step(ranks2: RankGroup, layout):
     """Replicas pad their own samples, and the last batch has another size: stages are planned again for each shape."""
-    expected = data_jobs.train_on_sequences(None)
-    for rank, result in enumerate(ranks2.call(data_jobs.train_on_sequences, layout)):
+    expected = data_worker_jobs.train_on_sequences(None)
+    for rank, result in enumerate(ranks2.call(data_worker_jobs.train_on_sequences, layout)):
         assert result["loss"] == pytest.approx(expected["loss"], rel=2e-5)
         for name, value in expected["weights"].items() if rank == 0 else ():
             torch.testing.assert_close(result["weights"][name], value, rtol=5e-5, atol=5e-6, msg=name)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import numbers_jobs as jobs
+from tests.distributed import optimizer_jobs as jobs
 from tests.harness import RankError, RankGroup
 
 pytestmark = pytest.mark.distributed
