@@ -42,6 +42,7 @@ def one(ranks1: RankGroup) -> dict[str, dict]:
     }
 
 
+@pytest.mark.feature("dropout: a second run draws the same masks")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
 def test_a_second_run_draws_the_same(ranks2: RankGroup, layout):
     first, second = (ranks2.call(jobs.dropout, layout, BOTH) for _ in range(2))
@@ -88,6 +89,7 @@ def test_replicas_of_pipelines_draw_what_replicas_of_processes_draw(ranks2: Rank
     assert_same(ranks4.call(jobs.dropout, layout, BOTH, **ONE_MICROBATCH)[0], expected)
 
 
+@pytest.mark.feature("dropout: the same masks where activations are recomputed")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
 @pytest.mark.parametrize("recompute", ["block", "block, reentrant", "part"])
 def test_what_is_recomputed_draws_the_same_again(ranks2: RankGroup, layout, recompute):

@@ -22,6 +22,7 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=name)
 
 
+@pytest.mark.feature(by="optimizer", prefix="optimizer: ")
 @pytest.mark.parametrize("optimizer", EVERYWHERE)
 @pytest.mark.parametrize("layout", TWO)
 def test_optimizers(ranks2: RankGroup, layout, optimizer):
@@ -35,6 +36,7 @@ def test_optimizers_under_a_product(ranks4: RankGroup, optimizer):
     check(found, jobs.optimized(None, {"optimizer": optimizer}, gradient_clip_val=0.05))
 
 
+@pytest.mark.feature(by="optimizer", prefix="optimizer: ")
 @pytest.mark.parametrize(
     ("layout", "optimizer"),
     [("dp2", "Adafactor"), ("pp2", "Adafactor"), ("dp2", "SGD, fused"), ("pp2", "SGD, fused"), ("dp2", "LBFGS")],
@@ -44,6 +46,7 @@ def test_optimizers_that_need_whole_weights(ranks2: RankGroup, layout, optimizer
     check(found, jobs.optimized(None, {"optimizer": optimizer}))
 
 
+@pytest.mark.feature(by="optimizer", prefix="optimizer: ", refused=True)
 @pytest.mark.parametrize(
     ("layout", "optimizer", "message"),
     [
@@ -70,6 +73,7 @@ def test_clipping_by_hand(ranks2: RankGroup, layout):
     check(ranks2.call(jobs.optimized, layout, {"clip": "by hand"})[0], jobs.optimized(None, {"clip": "by hand"}))
 
 
+@pytest.mark.feature("clipping by norm and by value")
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @pytest.mark.parametrize("layout", ["fsdp2-tp2", "tp2-pp2", "fsdp2-pp2"])
 def test_clipping_under_products(ranks4: RankGroup, layout, algorithm):
@@ -77,6 +81,7 @@ def test_clipping_under_products(ranks4: RankGroup, layout, algorithm):
     check(ranks4.call(jobs.optimized, layout, {}, **options)[0], jobs.optimized(None, {}, **options))
 
 
+@pytest.mark.feature("`compile=True`: each block compiled")
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("layout", TWO)

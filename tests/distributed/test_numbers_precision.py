@@ -55,12 +55,14 @@ def check(result: dict, expected: dict, bound: tuple[float, float, float]) -> No
         assert result[key] == expected[key], key
 
 
+@pytest.mark.feature(by="precision", prefix="precision: ")
 @pytest.mark.parametrize("precision", ["32-true", *HALF, "64-true"])
 @pytest.mark.parametrize("layout", TWO)
 def test_two_ranks(ranks2: RankGroup, one, bounds, layout, precision):
     check(ranks2.call(jobs.precise, layout, precision)[0], one[precision], bounds[precision])
 
 
+@pytest.mark.feature(by="precision", prefix="precision: ")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true"])
 @pytest.mark.parametrize("layout", ["fsdp2-tp2", pytest.param("tp2-pp2", marks=pytest.mark.slow)])
 def test_four_ranks(ranks4: RankGroup, one, bounds, layout, precision):
