@@ -201,7 +201,8 @@ def test_one_rank_exits(rank: int, tmp_path: Path) -> None:
     """`sys.exit` on one rank shows nothing by itself."""
     outcome = run(tmp_path, 2, "--layout", "dp2", "--kind", "exit", "--rank", str(rank), "--step", "7")
     _check_end(outcome)
-    assert len(re.findall(rf"{ERROR}Rank {rank} of 2 failed in .*SystemExit: 3", outcome.output)) == 1, outcome.output
+    said = rf"{ERROR}Rank {rank} of 2 failed after backward of batch 6 .*SystemExit: 3"  # as batch 7 begins
+    assert len(re.findall(said, outcome.output)) == 1, outcome.output
 
 
 def test_missing_rank(tmp_path: Path) -> None:
