@@ -1,6 +1,6 @@
 """Seconds to save and to load, against Lightning's ModelParallelStrategy, the same model sharded over two ranks.
 
-    python -m tests.benchmarks.checkpoint [--rounds 5] [--width 1024]
+    python -m tests.benchmarks.checkpoint [--rounds 5] [--width 2048]
 
 Both save the model and its Adam states to the same disk and wait until they are on it (`fsync`), in alternating
 rounds. Ours hashes what it writes and checks the hashes when it loads. Lightning's FSDPStrategy refuses to run without

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from tests.benchmarks import safety
 from tests.benchmarks.contestants import Size
 from tests.benchmarks.memory import MemorySize, measure_memory
 from tests.benchmarks.overhead import COMPARISONS, run, table
@@ -33,3 +34,11 @@ def test_rank_takes_less_memory_than_a_single_process() -> None:
     shares = [float(re.split(r"\s*\|\s*", row)[3]) for row in rows]
     assert shares[0] == 1.0
     assert max(shares[1:]) < 0.8, rows
+
+
+def test_checks_of_a_step_cost_little() -> None:
+    costs = safety.run(["pp2"], rounds=4, steps=3, size=SHORT)
+    assert len(costs["pp2"].steps.ours) == len(costs["pp2"].steps.reference) == 4
+    assert costs["pp2"].steps.ratio < LIMIT
+    assert costs["pp2"].watch_share < 0.02
+    assert safety.table(costs).splitlines()[2].startswith("| `pp2` |")
