@@ -156,12 +156,16 @@ def hook_tables(module: nn.Module) -> list[dict]:
 
 
 class _Direct:
+    """In the place of `CheckpointFunction`: no recomputation."""
+
     @staticmethod
     def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
         return function(*args)
 
 
 class _NotReentrant:
+    """In the place of `CheckpointFunction`: the other kind of recomputation."""
+
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)

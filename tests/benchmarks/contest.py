@@ -2,7 +2,7 @@
 
 Each training runs to its end in a thread of its own, but only one of them is ever awake: it hands over at the end of a
 block of steps and sleeps until the next. The ranks of a process group hand over in the same order. Where there are
-enough cores, each rank keeps to one: moved about, ranks preempt each other for milliseconds at a time.
+enough cores, each rank keeps to its share: moved about, ranks preempt each other for milliseconds at a time.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class Block:
     """From the first step's start to the last step's end, on all ranks."""
     cpu_seconds: float
     """Of all threads of this rank's process."""
+
+    @classmethod
+    def between(cls, start: tuple[float, float], end: tuple[float, float]) -> Block:
+        """The block between two results of `time_of_all`."""
+        return cls(end[0] - start[0], end[1] - start[1])
 
 
 class Contestant:
@@ -84,16 +89,13 @@ class Contestant:
             return
         self._asleep.release()
         self._wake.acquire()
-        wait_for_all()
-        self._start = (time.perf_counter(), time.process_time())
+        self._start = time_of_all()
 
     def step_ends(self) -> None:
         """To be called at the end of each step."""
         self._step += 1
         if self._step % self.steps == 0:
-            wait_for_all()
-            now = (time.perf_counter(), time.process_time())
-            self._block = Block(now[0] - self._start[0], now[1] - self._start[1])
+            self._block = Block.between(self._start, time_of_all())
 
     def _run(self) -> None:
         self._wake.acquire()
@@ -104,12 +106,13 @@ class Contestant:
         self._asleep.release()
 
 
-def wait_for_all() -> None:
-    """This rank's device has done its work, and so have the other ranks."""
+def time_of_all() -> tuple[float, float]:
+    """Wall-clock and processor time, once this rank's device has done its work and so have the other ranks."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+    return time.perf_counter(), time.process_time()
 
 
 class Clock(L.Callback):
@@ -172,15 +175,15 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return first, third
 
 
-def keep_to_one_core() -> None:
-    """Binds this rank's process to a core of its own, if there are as many as ranks on this machine."""
+def keep_to_own_cores() -> None:
+    """Binds this rank's process to its share of the cores, if there are as many as ranks, all on this machine."""
     rank, ranks = (int(os.environ[name]) for name in ("LOCAL_RANK", "WORLD_SIZE"))
     if not hasattr(os, "sched_setaffinity"):  # not on macOS
         return
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= ranks:
         for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), {cores[rank]})
+            os.sched_setaffinity(int(thread), cores[rank::ranks])
 
 
 def compete(ours: Training, reference: Training, *, rounds: int, steps: int) -> Result:
@@ -192,7 +195,7 @@ def compete(ours: Training, reference: Training, *, rounds: int, steps: int) -> 
         rounds: Pairs of blocks that count.
         steps: Training steps in a block.
     """
-    keep_to_one_core()
+    keep_to_own_cores()
     contestants = Contestant(ours, rounds, steps), Contestant(reference, rounds, steps)
     for contestant in contestants:
         contestant.prepare()

@@ -21,8 +21,7 @@ import lightning.pytorch as L
 from typing_extensions import override
 
 from lightning_hybrid import HybridStrategy, Layout
-from lightning_hybrid._lightning_private import route_sigterm
-from tests.benchmarks.contest import WARM_UP_BLOCKS, Block, Result, keep_to_one_core, wait_for_all
+from tests.benchmarks.contest import WARM_UP_BLOCKS, Block, Result, keep_to_own_cores, time_of_all
 from tests.benchmarks.contestants import SEED, Model, Size, fit
 from tests.benchmarks.overhead import TIMEOUT_SECONDS, versions
 from tests.harness import RankGroup
@@ -41,11 +40,10 @@ class Switched(HybridStrategy):
     @override
     def setup(self, trainer: L.Trainer) -> None:
         super().setup(trainer)
-        loop: Any = trainer.fit_loop.epoch_loop
-        guard, watch = self.steps.guard, self._watch
+        guard, watch, preemption = self.steps.guard, self._watch, self._preemption
         guard.__dict__.update(check=self._switched(guard.check), saw_loss=self._switched(guard.saw_loss))
         watch.__dict__["during"] = self._switched(watch.during, nullcontext())
-        route_sigterm(trainer, lambda *_: None, self._switched(loop._broadcast_sigterm_tensor))
+        preemption.__dict__["agree"] = self._switched(preemption.agree, False)
 
     def _switched(self, check: Callable[..., Any], off: Any = None) -> Callable[..., Any]:
         return lambda *args: check(*args) if self.checks else off
@@ -74,17 +72,15 @@ class Switch(L.Callback):
         block, step = divmod(trainer.global_step, self._steps)
         if step == 0:
             self._strategy.checks = block % 4 in (0, 3)
-            wait_for_all()
-            self._start = (time.perf_counter(), time.process_time())
+            self._start = time_of_all()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """A block ends."""
         block, step = divmod(trainer.global_step, self._steps)
         if step == 0:
-            wait_for_all()
-            wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+            timed = Block.between(self._start, time_of_all())
             if block > WARM_UP_BLOCKS:
-                self.blocks[self._strategy.checks].append(Block(wall, cpu))
+                self.blocks[self._strategy.checks].append(timed)
 
     def on_train_end(self, *_: Any) -> None:
         """The watch is about to end."""
@@ -107,7 +103,7 @@ class Cost:
 
 def measure(layout: str, size: Size, rounds: int, steps: int) -> Cost:
     """Runs on every rank."""
-    keep_to_one_core()
+    keep_to_own_cores()
     L.seed_everything(SEED, verbose=False)
     strategy = Switched(layout=layout, microbatches=size.microbatches if "pp" in layout else "auto")
     switch = Switch(strategy, rounds, steps)

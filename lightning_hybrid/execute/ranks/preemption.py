@@ -37,10 +37,7 @@ class Preemption:
 
         def before_batch() -> None:
             heard, self._heard = self._heard, None
-            if heard is None:
-                heard = self._any_rank(self.requested)
-            if heard:
-                set_received_sigterm(trainer)
+            if self.agree(trainer, heard):
                 raise SIGTERMException
 
         route_sigterm(trainer, self._note, before_batch)
@@ -52,9 +49,14 @@ class Preemption:
         """What all ranks have just told each other; saves the question before the next training batch."""
         self._heard = any_rank
 
-    def agree(self, trainer: pl.Trainer) -> bool:
-        """Whether any rank was asked to stop; Lightning's loops of all ranks are told. Collective."""
-        if self._any_rank(self.requested):
+    def agree(self, trainer: pl.Trainer, heard: bool | None = None) -> bool:
+        """Whether any rank was asked to stop; Lightning's loops of all ranks are told.
+
+        Args:
+            trainer: The trainer.
+            heard: What all ranks have told each other already; None: they ask, which is collective.
+        """
+        wanted = self._any_rank(self.requested) if heard is None else heard
+        if wanted:
             set_received_sigterm(trainer)
-            return True
-        return False
+        return wanted
