@@ -1,6 +1,29 @@
-"""Models as ordinary LightningModules: examples of what a user brings."""
+"""The DeepSeek scheme as ordinary modules, and a LightningModule of them: what a user brings."""
 
-from lightning_hybrid.models.causal_lm import CausalLM, learning_rate_share
-from lightning_hybrid.models.transformer import Transformer, rotary_table, rotate
+from lightning_hybrid.models.causal_lm import CausalLM
+from lightning_hybrid.models.config import (
+    ExpertsConfig,
+    LatentConfig,
+    OptimizerConfig,
+    PredictionConfig,
+    StreamsConfig,
+    TransformerConfig,
+)
+from lightning_hybrid.models.experts import MixtureOfExperts
+from lightning_hybrid.models.latent_attention import LatentAttention
+from lightning_hybrid.models.optimizers import AdamWBF16
+from lightning_hybrid.models.transformer import Transformer
 
-__all__ = ["CausalLM", "Transformer", "learning_rate_share", "rotary_table", "rotate"]
+__all__ = [
+    "AdamWBF16",
+    "CausalLM",
+    "ExpertsConfig",
+    "LatentAttention",
+    "LatentConfig",
+    "MixtureOfExperts",
+    "OptimizerConfig",
+    "PredictionConfig",
+    "StreamsConfig",
+    "Transformer",
+    "TransformerConfig",
+]

@@ -1,9 +1,14 @@
 """Next-token prediction as a LightningModule. It knows nothing of devices or layouts.
 
-Dims in the suffixes of tensor names: B batch, T time, V vocabulary.
+Dims in the suffixes of tensor names: B batch, T time, V vocabulary, L layers of experts, E experts.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,58 +16,59 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_hybrid.models.attention import Cache
+from lightning_hybrid.models.config import OptimizerConfig, StreamsConfig, TransformerConfig, config_of
+from lightning_hybrid.models.experts import Router, max_violation
+from lightning_hybrid.models.optimizers import learning_rate_share, make_optimizer
 from lightning_hybrid.models.transformer import Transformer
 
 Batch = tuple[Tensor, Tensor]
 
-_BETAS = (0.9, 0.95)
-"""AdamW's decay rates, as LLaMA, section 2.3."""
-_FINAL_RATE = 0.1
-"""The learning rate ends at this share of its peak, as LLaMA, section 2.3."""
-
 
 class CausalLM(LightningModule):
-    """A small Llama-style transformer that learns to predict the next token.
+    """A transformer that learns to predict the next token.
 
     Args:
-        vocabulary: Number of token values, V; 256 for bytes.
-        width: Model width.
-        blocks: Number of transformer blocks.
-        heads: Number of attention heads in each block.
-        context_length: The longest sequence, in tokens.
-        learning_rate: Peak learning rate of AdamW.
-        warmup_steps: Steps in which the learning rate rises to its peak; then it falls along a half cosine.
-        weight_decay: AdamW's weight decay, on matrices only.
+        transformer: What it is made of: dense, or with latent attention, experts, prediction of further tokens.
+        optimizer: The optimizer and its learning rate.
+        streams: Parallel streams, opened from the start of this run.
+        initial_weights: A file of `Trainer.save_checkpoint` (of one process; `lightning-hybrid consolidate` makes it
+            from a sharded one) whose weights to start from, such as those of a first phase without streams.
     """
 
     def __init__(
         self,
-        vocabulary: int = 256,
-        width: int = 128,
-        blocks: int = 4,
-        heads: int = 4,
-        context_length: int = 256,
-        learning_rate: float = 3e-3,
-        warmup_steps: int = 50,
-        weight_decay: float = 0.1,
+        transformer: TransformerConfig = TransformerConfig(),  # noqa: B008 -- frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 -- frozen
+        streams: StreamsConfig | None = None,
+        initial_weights: str | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
-        self.weight_decay = weight_decay
-        self.context_length = context_length
-        self.transformer = Transformer(vocabulary, width, blocks, heads, context_length)
+        self.config = config_of(TransformerConfig, transformer)
+        self.optimizer_config = config_of(OptimizerConfig, optimizer)
+        opened = None if streams is None else config_of(StreamsConfig, streams)
+        # Lightning saves these variables: as plain values, which a checkpoint and a logger can write
+        transformer, optimizer, streams = (  # type: ignore[assignment]
+            value and dataclasses.asdict(value) for value in (self.config, self.optimizer_config, opened)
+        )
+        self.save_hyperparameters(ignore="initial_weights")  # the checkpoint has weights itself
+        self.transformer = Transformer(self.config)
+        if initial_weights is not None:
+            self._load(initial_weights)
+        if opened is not None:
+            self.transformer.open_streams(opened)
+        self._total_steps: float = math.inf
+        self._steps_balanced = 0
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Return ``logits_BTV``, the unnormalised log-probabilities of the token after each position."""
-        return self.transformer(tokens_BT)
+        return self.transformer(tokens_BT, None, cache)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean cross entropy, in nats a token, of ``(tokens_BT, targets_BT)``."""
-        loss = self._loss(batch)
-        self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch[0]))
-        return loss
+        """Return the loss of ``(tokens_BT, targets_BT)`` in nats a token; log the next token's part of it."""
+        losses = self.transformer(*batch)
+        self.log("train_loss", losses.next_token, prog_bar=True, sync_dist=True, batch_size=len(batch[0]))
+        return losses.next_token + self._further_weight() * losses.further_tokens + losses.balance
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the cross entropy in bits a token; a token is a byte unless the data says otherwise."""
@@ -79,21 +85,33 @@ class CausalLM(LightningModule):
         return nats_BT.mean(dim=1) / math.log(2)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return AdamW with a linear warm-up and a half-cosine decay over the whole run."""
-        parameters = list(self.parameters())
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.weight_decay},
-                {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-            ],
-            lr=self.learning_rate,
-            betas=_BETAS,
-        )
-        total_steps = int(self.trainer.estimated_stepping_batches)
+        """Return the optimizer and its learning rate over the whole run."""
+        optimizer = make_optimizer(self, self.optimizer_config)
+        self._total_steps = total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_share(step, self.warmup_steps, total_steps)
+            optimizer, lambda step: learning_rate_share(step, self.optimizer_config, total_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Note where the run begins."""
+        self._steps_balanced = self.trainer.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After a step, move the routers' biases by the load of all ranks."""
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        if not routers or self.trainer.global_step == self._steps_balanced:
+            return
+        self._steps_balanced = self.trainer.global_step
+        loads_LE = torch.stack([router.load for router in routers])
+        # what several ranks compute together (`tp`) counts on each of them, which changes no expert's share
+        loads_LE = torch.as_tensor(self.all_gather(loads_LE)).view(-1, *loads_LE.shape).sum(dim=0)
+        config = routers[0].config
+        moving = self.trainer.global_step <= config.bias_share * self._total_steps
+        for router, load_E in zip(routers, loads_LE, strict=True):
+            router.balance(load_E, config.bias_rate if moving else 0.0)
+        violation = torch.stack([max_violation(load_E) for load_E in loads_LE]).max()
+        self.log("max_violation", violation, prog_bar=True, rank_zero_only=True)
 
     @torch.inference_mode()
     def generate(
@@ -114,9 +132,14 @@ class CausalLM(LightningModule):
         Returns:
             Prompts and continuations, of shape ``(B, T + max_new_tokens)``.
         """
-        tokens_BT = prompt_BT
+        tokens_BT, cache, length = prompt_BT, Cache(), self.config.context_length
         for _ in range(max_new_tokens):
-            logits_BV = self(tokens_BT[:, -self.context_length :])[:, -1]
+            if cache.length in (0, length):  # a window that moves on has other positions: nothing can be kept
+                cache = Cache()
+                fed_BT = tokens_BT[:, -length:]
+            else:
+                fed_BT = tokens_BT[:, -1:]
+            logits_BV = self(fed_BT, cache)[:, -1]
             if temperature == 0:
                 next_B1 = logits_BV.argmax(dim=-1, keepdim=True)
             else:
@@ -124,6 +147,13 @@ class CausalLM(LightningModule):
                 next_B1 = torch.multinomial(probabilities_BV, 1, generator=generator)
             tokens_BT = torch.cat([tokens_BT, next_B1], dim=1)
         return tokens_BT
+
+    def _further_weight(self) -> float:
+        config = self.config.prediction
+        if config is None:
+            return 0.0
+        later = self.trainer.global_step >= config.later_from * self._total_steps
+        return config.later_weight if later else config.weight
 
     def _loss(self, batch: Batch) -> Tensor:
         tokens_BT, targets_BT = batch
@@ -133,19 +163,14 @@ class CausalLM(LightningModule):
         bits = self._loss(batch) / math.log(2)
         self.log(name, bits, prog_bar=True, sync_dist=True, batch_size=len(batch[0]))
 
-
-def learning_rate_share(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the learning rate of a step as a share of its peak.
-
-    Args:
-        step: Optimizer steps taken so far.
-        warmup_steps: Steps of the linear rise; it reaches 1 at the last of them.
-        total_steps: Steps of the whole run; the half cosine ends there at a tenth.
-
-    Returns:
-        A share between 0 and 1.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+    def _load(self, path: str) -> None:
+        content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state = {k: v for k, v in content["state_dict"].items() if not k.startswith("transformer.further.")}
+        expected = {k: v.shape for k, v in self.state_dict().items() if not k.startswith("transformer.further.")}
+        different = sorted(expected.items() ^ {k: v.shape for k, v in state.items()}.items())
+        if different:
+            raise ValueError(
+                f"`initial_weights` must fit the transformer. {path!r} differs in {len({k for k, _ in different})} "
+                f"tensors, such as {different[0][0]!r}. Give the `transformer` that it was trained with."
+            )
+        self.load_state_dict(state, strict=False)

@@ -1,194 +1,203 @@
-"""A dense decoder-only transformer in the manner of Llama.
+"""A decoder-only transformer: dense in the manner of Llama, or with the parts of DeepSeek-V3.
 
-Dims in the suffixes of tensor names: B batch, T time (tokens of a window), D model width, H heads, K width of a head,
-F width of the feed-forward layer, V vocabulary.
+Dims in the suffixes of tensor names: B batch, T time (tokens of a window), D model width, V vocabulary, P streams.
 
 References:
     Touvron et al., LLaMA, arXiv:2302.13971 (the arrangement).
-    Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
-    Su et al., RoFormer, arXiv:2104.09864 (rotary position embedding).
-    Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202 (SwiGLU).
+    DeepSeek-V3, arXiv:2412.19437 (latent attention, experts, multi-token prediction).
+    Chen et al., ParScale, arXiv:2505.10475 (parallel streams).
 """
 
+from __future__ import annotations
+
 import math
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_ROTARY_BASE = 10_000.0
-"""RoFormer, section 3.4.2: the base of the geometric series of wavelengths."""
-_INITIAL_STD = 0.02
-"""GPT-2 (Radford et al. 2019), section 2.3, as is that residual projections start smaller by sqrt(residual layers)."""
+from lightning_hybrid.models.attention import Attention, Cache, rotary_table
+from lightning_hybrid.models.config import StreamsConfig, TransformerConfig
+from lightning_hybrid.models.experts import MixtureOfExperts
+from lightning_hybrid.models.feed_forward import FeedForward
+from lightning_hybrid.models.latent_attention import LatentAttention
+from lightning_hybrid.models.norm import RMSNorm
+from lightning_hybrid.models.prediction import FurtherToken
+from lightning_hybrid.models.streams import StreamAggregator
 
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary position embedding.
-
-    Args:
-        width: Model width, D.
-        heads: Number of heads, H; D / H = K must be an even number.
-    """
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.head_width = width // heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
-
-    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-        """Mix each position with those before it.
-
-        Args:
-            x_BTD: Normalised hidden states.
-            cos_TK: Cosines of the rotation angles.
-            sin_TK: Sines of the rotation angles.
-
-        Returns:
-            What is added to the residual stream, of the shape of ``x_BTD``.
-        """
-        q_BHTK = rotate(self._split_heads(self.q_proj(x_BTD)), cos_TK, sin_TK)
-        k_BHTK = rotate(self._split_heads(self.k_proj(x_BTD)), cos_TK, sin_TK)
-        v_BHTK = self._split_heads(self.v_proj(x_BTD))
-        mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
-        return self.out_proj(mixed_BHTK.transpose(1, 2).flatten(2))
-
-    def _split_heads(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``.
-
-    Args:
-        width: Model width, D.
-        hidden: Width inside, F.
-    """
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return what is added to the residual stream, of the shape of ``x_BTD``."""
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+_RESIDUAL = ("out_proj.weight", "down_proj.weight", "down_proj")
+"""Ends of the names of weights that write to the residual stream."""
 
 
 class Block(nn.Module):
     """Attention and a feed-forward layer, each on normalised input and added to the residual stream.
 
     Args:
-        width: Model width, D.
-        heads: Number of heads, H.
-        hidden: Width inside the feed-forward layer, F.
+        config: The transformer.
+        experts: Whether the feed-forward layer is the config's mixture of experts.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, config: TransformerConfig, experts: bool) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width)
-        self.attention = Attention(width, heads)
-        self.feed_forward_norm = nn.RMSNorm(width)
-        self.feed_forward = FeedForward(width, hidden)
+        self.attention_norm = RMSNorm(config.width)
+        if config.latent is None:
+            self.attention: Attention | LatentAttention = Attention(config.width, config.heads, config.key_value_heads)
+        else:
+            self.attention = LatentAttention(config.width, config.heads, config.latent)
+        self.feed_forward_norm = RMSNorm(config.width)
+        if experts and config.experts is not None:
+            self.feed_forward: FeedForward | MixtureOfExperts = MixtureOfExperts(config.width, config.experts)
+        else:
+            self.feed_forward = FeedForward(config.width, config.feed_forward_width)
 
-    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-        """Return the residual stream after the block, of the shape of ``x_BTD``."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TK, sin_TK)
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+    def forward(
+        self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, cache: Cache | None = None, balance: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix tokens, then transform each.
+
+        Args:
+            x_BTD: The residual stream.
+            cos_TR: Cosines of the rotation angles.
+            sin_TR: Sines of the rotation angles.
+            cache: The tokens before these; takes these.
+            balance: The balance losses of the blocks before, a scalar; None if there are none.
+
+        Returns:
+            The residual stream, and the balance losses with this block's.
+        """
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TR, sin_TR, cache)
+        y_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
+        if isinstance(y_BTD, tuple):
+            y_BTD, loss = y_BTD
+            balance = loss if balance is None else balance + loss
+        return x_BTD + y_BTD, balance
+
+
+class Losses(NamedTuple):
+    """The parts of the training loss, scalars in nats."""
+
+    next_token: Tensor
+    """Mean cross entropy of the next token."""
+    further_tokens: Tensor
+    """Mean over depths of the mean cross entropy of further tokens; 0 if none are predicted."""
+    balance: Tensor
+    """The balance losses of all blocks; 0 without experts."""
 
 
 class Transformer(nn.Module):
     """Embedding, a stack of blocks, a final norm and a head.
 
     Args:
-        vocabulary: Number of token values, V.
-        width: Model width, D.
-        blocks: Number of blocks.
-        heads: Number of heads, H, in each block.
-        context_length: The longest sequence, in tokens.
-
-    Raises:
-        ValueError: If the width can't be split into heads of an even width.
+        config: What it is made of.
     """
 
     rotary_cos: Tensor
     rotary_sin: Tensor
 
-    def __init__(self, vocabulary: int, width: int, blocks: int, heads: int, context_length: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        if width % (2 * heads):
-            raise ValueError(
-                f"`width` must be a multiple of 2 * `heads`, so that each head has an even width to rotate. "
-                f"Got width {width} with {heads} heads. Use {max(1, round(width / (2 * heads))) * 2 * heads}."
-            )
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Block(width, heads, feed_forward_width(width)) for _ in range(blocks))
-        self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        cos_TK, sin_TK = rotary_table(context_length, width // heads)
-        self.register_buffer("rotary_cos", cos_TK, persistent=False)
-        self.register_buffer("rotary_sin", sin_TK, persistent=False)
-        self._initialize(blocks)
+        self.config = config
+        dense = config.blocks if config.experts is None else config.experts.dense_blocks
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.blocks = nn.ModuleList(Block(config, experts=i >= dense) for i in range(config.blocks))
+        self.norm = RMSNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.further = nn.ModuleList(
+            FurtherToken(config.width, Block(config, experts=config.experts is not None))
+            for _ in range(0 if config.prediction is None else config.prediction.depth)
+        )
+        self.register_module("aggregator", None)
+        rotated = config.width // config.heads if config.latent is None else config.latent.rotary
+        cos_TR, sin_TR = rotary_table(config.context_length, rotated)
+        self.register_buffer("rotary_cos", cos_TR, persistent=False)
+        self.register_buffer("rotary_sin", sin_TR, persistent=False)
+        self._initialize()
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Predict the token after each position.
+    @overload
+    def forward(self, tokens_BT: Tensor, targets_BT: None = None, cache: Cache | None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Losses: ...
+
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor | Losses:
+        """Predict the token after each position, and compare with what comes next if that is known.
 
         Args:
-            tokens_BT: Token values, at most ``context_length`` in a row.
+            tokens_BT: Token values, at most ``context_length`` in a row with those in the cache.
+            targets_BT: The token after each position.
+            cache: The tokens before these; takes these.
 
         Returns:
-            Unnormalised log-probabilities, ``logits_BTV``.
+            Unnormalised log-probabilities, ``logits_BTV``; with targets, the parts of the loss instead, not weighted
+            except by the experts' ``balance_loss``.
         """
-        time = tokens_BT.shape[1]
-        cos_TK, sin_TK = self.rotary_cos[:time], self.rotary_sin[:time]
-        x_BTD = self.embedding(tokens_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, cos_TK, sin_TK)
-        return self.head(self.norm(x_BTD))
+        x_BTD, balance = self._blocks(tokens_BT, cache)
+        logits_BTV = self.head(self._combined(x_BTD))
+        return logits_BTV if targets_BT is None else self._losses(logits_BTV, targets_BT, x_BTD, balance)
 
-    def _initialize(self, blocks: int) -> None:
+    def _losses(self, logits_BTV: Tensor, targets_BT: Tensor, x_BTD: Tensor, balance: Tensor | None) -> Losses:
+        next_token = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+        further = []
+        for module in self.further:
+            # position i knows the tokens up to i + depth, of which the last is a target of the depth before
+            known_BT, targets_BT = targets_BT[:, :-1], targets_BT[:, 1:]
+            cos_TR, sin_TR = self._rotations(0, known_BT.shape[1])
+            x_BTD, balance = module(x_BTD[:, :-1], self.embedding(known_BT), cos_TR, sin_TR, balance)
+            logits_BTV = self.head(module.final_norm(x_BTD))  # type: ignore[operator]
+            further.append(F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten()))
+        none = next_token.new_zeros(())
+        mean = torch.stack(further).mean() if further else none
+        return Losses(next_token, mean, none if balance is None else balance)
+
+    def open_streams(self, config: StreamsConfig) -> None:
+        """Switch from one stream to several, in place; names and values of all weights stay as they are.
+
+        Raises:
+            ValueError: If there are several streams already, or further tokens are predicted.
+        """
+        if self.aggregator is not None:
+            raise ValueError("`streams` can be opened once. This transformer has several streams already.")
+        if len(self.further):
+            raise ValueError(
+                f"`streams` and `prediction` exclude each other. Got a prediction of depth {len(self.further)}. "
+                "Leave it out in the phase with streams: the modules for further tokens serve the first phase only."
+            )
+        for module in self.modules():
+            if isinstance(module, Attention | LatentAttention):
+                module.open_prefix(config.count, config.prefix, self.config.initial_std)
+        self.aggregator = StreamAggregator(config, self.config.width, self.config.initial_std)
+        if config.freeze_backbone:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name.startswith("aggregator.") or ".prefix." in name)
+
+    def _blocks(self, tokens_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after the last block, with all streams along the batch; and the balance losses."""
+        start = 0 if cache is None else cache.length
+        cos_TR, sin_TR = self._rotations(start, tokens_BT.shape[1])
+        x_BTD = self.embedding(tokens_BT)
+        if self.aggregator is not None:
+            x_BTD = x_BTD.repeat(self.aggregator.config.count, 1, 1)
+        balance = None
+        for block in self.blocks:
+            x_BTD, balance = block(x_BTD, cos_TR, sin_TR, cache, balance)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return x_BTD, balance
+
+    def _combined(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.norm(x_BTD)
+        return x_BTD if self.aggregator is None else self.aggregator(x_BTD)
+
+    def _rotations(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        return self.rotary_cos[start : start + length], self.rotary_sin[start : start + length]
+
+    def _initialize(self) -> None:
         # Two layers of each block write to the residual stream; its variance must not grow with depth.
-        residual_std = _INITIAL_STD / math.sqrt(2 * blocks)
+        std = self.config.initial_std
+        residual_std = std / math.sqrt(2 * self.config.blocks)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                residual = name.endswith(("out_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=residual_std if residual else _INITIAL_STD)
-
-
-def feed_forward_width(width: int) -> int:
-    """Return F for a model width D: 8/3 D, so that three matrices cost what two of 4 D do, in multiples of 32."""
-    return math.ceil(8 * width / 3 / 32) * 32
-
-
-def rotary_table(context_length: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """Tabulate the rotations of RoFormer, equation 15: angle t / 10000^(2 i / K) at time t for the i-th pair.
-
-    Args:
-        context_length: Number of positions, T.
-        head_width: Width of a head, K.
-
-    Returns:
-        The cosines and the sines, each of shape ``(T, K)``; pair i is the elements i and i + K / 2.
-    """
-    wavelength_exponents = torch.arange(0, head_width, 2, dtype=torch.float32) / head_width
-    angles_TK = torch.outer(torch.arange(context_length, dtype=torch.float32), _ROTARY_BASE**-wavelength_exponents)
-    angles_TK = torch.cat([angles_TK, angles_TK], dim=-1)
-    return angles_TK.cos(), angles_TK.sin()
-
-
-def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotate each pair of elements of every head by its position's angles.
-
-    Args:
-        x_BHTK: Queries or keys.
-        cos_TK: Cosines of :func:`rotary_table`.
-        sin_TK: Sines of :func:`rotary_table`.
-
-    Returns:
-        The rotated queries or keys, in their own dtype.
-    """
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return (x_BHTK * cos_TK + torch.cat([-second, first], dim=-1) * sin_TK).to(x_BHTK.dtype)
+                nn.init.normal_(parameter, std=residual_std if name.endswith(_RESIDUAL) else std)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_hybrid import HybridStrategy, Layout
-from lightning_hybrid.models.causal_lm import CausalLM
+from lightning_hybrid.models import CausalLM, TransformerConfig
 from lightning_hybrid.models.transformer import Block, Transformer
 from tests.benchmarks.contest import Clock, Contestant, Training
 
@@ -48,15 +48,15 @@ class Size:
     """Under `pp`."""
 
     @property
-    def transformer(self) -> dict[str, int]:
-        """Arguments of `Transformer`."""
-        return {
-            "vocabulary": self.vocabulary,
-            "width": self.width,
-            "blocks": self.blocks,
-            "heads": self.heads,
-            "context_length": self.time,
-        }
+    def transformer(self) -> TransformerConfig:
+        """The model."""
+        return TransformerConfig(
+            vocabulary=self.vocabulary,
+            width=self.width,
+            blocks=self.blocks,
+            heads=self.heads,
+            context_length=self.time,
+        )
 
 
 class Tokens(Dataset):
@@ -81,7 +81,7 @@ class Model(CausalLM):
     """The module as a user has it, with AdamW at a constant learning rate."""
 
     def __init__(self, size: Size) -> None:
-        super().__init__(**size.transformer)
+        super().__init__(size.transformer)
 
     def configure_optimizers(self) -> Any:
         """All weights in one group."""
@@ -149,7 +149,7 @@ def _run(blocks: Any, x_BTD: Tensor, cos_TK: Any, sin_TK: Any) -> Tensor:
     time = x_BTD.shape[1]
     block: Block
     for block in blocks:
-        x_BTD = block(x_BTD, cos_TK[:time], sin_TK[:time])
+        x_BTD, _ = block(x_BTD, cos_TK[:time], sin_TK[:time])
     return x_BTD
 
 

@@ -68,7 +68,7 @@ class BuiltLate(CausalLM):
     def configure_model(self) -> None:
         """Called by Lightning, more than once."""
         if not hasattr(self, "transformer"):
-            self.transformer = Transformer(**self._size.transformer)
+            self.transformer = Transformer(self._size.transformer)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """All weights in one group."""
@@ -89,7 +89,7 @@ def train_and_measure(layout: str | None, size: MemorySize) -> Memory:
     _train(layout, size)
     peak = _status_bytes("VmHWM")
     with torch.device("meta"):
-        weights = sum(p.numel() for p in Transformer(**size.transformer).parameters())
+        weights = sum(p.numel() for p in Transformer(size.transformer).parameters())
     return Memory(peak - before, weights)
 
 

@@ -82,7 +82,7 @@ def flops_per_step(size: Size) -> float:
     attention counts in full.
     """
     with torch.device("meta"):
-        model = Transformer(**size.transformer)
+        model = Transformer(size.transformer)
     weights = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
     return (6 * weights + 12 * size.blocks * size.width * size.time) * size.batch * size.time
 

@@ -10,7 +10,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hybrid.callbacks import GenerateSample, ThroughputMonitor, throughput
-from lightning_hybrid.models import CausalLM
+from lightning_hybrid.models import CausalLM, TransformerConfig
 
 pytestmark = pytest.mark.unit
 
@@ -39,7 +39,7 @@ def fit(
 
 
 def small_model() -> CausalLM:
-    return CausalLM(width=16, blocks=1, heads=1, context_length=8)
+    return CausalLM(TransformerConfig(width=16, blocks=1, heads=1, context_length=8))
 
 
 class Clock:

@@ -23,7 +23,10 @@ CONFIG = {
     "seed_everything": 0,
     "model": {
         "class_path": "lightning_hybrid.models.CausalLM",
-        "init_args": {"width": 16, "blocks": 1, "heads": 1, "context_length": 8, "warmup_steps": 1},
+        "init_args": {
+            "transformer": {"width": 16, "blocks": 1, "heads": 1, "context_length": 8},
+            "optimizer": {"warmup_steps": 1},
+        },
     },
     "data": {
         "class_path": "lightning_hybrid.data.StdlibText",

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,16 +10,18 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hybrid.models import CausalLM, Transformer, learning_rate_share, rotary_table, rotate
-from lightning_hybrid.models.transformer import Attention
+from lightning_hybrid.models import CausalLM, OptimizerConfig, TransformerConfig
+from lightning_hybrid.models.attention import Attention, rotary_table, rotate
+from lightning_hybrid.models.optimizers import learning_rate_share
 
 pytestmark = pytest.mark.unit
 
 
-def small_model(**kwargs: int | float) -> CausalLM:
+def small_model(**kwargs: Any) -> CausalLM:
     seed_everything(0, verbose=False)
-    options = {"vocabulary": 32, "width": 32, "blocks": 2, "heads": 2, "context_length": 16, "warmup_steps": 2}
-    return CausalLM(**{**options, **kwargs})  # pyright: ignore[reportArgumentType]
+    options: dict[str, Any] = {"vocabulary": 32, "width": 32, "blocks": 2, "heads": 2, "context_length": 16, **kwargs}
+    optimizer = {key: options.pop(key) for key in ("learning_rate", "weight_decay") if key in options}
+    return CausalLM(TransformerConfig(**options), OptimizerConfig(**optimizer, warmup_steps=2))
 
 
 def counting_batches(batches: int) -> DataLoader[tuple[torch.Tensor, ...]]:
@@ -87,7 +90,7 @@ def test_width_that_heads_can_not_share_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"`width` must be a multiple of 2 \* `heads`.*Got width 20 with 3 heads\. Use 18"
     ):
-        Transformer(32, 20, 1, 3, 8)
+        TransformerConfig(width=20, heads=3)
 
 
 def test_same_seed_gives_the_same_weights_and_an_uncertain_start() -> None:
@@ -134,11 +137,11 @@ def test_weight_decay_is_for_matrices_only(tmp_path: Path) -> None:
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
-    shares = [learning_rate_share(step, warmup_steps=4, total_steps=20) for step in range(25)]
+    shares = [learning_rate_share(step, OptimizerConfig(warmup_steps=4), total_steps=20) for step in range(25)]
     assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert all(later < earlier for earlier, later in zip(shares[4:20], shares[5:21], strict=True))
     assert shares[20:] == pytest.approx([0.1] * 5)
-    assert learning_rate_share(0, warmup_steps=0, total_steps=0) > 0
+    assert learning_rate_share(0, OptimizerConfig(warmup_steps=0), total_steps=0) > 0
 
 
 def test_generation_continues_the_prompt_by_the_likeliest_token() -> None:

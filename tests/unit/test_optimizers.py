@@ -1,0 +1,64 @@
+"""AdamW with moments in bfloat16, and learning rates."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_hybrid.models import AdamWBF16, OptimizerConfig
+from lightning_hybrid.models.optimizers import learning_rate_share
+
+pytestmark = pytest.mark.unit
+
+
+def trained(optimizer_class: type[torch.optim.Optimizer], steps: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    module = nn.Linear(32, 32)
+    optimizer = optimizer_class(module.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)  # type: ignore[call-arg]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(torch.randn(16, 32)).square().mean().backward()
+        optimizer.step()
+    return module, optimizer
+
+
+def test_first_step_is_that_of_adamw() -> None:
+    ours, reference = trained(AdamWBF16, 1)[0], trained(torch.optim.AdamW, 1)[0]
+    torch.testing.assert_close(ours.weight, reference.weight)
+
+
+def test_many_steps_stay_near_adamw_in_half_the_memory() -> None:
+    (ours, optimizer), (reference, _) = trained(AdamWBF16, 100), trained(torch.optim.AdamW, 100)
+    moved = (trained(AdamWBF16, 0)[0].weight - reference.weight).norm()
+    assert (ours.weight - reference.weight).norm() < 0.02 * moved
+    state = optimizer.state[ours.weight]
+    assert {state[k].dtype for k in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
+
+
+def test_state_comes_back_in_bfloat16_and_goes_on_exactly() -> None:
+    module, optimizer = trained(AdamWBF16, 5)
+    other = copy.deepcopy(module)
+    again = AdamWBF16(other.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert again.state[other.weight]["exp_avg"].dtype == torch.bfloat16
+    for net, stepping in ((module, optimizer), (other, again)):
+        stepping.zero_grad()
+        net(torch.ones(1, 32)).sum().backward()
+        stepping.step()
+    assert torch.equal(module.weight, other.weight)
+
+
+def test_stable_schedule_is_flat_and_then_falls_to_zero() -> None:
+    config = OptimizerConfig(schedule="stable", warmup_steps=4, decay_share=0.25)
+    shares = [learning_rate_share(step, config, total_steps=40) for step in range(41)]
+    assert shares[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(shares[4:31]) == {1.0}
+    assert shares[30:] == pytest.approx([1 - i / 10 for i in range(11)])
+
+
+def test_unknown_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`schedule` must be one of cosine, stable\. Got 'linear'"):
+        OptimizerConfig(schedule="linear")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`decay_share` must be above 0 and at most 1\. Got 0"):
+        OptimizerConfig(decay_share=0)
