@@ -111,7 +111,7 @@ class CausalLM(LightningModule):
         for router, load_E in zip(routers, loads_LE, strict=True):
             router.balance(load_E, config.bias_rate if moving else 0.0)
         violation = torch.stack([max_violation(load_E) for load_E in loads_LE]).max()
-        self.log("max_violation", violation, prog_bar=True, rank_zero_only=True)
+        self.log("max_violation", violation, prog_bar=True)
 
     @torch.inference_mode()
     def generate(
