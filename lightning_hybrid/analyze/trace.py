@@ -82,6 +82,12 @@ class Trace:
     use: StepUse | None = None
     """How weights and results of units are used, if it was asked for."""
 
+    def release(self) -> None:
+        """Frees the ghosts and copies of the dry run, once plans have been made of them."""
+        for call in self.calls:
+            call.args, call.kwargs = (), {}
+        self.use = None
+
 
 @dataclass
 class _Value:

@@ -58,7 +58,8 @@ class _Bucket:
         if moved:
             foreach_copy([v for v, _ in moved], [g for _, g in moved])
         self.flat.mul_(scale)
-        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+        if dist.get_world_size(group) > 1:
+            self.work = dist.all_reduce(self.flat, group=group, async_op=True)
 
     def collect(self) -> None:
         if self.work is not None:
@@ -83,12 +84,14 @@ class ReplicaReducer:
 
     Args:
         parameters: This rank's trainable parameters, in the order of the forward pass.
-        group: The replicas.
+        group: The ranks that hold them too.
+        replicas: The number of replicas whose mean is taken. More than the group has, where a rank's gradients are sums
+            over several replicas, as those of experts are.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, replicas: int) -> None:
         self.group, self.enabled = group, True
-        self._scale = 1.0 / dist.get_world_size(group)
+        self._scale = 1.0 / replicas
         self._buckets = [_Bucket(chunk) for chunk in _chunks(list(parameters)[::-1])]
         self._bucket_of = {p: b for b in self._buckets for p in b.parameters}
         self._next = 0

@@ -91,7 +91,7 @@ class OptimizerSteps:
             PartitionError: If so.
         """
         layout = self.runner.mesh.layout
-        divided = layout.fsdp > 1 or layout.tp > 1
+        divided = layout.fsdp > 1 or layout.tp > 1 or layout.ep > 1
         for optimizer in optimizers:
             fused = isinstance(optimizer, SGD | Adagrad) and any(g.get("fused") for g in optimizer.param_groups)
             if divided and (fused or isinstance(optimizer, Adafactor)):

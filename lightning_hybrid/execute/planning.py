@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.precision import (
 )
 
 from lightning_hybrid._lightning_private import detects_anomalies
+from lightning_hybrid.analyze.experts import candidates, plan_experts, recorded_calls
 from lightning_hybrid.analyze.heads import check_heads
 from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
 from lightning_hybrid.analyze.trace import Trace, trace_step
@@ -73,7 +74,7 @@ def make_partition(
     layout = request.layout
     switch.install()
     try:
-        if layout.pp == 1 and layout.tp == 1:
+        if layout.pp == layout.tp == layout.ep == 1:
             return Partition(
                 root, mesh, _whole_plan(layout, parameters, units), None, switch, parameters, StepModule(root)
             )
@@ -82,29 +83,35 @@ def make_partition(
         name, args = sample()
         _check_pipeline(root, request, name)
         count = microbatches_for(root, request, args[0])
+        _move_buffers(root, device)
         arguments = (split_batch(args[0], count)[0], *args[1:])
-        for buffer_owner in root.modules():
-            for key, buffer in buffer_owner._buffers.items():
-                if buffer is not None and buffer.device != device:
-                    buffer_owner._buffers[key] = buffer.to(device)
-        step = getattr(root, name)
         watched = units.names if layout.tp > 1 else None
-        trace = trace_step(root, switch, step, arguments, device=device, context=precision, use_of=watched)
+        fused = candidates(root) if layout.ep > 1 else {}
+        with recorded_calls(root, fused) as expert_calls:
+            step = getattr(root, name)
+            trace = trace_step(root, switch, step, arguments, device=device, context=precision, use_of=watched)
         if layout.pp > 1:
             plan = _staged_plan(request, units, trace, parameters, count)
         else:
             plan = _whole_plan(layout, parameters, units)
         partition = Partition(root, mesh, plan, trace, switch, parameters, StepModule(root))
-        if layout.tp > 1:
-            with silent(root):
+        with silent(root):
+            if layout.ep > 1:
+                partition.expert_plans = plan_experts(root, fused, expert_calls, layout)
+            if layout.tp > 1:
                 partition.tensor_plan = infer_tensor_plan(root, trace.calls, layout.tp, request.tensor_plan, trace.use)
-        for call in trace.calls:
-            call.args, call.kwargs = (), {}  # frees the ghosts and copies of the dry run
-        trace.use = None
+        trace.release()
         return partition
     except BaseException:
         switch.remove()
         raise
+
+
+def _move_buffers(root: pl.LightningModule, device: torch.device) -> None:
+    for owner in root.modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and buffer.device != device:
+                owner._buffers[key] = buffer.to(device)
 
 
 def _check_pipeline(root: pl.LightningModule, request: Request, name: str) -> None:

@@ -82,30 +82,38 @@ class Runner:
             )
         held = partition.parameters.held()
         names = partition.whole.intersection(held) if layout.fsdp > 1 else held
-        self._reduced = [held[n] for n in held if n in names] if layout.replicas > 1 else []
+        self._reduced = {n: held[n] for n in held if n in names} if layout.replicas > 1 else {}
         self._trained: list[bool] = []
-        self.reducer: ReplicaReducer | None = None
+        self._reducers: list[ReplicaReducer] = []
         self._follow_frozen()
 
     def _follow_frozen(self) -> None:
-        """Makes the reducer anew if parameters have been frozen or unfrozen since the last step."""
-        trained = [p.requires_grad for p in self._reduced]
+        """Makes the reducers anew if parameters have been frozen or unfrozen since the last step."""
+        trained = [p.requires_grad for p in self._reduced.values()]
         if trained == self._trained:
             return
         self._trained = trained
-        if self.reducer is not None:
-            self.reducer.release()
-        parameters = [p for p, wanted in zip(self._reduced, trained, strict=True) if wanted]
-        self.reducer = ReplicaReducer(parameters, self.mesh.replica_group) if parameters else None
-        if self.reducer is not None:
-            self.reducer.enabled = self._sync
+        self._release()
+        wanted = {n: p for n, p in self._reduced.items() if p.requires_grad}
+        experts = [n for n in wanted if self.partition.expert_plan_of(n) is not None]
+        replicas = self.mesh.layout.replicas
+        self._reducers = [
+            ReplicaReducer([wanted[n] for n in names], group, replicas)
+            for names, group in (
+                ([n for n in wanted if n not in experts], self.mesh.replica_group),
+                (experts, self.mesh.group("dp")),
+            )
+            if names
+        ]
+        for reducer in self._reducers:
+            reducer.enabled = self._sync
             if self.pipeline is None:
-                self.reducer.overlap()
+                reducer.overlap()
 
     def _release(self) -> None:
         """The partition is taken off."""
-        if self.reducer is not None:
-            self.reducer.release()
+        for reducer in self._reducers:
+            reducer.release()
 
     @property
     def _sharded(self) -> FSDPModule | None:
@@ -184,8 +192,8 @@ class Runner:
         if self._sync:
             if self._sharded is not None:
                 finish_sharded_backward(self._sharded)
-            if self.reducer is not None:
-                self.reducer.finish()
+            for reducer in self._reducers:
+                reducer.finish()
             sum_over_holders(self.partition.shared_groups, shared.__getitem__, summed)
 
     def _log(
@@ -216,8 +224,8 @@ class Runner:
 
     def _set_sync(self, sync: bool) -> None:
         self._sync = sync
-        if self.reducer is not None:
-            self.reducer.enabled = sync
+        for reducer in self._reducers:
+            reducer.enabled = sync
         if self._sharded is not None and self.pipeline is None:
             self._sharded.set_requires_gradient_sync(sync)
 
@@ -280,4 +288,28 @@ class Runner:
         counted = {id(p) for n, p in self.partition.parameters.held().items() if plan.ranks_of(n)[0] == rank}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         pipeline = self.mesh.group("pp") if plan.layout.pp > 1 else None
-        return clip_by_global_norm(parameters, float(max_norm), counted=counted, pipeline=pipeline, device=self.device)
+        experts = None
+        if plan.layout.ep > 1:
+            held = self.partition.parameters.held()
+            ids = {id(p) for n, p in held.items() if self.partition.expert_plan_of(n) is not None}
+            experts = ids, self.mesh.group("ep")
+        return clip_by_global_norm(
+            parameters, float(max_norm), counted=counted, experts=experts, pipeline=pipeline, device=self.device
+        )
+
+    # ---- experts
+
+    def expert_loads(self) -> dict[str, Tensor]:
+        """Tokens that went to each expert in training since the last call, by module of experts. Collective."""
+        experts = self.partition.experts
+        if experts is None:
+            return {}
+        taken = experts.take_loads()
+        loads = {
+            name: taken.get(name, torch.zeros(plan.experts, dtype=torch.long, device=self.device))
+            for name, plan in experts.plans.items()
+        }
+        together = torch.cat(list(loads.values()))
+        dist.all_reduce(together)
+        together //= self.mesh.layout.tp  # whose ranks have sent the same tokens
+        return dict(zip(loads, together.split([plan.experts for plan in experts.plans.values()]), strict=True))

@@ -27,6 +27,7 @@ from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.observe.table import plan_record, plan_table, print_table
 from lightning_hybrid.partition.build import BuildTape, built_on_tape
 from lightning_hybrid.partition.partition import Partition
+from lightning_hybrid.spec.tensor_plan import one_of_many
 
 if TYPE_CHECKING:
     from lightning_hybrid.execute.strategy import HybridStrategy
@@ -120,9 +121,14 @@ def _sharded_rows(made: Partition) -> list[tuple[str, str]]:
     layout = made.plan.layout
     if made.tensor_plan is not None:
         rows += made.tensor_plan.rows()
+    if made.expert_plans:
+        name, plan = next(iter(made.expert_plans.items()))
+        here = plan.experts // layout.ep
+        rows.append((f"{len(made.expert_plans)} x {one_of_many(name)}", f"ep: {here} of {plan.experts} experts"))
     if layout.fsdp > 1:
         whole = f", {len(made.whole)} scalars whole" if made.whole else ""
-        rows.append((f"all weights{whole}", f"1/{layout.fsdp} a rank"))
+        what = "all weights" if layout.shards == layout.fsdp else "all other weights"
+        rows.append((f"{what}{whole}", f"1/{layout.shards} a rank"))
     return rows
 
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lightning_hybrid._torch_private import default_group
 from lightning_hybrid.spec.layout import Layout
 
-AXES = ("pp", "dp", "fsdp", "tp")
+AXES = ("pp", "dp", "fsdp", "ep", "tp")
 """From the slowest network to the fastest: neighbours in `tp` are neighbours in rank."""
 
 
@@ -26,7 +26,7 @@ class Mesh:
     layout: Layout
     device_mesh: DeviceMesh
     replica_group: dist.ProcessGroup
-    """The ranks that hold the same weights and see other data: all of `dp` and `fsdp`."""
+    """The ranks that hold the same weights and see other data: all of `dp`, `fsdp` and `ep`."""
 
     log_group: dist.ProcessGroup
     """The same ranks, for what is logged: a call of `self.log` on some ranks only must not meet another collective."""
@@ -54,9 +54,11 @@ class Mesh:
     def _create(cls, layout: Layout, device_type: str) -> Mesh:
         sizes = tuple(getattr(layout, axis) for axis in AXES)
         mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
-        replicas = mesh["dp", "fsdp"]._flatten("replicas")
+        replicas = mesh["dp", "fsdp", "ep"]._flatten("replicas")
+        if layout.shards > layout.fsdp:
+            mesh["fsdp", "ep"]._flatten("shards")
         by_pipeline = mesh.mesh.flatten(1).T.tolist()
-        by_replicas = mesh.mesh.permute(0, 3, 1, 2).reshape(-1, layout.replicas).tolist()
+        by_replicas = mesh.mesh.permute(0, 4, 1, 2, 3).reshape(-1, layout.replicas).tolist()
         return cls(
             layout=layout,
             device_mesh=mesh,
@@ -87,7 +89,21 @@ class Mesh:
     @property
     def replica(self) -> int:
         """Index of this rank's replica; its ranks (of `tp` and `pp`) see the same batches."""
-        return self.rank("dp") * self.layout.fsdp + self.rank("fsdp")
+        return (self.rank("dp") * self.layout.fsdp + self.rank("fsdp")) * self.layout.ep + self.rank("ep")
+
+    @property
+    def shard(self) -> int:
+        """Index of this rank's shard of the weights outside the experts."""
+        return self.rank("fsdp") * self.layout.ep + self.rank("ep") if self.layout.fsdp > 1 else 0
+
+    def sharding(self, experts: bool) -> DeviceMesh:
+        """The mesh over which `fsdp` shards weights, with their replicas as a first dim where there are any.
+
+        Args:
+            experts: Whether it is for experts, which `ep` has divided already.
+        """
+        axis = "fsdp" if experts or self.layout.shards == self.layout.fsdp else "shards"
+        return self.device_mesh["dp", axis] if self.layout.dp > 1 else self.device_mesh[axis]
 
 
 def _own_group(all_members: list[list[int]]) -> dist.ProcessGroup:

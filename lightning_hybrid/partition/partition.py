@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from lightning_hybrid.analyze.trace import Trace
 from lightning_hybrid.analyze.units import CallSwitch
 from lightning_hybrid.partition.batch_norm import global_batch_norm
 from lightning_hybrid.partition.build import BuildTape
+from lightning_hybrid.partition.experts import ExpertParallel
 from lightning_hybrid.partition.gradient_hooks import GradientHooks
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.ownership import Parameters
@@ -28,6 +29,7 @@ from lightning_hybrid.partition.shard import shard_replicas
 from lightning_hybrid.partition.tensor import TensorParallel, apply_tensor_plan, part_of
 from lightning_hybrid.plan.plan import Plan, stage_of
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.expert_plan import ExpertPlan
 from lightning_hybrid.spec.tensor_plan import TensorPlan
 
 
@@ -60,6 +62,9 @@ class Partition:
     step_module: StepModule
     tensor_plan: TensorPlan | None = None
     tensor: TensorParallel | None = None
+    expert_plans: Mapping[str, ExpertPlan] = field(default_factory=dict)
+    """How modules of experts are divided over `ep`."""
+    experts: ExpertParallel | None = None
     whole: set[str] = field(default_factory=set)
     """Parameters that `fsdp` leaves whole (scalars)."""
     shared_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
@@ -75,9 +80,10 @@ class Partition:
     def apply(self, device: torch.device, compile_blocks: bool, tape: BuildTape | None) -> None:
         """Puts everything on. This is the one place where the order is written.
 
-        1. parameters of other stages become ghosts; 2. what stays becomes real, or goes to the device; 3. tensor
-        parallelism; 4. common batch statistics; 5. compilation of blocks; 6. sharded replicas; 7. groups for shared
-        weights. A model that was built on a tape becomes real piece by piece, each divided before the next.
+        1. parameters of other stages become ghosts; 2. what stays becomes real, or goes to the device; 3. experts are
+        divided; 4. tensor parallelism; 5. common batch statistics; 6. compilation of blocks; 7. sharded replicas;
+        8. groups for shared weights. A model that was built on a tape becomes real piece by piece, each divided before
+        the next.
 
         Args:
             device: This rank's device.
@@ -89,10 +95,13 @@ class Partition:
         held = self._held_names()
         layout = self.plan.layout
         self.parameters.release([n for n in self.parameters.names if n not in held], device)
+        if self.expert_plans:
+            self.experts = ExpertParallel(self.root, self.expert_plans, self.mesh.group("ep"))
         if tape is not None:
             tape.make_buffers_real(self.root)
             if self.tensor_plan is not None or layout.fsdp == 1:
                 self._make_real(tape, held, device)
+        self._divide_experts(held, tape is not None)
         self.root.to(device)
         if self.tensor_plan is not None:
             mesh = self.mesh.device_mesh["tp"]
@@ -105,30 +114,45 @@ class Partition:
         if compile_blocks:
             self.switch.compile(blocks)
         if layout.fsdp > 1:
-            mesh = self.mesh.device_mesh["dp", "fsdp"] if layout.dp > 1 else self.mesh.device_mesh["fsdp"]
-            make_real = (
-                None if tape is None or self.tensor is not None else partial(self._make_real, tape, device=device)
-            )
-            step_module = self.step_module
-            if not getattr(self.root, "automatic_optimization", True):
-                # weights change within a step, so nothing may stay gathered for all of it: every unit by itself
-                step_module, blocks = None, [u for u in units.names if held & self.parameters.inside(u)]
-            self.whole, overrides = shard_replicas(
-                self.root, step_module, blocks, self.parameters, held, mesh, make_real
-            )
-            self._overrides += overrides
+            self._shard(held, blocks, tape, device)
         self.gradient_hooks.attach()
         self.gradient_hooks.pass_on([self.step_module, *self.root.modules()])
         self._create_shared_groups()
         self._hooks = self._new_hooks(before)
 
+    def _shard(self, held: set[str], blocks: list[str], tape: BuildTape | None, device: torch.device) -> None:
+        make_real = None if tape is None or self.tensor is not None else partial(self._make_real, tape, device=device)
+        step_module = self.step_module
+        if not getattr(self.root, "automatic_optimization", True):
+            # weights change within a step, so nothing may stay gathered for all of it: every unit by itself
+            step_module, blocks = None, [u for u in self.switch.units.names if held & self.parameters.inside(u)]
+        experts = [] if self.experts is None else self.experts.modules()
+        self.whole, overrides = shard_replicas(
+            self.root, step_module, blocks, experts, self.parameters, held, self.mesh, make_real
+        )
+        self._overrides += overrides
+
+    def _divide_experts(self, held: Collection[str], divided: bool) -> None:
+        """Cuts this rank's experts out, unless they are or will be made real as such; takes their modules over."""
+        experts = self.experts
+        if experts is None:
+            return
+        for name in [] if divided else [n for n in self.parameters.names if n in held and experts.plan_of(n)]:
+            part = experts.part_of(name, self.parameters[name].detach())
+            self.parameters.put(name, nn.Parameter(part, requires_grad=self.parameters.requires_grad[name]))
+        self._overrides += experts.install(held.__contains__)
+
     def _make_real(self, tape: BuildTape, names: Collection[str], device: torch.device) -> None:
-        """Gives the parameters `names` their initial values, each divided over `tp` as soon as it is there."""
+        """Gives the parameters `names` their initial values, each divided as soon as it is there."""
         plan = self.tensor_plan
         for name in [n for n in self.parameters.names if n in names]:
             present = self.parameters[name]
+            if isinstance(present, DTensor):
+                continue  # sharded by itself already, as experts are
             real = tape.make_real(present) if isinstance(present, Ghost) else present.detach()
-            if plan is not None and name in plan.parameters:
+            if self.experts is not None and self.experts.plan_of(name) is not None:
+                real = self.experts.part_of(name, real)
+            elif plan is not None and name in plan.parameters:
                 real = part_of(real, plan.parameters[name], self.mesh.rank("tp"), plan.size)
             elif not isinstance(present, Ghost):
                 continue
@@ -149,7 +173,7 @@ class Partition:
         self._take_off_modules()
         for name, whole in wholes.items():
             present = self.parameters[name]
-            if self.tensor is None or isinstance(present, Ghost):
+            if self.tensor is None or isinstance(present, Ghost) or self.expert_plan_of(name) is not None:
                 self.parameters.put(name, nn.Parameter(whole, requires_grad=self.parameters.requires_grad[name]))
         if hooks is not None:
             hooks.attach()
@@ -165,6 +189,8 @@ class Partition:
                     table.pop(key, None)
         for module, _ in self._overrides:
             del module.__dict__["forward"]
+        if self.experts is not None:
+            self.experts.remove()
         self.switch.remove()
 
     def reshard(self) -> None:
@@ -189,7 +215,7 @@ class Partition:
         if self.mesh.rank("pp") == source and tensor is not None:
             whole = self.gathered(name, tensor).clone(memory_format=torch.contiguous_format)
         else:
-            whole = torch.empty(present.shape, dtype=present.dtype, device=present.device)
+            whole = torch.empty(self.shape_of(name), dtype=present.dtype, device=present.device)
         if self.plan.layout.pp > 1:
             group = self.mesh.group("pp")
             dist.broadcast(whole, dist.get_global_rank(group, source), group=group)
@@ -198,8 +224,21 @@ class Partition:
     def gathered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The whole of a tensor that is laid out like parameter `name`. Collective over the ranks that hold it."""
         if self.tensor is not None:
-            return self.tensor.full_tensor(name, tensor)
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = self.tensor.full_tensor(name, tensor)
+        elif isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        return tensor if self.experts is None else self.experts.gathered(name, tensor)
+
+    def expert_plan_of(self, name: str) -> ExpertPlan | None:
+        """How the parameter `name` is divided over `ep`; None if it is no expert's."""
+        return self.expert_plans.get(name.rpartition(".")[0])
+
+    def shape_of(self, name: str) -> torch.Size:
+        """The shape of the whole of parameter `name`."""
+        present = self.parameters[name]
+        if self.experts is None or isinstance(present, Ghost):
+            return present.shape
+        return self.experts.whole_shape(name, present.shape)
 
     def _share_buffers(self) -> None:
         if self.plan.layout.pp == 1:
@@ -246,6 +285,8 @@ class Partition:
             for module, forward in self._overrides:
                 del module.__dict__["forward"]
                 stack.callback(module.__dict__.__setitem__, "forward", forward)
+            for module, forward in () if self.experts is None else self.experts.dry_forwards():
+                module.__dict__["forward"] = forward
             if self.tensor is not None:
                 stack.enter_context(self.tensor.disabled())
             yield

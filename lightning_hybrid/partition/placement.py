@@ -9,15 +9,20 @@ from lightning_hybrid.spec.tensor_index import Index, Run, runs_of, whole_index
 
 
 def index_of(partition: Partition, name: str) -> Index:
-    """Which part of parameter `name` this rank holds, first divided over `tp`, then over `fsdp` along dim 0."""
-    shape = partition.parameters[name].shape
+    """Which part of parameter `name` this rank holds: divided over `ep` or `tp`, then over `fsdp` along dim 0."""
+    shape = partition.shape_of(name)
     dims: list[tuple[Run, ...]] = list(whole_index(shape))
     layout, mesh = partition.plan.layout, partition.mesh
     sharded = partition.tensor_plan.parameters.get(name) if partition.tensor_plan is not None else None
     if sharded is not None:
         dims[sharded.dim] = runs_of(sharded.part(mesh.rank("tp"), layout.tp))
+    experts = partition.expert_plan_of(name)
+    if experts is not None:
+        part = experts.part(mesh.rank("ep"), layout.ep)
+        dims[0] = ((part.start, part.stop),)
     if layout.fsdp > 1 and name not in partition.whole:
-        dims[0] = _chunk(dims[0], layout.fsdp, mesh.rank("fsdp"))
+        shards, shard = (layout.shards, mesh.shard) if experts is None else (layout.fsdp, mesh.rank("fsdp"))
+        dims[0] = _chunk(dims[0], shards, shard)
     return tuple(dims)
 
 
@@ -34,8 +39,11 @@ def writes(partition: Partition, name: str, whole: bool = False) -> bool:
     layout, mesh = partition.plan.layout, partition.mesh
     holders = partition.plan.ranks_of(name)
     places = [(holders.index(mesh.rank("pp")), len(holders)), (mesh.rank("dp"), layout.dp)]
-    if whole or name in partition.whole or layout.fsdp == 1:
+    sharded = not (whole or name in partition.whole or layout.fsdp == 1)
+    if not sharded:
         places.append((mesh.rank("fsdp"), layout.fsdp))
+    if whole or (partition.expert_plan_of(name) is None and not sharded):
+        places.append((mesh.rank("ep"), layout.ep))
     divided = partition.tensor_plan is not None and name in partition.tensor_plan.parameters
     if whole or not divided:
         places.append((mesh.rank("tp"), layout.tp))

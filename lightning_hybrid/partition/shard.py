@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.ownership import Parameters
 
 
@@ -17,20 +17,24 @@ def shard_replicas(
     root: nn.Module,
     step_module: nn.Module | None,
     blocks: Iterable[str],
+    experts: Iterable[nn.Module],
     parameters: Parameters,
     held: Collection[str],
-    mesh: DeviceMesh,
+    mesh: Mesh,
     make_real: Callable[[Collection[str]], None] | None,
 ) -> tuple[set[str], list[tuple[nn.Module, Callable]]]:
-    """Shards the held parameters over the `fsdp` axis of `mesh`, with replicas over its `dp` axis where it has one.
+    """Shards the held parameters over the `fsdp` axis, with replicas over `dp`.
+
+    Weights outside the experts are sharded over `ep` too; the experts, which `ep` has divided already, are not.
 
     Args:
         root: The LightningModule.
         step_module: The module around it, which takes what is in no block; None: that stays whole.
         blocks: Names of the held blocks.
+        experts: The modules of experts that `ep` has divided.
         parameters: The parameters of `root`.
         held: Names of those that this rank holds.
-        mesh: One or two axes: `("fsdp",)` or `("dp", "fsdp")`.
+        mesh: The device mesh.
         make_real: Makes the parameters it is given real, where they are still ghosts; called just before they are
             sharded, so that no more than a block is ever whole.
 
@@ -43,6 +47,13 @@ def shard_replicas(
     if make_real is not None:
         make_real(scalars)
     ignored: set[Any] = {parameters[name] for name in scalars}
+    for module in experts:
+        if make_real is not None:
+            make_real({name for name in held if any(slot.module is module for slot in parameters.slots[name])})
+        fully_shard(module, mesh=mesh.sharding(experts=True))
+        # a rank's experts have had the tokens of all ranks of `ep`: their gradients are sums over these
+        module.set_gradient_divide_factor(float(mesh.layout.replicas))  # type: ignore[operator]
+        module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator] -- gloo can't divide while it sums
     for block in blocks:
         inside = parameters.inside(block) & set(held)
         alone = all(slot.name.startswith(f"{block}.") for name in inside for slot in parameters.slots[name])
@@ -50,14 +61,14 @@ def shard_replicas(
             if make_real is not None:
                 make_real(inside)
             module = root.get_submodule(block)
-            fully_shard(module, mesh=mesh, ignored_params=ignored)
+            fully_shard(module, mesh=mesh.sharding(experts=False), ignored_params=ignored)
             overrides.append((module, _call_instead_of_forward(module)))
     if make_real is not None:
         make_real(held)
     if step_module is None:
         return {name for name in held if not isinstance(parameters[name], DTensor)}, overrides
     if len(scalars) < len(held):
-        fully_shard(step_module, mesh=mesh, ignored_params=ignored)
+        fully_shard(step_module, mesh=mesh.sharding(experts=False), ignored_params=ignored)
     return scalars, overrides
 
 

@@ -23,6 +23,8 @@ class Layout:
     """Replicas: each holds the whole model and sees its own part of the batch."""
     fsdp: int = 1
     """Sharded replicas: each sees its own part of the batch and holds a shard of every weight."""
+    ep: int = 1
+    """Expert-parallel ranks: replicas over which the experts of a mixture are divided; they hold all other weights."""
     tp: int = 1
     """Tensor-parallel ranks: they share one batch and split the weights of each block."""
     pp: int = 1
@@ -91,8 +93,13 @@ class Layout:
 
     @property
     def replicas(self) -> int:
-        """The number of data-parallel replicas, sharded or not: the parts into which the global batch is split."""
-        return self.dp * self.fsdp
+        """The number of data-parallel replicas of any kind: the parts into which the global batch is split."""
+        return self.dp * self.fsdp * self.ep
+
+    @property
+    def shards(self) -> int:
+        """Into how many shards the weights outside the experts are divided: with `fsdp`, over `ep` too."""
+        return self.fsdp * self.ep if self.fsdp > 1 else 1
 
     def validate(self, devices: int) -> None:
         """Check that the layout uses exactly the given number of devices.
@@ -116,8 +123,8 @@ class Layout:
     def alternatives(self, devices: int) -> list["Layout"]:
         """Return every layout for the given number of devices, nearest to this one first.
 
-        Layouts that keep both ``tp`` and ``pp`` come first: a rank's share of the model stays what it was, and only the
-        number of replicas changes. Then come those that change fewer axes, and those that change them less.
+        Layouts that keep ``ep``, ``tp`` and ``pp`` come first: a rank's share of the model stays what it was, and only
+        the number of replicas changes. Then come those that change fewer axes, and those that change them less.
 
         Args:
             devices: The number of devices to lay out.
@@ -126,10 +133,11 @@ class Layout:
             The layouts, in the same order on every rank.
         """
         layouts = [
-            Layout(dp=dp, fsdp=fsdp, tp=tp, pp=devices // (dp * fsdp * tp))
+            Layout(dp=dp, fsdp=fsdp, ep=ep, tp=tp, pp=devices // (dp * fsdp * ep * tp))
             for dp in _divisors(devices)
             for fsdp in _divisors(devices // dp)
-            for tp in _divisors(devices // (dp * fsdp))
+            for ep in (_divisors(devices // (dp * fsdp)) if self.ep > 1 else [1])  # not every model has experts
+            for tp in _divisors(devices // (dp * fsdp * ep))
         ]
         return sorted(layouts, key=self._distance)
 
@@ -143,13 +151,13 @@ class Layout:
         return "-".join(parts) or "dp1"
 
     def _sizes(self) -> tuple[int, ...]:
-        return self.dp, self.fsdp, self.tp, self.pp
+        return self.dp, self.fsdp, self.ep, self.tp, self.pp
 
     def _distance(self, other: "Layout") -> tuple[float, ...]:
         pairs = list(zip(self._sizes(), other._sizes(), strict=True))
         changed = [mine != theirs for mine, theirs in pairs]
         doublings = sum(abs(math.log2(theirs / mine)) for mine, theirs in pairs)
-        return changed[2] + changed[3], sum(changed), doublings, *(-size for size in other._sizes())
+        return changed[2] + changed[3] + changed[4], sum(changed), doublings, *(-size for size in other._sizes())
 
     def _advice(self, devices: int) -> str:
         if devices < 1:

@@ -252,4 +252,4 @@ def by_hand(layout: str, size: Size) -> Training:
 
 def _replicas(layout: str) -> int:
     parsed = Layout.parse(layout)
-    return parsed.dp * parsed.fsdp
+    return parsed.replicas

@@ -107,7 +107,7 @@ def _train(layout: str | None, size: MemorySize) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-    ).fit(BuiltLate(size), loader(size, STEPS, replicas=parsed.dp * parsed.fsdp))
+    ).fit(BuiltLate(size), loader(size, STEPS, replicas=parsed.replicas))
 
 
 def _status_bytes(field: str) -> int:

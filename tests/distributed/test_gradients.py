@@ -39,7 +39,7 @@ def reduce_branches(bucket_bytes: int, accumulate: bool) -> dict[str, torch.Tens
     rank = connect()
     model = Branches()
     gradients.BUCKET_BYTES = bucket_bytes
-    reducer = ReplicaReducer(model.parameters(), default_group())
+    reducer = ReplicaReducer(model.parameters(), default_group(), 2)
     reducer.overlap()
     x = torch.arange(8.0).view(2, 4) + rank
     if accumulate:

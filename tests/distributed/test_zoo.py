@@ -28,6 +28,11 @@ OTHER_SCHEDULES = [Combination("pp2", schedule) for schedule in SCHEDULES if sch
 TWO_AXES = [Combination("dp2-pp2"), Combination("tp2-pp2"), Combination("fsdp2-tp2")]
 THREE_AXES = Combination("dp2-tp2-pp2")
 
+EXPERTS = [Combination(layout) for layout in ("ep2", "ep2-pp2", "ep2-tp2", "ep4", "fsdp2-ep2", "dp2-ep2")]
+
+WITH_EXPERTS = ("scheme", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
+"""Fused experts: ours and unmodified ones of transformers."""
+WITH_EXPERTS_SLOW = ("expert_groups", "olmoe", "qwen2_moe", "granitemoe", "deepseek_v2")
 WITH_EVERY_SCHEDULE = {"llama", "gpt2", "t5", "bert", "mixtral", "encoder", "tied", "losses"}
 """Untied and tied decoders, an encoder-decoder, an encoder, experts, modules of torch, auxiliary losses."""
 WITH_TWO_AXES = {"llama", "gpt2", "t5", "bert", "encoder", "tied", "resnet"}
@@ -44,6 +49,10 @@ def _grid() -> Iterator[Any]:
                 or (combination in TWO_AXES and name not in WITH_TWO_AXES)
             )
             marks = [pytest.mark.slow] if slow else []
+            yield pytest.param(name, combination, id=f"{combination}-{name}", marks=marks)
+    for combination in EXPERTS:
+        for name in (*WITH_EXPERTS, *WITH_EXPERTS_SLOW):
+            marks = [pytest.mark.slow] if name in WITH_EXPERTS_SLOW else []
             yield pytest.param(name, combination, id=f"{combination}-{name}", marks=marks)
     yield pytest.param("llama", THREE_AXES, id=f"{THREE_AXES}-llama")
 

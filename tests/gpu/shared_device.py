@@ -69,7 +69,7 @@ def train(layout: str | None, device: str) -> Run:
         enable_model_summary=False,
     )
     with point_to_point_over_host():
-        trainer.fit(PlainDescent(SMALL), loader(SMALL, STEPS, replicas=parsed.dp * parsed.fsdp))
+        trainer.fit(PlainDescent(SMALL), loader(SMALL, STEPS, replicas=parsed.replicas))
         recorder.run.final = full_state(trainer)
     return recorder.run
 

@@ -6,8 +6,7 @@ from tests.zoo import handwritten, scheme, transformers_more, transformers_zoo
 from tests.zoo.case import Case
 
 CASES: dict[str, Case] = {
-    case.name: case
-    for case in [*transformers_zoo.CASES, *handwritten.CASES, *scheme.CASES, *transformers_more.CASES]
+    case.name: case for case in [*transformers_zoo.CASES, *handwritten.CASES, *scheme.CASES, *transformers_more.CASES]
 }
 
 GROUPS: dict[str, list[str]] = {

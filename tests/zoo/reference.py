@@ -88,7 +88,7 @@ def run_hybrid(
 
     parsed = Layout.parse(layout)
     strategy = HybridStrategy(layout=layout, schedule=schedule, microbatches=microbatches)
-    return _train(CASES[name], strategy, devices=parsed.devices, replicas=parsed.dp * parsed.fsdp, validate=validate)
+    return _train(CASES[name], strategy, devices=parsed.devices, replicas=parsed.replicas, validate=validate)
 
 
 def run_ddp(name: str, devices: int) -> Run:

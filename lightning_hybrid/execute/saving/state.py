@@ -20,6 +20,7 @@ from lightning_hybrid.checkpoint.content import Content, Part
 from lightning_hybrid.checkpoint.reader import SavedTensor
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.partition.mesh import AXES
 from lightning_hybrid.partition.placement import index_of, writes
 from lightning_hybrid.spec.errors import CheckpointError
 from lightning_hybrid.spec.tensor_index import Index, shape_of, whole_index
@@ -134,7 +135,7 @@ def _add_optimizer(runner: Runner, content: Content, prefix: str, saved: Mapping
 def _part(runner: Runner, group: str, name: str, tensor: Tensor) -> Part | None:
     """This rank's part of a tensor laid out like parameter `name`; None if another rank writes it."""
     partition = runner.partition
-    shape, index = tuple(partition.parameters[name].shape), index_of(partition, name)
+    shape, index = tuple(partition.shape_of(name)), index_of(partition, name)
     own = local(tensor.detach())
     if tuple(own.shape) == shape_of(index):
         if not writes(partition, name):
@@ -160,8 +161,8 @@ def _whole_part(group: str, name: str, tensor: Tensor) -> Part:
 
 def _leads(runner: Runner, pipeline_rank: int) -> bool:
     """Whether this is the first rank of its kind on a pipeline rank."""
-    places = {axis: runner.mesh.rank(axis) for axis in ("pp", "dp", "fsdp", "tp")}
-    return places == {"pp": pipeline_rank, "dp": 0, "fsdp": 0, "tp": 0}
+    places = {axis: runner.mesh.rank(axis) for axis in AXES}
+    return places == {**dict.fromkeys(AXES, 0), "pp": pipeline_rank}
 
 
 def plain_optimizer(optimizer: Any) -> Optimizer:
@@ -191,7 +192,7 @@ def load_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool) -> N
             if name not in state:
                 continue
             if first in held:
-                _check_shape(runner, name, state[name], partition.parameters[first].shape)
+                _check_shape(runner, name, state[name], partition.shape_of(first))
                 local(held[first].detach()).copy_(read(state[name], index_of(partition, first)))
             elif name in buffers:
                 _check_shape(runner, name, state[name], buffers[name].shape)
@@ -242,7 +243,8 @@ def load_optimizer_state(runner: Runner, optimizer: Optimizer, saved: Mapping[st
 
 def _own_entry(runner: Runner, name: str, parameter: Tensor, entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in entry.items():
-        if isinstance(value, Tensor | SavedTensor) and tuple(value.shape) == tuple(parameter.shape) and value.shape:
+        shape = tuple(runner.partition.shape_of(name))
+        if isinstance(value, Tensor | SavedTensor) and tuple(value.shape) == shape and value.shape:
             own = torch.zeros_like(parameter, dtype=value.dtype).detach()
             local(own).copy_(read(value, index_of(runner.partition, name)))
             yield key, own
@@ -298,7 +300,7 @@ def _parameter_to_rank_zero(runner: Runner, name: str) -> Tensor | None:
 
 def _collect(runner: Runner, source: int, tensor: Tensor | None, shape: Any, dtype: torch.dtype) -> Tensor | None:
     """Moves a tensor from the first rank of a pipeline rank to the CPU of rank 0."""
-    leader, rank = int(runner.mesh.device_mesh.mesh[source, 0, 0, 0]), dist.get_rank()
+    leader, rank = int(runner.mesh.device_mesh.mesh[source].flatten()[0]), dist.get_rank()
     if rank == 0 and leader != 0:
         tensor = torch.empty(shape, dtype=dtype, device=runner.device)
         dist.recv(tensor, leader)

@@ -1,0 +1,33 @@
+"""How one module of experts is divided over the `ep` axis: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Path = tuple[str, int | str]
+"""Where an argument stands: `("args", 0)` or `("kwargs", "x")`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPlan:
+    """A module that is called with tokens, the experts chosen for each, and their weights.
+
+    All its parameters have the experts along dim 0; it returns, for every token, the weighted sum over the experts
+    chosen.
+    """
+
+    experts: int
+    """Experts of the whole module, E."""
+    tokens: Path
+    """The argument of shape `(N, D)`."""
+    index: Path
+    """The argument of shape `(N, A)`: the experts chosen for each token."""
+    weights: Path
+    """The argument of shape `(N, A)`: factors of their outputs."""
+    attributes: tuple[str, ...]
+    """Integer attributes of the module that hold the number of experts."""
+
+    def part(self, rank: int, ranks: int) -> range:
+        """The experts that `rank` of `ranks` holds."""
+        size = self.experts // ranks
+        return range(rank * size, (rank + 1) * size)
