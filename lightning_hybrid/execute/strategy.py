@@ -47,7 +47,7 @@ from lightning_hybrid.spec.layout import Layout
 
 
 class HybridStrategy(ConnectedStrategy):
-    """Trains any LightningModule, unmodified, under a layout of replicas, sharding, tensor and pipeline parallelism.
+    """Trains any LightningModule, unmodified, under a layout: replicas, sharding, experts, tensors, a pipeline.
 
     Args:
         layout: Sizes of the axes, such as `"dp2-tp2-pp2"`; their product is the number of devices. None: `fsdp` over
@@ -311,6 +311,14 @@ class HybridStrategy(ConnectedStrategy):
         `self.log_dict(self.trainer.strategy.gradient_norms())`.
         """
         return gradient_norms(self.runner)
+
+    def expert_loads(self) -> dict[str, Tensor]:
+        """Tokens that went to each expert in training since the last call, on all ranks. Collective.
+
+        Returns:
+            By name of the module of experts, of those that `ep` divides: counts of shape `(experts,)`.
+        """
+        return self.runner.expert_loads()
 
     # ---- state
 
