@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import grad_norm
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -131,12 +132,12 @@ class Observer(L.Callback):
         self.shapes = {n: tuple(getattr(p, "_local_tensor", p).shape) for n, p in held}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        norms = trainer.strategy.gradient_norms() if hasattr(trainer.strategy, "gradient_norms") else {}
-        self.norms.append({k: float(v) for k, v in norms.items()})
+        strategy: Any = trainer.strategy
+        self.norms.append({k: float(v) for k, v in strategy.gradient_norms().items()})
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if hasattr(trainer.strategy, "expert_loads"):
-            self.loads.append({k: v.tolist() for k, v in trainer.strategy.expert_loads().items()})
+        strategy: Any = trainer.strategy
+        self.loads.append({k: v.tolist() for k, v in strategy.expert_loads().items()})
 
 
 class CountLoads(L.Callback):
@@ -155,7 +156,7 @@ class CountLoads(L.Callback):
             self._now[name] = [int((chosen == e).sum()) for e in range(EXPERTS)]
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        norms = L.utilities.grad_norm(pl_module, 2)
+        norms = grad_norm(pl_module, 2)
         self.norms.append({k: float(v) for k, v in norms.items()})
 
     def on_train_batch_end(self, *_):

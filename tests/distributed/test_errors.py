@@ -136,7 +136,11 @@ def _fit(kind: str, batch_size: int, **options: Any) -> None:
             id="layout needs more devices than there are",
         ),
         pytest.param(
-            "llama", {"layout": "dp2-qp2"}, "ValueError", [r"`layout`", r"dp, fsdp, tp, pp", r"qp"], id="unknown axis"
+            "llama",
+            {"layout": "dp2-qp2"},
+            "ValueError",
+            [r"`layout`", r"dp, fsdp, ep, tp, pp", r"qp"],
+            id="unknown axis",
         ),
         pytest.param(
             "llama",

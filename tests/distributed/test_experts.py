@@ -128,7 +128,11 @@ def test_taken_off_again(ranks2: RankGroup, layouts: str) -> None:
     [
         ("ep3", {}, r"`ep=3`, which must divide the number of experts\. `blocks\.0\.experts` has 4\. Use an `ep` of 2"),
         ("ep2", {"blocks": 0}, r"`ep=2`, but Mixture has no experts that can be divided: .* Use 'dp2'"),
-        ("ep2", {"experts": "Coupled"}, r"`blocks\.0\.experts` does not give the sum of what its experts give for each"),
+        (
+            "ep2",
+            {"experts": "Coupled"},
+            r"`blocks\.0\.experts` does not give the sum of what its experts give for each",
+        ),
     ],
     ids=["not divisible", "no experts", "coupled"],
 )

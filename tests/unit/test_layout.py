@@ -20,6 +20,7 @@ pytestmark = pytest.mark.unit
         ("tp2-pp2", Layout(tp=2, pp=2)),
         ("dp2-fsdp3-tp4-pp5", Layout(dp=2, fsdp=3, tp=4, pp=5)),
         ("dp16-pp12", Layout(dp=16, pp=12)),
+        ("fsdp2-ep4-tp2", Layout(fsdp=2, ep=4, tp=2)),
     ],
 )
 def test_text_form_is_read_and_written_back(text: str, layout: Layout) -> None:
@@ -41,7 +42,7 @@ def test_garbage_is_refused_with_an_example(text: str) -> None:
 
 
 def test_unknown_axis_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"has the axes dp, fsdp, tp, pp\. Got 'dp2-xp2' with the unknown axis 'xp'"):
+    with pytest.raises(ValueError, match=r"has the axes dp, fsdp, ep, tp, pp\. .* unknown axis 'xp'"):
         Layout.parse("dp2-xp2")
 
 
@@ -71,6 +72,12 @@ def test_devices_and_replicas_are_products_of_sizes() -> None:
     layout = Layout(dp=2, fsdp=3, tp=5, pp=7)
     assert layout.devices == 210
     assert layout.replicas == 6
+    assert Layout(dp=2, fsdp=3, ep=5, tp=7).replicas == 30
+
+
+def test_with_fsdp_all_ranks_that_share_a_weight_outside_the_experts_shard_it() -> None:
+    assert Layout(dp=2, fsdp=3, ep=5).shards == 15
+    assert Layout(dp=2, ep=5).shards == 1
 
 
 def test_layout_is_immutable_hashable_and_can_be_sent_to_other_processes() -> None:
@@ -92,6 +99,7 @@ def test_layout_that_uses_every_device_is_valid() -> None:
         ("dp2-pp2", 8, r"Got 'dp2-pp2', which needs 2 × 2 = 4, with 8 devices\. .* a layout for 8: 'dp4-pp2', "),
         ("tp2-pp2", 8, r"a layout for 8: 'dp2-tp2-pp2', 'fsdp2-tp2-pp2', "),
         ("dp2-tp2-pp2", 4, r"Got 'dp2-tp2-pp2', which needs 2 × 2 × 2 = 8, with 4 devices\. .*: 'tp2-pp2', "),
+        ("ep4", 2, r"a layout for 2: 'ep2', "),
         ("dp1", 4, r"Got 'dp1', which needs 1, with 4 devices\. Set the Trainer's .* to 1 in all.*: 'dp4', "),
         ("tp4", 1, r"Got 'tp4', which needs 4, with 1 device\. Set .* to 4 in all, or choose a layout for 1: 'dp1'\."),
     ],
