@@ -11,7 +11,7 @@ from lightning_hybrid.models.config import (
 )
 from lightning_hybrid.models.experts import MixtureOfExperts
 from lightning_hybrid.models.latent_attention import LatentAttention
-from lightning_hybrid.models.optimizers import AdamWBF16
+from lightning_hybrid.models.optimizers import AdamWBF16, Muon
 from lightning_hybrid.models.transformer import Transformer
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "LatentAttention",
     "LatentConfig",
     "MixtureOfExperts",
+    "Muon",
     "OptimizerConfig",
     "PredictionConfig",
     "StreamsConfig",

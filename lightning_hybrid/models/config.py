@@ -202,7 +202,7 @@ class OptimizerConfig:
     decay_share: float = 0.2
     """Share of the run in which the `stable` schedule decays."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """In which precision AdamW keeps its moments; bfloat16 as DeepSeek-V3, section 3.3.3."""
+    """In which precision the optimizer keeps its moments; bfloat16 as DeepSeek-V3, section 3.3.3."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "learning_rate", "weight_decay", "warmup_steps")
