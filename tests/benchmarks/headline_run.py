@@ -1,0 +1,285 @@
+"""One training of the headline benchmark: an arm, a seed, a learning rate; its validation curve, time and memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import logging
+import os
+import re
+import sysconfig
+import time
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lightning_hybrid import HybridStrategy, Layout
+from lightning_hybrid.data.text import read_bytes, stdlib_modules, stdlib_sources
+from lightning_hybrid.models import CausalLM, OptimizerConfig, StreamsConfig, TransformerConfig
+from lightning_hybrid.models.optimizers import learning_rate_share
+
+VALIDATION = ("email", "logging", "statistics")
+"""Packages of the standard library that no arm trains on."""
+LEFT_OUT = ("encodings", "pydoc_data", "test")
+"""Character maps, one file of help topics, tests with generated data."""
+M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES = -3, 64 * 1024
+"""Tensors of so many bytes are given back to the system when they are freed, so that memory is what was in use."""
+_MEASURED_STEPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every arm gets."""
+
+    context: int
+    batch_tokens: int
+    """Tokens of a global batch."""
+    steps: int
+    """Batches of that size; all arms see so many tokens, whatever their batches."""
+    evaluations: int
+    """Validations, evenly spaced in tokens; the last at the end."""
+    validation_windows: int
+    packages: bool = False
+    """Train on the sources of installed packages too."""
+    device: str = "cpu"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a training."""
+        return self.batch_tokens * self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    about: str
+    transformer: TransformerConfig
+    layout: str
+    """A layout of `HybridStrategy`; `"ddp2"` for Lightning's own DDPStrategy."""
+    optimizer: str = "adamw"
+    moments: str = "float32"
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    microbatch_share: float = 1.0
+    """A batch is accumulated from parts of this share of the global batch."""
+    ramp: float = 0.0
+    """Share of the tokens in which every part is a batch by itself: the batch schedule starts small."""
+    streams: int = 1
+    """Parallel streams in the last fiftieth of the tokens."""
+    token_share: float = 1.0
+    """Share of the budget that it trains for."""
+    recompute: tuple[str, ...] = ()
+    """What is recomputed in the backward pass."""
+    precision: str = "32-true"
+
+    @property
+    def devices(self) -> int:
+        """Processes."""
+        return int(self.layout[3:]) if self.layout.startswith("ddp") else Layout.parse(self.layout).devices
+
+
+@dataclass
+class Result:
+    """What came of a training."""
+
+    learning_rate: float
+    seed: int
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    """Tokens, seconds of training (without validation), validation loss in bits a byte."""
+    parameters: int = 0
+
+    @property
+    def bits(self) -> float:
+        """At the end."""
+        return self.curve[-1][2]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole training."""
+        return self.curve[-1][1]
+
+
+class Windows(Dataset):
+    """Windows of a text, at starts that a seed draws, or evenly spaced."""
+
+    def __init__(self, text: Tensor, context: int, count: int, seed: int | None) -> None:
+        last = len(text) - context - 1
+        if seed is None:
+            self._starts = torch.linspace(0, last, count).long()
+        else:
+            self._starts = torch.randint(last, (count,), generator=torch.Generator().manual_seed(seed))
+        self._text, self._context = text, context
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        start = int(self._starts[index])
+        window = self._text[start : start + self._context + 1].long()
+        return window[:-1], window[1:]
+
+
+@cache
+def texts(packages: bool) -> tuple[Tensor, Tensor]:
+    """Training and validation text: whole packages apart, no file twice."""
+    held = stdlib_sources(VALIDATION)
+    files = stdlib_sources([m for m in stdlib_modules() if m not in {*VALIDATION, *LEFT_OUT}])
+    if packages:
+        files += sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
+    seen = {hashlib.sha256(path.read_bytes()).digest() for path in held}
+    kept = []
+    for path in files:
+        digest = hashlib.sha256(path.read_bytes()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            kept.append(path)
+    return read_bytes(kept), read_bytes(held)
+
+
+class Model(CausalLM):
+    """The model as a user has it, with a learning rate by tokens, since arms differ in what a step is."""
+
+    def __init__(self, arm: Arm, budget: Budget, learning_rate: float, streams: int = 1) -> None:
+        optimizer = OptimizerConfig(
+            name=arm.optimizer,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            moments=arm.moments,  # type: ignore[arg-type]
+            schedule="stable",
+            warmup_steps=max(1, budget.steps // 20),
+        )
+        super().__init__(arm.transformer, optimizer, StreamsConfig(count=streams) if streams > 1 else None)
+        self.budget, self.total_tokens, self.tokens = budget, round(budget.tokens * arm.token_share), 0
+
+    def configure_optimizers(self) -> Any:
+        """As CausalLM, with the schedule of `budget.batch_tokens` a step."""
+        configured: Any = super().configure_optimizers()
+        config, batch = self.optimizer_config, self.budget.batch_tokens
+        self._total_steps = self.trainer.max_steps
+        total = self.total_tokens // batch
+        scheduler = configured["lr_scheduler"]["scheduler"]
+        scheduler.lr_lambdas = [lambda _: learning_rate_share(self.tokens // batch, config, total)] * len(
+            scheduler.lr_lambdas
+        )
+        return configured
+
+
+class Clock(L.Callback):
+    """Counts tokens and time, changes the batch, keeps the curve."""
+
+    def __init__(self, arm: Arm, budget: Budget, result: Result) -> None:
+        self.result, self._microbatch = result, round(budget.batch_tokens * arm.microbatch_share)
+        self._accumulated = budget.batch_tokens // self._microbatch
+        self._ramp_tokens = arm.ramp * budget.tokens * arm.token_share
+        self._cuda = budget.device == "cuda"
+        self._seconds, self._since = 0.0, 0.0
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.result.parameters = sum(p.numel() for p in pl_module.parameters())
+        self._since = self._now()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.tokens >= self._ramp_tokens and batch_idx % self._accumulated == 0:
+            trainer.accumulate_grad_batches = self._accumulated
+        pl_module.tokens += self._microbatch
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._seconds += self._now() - self._since
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        bits = float(trainer.callback_metrics["val_bits_per_byte"])
+        self.result.curve.append((pl_module.tokens, self._seconds, bits))
+        self._since = self._now()
+
+
+def train(arm: Arm, budget: Budget, learning_rate: float, seed: int) -> Result:
+    """Trains; runs on every rank, and the result of rank 0 counts."""
+    _prepare()
+    return _fit(arm, budget, learning_rate, seed)
+
+
+def peak_memory(arm: Arm, budget: Budget) -> int:
+    """Bytes of this rank at the peak of some steps: growth of the resident set, or what CUDA's allocator handed out.
+
+    By itself, in fresh processes: giving all memory back at once, so that the resident set is what is in use, costs
+    time.
+    """
+    _prepare()
+    learning_rate, short = arm.learning_rates[0], replace(budget, steps=_MEASURED_STEPS, evaluations=1)
+    if budget.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        _fit(arm, short, learning_rate, 0)
+        return torch.cuda.max_memory_allocated()
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES)
+    _fit(arm, short, learning_rate, 0)  # what is imported and allocated once is not the training's
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    before = _status_bytes("VmRSS")
+    _fit(arm, short, learning_rate, 0)
+    return _status_bytes("VmHWM") - before
+
+
+def _prepare() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+def _fit(arm: Arm, budget: Budget, learning_rate: float, seed: int) -> Result:
+    L.seed_everything(seed, verbose=False)
+    training, validation = texts(budget.packages)
+    result = Result(learning_rate, seed)
+    model = Model(arm, budget, learning_rate)
+    ddp, devices = arm.layout.startswith("ddp"), arm.devices
+    os.environ["WORLD_SIZE"] = str(devices)  # Lightning's teardown has changed it
+    replicas = devices if ddp else Layout.parse(arm.layout).replicas
+    microbatch = round(budget.batch_tokens * arm.microbatch_share) // budget.context
+    windows = model.total_tokens // budget.context
+    train_data = Windows(training, budget.context, windows, seed)
+    val_data = Windows(validation, budget.context, budget.validation_windows, None)
+
+    def loader(data: Dataset, size: int) -> DataLoader:
+        sampler = DistributedSampler(data, devices, int(os.environ["RANK"]), shuffle=False) if ddp else None
+        return DataLoader(data, batch_size=size // replicas, sampler=sampler, drop_last=True)
+
+    batches = windows // microbatch
+    trainer = L.Trainer(
+        strategy=DDPStrategy() if ddp else HybridStrategy(layout=arm.layout),
+        accelerator=budget.device,
+        devices=devices,
+        precision=arm.precision,  # type: ignore[arg-type]
+        max_epochs=1,
+        max_steps=batches,
+        limit_train_batches=batches,
+        val_check_interval=batches // budget.evaluations,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        callbacks=[Clock(arm, budget, result)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, loader(train_data, microbatch), loader(val_data, min(budget.validation_windows, 32)))
+    return result
+
+
+def _status_bytes(name: str) -> int:
+    match = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no field {name}")
+    return int(match[1]) * 1024
