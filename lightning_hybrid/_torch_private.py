@@ -113,6 +113,11 @@ def after_this_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
+def in_backward() -> bool:
+    """Whether autograd runs in this thread: a forward pass in it is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def finish_sharded_backward(module: FSDPModule) -> None:
     """Reduces the gradients that a fully sharded module has accumulated over the microbatches of a pipeline.
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
@@ -146,10 +145,10 @@ class CallSwitch:
         while self._taken:
             self._taken.pop()()
 
-    def compile(self, names: Iterable[str]) -> None:
-        """Compiles these units; they stay intercepted."""
+    def wrap(self, names: Iterable[str], wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Has these units run as `wrapper` makes them, compiled or recomputed; they stay intercepted."""
         for name in names:
-            self._originals[name] = torch.compile(self._originals[name])
+            self._originals[name] = wrapper(self._originals[name])
 
     @contextmanager
     def handled_by(self, handler: CallHandler) -> Iterator[None]:

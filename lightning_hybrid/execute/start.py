@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -78,7 +78,9 @@ def built_on_ghosts(root: pl.LightningModule | None) -> Iterator[None]:
     root.__dict__["_hybrid_tape"] = tape
 
 
-def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *, compile_blocks: bool) -> Runner:
+def partition(
+    trainer: pl.Trainer, strategy: HybridStrategy, request: Request, wrappers: Sequence[Callable[[Callable], Callable]]
+) -> Runner:
     """Plans and partitions the trainer's module; collective.
 
     Raises:
@@ -106,7 +108,7 @@ def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request, *
 
     made = plan()
     sizes = {name: made.parameters[name].numel() for name in made.parameters.names}
-    made.apply(strategy.root_device, compile_blocks, tape)
+    made.apply(strategy.root_device, wrappers, tape)
     root.__dict__["_hybrid_partition"] = made
     rows = _sharded_rows(made)
     if dist.get_rank() == 0:

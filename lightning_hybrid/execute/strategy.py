@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.saving import state
 from lightning_hybrid.execute.saving.checkpoints import Checkpoints
 from lightning_hybrid.partition.mesh import Mesh
+from lightning_hybrid.partition.recompute import Recompute, recomputed
 from lightning_hybrid.plan.stages import SCHEDULES
 from lightning_hybrid.spec.layout import Layout
 
@@ -57,6 +59,8 @@ class HybridStrategy(ConnectedStrategy):
         tensor_plan: Overrides of the inferred tensor plan: patterns of module names to `"column"`, `"row"`,
             `"column_gather"` or `"replicate"`.
         compile: Compile each block with `torch.compile`.
+        recompute: What the backward pass computes again instead of keeping it: `"full"`, every block; `"selective"`,
+            everything in a block but matmuls and attention, and of matmuls the up-projections of latents.
         checkpoints: How checkpoints are saved, and what is trusted when they are loaded.
         on_nonfinite: What all ranks do when a gradient or the loss is NaN or infinite on any of them, before the
             update: `"raise"` `NonFiniteError`, or `"skip"` the step.
@@ -76,6 +80,7 @@ class HybridStrategy(ConnectedStrategy):
         microbatches: int | Literal["auto"] = "auto",
         tensor_plan: Mapping[str, str] | None = None,
         compile: bool = False,
+        recompute: Recompute | None = None,
         checkpoints: CheckpointOptions = CheckpointOptions(),  # noqa: B008 -- frozen
         on_nonfinite: Literal["raise", "skip"] = "raise",
         process_group_backend: str | None = None,
@@ -86,11 +91,14 @@ class HybridStrategy(ConnectedStrategy):
             raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}. Got {schedule!r}.")
         if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
             raise ValueError(f"`microbatches` must be 'auto' or a whole number of at least 1. Got {microbatches!r}.")
+        if recompute not in (None, "selective", "full"):
+            raise ValueError(f"`recompute` must be None, 'selective' or 'full'. Got {recompute!r}.")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {on_nonfinite!r}.")
         self._layout = Layout.parse(layout) if isinstance(layout, str) else layout
         self._schedule, self._microbatches, self._tensor_plan = schedule, microbatches, tensor_plan
         self._compile, self._timeout = compile, timeout
+        self._recompute: Recompute | None = recompute
         self._runner: Runner | None = None
         self.checkpoints = Checkpoints(checkpoints, timeout)
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
@@ -174,7 +182,8 @@ class HybridStrategy(ConnectedStrategy):
         if self.world_size == 1:
             return
         arguments = {"layout": self.layout, "schedule": self._schedule, "microbatches": self._microbatches}
-        arguments |= {"tensor_plan": self._tensor_plan, "compile": self._compile, "on_nonfinite": self._on_nonfinite}
+        arguments |= {"tensor_plan": self._tensor_plan, "compile": self._compile, "recompute": self._recompute}
+        arguments |= {"on_nonfinite": self._on_nonfinite}
         facts = agreement.facts_of(self._module.trainer, arguments)
         check = self._watch.check_children
         with self._watch.during("the meeting of the ranks"):
@@ -210,7 +219,9 @@ class HybridStrategy(ConnectedStrategy):
                 microbatches=self._microbatches,
                 tensor_plan=self._tensor_plan,
             )
-            self._runner = start.partition(trainer, self, request, compile_blocks=self._compile)
+            wrappers: list[Any] = [partial(recomputed, how=self._recompute)] if self._recompute is not None else []
+            wrappers += [torch.compile] if self._compile else []
+            self._runner = start.partition(trainer, self, request, wrappers)
             limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
         self._runner.take_logs()
         follow_partition(trainer, self._runner)

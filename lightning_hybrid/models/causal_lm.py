@@ -59,15 +59,19 @@ class CausalLM(LightningModule):
             self.transformer.open_streams(opened)
         self._total_steps: float = math.inf
         self._steps_balanced = 0
+        self._violation: Tensor | None = None
+        """MaxVio of the last step, logged with the next one: a log in a step costs no collective of its own."""
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Return ``logits_BTV``, the unnormalised log-probabilities of the token after each position."""
         return self.transformer(tokens_BT, None, cache)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of ``(tokens_BT, targets_BT)`` in nats a token; log the next token's part of it."""
+        """Return the loss of ``(tokens_BT, targets_BT)`` in nats a token; log the next token's part and MaxVio."""
         losses = self.transformer(*batch)
         self.log("train_loss", losses.next_token, prog_bar=True, sync_dist=True, batch_size=len(batch[0]))
+        if self._violation is not None:
+            self.log("max_violation", self._violation, sync_dist=True, batch_size=len(batch[0]))
         return losses.next_token + self._further_weight() * losses.further_tokens + losses.balance
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -110,8 +114,7 @@ class CausalLM(LightningModule):
         moving = self.trainer.global_step <= config.bias_share * self._total_steps
         for router, load_E in zip(routers, loads_LE, strict=True):
             router.balance(load_E, config.bias_rate if moving else 0.0)
-        violation = torch.stack([max_violation(load_E) for load_E in loads_LE]).max()
-        self.log("max_violation", violation, prog_bar=True)
+        self._violation = torch.stack([max_violation(load_E) for load_E in loads_LE]).max()
 
     @torch.inference_mode()
     def generate(

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_hybrid._torch_private import in_backward
 from lightning_hybrid.spec.expert_plan import ExpertPlan, Path
 
 
@@ -49,7 +50,7 @@ class DividedExperts:
         x_ND, index_NA, weights_NA = (_argument(p, args, kwargs) for p in (plan.tokens, plan.index, plan.weights))
         expert_M, order_M = index_NA.flatten().sort(stable=True)
         counts_E = torch.bincount(expert_M, minlength=plan.experts)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not in_backward():  # where the block is computed again
             self.load = counts_E if self.load is None else self.load + counts_E
         received_RE, sent, received = self._exchange_counts(counts_E)
         x_MD = x_ND[order_M // index_NA.shape[1]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,17 +77,19 @@ class Partition:
     _overrides: list[tuple[nn.Module, Callable]] = field(default_factory=list)
     _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
 
-    def apply(self, device: torch.device, compile_blocks: bool, tape: BuildTape | None) -> None:
+    def apply(
+        self, device: torch.device, wrappers: Sequence[Callable[[Callable], Callable]], tape: BuildTape | None
+    ) -> None:
         """Puts everything on. This is the one place where the order is written.
 
         1. parameters of other stages become ghosts; 2. what stays becomes real, or goes to the device; 3. experts are
-        divided; 4. tensor parallelism; 5. common batch statistics; 6. compilation of blocks; 7. sharded replicas;
-        8. groups for shared weights. A model that was built on a tape becomes real piece by piece, each divided before
-        the next.
+        divided; 4. tensor parallelism; 5. common batch statistics; 6. recomputation and compilation of blocks;
+        7. sharded replicas; 8. groups for shared weights. A model that was built on a tape becomes real piece by piece,
+        each divided before the next.
 
         Args:
             device: This rank's device.
-            compile_blocks: Whether to compile the blocks.
+            wrappers: What the calls of the blocks go through (recomputation, compilation), the innermost first.
             tape: The tape on which the module was built, if it has no weights yet.
         """
         before = {m: [set(table) for table in hook_tables(m)] for m in self.root.modules()}
@@ -111,8 +113,8 @@ class Partition:
             self._share_batch_statistics()
         units = self.switch.units
         blocks = [b for b in units.blocks if held & self.parameters.inside(b)]
-        if compile_blocks:
-            self.switch.compile(blocks)
+        for wrapper in wrappers:
+            self.switch.wrap(blocks, wrapper)
         if layout.fsdp > 1:
             self._shard(held, blocks, tape, device)
         self.gradient_hooks.attach()
