@@ -14,7 +14,20 @@ from typing import Any
 
 import pytest
 
-COLUMNS = ("dp2", "fsdp2", "tp2", "pp2", "dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2")
+COLUMNS = (
+    "dp2",
+    "fsdp2",
+    "tp2",
+    "pp2",
+    "dp2-pp2",
+    "fsdp2-pp2",
+    "tp2-pp2",
+    "fsdp2-tp2",
+    "dp2-fsdp2",
+    "ep2",
+    "fsdp2-ep2",
+    "ep2-pp2",
+)
 START, END = "<!-- support table -->", "<!-- end of the support table -->"
 REFUSED = pytest.StashKey[bool]()
 

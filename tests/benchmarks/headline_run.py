@@ -14,18 +14,19 @@ import warnings
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from lightning_hybrid import HybridStrategy, Layout
 from lightning_hybrid.data.text import read_bytes, stdlib_modules, stdlib_sources
 from lightning_hybrid.models import CausalLM, OptimizerConfig, StreamsConfig, TransformerConfig
 from lightning_hybrid.models.optimizers import learning_rate_share
+from tests.benchmarks.contest import keep_to_own_cores
 
 VALIDATION = ("email", "logging", "statistics")
 """Packages of the standard library that no arm trains on."""
@@ -34,6 +35,9 @@ LEFT_OUT = ("encodings", "pydoc_data", "test")
 M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES = -3, 64 * 1024
 """Tensors of so many bytes are given back to the system when they are freed, so that memory is what was in use."""
 _MEASURED_STEPS = 4
+_STREAMS_SHARE = 0.02
+_WARMUP_SHARE, _DECAY_SHARE = 0.05, 0.5
+"""Of each arm's own tokens. Runs as short as these gain from a long decay; every arm has the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +79,22 @@ class Arm:
     ramp: float = 0.0
     """Share of the tokens in which every part is a batch by itself: the batch schedule starts small."""
     streams: int = 1
-    """Parallel streams in the last fiftieth of the tokens."""
+    """Parallel streams in the last `_STREAMS_SHARE` of the tokens."""
     token_share: float = 1.0
     """Share of the budget that it trains for."""
-    recompute: tuple[str, ...] = ()
-    """What is recomputed in the backward pass."""
+    recompute: Literal["selective", "full"] | None = None
+    """What the backward pass computes again."""
     precision: str = "32-true"
+
+    @property
+    def ddp(self) -> bool:
+        """Whether Lightning's own DDPStrategy runs it."""
+        return self.layout.startswith("ddp")
 
     @property
     def devices(self) -> int:
         """Processes."""
-        return int(self.layout[3:]) if self.layout.startswith("ddp") else Layout.parse(self.layout).devices
+        return int(self.layout[3:]) if self.ddp else Layout.parse(self.layout).devices
 
 
 @dataclass
@@ -149,25 +158,25 @@ def texts(packages: bool) -> tuple[Tensor, Tensor]:
 class Model(CausalLM):
     """The model as a user has it, with a learning rate by tokens, since arms differ in what a step is."""
 
-    def __init__(self, arm: Arm, budget: Budget, learning_rate: float, streams: int = 1) -> None:
+    def __init__(self, arm: Arm, budget: Budget, learning_rate: float) -> None:
         optimizer = OptimizerConfig(
             name=arm.optimizer,  # type: ignore[arg-type]
             learning_rate=learning_rate,
             moments=arm.moments,  # type: ignore[arg-type]
             schedule="stable",
-            warmup_steps=max(1, budget.steps // 20),
+            warmup_steps=max(1, round(_WARMUP_SHARE * budget.steps * arm.token_share)),
+            decay_share=_DECAY_SHARE,
         )
-        super().__init__(arm.transformer, optimizer, StreamsConfig(count=streams) if streams > 1 else None)
+        super().__init__(arm.transformer, optimizer)
         self.budget, self.total_tokens, self.tokens = budget, round(budget.tokens * arm.token_share), 0
 
     def configure_optimizers(self) -> Any:
         """As CausalLM, with the schedule of `budget.batch_tokens` a step."""
         configured: Any = super().configure_optimizers()
         config, batch = self.optimizer_config, self.budget.batch_tokens
-        self._total_steps = self.trainer.max_steps
-        total = self.total_tokens // batch
+        self._total_steps = total_steps = self.total_tokens // batch
         scheduler = configured["lr_scheduler"]["scheduler"]
-        scheduler.lr_lambdas = [lambda _: learning_rate_share(self.tokens // batch, config, total)] * len(
+        scheduler.lr_lambdas = [lambda _: learning_rate_share(self.tokens // batch, config, total_steps)] * len(
             scheduler.lr_lambdas
         )
         return configured
@@ -237,45 +246,53 @@ def _prepare() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    keep_to_own_cores()
 
 
 def _fit(arm: Arm, budget: Budget, learning_rate: float, seed: int) -> Result:
     L.seed_everything(seed, verbose=False)
     training, validation = texts(budget.packages)
-    result = Result(learning_rate, seed)
-    model = Model(arm, budget, learning_rate)
-    ddp, devices = arm.layout.startswith("ddp"), arm.devices
-    os.environ["WORLD_SIZE"] = str(devices)  # Lightning's teardown has changed it
-    replicas = devices if ddp else Layout.parse(arm.layout).replicas
-    microbatch = round(budget.batch_tokens * arm.microbatch_share) // budget.context
+    result, model = Result(learning_rate, seed), Model(arm, budget, learning_rate)
+    clock = Clock(arm, budget, result)
+    devices, microbatch = arm.devices, round(budget.batch_tokens * arm.microbatch_share) // budget.context
     windows = model.total_tokens // budget.context
     train_data = Windows(training, budget.context, windows, seed)
     val_data = Windows(validation, budget.context, budget.validation_windows, None)
-
-    def loader(data: Dataset, size: int) -> DataLoader:
-        sampler = DistributedSampler(data, devices, int(os.environ["RANK"]), shuffle=False) if ddp else None
-        return DataLoader(data, batch_size=size // replicas, sampler=sampler, drop_last=True)
-
-    batches = windows // microbatch
-    trainer = L.Trainer(
-        strategy=DDPStrategy() if ddp else HybridStrategy(layout=arm.layout),
-        accelerator=budget.device,
-        devices=devices,
-        precision=arm.precision,  # type: ignore[arg-type]
-        max_epochs=1,
-        max_steps=batches,
-        limit_train_batches=batches,
-        val_check_interval=batches // budget.evaluations,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        callbacks=[Clock(arm, budget, result)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, loader(train_data, microbatch), loader(val_data, min(budget.validation_windows, 32)))
+    later = 0 if arm.streams == 1 else max(1, round(windows * _STREAMS_SHARE) // microbatch)
+    first = windows // microbatch - later
+    for start, batches in ((0, first), (first, later)):
+        if not batches:
+            continue
+        if start:
+            model.transformer.open_streams(StreamsConfig(count=arm.streams))
+        part = Subset(train_data, range(start * microbatch, (start + batches) * microbatch))
+        os.environ["WORLD_SIZE"] = str(devices)  # Lightning's teardown has changed it
+        trainer = L.Trainer(
+            strategy=DDPStrategy() if arm.ddp else HybridStrategy(layout=arm.layout, recompute=arm.recompute),
+            accelerator=budget.device,
+            devices=devices,
+            precision=arm.precision,  # type: ignore[arg-type]
+            max_epochs=1,
+            max_steps=batches,
+            limit_train_batches=batches,
+            val_check_interval=min(batches, max(1, first // budget.evaluations)),
+            num_sanity_val_steps=0,
+            gradient_clip_val=1.0,
+            callbacks=[clock],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        evaluated = min(budget.validation_windows, 32)
+        trainer.fit(model, _loader(arm, part, microbatch), _loader(arm, val_data, evaluated))
     return result
+
+
+def _loader(arm: Arm, data: Dataset, size: int) -> DataLoader:
+    replicas = arm.devices if arm.ddp else Layout.parse(arm.layout).replicas
+    sampler = DistributedSampler(data, replicas, int(os.environ["RANK"]), shuffle=False) if arm.ddp else None
+    return DataLoader(data, batch_size=size // replicas, sampler=sampler, drop_last=True)
 
 
 def _status_bytes(name: str) -> int:
