@@ -3,6 +3,7 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_hybrid.checkpoint.options import CheckpointOptions
+from lightning_hybrid.execute.float8 import Float8Precision
 from lightning_hybrid.execute.start import warn_if_untested
 from lightning_hybrid.execute.strategy import HybridStrategy
 from lightning_hybrid.spec.errors import CheckpointError, NonFiniteError, PartitionError, RankError
@@ -11,6 +12,7 @@ from lightning_hybrid.spec.layout import Layout
 __all__ = [
     "CheckpointError",
     "CheckpointOptions",
+    "Float8Precision",
     "HybridStrategy",
     "Layout",
     "NonFiniteError",
@@ -19,6 +21,6 @@ __all__ = [
 ]
 
 StrategyRegistry.register(
-    "hybrid", HybridStrategy, description="Replicas, sharding, tensor and pipeline parallelism for any LightningModule"
+    "hybrid", HybridStrategy, description="Replicas, sharding, experts, tensors and a pipeline for any LightningModule"
 )
 warn_if_untested()

@@ -33,6 +33,14 @@ def make_wrapper(cls: type, meta: torch.Tensor, device: torch.device, requires_g
     )
 
 
+def run_on_meta(func: Any, args: tuple, kwargs: dict) -> Any:
+    """`func` on meta tensors, also where torch has a meta kernel for bfloat16 only (`_grouped_mm`)."""
+    if func.overloadpacket is not torch.ops.aten._grouped_mm:
+        return func(*args, **kwargs)
+    dtype = args[0].dtype
+    return func(*(a.to(torch.bfloat16) for a in args[:2]), *args[2:], **kwargs).to(dtype)
+
+
 def disable_torch_function() -> AbstractContextManager:
     """Inside, functions run without `__torch_function__` of tensor subclasses."""
     return torch._C.DisableTorchFunctionSubclass()

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hybrid._torch_private import disable_torch_function, make_wrapper, user_location
+from lightning_hybrid._torch_private import disable_torch_function, make_wrapper, run_on_meta, user_location
 
 _aten = torch.ops.aten
 _WHOLE_READS = ("tolist", "numpy", "__array__")
@@ -138,7 +138,7 @@ class Ghost(torch.Tensor):
         if packet is _aten._to_copy:
             device = (kwargs or {}).get("device") or device
         meta_args, meta_kwargs = tree_unflatten([_to_meta(x) for x in flat], spec)
-        out = func(*meta_args, **meta_kwargs)
+        out = run_on_meta(func, meta_args, meta_kwargs)
         known = {id(g.meta): g for g in ghosts}
         made: list[Ghost] = []
 

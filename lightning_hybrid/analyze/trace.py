@@ -140,6 +140,8 @@ class Tracer(GhostObserver):
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops[self.interval] += count(*args, **kwargs, out_val=out)
+        elif func.overloadpacket is torch.ops.aten._grouped_mm:
+            self.flops[self.interval] += 2 * args[0].numel() * args[1].shape[-1]  # each row goes to one group
         elif func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             query, key = args[0], args[1]
             self.flops[self.interval] += 4 * query.numel() * key.shape[-2]

@@ -32,15 +32,19 @@ class CausalLM(LightningModule):
         transformer: What it is made of: dense, or with latent attention, experts, prediction of further tokens.
         optimizer: The optimizer and its learning rate.
         streams: Parallel streams, opened from the start of this run.
+        build_late: Build the weights in `configure_model`, so that no process need hold them all.
         initial_weights: A file of `Trainer.save_checkpoint` (of one process; `lightning-hybrid consolidate` makes it
             from a sharded one) whose weights to start from, such as those of a first phase without streams.
     """
+
+    transformer: Transformer
 
     def __init__(
         self,
         transformer: TransformerConfig = TransformerConfig(),  # noqa: B008 -- frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 -- frozen
         streams: StreamsConfig | None = None,
+        build_late: bool = False,
         initial_weights: str | None = None,
     ) -> None:
         super().__init__()
@@ -51,16 +55,24 @@ class CausalLM(LightningModule):
         transformer, optimizer, streams = (  # type: ignore[assignment]
             value and dataclasses.asdict(value) for value in (self.config, self.optimizer_config, opened)
         )
-        self.save_hyperparameters(ignore="initial_weights")  # the checkpoint has weights itself
-        self.transformer = Transformer(self.config)
-        if initial_weights is not None:
-            self._load(initial_weights)
-        if opened is not None:
-            self.transformer.open_streams(opened)
+        self.save_hyperparameters(ignore=["initial_weights", "build_late"])  # the checkpoint has weights itself
+        self._streams, self._initial_weights = opened, initial_weights
+        if not build_late:
+            self.configure_model()
         self._total_steps: float = math.inf
         self._steps_balanced = 0
         self._violation: Tensor | None = None
         """MaxVio of the last step, logged with the next one: a log in a step costs no collective of its own."""
+
+    def configure_model(self) -> None:
+        """Build the transformer, unless it is there."""
+        if hasattr(self, "transformer"):
+            return
+        self.transformer = Transformer(self.config)
+        if self._initial_weights is not None:
+            self._load(self._initial_weights)
+        if self._streams is not None:
+            self.transformer.open_streams(self._streams)
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Return ``logits_BTV``, the unnormalised log-probabilities of the token after each position."""

@@ -182,7 +182,7 @@ def test_second_phase_starts_from_the_first_and_learns(tmp_path: Path) -> None:
     first = CausalLM(config(initial_std=0.05, prediction=PredictionConfig()), optimizer)
     fit(first).save_checkpoint(tmp_path / "first.ckpt")
     path = str(tmp_path / "first.ckpt")
-    second = CausalLM(config(initial_std=0.05), optimizer, StreamsConfig(count=2, prefix=4), path)
+    second = CausalLM(config(initial_std=0.05), optimizer, StreamsConfig(count=2, prefix=4), initial_weights=path)
     assert torch.equal(second.transformer.head.weight, first.transformer.head.weight)
     trainer = fit(second)
     assert trainer.callback_metrics["train_loss"] < 2.5
