@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hybrid.models.config import ExpertsConfig
-from lightning_hybrid.models.feed_forward import FeedForward
+from lightning_hybrid.models.feed_forward import FeedForward, swiglu
 
 _MULTIPLE = 8
 """Rows of the weights of `torch.nn.functional.grouped_mm` are multiples of 16 bytes, so of 8 numbers in bfloat16."""
@@ -120,7 +120,7 @@ class Experts(nn.Module):
         ends_E = torch.searchsorted(expert_M, torch.arange(1, len(self.down_proj) + 1, device=x_ND.device))
         x_MD = x_ND[order_M // chosen]
         gate_MF, up_MF = _grouped(x_MD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        y_MD = _grouped(F.silu(gate_MF) * up_MF, self.down_proj, ends_E)
+        y_MD = _grouped(swiglu(gate_MF, up_MF), self.down_proj, ends_E)
         y_MD = y_MD * weights_NA.flatten()[order_M, None].to(y_MD.dtype)
         y_NAD = torch.zeros_like(y_MD).index_copy(0, order_M, y_MD).unflatten(0, (-1, chosen))
         return y_NAD.sum(dim=1)

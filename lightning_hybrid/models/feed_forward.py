@@ -3,6 +3,9 @@
 Dims in the suffixes of tensor names: B batch, T time, D model width, F width inside.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,4 +26,24 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return what is added to the residual stream, of the shape of ``x_BTD``."""
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Any:
+    """``silu(gate) * up``, of which the backward pass keeps the arguments only (DeepSeek-V3, section 3.3.3)."""
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        gate, up = ctx.saved_tensors
+        gradient, sigmoid = gradients[0], torch.sigmoid(gate)
+        silu = gate * sigmoid
+        slope = sigmoid + silu * (1 - sigmoid)  # d silu / d gate
+        return gradient * up * slope, gradient * silu

@@ -13,15 +13,16 @@ are scaled to the size of AdamW's and act on matrices only."""
 
 
 def cpu() -> tuple[Budget, list[Arm]]:
-    """N = 57K against 156K weights outside embedding and head; two processes with a core each."""
-    budget = Budget(context=128, batch_tokens=4096, steps=500, evaluations=20, validation_windows=128)
+    """N = 114K against 314K weights outside embedding and head; two processes with a core each."""
+    budget = Budget(context=128, batch_tokens=4096, steps=350, evaluations=20, validation_windows=128)
 
     def dense(width: int, heads: int, hidden: int) -> TransformerConfig:
         return TransformerConfig(width=width, blocks=3, heads=heads, feed_forward=hidden, context_length=budget.context)
 
-    small, large = dense(40, 2, 104), dense(64, 4, 184)
-    experts = replace(small, experts=ExpertsConfig(experts=16, chosen=2, hidden=32, shared=1, dense_blocks=1))
-    latent = LatentConfig(key_value=20, rotary=8, head=12, value=20)
+    small, large = dense(56, 2, 152), dense(96, 4, 236)
+    mixture = ExpertsConfig(experts=16, chosen=2, hidden=48, shared=1, dense_blocks=1, balance_loss=0.0)
+    experts = replace(small, experts=mixture)
+    latent = LatentConfig(key_value=28, rotary=8, head=20, value=28)
     return budget, _arms(small, large, experts, latent, "2", sharded="fsdp2")
 
 
@@ -64,16 +65,16 @@ def _arms(
     )
     scheme = Arm(
         name="scheme",
-        about="N active of a mixture of experts; Muon, moments in bfloat16, batch schedule, selective recomputation",
+        about="N active of a mixture of experts; Muon, moments in bfloat16, batch schedule",
         transformer=experts,
         layout=whole,
         optimizer="muon",
         moments="bfloat16",
         learning_rates=MUON_RATES,
-        microbatch_share=0.5,
+        microbatch_share=0.375,
         ramp=0.8,
     )
-    quick = replace(scheme, name="scheme, fewer tokens", about="the same, for 42 % of the tokens", token_share=0.42)
+    quick = replace(scheme, name="scheme, fewer tokens", about="the same, for half of the tokens", token_share=0.5)
     prediction = replace(experts, prediction=PredictionConfig())
     return [
         traditional,
@@ -81,9 +82,11 @@ def _arms(
         quick,
         _like(quick, "− experts", "dense, N", transformer=small),
         _like(quick, "− Muon", "AdamW", optimizer="adamw", learning_rates=ADAMW_RATES),
-        _like(quick, "− batch schedule", "fixed batch", ramp=0.0),
-        _like(quick, "+ latent attention", "", transformer=replace(experts, latent=latent)),
-        _like(quick, "+ multi-token prediction", "", transformer=prediction),
+        _like(quick, "− batch schedule", "batch as large as the traditional one", ramp=0.0, microbatch_share=0.5),
+        _like(
+            quick, "+ latent attention", "keys and values from a latent", transformer=replace(experts, latent=latent)
+        ),
+        _like(quick, "+ multi-token prediction", "one further token", transformer=prediction),
         _like(quick, "+ expert parallelism", "experts divided over the ranks", layout=f"ep{devices}"),
         _like(traditional, "control: N dense", "as traditional, with N", transformer=small),
         _like(traditional, "control: N dense, streams", "4 streams for the last 2 %", transformer=small, streams=4),
@@ -94,9 +97,9 @@ def _arms(
             "what of the gain is not the architecture's",
             optimizer="muon",
             learning_rates=MUON_RATES,
-            microbatch_share=0.5,
+            microbatch_share=0.375,
             ramp=0.8,
-            token_share=0.42,
+            token_share=0.5,
         ),
     ]
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hybrid.models import CausalLM, OptimizerConfig, TransformerConfig
 from lightning_hybrid.models.attention import Attention, rotary_table, rotate
+from lightning_hybrid.models.feed_forward import swiglu
 from lightning_hybrid.models.optimizers import learning_rate_share
 
 pytestmark = pytest.mark.unit
@@ -84,6 +85,12 @@ def test_attention_matches_its_equation() -> None:
     scores = scores.masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), -math.inf)
     expected_BTD = attention.out_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 8, 16))
     torch.testing.assert_close(attention(x_BTD, cos_TK, sin_TK), expected_BTD)
+
+
+def test_swiglu_is_that_of_torch_with_its_gradients() -> None:
+    inputs = [torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    torch.testing.assert_close(swiglu(*inputs), F.silu(inputs[0]) * inputs[1])
+    assert torch.autograd.gradcheck(swiglu, inputs)
 
 
 def test_width_that_heads_can_not_share_is_refused() -> None:

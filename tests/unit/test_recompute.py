@@ -65,6 +65,7 @@ def test_full_keeps_nothing_and_computes_everything_again() -> None:
     (plain, _, _), (full, _, _) = run(None), run("full")
     assert full["_grouped_mm"] == plain["_grouped_mm"] + 2
     assert full["silu"] == 2  # of the shared expert and of the routed ones
+    assert plain["silu"] == 0
 
 
 def test_selective_computes_norms_swiglu_and_the_latent_up_projection_again() -> None:
