@@ -14,7 +14,7 @@ are scaled to the size of AdamW's and act on matrices only."""
 
 def cpu() -> tuple[Budget, list[Arm]]:
     """N = 114K against 314K weights outside embedding and head; two processes with a core each."""
-    budget = Budget(context=128, batch_tokens=4096, steps=350, evaluations=20, validation_windows=128)
+    budget = Budget(context=128, batch_tokens=4096, steps=360, evaluations=20, validation_windows=128)
 
     def dense(width: int, heads: int, hidden: int) -> TransformerConfig:
         return TransformerConfig(width=width, blocks=3, heads=heads, feed_forward=hidden, context_length=budget.context)

@@ -86,6 +86,16 @@ class Arm:
     """What the backward pass computes again."""
     precision: str = "32-true"
 
+    def microbatch_tokens(self, budget: Budget) -> int:
+        """Tokens of what is run at once, on all devices."""
+        return round(budget.batch_tokens * self.microbatch_share)
+
+    def batches(self, budget: Budget) -> tuple[int, int]:
+        """Microbatches with one stream, so many that the last validation is at the end; and with several streams."""
+        total = round(budget.tokens * self.token_share) // self.microbatch_tokens(budget)
+        later = 0 if self.streams == 1 else max(1, round(total * _STREAMS_SHARE))
+        return max(1, (total - later) // budget.evaluations) * budget.evaluations, later
+
     @property
     def ddp(self) -> bool:
         """Whether Lightning's own DDPStrategy runs it."""
@@ -168,7 +178,8 @@ class Model(CausalLM):
             decay_share=_DECAY_SHARE,
         )
         super().__init__(arm.transformer, optimizer)
-        self.budget, self.total_tokens, self.tokens = budget, round(budget.tokens * arm.token_share), 0
+        self.budget, self.tokens = budget, 0
+        self.total_tokens = sum(arm.batches(budget)) * arm.microbatch_tokens(budget)
 
     def configure_optimizers(self) -> Any:
         """As CausalLM, with the schedule of `budget.batch_tokens` a step."""
@@ -186,7 +197,7 @@ class Clock(L.Callback):
     """Counts tokens and time, changes the batch, keeps the curve."""
 
     def __init__(self, arm: Arm, budget: Budget, result: Result) -> None:
-        self.result, self._microbatch = result, round(budget.batch_tokens * arm.microbatch_share)
+        self.result, self._microbatch = result, arm.microbatch_tokens(budget)
         self._accumulated = budget.batch_tokens // self._microbatch
         self._ramp_tokens = arm.ramp * budget.tokens * arm.token_share
         self._cuda = budget.device == "cuda"
@@ -254,12 +265,10 @@ def _fit(arm: Arm, budget: Budget, learning_rate: float, seed: int) -> Result:
     training, validation = texts(budget.packages)
     result, model = Result(learning_rate, seed), Model(arm, budget, learning_rate)
     clock = Clock(arm, budget, result)
-    devices, microbatch = arm.devices, round(budget.batch_tokens * arm.microbatch_share) // budget.context
-    windows = model.total_tokens // budget.context
-    train_data = Windows(training, budget.context, windows, seed)
+    devices, microbatch = arm.devices, arm.microbatch_tokens(budget) // budget.context
+    train_data = Windows(training, budget.context, model.total_tokens // budget.context, seed)
     val_data = Windows(validation, budget.context, budget.validation_windows, None)
-    later = 0 if arm.streams == 1 else max(1, round(windows * _STREAMS_SHARE) // microbatch)
-    first = windows // microbatch - later
+    first, later = arm.batches(budget)
     for start, batches in ((0, first), (first, later)):
         if not batches:
             continue
@@ -275,7 +284,7 @@ def _fit(arm: Arm, budget: Budget, learning_rate: float, seed: int) -> Result:
             max_epochs=1,
             max_steps=batches,
             limit_train_batches=batches,
-            val_check_interval=min(batches, max(1, first // budget.evaluations)),
+            val_check_interval=min(batches, first // budget.evaluations),
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
             callbacks=[clock],
