@@ -60,7 +60,6 @@ class CausalLM(LightningModule):
         if not build_late:
             self.configure_model()
         self._total_steps: float = math.inf
-        self._steps_balanced = 0
         self._violation: Tensor | None = None
         """MaxVio of the last step, logged with the next one: a log in a step costs no collective of its own."""
 
@@ -109,21 +108,17 @@ class CausalLM(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_train_start(self) -> None:
-        """Note where the run begins."""
-        self._steps_balanced = self.trainer.global_step
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After a step, move the routers' biases by the load of all ranks."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """After the step, move the routers' biases; before callbacks save what the step has made."""
+        super().optimizer_step(*args, **kwargs)
         routers = [module for module in self.modules() if isinstance(module, Router)]
-        if not routers or self.trainer.global_step == self._steps_balanced:
+        if not routers:
             return
-        self._steps_balanced = self.trainer.global_step
         loads_LE = torch.stack([router.load for router in routers])
         # what several ranks compute together (`tp`) counts on each of them, which changes no expert's share
         loads_LE = torch.as_tensor(self.all_gather(loads_LE)).view(-1, *loads_LE.shape).sum(dim=0)
         config = routers[0].config
-        moving = self.trainer.global_step <= config.bias_share * self._total_steps
+        moving = self.trainer.global_step < config.bias_share * self._total_steps
         for router, load_E in zip(routers, loads_LE, strict=True):
             router.balance(load_E, config.bias_rate if moving else 0.0)
         self._violation = torch.stack([max_violation(load_E) for load_E in loads_LE]).max()

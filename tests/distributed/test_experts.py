@@ -117,9 +117,9 @@ def test_checkpoint_of_whole_experts_goes_on_divided(ranks2: RankGroup, tmp_path
     check(ranks2.call(jobs.fit, "ep2", ckpt_path=path, max_epochs=2, **options)[0], expected)
 
 
-@pytest.mark.parametrize("layouts", ["ep2, dp2", "dp2, ep2", "ep2, tp2"])
-def test_taken_off_again(ranks2: RankGroup, layouts: str) -> None:
-    results = ranks2.call(jobs.fit, layouts)
+@pytest.mark.parametrize("layouts", ["ep2, dp2", "dp2, ep2", "ep2, tp2", "fsdp2-ep2, ep2-tp2", "ep2-tp2, fsdp4"])
+def test_taken_off_again(request: pytest.FixtureRequest, layouts: str) -> None:
+    results = group_of(request, layouts).call(jobs.fit, layouts)
     check({**results[0], "metrics": {}}, {**jobs.fit(None, max_epochs=2), "metrics": {}})
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hybrid.models import AdamWBF16, OptimizerConfig
-from lightning_hybrid.models.optimizers import learning_rate_share
+from lightning_hybrid.models import AdamWBF16, CausalLM, ExpertsConfig, Muon, OptimizerConfig, TransformerConfig
+from lightning_hybrid.models.optimizers import learning_rate_share, make_optimizer, orthogonalize
 
 pytestmark = pytest.mark.unit
 
@@ -47,6 +47,58 @@ def test_state_comes_back_in_bfloat16_and_goes_on_exactly() -> None:
         net(torch.ones(1, 32)).sum().backward()
         stepping.step()
     assert torch.equal(module.weight, other.weight)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 48)])
+def test_muon_is_that_of_torch(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine = Muon([{"params": [ours], "matrices": True}], lr=1e-2, weight_decay=0.1)
+    reference = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(10):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        reference.step()
+    # torch iterates in bfloat16
+    assert (ours - theirs).norm() < 0.03 * (theirs - start).norm()
+
+
+def test_muon_takes_every_matrix_of_a_stack_by_itself_and_the_rest_is_adamw() -> None:
+    torch.manual_seed(0)
+    stack, other = nn.Parameter(torch.randn(3, 8, 12)), nn.Parameter(torch.randn(8, 12))
+    single, vector = nn.Parameter(stack.detach()[1].clone()), nn.Parameter(torch.randn(5))
+    twin = nn.Parameter(vector.detach().clone())
+    both = Muon([{"params": [stack, other], "matrices": True}, {"params": [vector]}], lr=1e-2)
+    alone = Muon([{"params": [single], "matrices": True}], lr=1e-2)
+    adamw = torch.optim.AdamW([twin], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(5):
+        for p in (stack, other, vector):
+            p.grad = torch.randn_like(p)
+        single.grad, twin.grad = stack.grad[1].clone(), vector.grad.clone()  # type: ignore[index, union-attr]
+        for optimizer in (both, alone, adamw):
+            optimizer.step()
+    torch.testing.assert_close(stack[1], single)
+    torch.testing.assert_close(vector, twin)
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(4, 24, 40)))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def test_matrices_of_blocks_go_to_muon() -> None:
+    mixture = ExpertsConfig(experts=4, chosen=2, hidden=16)
+    model = CausalLM(TransformerConfig(width=32, blocks=2, heads=2, experts=mixture))
+    optimizer = make_optimizer(model, OptimizerConfig(name="muon"))
+    names = {id(p): n for n, p in model.named_parameters()}
+    chosen = {names[id(p)] for g in optimizer.param_groups if g["matrices"] for p in g["params"]}
+    assert "transformer.blocks.1.feed_forward.experts.gate_up_proj" in chosen
+    assert "transformer.blocks.0.attention.q_proj.weight" in chosen
+    assert not any("embedding" in n or "head" in n or "router" in n or "norm" in n for n in chosen)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(names)
 
 
 def test_stable_schedule_is_flat_and_then_falls_to_zero() -> None:
