@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_hybrid.analyze.tensor_numbers import probing, shadowed
@@ -23,6 +24,8 @@ from lightning_hybrid.spec.layout import Layout
 _PROBED_EXPERTS, _PROBED_TOKENS, _PROBED_CHOICES = 4, 16, 2
 _TOLERANCE = 1e-4
 """Relative; a wrong division is wrong by about 1."""
+_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""What a module may raise that does not expect to have a part of its experts."""
 
 
 def candidates(root: nn.Module) -> dict[str, int]:
@@ -73,6 +76,7 @@ def plan_experts(
         PartitionError: If there are no experts, or their number is not divisible by `ep`.
     """
     plans, refusals = {}, []
+    known: dict[tuple, str | None] = {}  # what was found for modules of one kind: the blocks of a stack are alike
     for name, count in names.items():
         paths = _paths(calls.get(name, {}))
         if paths is None:
@@ -87,7 +91,10 @@ def plan_experts(
                 f"`layout='{layout}'` has `ep={layout.ep}`, which must divide the number of experts. `{name}` has "
                 f"{count}. Use an `ep` of {', '.join(map(str, sizes))}."
             )
-        problem = _problem(module, plan, calls[name])
+        kind = (type(module), plan, tuple((k, tuple(p.shape)) for k, p in own_parameters(module)))
+        if kind not in known:
+            known[kind] = _problem(module, plan, calls[name])
+        problem = known[kind]
         if problem is None:
             plans[name] = plan
         else:
@@ -99,6 +106,8 @@ def plan_experts(
             "a module whose parameters have the experts along dim 0, called with tokens (N, D), the experts chosen "
             f"(N, A) and their weights (N, A).{why} Use '{layout.moved('ep', 'dp')}'."
         )
+    if refusals:
+        rank_zero_warn(f"Some experts stay whole on every rank of `layout='{layout}'`: {'; '.join(refusals)}.")
     return plans
 
 
@@ -152,7 +161,7 @@ def _problem(module: nn.Module, plan: ExpertPlan, call: Mapping[Path, Tensor]) -
                 local_M1 = (index_NA[token_M, choice_M] - part.start)[:, None]
                 y_MD = run(part, tokens_ND[token_M], local_M1, torch.ones(len(token_M), 1))
                 parts_ND.index_add_(0, token_M, y_MD * weights_NA[token_M, choice_M, None])
-    except Exception as error:  # noqa: BLE001 -- any error of the user's module is the reason
+    except _FAILURES as error:
         return f"cannot be run with a part of its experts ({type(error).__name__}: {str(error).splitlines()[0]})"
     if whole_ND.shape != tokens_ND.shape:
         return f"returns the shape {tuple(whole_ND.shape)} for tokens of shape {tuple(tokens_ND.shape)}"

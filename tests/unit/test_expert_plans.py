@@ -86,6 +86,22 @@ class WeighsTheInput(Experts):
         return torch.stack(each).sum(0)
 
 
+class Two(nn.Module):
+    """Experts that can be divided, and such that can't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good, self.bad = Calls(Experts(4, 16, 8)), Calls(WeighsTheInput(4, 16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bad(self.good(x))
+
+
+def test_what_stays_whole_is_said() -> None:
+    with pytest.warns(match=r"Some experts stay whole on every rank of `layout='ep2'`: `bad\.inner` does not give"):
+        assert list(plan(Two(), torch.randn(6, 16))) == ["good.inner"]
+
+
 def test_what_gives_other_numbers_in_parts_is_refused() -> None:
     with pytest.raises(PartitionError, match=r"`inner` does not give the sum of what its experts give"):
         plan(Calls(WeighsTheInput(4, 16, 8)), torch.randn(6, 16))
