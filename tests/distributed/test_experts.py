@@ -18,6 +18,11 @@ FEATURE = "mixture of experts divided over `ep`"
 WHOLE = ["dp2", "fsdp2", "tp2", "pp2"]
 
 
+def quick(layouts: list[str], *chosen: str) -> list[Any]:
+    """The layouts as parameters; all but the chosen ones are slow."""
+    return [pytest.param(x, marks=[] if x in chosen else pytest.mark.slow) for x in layouts]
+
+
 def group_of(request: pytest.FixtureRequest, layout: str) -> RankGroup:
     return request.getfixturevalue("ranks4" if "-" in layout or "4" in layout else "ranks2")
 
@@ -31,7 +36,7 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(LAYOUTS, "ep2-tp2", "fsdp2-ep2", "ep2-pp2"))
 @pytest.mark.parametrize(
     ("module_options", "options"),
     [
@@ -62,7 +67,7 @@ def test_uneven_last_batch(request: pytest.FixtureRequest, layout: str) -> None:
     check(group_of(request, layout).call(jobs.fit, layout, samples=45)[0], jobs.fit(None, samples=45))
 
 
-@pytest.mark.parametrize("layout", ["ep2", "ep2-pp2"])
+@pytest.mark.parametrize("layout", quick(["ep2", "ep2-pp2"], "ep2"))
 def test_compiled_blocks(request: pytest.FixtureRequest, layout: str) -> None:
     results = group_of(request, layout).call(
         jobs.fit, layout, strategy_options={"compile": True}, timeout_seconds=150.0
@@ -70,7 +75,7 @@ def test_compiled_blocks(request: pytest.FixtureRequest, layout: str) -> None:
     check(results[0], jobs.fit(None))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(LAYOUTS, "ep2", "fsdp2-ep2", "ep2-tp2"))
 def test_each_rank_holds_its_part_of_the_experts(request: pytest.FixtureRequest, layout: str) -> None:
     results = group_of(request, layout).call(jobs.fit, layout)
     sizes = {"ep2": 2, "ep2-pp2": 2, "ep2-tp2": 2, "ep4": 1, "fsdp2-ep2": 1, "dp2-ep2": 2}
@@ -82,7 +87,7 @@ def test_each_rank_holds_its_part_of_the_experts(request: pytest.FixtureRequest,
     assert results[0]["shapes"]["blocks.0.router.weight"][0] == (1 if layout.startswith("fsdp") else jobs.EXPERTS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(LAYOUTS, "fsdp2-ep2", "ep2-tp2", "ep2-pp2"))
 def test_loads_and_gradient_norms_are_those_of_one_process(request: pytest.FixtureRequest, layout: str) -> None:
     results, expected = group_of(request, layout).call(jobs.fit, layout), jobs.fit(None)
     for result in results:
@@ -91,7 +96,7 @@ def test_loads_and_gradient_norms_are_those_of_one_process(request: pytest.Fixtu
             assert found == pytest.approx(norms, rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["ep2", "fsdp2-ep2", "ep2-pp2"])
+@pytest.mark.parametrize("layout", quick(["ep2", "fsdp2-ep2", "ep2-pp2"], "fsdp2-ep2"))
 def test_resumes_in_the_same_layout_bit_for_bit_and_in_any_other(
     request: pytest.FixtureRequest, ranks2: RankGroup, tmp_path: Path, layout: str
 ) -> None:
@@ -108,7 +113,7 @@ def test_resumes_in_the_same_layout_bit_for_bit_and_in_any_other(
         check(ranks2.call(jobs.fit, other, ckpt_path=path, max_epochs=2, **options)[0], expected)
 
 
-@pytest.mark.parametrize("first", WHOLE)
+@pytest.mark.parametrize("first", quick(WHOLE, "pp2"))
 def test_checkpoint_of_whole_experts_goes_on_divided(ranks2: RankGroup, tmp_path: Path, first: str) -> None:
     options: dict[str, Any] = {"module_options": {"adamw": True}}
     path = str(tmp_path / "half.ckpt")
@@ -117,7 +122,12 @@ def test_checkpoint_of_whole_experts_goes_on_divided(ranks2: RankGroup, tmp_path
     check(ranks2.call(jobs.fit, "ep2", ckpt_path=path, max_epochs=2, **options)[0], expected)
 
 
-@pytest.mark.parametrize("layouts", ["ep2, dp2", "dp2, ep2", "ep2, tp2", "fsdp2-ep2, ep2-tp2", "ep2-tp2, fsdp4"])
+@pytest.mark.parametrize(
+    "layouts",
+    quick(
+        ["ep2, dp2", "dp2, ep2", "ep2, tp2", "fsdp2-ep2, ep2-tp2", "ep2-tp2, fsdp4"], "ep2, dp2", "fsdp2-ep2, ep2-tp2"
+    ),
+)
 def test_taken_off_again(request: pytest.FixtureRequest, layouts: str) -> None:
     results = group_of(request, layouts).call(jobs.fit, layouts)
     check({**results[0], "metrics": {}}, {**jobs.fit(None, max_epochs=2), "metrics": {}})

@@ -10,12 +10,15 @@ from tests.harness import RankGroup
 
 pytestmark = pytest.mark.distributed
 
+SLOW = pytest.mark.slow
 FEATURE = "recomputation of blocks, `recompute=`"
 
 
 @pytest.mark.feature(FEATURE)
 @pytest.mark.parametrize("how", ["selective", "full"])
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2", "fsdp2-pp2", "fsdp2-tp2"])
+@pytest.mark.parametrize(
+    "layout", ["fsdp2", "tp2", "pp2", *(pytest.param(x, marks=SLOW) for x in ("dp2", "fsdp2-pp2", "fsdp2-tp2"))]
+)
 def test_with_dropout(request: pytest.FixtureRequest, layout: str, how: str) -> None:
     ranks: RankGroup = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
     module = {"inside": 0.2, "outside": 0.2}
@@ -29,7 +32,7 @@ def test_with_dropout(request: pytest.FixtureRequest, layout: str, how: str) -> 
 
 @pytest.mark.feature(FEATURE)
 @pytest.mark.parametrize("how", ["selective", "full"])
-@pytest.mark.parametrize("layout", ["ep2", "fsdp2-ep2", "ep2-pp2", "ep2-tp2"])
+@pytest.mark.parametrize("layout", ["ep2", *(pytest.param(x, marks=SLOW) for x in ("fsdp2-ep2", "ep2-pp2", "ep2-tp2"))])
 def test_with_experts(request: pytest.FixtureRequest, layout: str, how: str) -> None:
     ranks: RankGroup = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
     results = ranks.call(expert_jobs.fit, layout, strategy_options={"recompute": how})
@@ -39,6 +42,7 @@ def test_with_experts(request: pytest.FixtureRequest, layout: str, how: str) -> 
         torch.testing.assert_close(results[0]["weights"][name], value, rtol=1e-5, atol=2e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["selective", "full"])
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
 def test_with_compilation(ranks2: RankGroup, layout: str, how: str) -> None:

@@ -52,7 +52,8 @@ def _grid() -> Iterator[Any]:
             yield pytest.param(name, combination, id=f"{combination}-{name}", marks=marks)
     for combination in EXPERTS:
         for name in (*WITH_EXPERTS, *WITH_EXPERTS_SLOW):
-            marks = [pytest.mark.slow] if name in WITH_EXPERTS_SLOW else []
+            slow = name in WITH_EXPERTS_SLOW or (str(combination) in ("ep2", "dp2-ep2") and name != "mixtral")
+            marks = [pytest.mark.slow] if slow else []
             yield pytest.param(name, combination, id=f"{combination}-{name}", marks=marks)
     yield pytest.param("llama", THREE_AXES, id=f"{THREE_AXES}-llama")
 

@@ -73,7 +73,7 @@ def test_streams_follow_the_dense_model(tmp_path: Path) -> None:
     assert state["transformer.blocks.0.attention.prefix.keys"].shape == (4, 4, 16, 32)
 
 
-@pytest.mark.parametrize(("layout", "devices"), [("ep2", 2), ("fsdp2-ep2", 4)])
+@pytest.mark.parametrize(("layout", "devices"), [("ep2", 2), pytest.param("fsdp2-ep2", 4, marks=pytest.mark.slow)])
 def test_the_scheme(tmp_path: Path, layout: str, devices: int) -> None:
     arguments = [f"--trainer.strategy.layout={layout}", f"--trainer.devices={devices}"]
     output = fit("pretrain_deepseek", tmp_path, *arguments)
@@ -126,7 +126,7 @@ def plan(recipe: str, fake_ranks: Any) -> Partition:
     return make_partition(module, request, Mesh.create(layout, "cpu"), torch.device("cpu"), context, lambda: sample)
 
 
-@pytest.mark.parametrize("recipe", LARGE)
+@pytest.mark.parametrize("recipe", [pytest.param(x, marks=[] if "deepseek" in x else pytest.mark.slow) for x in LARGE])
 def test_plan_at_real_size(recipe: str, fake_ranks: Any, capsys: pytest.CaptureFixture[str]) -> None:
     made = plan(recipe, fake_ranks)
     root: nn.Module = made.root
