@@ -91,6 +91,10 @@ class Mesh:
         """Index of this rank's replica; its ranks (of `tp` and `pp`) see the same batches."""
         return (self.rank("dp") * self.layout.fsdp + self.rank("fsdp")) * self.layout.ep + self.rank("ep")
 
+    def ranks_by_replica(self) -> list[list[int]]:
+        """The ranks of each replica."""
+        return self.device_mesh.mesh.permute(1, 2, 3, 0, 4).reshape(self.layout.replicas, -1).tolist()
+
     @property
     def shard(self) -> int:
         """Index of this rank's shard of the weights outside the experts."""

@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import grad_norm
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from tests.distributed.jobs import WIDTH, Numbers, quiet, trainer_for, weights
 
@@ -119,6 +119,16 @@ class Mixture(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Stream(IterableDataset):
+    """The samples one after another, without an index."""
+
+    def __init__(self, count: int) -> None:
+        self._samples = Numbers(count)
+
+    def __iter__(self):
+        return (self._samples[i] for i in range(len(self._samples)))
+
+
 class Observer(L.Callback):
     """What a rank holds, loads of the experts, norms of the gradients."""
 
@@ -169,6 +179,7 @@ def fit(
     module_options: dict[str, Any] | None = None,
     *,
     samples: int = 48,
+    stream: bool = False,
     save: str | None = None,
     ckpt_path: str | None = None,
     **options: Any,
@@ -182,7 +193,8 @@ def fit(
         observer = CountLoads(module) if layout is None else Observer()
         trainer, replicas = trainer_for(layout, callbacks=[observer], **options)
         size = 16 // replicas
-        loaders = DataLoader(Numbers(samples), batch_size=size), DataLoader(Numbers(16), batch_size=size)
+        data = Stream(samples) if stream else Numbers(samples)
+        loaders = DataLoader(data, batch_size=size), DataLoader(Numbers(16), batch_size=size)
         trainer.fit(module, *loaders, ckpt_path=ckpt_path, weights_only=False)
     if save is not None:
         trainer.save_checkpoint(save)

@@ -67,6 +67,11 @@ def test_uneven_last_batch(request: pytest.FixtureRequest, layout: str) -> None:
     check(group_of(request, layout).call(jobs.fit, layout, samples=45)[0], jobs.fit(None, samples=45))
 
 
+@pytest.mark.parametrize("layout", quick(["ep2", "ep2-pp2", "ep2-tp2", "fsdp2-ep2"], "ep2-pp2"))
+def test_stream(request: pytest.FixtureRequest, layout: str) -> None:
+    check(group_of(request, layout).call(jobs.fit, layout, stream=True)[0], jobs.fit(None, stream=True))
+
+
 @pytest.mark.parametrize("layout", quick(["ep2", "ep2-pp2"], "ep2"))
 def test_compiled_blocks(request: pytest.FixtureRequest, layout: str) -> None:
     results = group_of(request, layout).call(

@@ -19,8 +19,7 @@ from lightning_hybrid.spec.errors import PartitionError
 
 def replicas_of(mesh: Mesh, by_rank: list[Any]) -> list[list[Any]]:
     """Values by rank, sorted by replica."""
-    ranks = mesh.device_mesh.mesh.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
-    return [[by_rank[rank] for rank in row] for row in ranks.tolist()]
+    return [[by_rank[rank] for rank in members] for members in mesh.ranks_by_replica()]
 
 
 def all_read_the_same(own: int | None, mesh: Mesh) -> bool:
