@@ -58,15 +58,17 @@ class CausalLM(LightningModule):
         self.save_hyperparameters(ignore=["initial_weights", "build_late"])  # the checkpoint has weights itself
         self._streams, self._initial_weights = opened, initial_weights
         if not build_late:
-            self.configure_model()
+            self._build()
         self._total_steps: float = math.inf
         self._violation: Tensor | None = None
         """MaxVio of the last step, logged with the next one: a log in a step costs no collective of its own."""
 
     def configure_model(self) -> None:
         """Build the transformer, unless it is there."""
-        if hasattr(self, "transformer"):
-            return
+        if not hasattr(self, "transformer"):
+            self._build()
+
+    def _build(self) -> None:
         self.transformer = Transformer(self.config)
         if self._initial_weights is not None:
             self._load(self._initial_weights)

@@ -136,7 +136,8 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         axis.axhline(outcomes[0].results[0].bits, color="grey", linewidth=0.6)
         axis.set_xlabel(label)
     axes[0].set_ylabel("validation loss, bits a byte")
-    last = max(p[2] for p in outcomes[0].results[0].curve[3:])
+    points = outcomes[0].results[0].curve
+    last = max(p[2] for p in points[len(points) // 6 :])
     axes[0].set_ylim(top=last)
     axes[1].legend(fontsize=7)
     figure.tight_layout()

@@ -109,6 +109,28 @@ def test_same_seed_gives_the_same_weights_and_an_uncertain_start() -> None:
     assert loss.item() == pytest.approx(math.log(32), rel=0.02)
 
 
+def test_built_late_is_built_in_configure_model_with_the_same_weights() -> None:
+    early = small_model()
+    seed_everything(0, verbose=False)
+    late = CausalLM(early.config, build_late=True)
+    assert not list(late.parameters())
+    late.configure_model()
+    late.configure_model()
+    for name, weight in early.state_dict().items():
+        assert torch.equal(weight, late.state_dict()[name])
+
+
+def test_subclass_may_have_a_configure_model_of_its_own() -> None:
+    class Frozen(CausalLM):
+        def configure_model(self) -> None:
+            self.transformer.requires_grad_(self.device.type != "cpu")
+
+    model = Frozen(TransformerConfig(width=16, blocks=1, heads=1))
+    assert all(p.requires_grad for p in model.parameters())
+    model.configure_model()
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_residual_projections_start_smaller() -> None:
     model = small_model(width=128, blocks=8)
     std = {name: weight.std().item() for name, weight in model.state_dict().items()}
