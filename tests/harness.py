@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -248,6 +249,45 @@ def script_environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     root = str(Path(__file__).parents[1])
     return kept | {"PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def run_python(*command: str, timeout_seconds: float, cwd: Path | None = None) -> tuple[int, str]:
+    """Runs Python with a clean environment, in a session of its own.
+
+    Returns:
+        The exit code and all output.
+
+    Raises:
+        TimeoutError: If it takes longer; all its processes are ended.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=script_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            output, _ = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        raise TimeoutError(f"no end within {timeout_seconds:.0f} s; output:\n{output}") from None
+    return process.returncode, output
+
+
+def start_fake_ranks(size: int) -> None:
+    """Makes this process rank 0 of a process group whose other ranks do not exist; its collectives do nothing."""
+    from torch.distributed import init_process_group
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    init_process_group("fake", rank=0, world_size=size, store=FakeStore())
 
 
 def free_port() -> int:

@@ -16,10 +16,12 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_hybrid.analyze.tensor_numbers import probing, shadowed
+from lightning_hybrid.analyze.ghost import parameter_slots
+from lightning_hybrid.analyze.tensor_numbers import is_float, probing, shadowed
 from lightning_hybrid.spec.errors import PartitionError
-from lightning_hybrid.spec.expert_plan import ExpertPlan, Path
+from lightning_hybrid.spec.expert_plan import ExpertPlan
 from lightning_hybrid.spec.layout import Layout
+from lightning_hybrid.spec.tensor_plan import Path
 
 _PROBED_EXPERTS, _PROBED_TOKENS, _PROBED_CHOICES = 4, 16, 2
 _TOLERANCE = 1e-4
@@ -91,7 +93,7 @@ def plan_experts(
                 f"`layout='{layout}'` has `ep={layout.ep}`, which must divide the number of experts. `{name}` has "
                 f"{count}. Use an `ep` of {', '.join(map(str, sizes))}."
             )
-        kind = (type(module), plan, tuple((k, tuple(p.shape)) for k, p in own_parameters(module)))
+        kind = (type(module), plan, tuple((s.key, tuple(s.tensor.shape)) for s in parameter_slots(module)))
         if kind not in known:
             known[kind] = _problem(module, plan, calls[name])
         problem = known[kind]
@@ -113,17 +115,13 @@ def plan_experts(
 
 def _paths(call: Mapping[Path, Tensor]) -> tuple[Path, Path, Path] | None:
     """Where tokens, chosen experts and weights stand among the arguments."""
-    index = next((p for p, t in call.items() if t.ndim == 2 and not _is_float(t) and t.dtype != torch.bool), None)
+    index = next((p for p, t in call.items() if t.ndim == 2 and not is_float(t) and t.dtype != torch.bool), None)
     if index is None:
         return None
-    floats = [p for p, t in call.items() if t.ndim == 2 and _is_float(t) and t.shape[0] == call[index].shape[0]]
+    floats = [p for p, t in call.items() if t.ndim == 2 and is_float(t) and t.shape[0] == call[index].shape[0]]
     weights = next((p for p in reversed(floats) if call[p].shape == call[index].shape), None)
     tokens = next((p for p in floats if p != weights), None)
     return None if tokens is None or weights is None else (tokens, index, weights)
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.dtype.is_floating_point
 
 
 def _problem(module: nn.Module, plan: ExpertPlan, call: Mapping[Path, Tensor]) -> str | None:
@@ -135,9 +133,10 @@ def _problem(module: nn.Module, plan: ExpertPlan, call: Mapping[Path, Tensor]) -
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    weights = {
-        k: numbers(experts, *p.shape[1:]) / (p.shape[-1] ** 0.5 if p.ndim > 2 else 1) for k, p in own_parameters(module)
-    }
+    weights = {}
+    for slot in parameter_slots(module):
+        inner = slot.tensor.shape[-1] if slot.tensor.ndim > 2 else 1
+        weights[slot.key] = numbers(experts, *slot.tensor.shape[1:]) / inner**0.5
     tokens_ND = numbers(_PROBED_TOKENS, width)
     index_NA = torch.rand(_PROBED_TOKENS, experts, generator=generator).topk(min(_PROBED_CHOICES, experts)).indices
     weights_NA = numbers(*index_NA.shape).abs() + 0.1
@@ -169,9 +168,3 @@ def _problem(module: nn.Module, plan: ExpertPlan, call: Mapping[Path, Tensor]) -
     if not error <= _TOLERANCE:
         return "does not give the sum of what its experts give for each token alone"
     return None
-
-
-def own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters of the module itself, real or ghosts, by key."""
-    keys = [k for k, v in module.__dict__.items() if isinstance(v, Tensor) and k not in module._parameters]
-    return [*((k, v) for k, v in module._parameters.items() if v is not None), *((k, module.__dict__[k]) for k in keys)]

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hybrid._torch_private import in_backward
-from lightning_hybrid.spec.expert_plan import ExpertPlan, Path
+from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
+from lightning_hybrid.spec.tensor_plan import Path
 
 
 class DividedExperts:
@@ -109,7 +110,7 @@ class ExpertParallel:
 
     def plan_of(self, parameter: str) -> ExpertPlan | None:
         """The plan of the module that a parameter belongs to; None if it is no expert's."""
-        return self.plans.get(parameter.rpartition(".")[0])
+        return plan_of(self.plans, parameter)
 
     def part_of(self, parameter: str, whole: Tensor) -> Tensor:
         """This rank's part of a parameter, as a copy; the whole of one that is no expert's."""

@@ -29,7 +29,7 @@ from lightning_hybrid.partition.shard import shard_replicas
 from lightning_hybrid.partition.tensor import TensorParallel, apply_tensor_plan, part_of
 from lightning_hybrid.plan.plan import Plan, stage_of
 from lightning_hybrid.spec.errors import PartitionError
-from lightning_hybrid.spec.expert_plan import ExpertPlan
+from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
 from lightning_hybrid.spec.tensor_plan import TensorPlan
 
 
@@ -233,7 +233,7 @@ class Partition:
 
     def expert_plan_of(self, name: str) -> ExpertPlan | None:
         """How the parameter `name` is divided over `ep`; None if it is no expert's."""
-        return self.expert_plans.get(name.rpartition(".")[0])
+        return plan_of(self.expert_plans, name)
 
     def shape_of(self, name: str) -> torch.Size:
         """The shape of the whole of parameter `name`."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-Path = tuple[str, int | str]
-"""Where an argument stands: `("args", 0)` or `("kwargs", "x")`."""
+from lightning_hybrid.spec.tensor_plan import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +31,8 @@ class ExpertPlan:
         """The experts that `rank` of `ranks` holds."""
         size = self.experts // ranks
         return range(rank * size, (rank + 1) * size)
+
+
+def plan_of(plans: Mapping[str, ExpertPlan], parameter: str) -> ExpertPlan | None:
+    """The plan of the module that a parameter belongs to; None if it is no expert's."""
+    return plans.get(parameter.rpartition(".")[0])

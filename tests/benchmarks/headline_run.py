@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
 import logging
 import os
-import re
 import sysconfig
 import time
 import warnings
@@ -27,13 +24,12 @@ from lightning_hybrid.data.text import read_bytes, stdlib_modules, stdlib_source
 from lightning_hybrid.models import CausalLM, OptimizerConfig, StreamsConfig, TransformerConfig
 from lightning_hybrid.models.optimizers import learning_rate_share
 from tests.benchmarks.contest import keep_to_own_cores
+from tests.benchmarks.memory import peak_growth
 
 VALIDATION = ("email", "logging", "statistics")
 """Packages of the standard library that no arm trains on."""
 LEFT_OUT = ("encodings", "pydoc_data", "test")
 """Character maps, one file of help topics, tests with generated data."""
-M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES = -3, 64 * 1024
-"""Tensors of so many bytes are given back to the system when they are freed, so that memory is what was in use."""
 _MEASURED_STEPS = 4
 _STREAMS_SHARE = 0.02
 _WARMUP_SHARE, _DECAY_SHARE = 0.05, 0.5
@@ -244,13 +240,7 @@ def peak_memory(arm: Arm, budget: Budget) -> int:
         torch.cuda.reset_peak_memory_stats()
         _fit(arm, short, learning_rate, 0)
         return torch.cuda.max_memory_allocated()
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES)
-    _fit(arm, short, learning_rate, 0)  # what is imported and allocated once is not the training's
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    before = _status_bytes("VmRSS")
-    _fit(arm, short, learning_rate, 0)
-    return _status_bytes("VmHWM") - before
+    return peak_growth(lambda: _fit(arm, short, learning_rate, 0), lambda: _fit(arm, short, learning_rate, 0))
 
 
 def _prepare() -> None:
@@ -302,10 +292,3 @@ def _loader(arm: Arm, data: Dataset, size: int) -> DataLoader:
     replicas = arm.devices if arm.ddp else Layout.parse(arm.layout).replicas
     sampler = DistributedSampler(data, replicas, int(os.environ["RANK"]), shuffle=False) if arm.ddp else None
     return DataLoader(data, batch_size=size // replicas, sampler=sampler, drop_last=True)
-
-
-def _status_bytes(name: str) -> int:
-    match = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if match is None:
-        raise RuntimeError(f"/proc/self/status has no field {name}")
-    return int(match[1]) * 1024

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,13 +62,7 @@ class BuiltLate(CausalLM):
     """Builds its weights in `configure_model`, so that no rank need ever hold them all."""
 
     def __init__(self, size: Size) -> None:
-        L.LightningModule.__init__(self)
-        self._size = size
-
-    def configure_model(self) -> None:
-        """Called by Lightning, more than once."""
-        if not hasattr(self, "transformer"):
-            self.transformer = Transformer(self._size.transformer)
+        super().__init__(size.transformer, build_late=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """All weights in one group."""
@@ -79,18 +73,28 @@ def train_and_measure(layout: str | None, size: MemorySize) -> Memory:
     """Runs on every rank; with no layout, on a single process with Lightning's own strategy."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    tiny = MemorySize(width=32, heads=2, vocabulary=64, blocks=size.blocks, time=8, batch=size.batch)
+    growth = peak_growth(lambda: _train(layout, tiny), lambda: _train(layout, size))
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Transformer(size.transformer).parameters())
+    return Memory(growth, weights)
+
+
+def peak_growth(first: Callable[[], object], run: Callable[[], object]) -> int:
+    """Bytes by which the resident set of this process grows at most in `run`, of memory that is in use.
+
+    Args:
+        first: Run before, so that what is imported and allocated once does not count.
+        run: What is measured.
+    """
     if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_ALONE_BYTES):
         raise RuntimeError("this C library has no `mallopt`, without which freed memory would count")
-    tiny = MemorySize(width=32, heads=2, vocabulary=64, blocks=size.blocks, time=8, batch=size.batch)
-    _train(layout, tiny)
+    first()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
-    _train(layout, size)
-    peak = _status_bytes("VmHWM")
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in Transformer(size.transformer).parameters())
-    return Memory(peak - before, weights)
+    run()
+    return _status_bytes("VmHWM") - before
 
 
 def _train(layout: str | None, size: MemorySize) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness import script_environment
+from tests.harness import run_python
 
 pytestmark = pytest.mark.distributed
 
@@ -22,26 +18,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalon
 
 
 def _run(*command: str) -> tuple[int, str]:
-    """Run Python with a clean environment; returns the exit code and all output. A time-out ends all its processes."""
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env=script_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            output, _ = process.communicate(timeout=5)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-        pytest.fail(f"no end within {TIMEOUT_SECONDS:.0f} s; output:\n{output}")
-    return process.returncode, output
+    return run_python(*command, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def _results(folder: Path, code: int, output: str) -> list[dict[str, Any]]:

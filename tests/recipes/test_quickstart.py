@@ -1,10 +1,6 @@
 """The quickstart recipe, shortened: it trains on four processes, and every layout gives the same losses."""
 
 import csv
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +10,7 @@ import torch
 
 from lightning_hybrid.checkpoint.consolidate import consolidate
 from lightning_hybrid.models import CausalLM
-from tests.harness import script_environment
+from tests.harness import run_python
 
 pytestmark = [pytest.mark.recipes, pytest.mark.timeout(400)]
 
@@ -45,25 +41,10 @@ class Run:
 RunRecipe = Callable[[str, int], Run]
 
 
-def command_line(subcommand: str, *arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a directory of its own; end its whole process group when it takes too long."""
-    command = [sys.executable, "-m", "lightning_hybrid.cli", subcommand, "--config", str(RECIPE), *arguments]
-    process = subprocess.Popen(
-        command,
-        cwd=directory,
-        env=script_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return subprocess.CompletedProcess(command, process.returncode, output)
+def command_line(subcommand: str, *arguments: str, directory: Path) -> tuple[int, str]:
+    """Run the command line in a directory of its own; its exit code and output."""
+    command = ("-m", "lightning_hybrid.cli", subcommand, "--config", str(RECIPE), *arguments)
+    return run_python(*command, cwd=directory, timeout_seconds=TIMEOUT_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunRecipe:
 
 
 def train(layout: str, devices: int, directory: Path) -> Run:
-    completed = command_line(
+    code, output = command_line(
         "fit",
         f"--trainer.strategy.layout={layout}",
         f"--trainer.devices={devices}",
@@ -90,13 +71,13 @@ def train(layout: str, devices: int, directory: Path) -> Run:
         "--trainer.log_every_n_steps=1",
         directory=directory,
     )
-    assert completed.returncode == 0, completed.stdout[-5000:]
+    assert code == 0, output[-5000:]
     (metrics,) = directory.rglob("metrics.csv")
     with metrics.open() as file:
         rows = list(csv.DictReader(file))
     return Run(
         directory=directory,
-        output=completed.stdout,
+        output=output,
         train_losses=[float(row["train_loss"]) for row in rows if row["train_loss"]],
         validation_bits=[float(row["val_bits_per_byte"]) for row in rows if row["val_bits_per_byte"]],
     )
@@ -136,7 +117,7 @@ def test_checkpoint_loads_without_the_strategy(run: RunRecipe) -> None:
 
 
 def test_layout_that_does_not_match_the_devices_is_refused_at_once(tmp_path: Path) -> None:
-    completed = command_line("fit", "--trainer.strategy.layout=dp3", directory=tmp_path)
-    assert completed.returncode != 0
-    assert "`layout` must use every device once. Got 'dp3'" in completed.stdout
-    assert completed.stdout.count("`layout` must use every device once") <= 2
+    code, output = command_line("fit", "--trainer.strategy.layout=dp3", directory=tmp_path)
+    assert code != 0
+    assert "`layout` must use every device once. Got 'dp3'" in output
+    assert output.count("`layout` must use every device once") <= 2

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_hybrid import Layout
 from lightning_hybrid.checkpoint.consolidate import consolidate
@@ -23,7 +17,7 @@ from lightning_hybrid.execute.planning import Request, make_partition
 from lightning_hybrid.observe.table import plan_table
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.partition import Partition
-from tests.harness import RankGroup, script_environment
+from tests.harness import RankGroup, run_python, start_fake_ranks
 
 pytestmark = [pytest.mark.recipes, pytest.mark.timeout(400)]
 
@@ -35,29 +29,14 @@ LARGE = ("pretrain_dense_4b4", "pretrain_dense_1b6", "pretrain_deepseek_1b6", "p
 
 def fit(recipe: str, directory: Path, *arguments: str) -> str:
     """Run a recipe for some steps in a directory of its own; end its whole process group when it takes too long."""
-    command = [sys.executable, "-m", "lightning_hybrid.cli", "fit", "--config", str(RECIPES / f"{recipe}.yaml")]
-    command += [
-        f"--trainer.max_steps={STEPS}",
-        f"--trainer.val_check_interval={STEPS}",
-        "--trainer.limit_val_batches=1",
-    ]
-    command += ["--trainer.log_every_n_steps=1", *arguments]
-    process = subprocess.Popen(
-        command,
+    code, output = run_python(
+        *("-m", "lightning_hybrid.cli", "fit", "--config", str(RECIPES / f"{recipe}.yaml")),
+        *(f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={STEPS}", "--trainer.limit_val_batches=1"),
+        *("--trainer.log_every_n_steps=1", *arguments),
         cwd=directory,
-        env=script_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        timeout_seconds=TIMEOUT_SECONDS,
     )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, output[-5000:]
+    assert code == 0, output[-5000:]
     return output
 
 
@@ -96,7 +75,7 @@ def plan(recipe: str) -> Partition:
     strategy: Any = cli.trainer.strategy
     layout: Layout = strategy.layout
     assert layout.devices == cli.trainer.num_devices * cli.trainer.num_nodes
-    dist.init_process_group("fake", rank=0, world_size=layout.devices, store=FakeStore())
+    start_fake_ranks(layout.devices)
     module: Any = cli.model
     with torch.device("meta"):
         module.configure_model()
