@@ -224,7 +224,7 @@ def set_epoch_length(trainer: pl.Trainer, flow: Any, length: int) -> None:
             limits[i] = min(length, limit) if isinstance(limit, int) else int(length * limit)
     if loop._data_fetcher is None:
         return  # the loop is being set up, and will ask itself
-    loop.max_batches = (min if combined._mode == "min_size" else max)(limits)
+    loop.max_batches = loop._data_fetcher.length = (min if combined._mode == "min_size" else max)(limits)
     if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch not in (None, float("inf")):
         trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
 
@@ -332,3 +332,44 @@ def parameters_compared_by_identity() -> Iterator[None]:
 def detects_anomalies(trainer: pl.Trainer) -> bool:
     """The Trainer's `detect_anomaly`."""
     return trainer._detect_anomaly
+
+
+# ---- accumulation
+
+
+def begin_window(trainer: pl.Trainer, batches: int) -> None:
+    """Gradients of `batches` batches are accumulated, counted from the training batch that is about to run.
+
+    Lightning counts from the beginning of an epoch, in two places that disagree when the number changes: a window
+    would begin in the middle of another, and steps be made with gradients of too few batches or of too many.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    progress, optimization = loop.batch_progress, loop.automatic_optimization
+    first = progress.current.ready - 1
+    trainer.accumulate_grad_batches = batches
+    zero_grad = type(optimization)._make_zero_grad_fn
+    loop._accumulated_batches_reached = lambda: (progress.current.ready - first) % batches == 0
+    optimization._make_zero_grad_fn = lambda batch, optimizer: zero_grad(optimization, batch - first, optimizer)
+
+
+def end_windows(trainer: pl.Trainer) -> None:
+    """Lightning counts again."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop.__dict__.pop("_accumulated_batches_reached", None)
+    loop.automatic_optimization.__dict__.pop("_make_zero_grad_fn", None)
+
+
+def steps_after_batch(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer makes a step with the training batch that runs, or has just run."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def training_loaders(trainer: pl.Trainer) -> Any:
+    """The training loaders of the running fit, as a `CombinedLoader`."""
+    return trainer.fit_loop._combined_loader
+
+
+def batch_on_device(module: pl.LightningModule, batch: Any, device: Any) -> Any:
+    """A loader's training batch after all hooks of the transfer, on `device`."""
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)

@@ -1,6 +1,9 @@
 """Callbacks: thin, they watch a run and show what they see."""
 
+from lightning_hybrid.adapt.batch_schedule import BatchSizeSchedule
+from lightning_hybrid.adapt.batch_size import DecisionRules
+from lightning_hybrid.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_hybrid.callbacks.sample import GenerateSample
 from lightning_hybrid.callbacks.throughput import ThroughputMonitor
 
-__all__ = ["GenerateSample", "ThroughputMonitor"]
+__all__ = ["AdaptiveBatchSize", "BatchSizeSchedule", "DecisionRules", "GenerateSample", "ThroughputMonitor"]

@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_hybrid.execute.gradient_noise import GradientNoise
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.execute.ranks.preemption import Preemption
 from lightning_hybrid.partition.mesh import Mesh
@@ -74,6 +75,8 @@ class Guard:
         self._loss: Tensor | None = None
         self.skipped = 0
         """Steps left out so far."""
+        self.noise: GradientNoise | None = None
+        """Its numbers go along in the same all-reduce, where they are wanted."""
 
     def saw_loss(self, loss: Tensor) -> None:
         """A loss that the next step's gradients come from."""
@@ -93,7 +96,7 @@ class Guard:
         total = total.to(self._device, torch.float32)
         if loss is not None:
             total = total + loss
-        if not self._any_rank_suspects(~torch.isfinite(total)):
+        if not self._any_rank_suspects(~torch.isfinite(total), optimizer):
             return
         findings = self._look_closer(optimizer, loss)
         if not findings:  # a norm of finite gradients has overflowed
@@ -111,13 +114,26 @@ class Guard:
         optimizer.zero_grad()
         raise SkipStep
 
-    def _any_rank_suspects(self, suspect: Tensor) -> bool:
-        if dist.get_world_size() == 1:
+    def measure_noise(self, noise: GradientNoise, optimizer: Optimizer) -> None:
+        """For steps that are not checked, since a loss scaler does. Collective over all ranks."""
+        numbers = noise.local_numbers(optimizer)
+        dist.all_reduce(numbers)
+        noise.take(numbers.tolist(), dist.get_world_size())
+
+    def _any_rank_suspects(self, suspect: Tensor, optimizer: Optimizer) -> bool:
+        ranks, noise = dist.get_world_size(), self.noise
+        if ranks == 1 and noise is None:
             return bool(suspect)
         told = torch.stack([suspect, torch.tensor(self._preemption.requested, device=self._device)]).float()
-        dist.all_reduce(told)
-        suspects, requests = told.tolist()
-        self._preemption.hear(requests > 0)
+        if noise is not None:
+            told = torch.cat([told.double(), noise.local_numbers(optimizer)])
+        if ranks > 1:
+            dist.all_reduce(told)
+        suspects, requests, *numbers = told.tolist()
+        if ranks > 1:
+            self._preemption.hear(requests > 0)
+        if noise is not None:
+            noise.take(numbers, ranks)
         return suspects > 0
 
     def _look_closer(self, optimizer: Optimizer, loss: Tensor | None) -> list[_Finding]:

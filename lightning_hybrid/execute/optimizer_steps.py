@@ -36,6 +36,8 @@ class OptimizerSteps:
         self._after_closure: Callable[..., None] = type(precision)._after_closure.__get__(precision)
         self._scaler: Any = getattr(precision, "scaler", None)
         self._undo: Callable[[], None] | None = None
+        self.learning_rate_factor = 1.0
+        """On the learning rates, in the update only: schedulers and checkpoints have those of the user."""
 
     def install(self) -> None:
         """Puts it on."""
@@ -58,7 +60,11 @@ class OptimizerSteps:
         """Gradients are complete; hooks, clipping and the update come next."""
         if self._scaler is None:  # with one, infinite gradients are usual: it leaves out the step on all ranks
             self.guard.check(optimizer, model.trainer)
+        elif self.guard.noise is not None:
+            self.guard.measure_noise(self.guard.noise, optimizer)
         self._after_closure(model, optimizer)
+        for group in optimizer.param_groups if self.learning_rate_factor != 1.0 else ():
+            group["lr"] = group["lr"] * self.learning_rate_factor
 
     def step(
         self, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
@@ -66,10 +72,14 @@ class OptimizerSteps:
         """Lightning's `optimizer_step`; a step that the guard leaves out returns None."""
         if isinstance(optimizer, LBFGS) and self.runner.mesh.layout.replicas > 1:
             closure = self._of_all_replicas(closure)
+        rates = [group["lr"] for group in optimizer.param_groups] if self.learning_rate_factor != 1.0 else []
         try:
             return step(optimizer, closure, *args, **kwargs)
         except SkipStep:
             return None
+        finally:
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate
 
     def _of_all_replicas(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """LBFGS decides by the loss how often it calls the closure: all replicas must see the same."""

@@ -84,6 +84,11 @@ class Pipeline:
         self._prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
         self._step = _Step()
 
+    @property
+    def parts(self) -> int:
+        """Microbatches of the step that ran last."""
+        return len(self._step.arguments)
+
     # ---- training
 
     def train(

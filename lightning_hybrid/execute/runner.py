@@ -21,6 +21,7 @@ from lightning_hybrid._torch_private import finish_sharded_backward, gradients_t
 from lightning_hybrid.execute.batches import count_samples
 from lightning_hybrid.execute.clipping import clip_by_global_norm
 from lightning_hybrid.execute.data.dealing import Uneven
+from lightning_hybrid.execute.gradient_noise import GradientNoise
 from lightning_hybrid.execute.gradients import (
     GradientsOfPipeline,
     ReplicaReducer,
@@ -59,7 +60,10 @@ class Runner:
     ) -> None:
         self.root, self.partition, self.device, self.precision = root, partition, device, precision
         self.mesh = partition.mesh
-        self._microbatches = 1 if has_batch_norm(root) else microbatches  # statistics are those of the whole batch
+        self.one_microbatch = has_batch_norm(root)  # whose statistics are those of the whole batch
+        self.microbatches = 1 if self.one_microbatch else microbatches
+        self.noise: GradientNoise | None = None
+        """Measures the noise of gradients, where it is wanted."""
         self.optimizer_names: dict[int, list[list[str]]] = {}
         self._sync = True
         self.gradients_are_seen = False
@@ -160,7 +164,12 @@ class Runner:
         with self.precision.train_step_context(), recording, watched, refused:
             out = self.partition.step_module(self.root.training_step, *args, **kwargs)
         self._log("training_step", recorder)
+        self._note_parts(args[0], 1)
         return out
+
+    def _note_parts(self, batch: Any, parts: int) -> None:
+        if self.noise is not None:
+            self.noise.saw_batch(count_samples(batch), parts, self.uneven is None)
 
     def _gradients_refused(self) -> AbstractContextManager:
         layout = self.mesh.layout
@@ -179,7 +188,8 @@ class Runner:
         if scaler is not None:  # Lightning scales a loss whose gradients the schedule has computed already
             scale = scaler.scale(torch.tensor(scale, device=self.device))
         common = None if self.uneven is None else self.uneven.common_divisor
-        loss, recorder, extras = pipeline.train(args, scale * self.factor, self._microbatches, common)
+        loss, recorder, extras = pipeline.train(args, scale * self.factor, self.microbatches, common)
+        self._note_parts(args[0], pipeline.parts)
         aside.keep()
         mean_loss, extras = self._log("training_step", recorder, loss, extras)
         anchor = torch.zeros((), device=self.device, requires_grad=True)

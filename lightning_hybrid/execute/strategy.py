@@ -25,6 +25,7 @@ from lightning_hybrid._torch_private import limit_waiting
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.execute import start
 from lightning_hybrid.execute.averaging import follow_partition
+from lightning_hybrid.execute.batch_control import BatchControl
 from lightning_hybrid.execute.callback_views import follow_callbacks
 from lightning_hybrid.execute.data.dealing import Uneven
 from lightning_hybrid.execute.data.random_streams import agree
@@ -322,6 +323,10 @@ class HybridStrategy(ConnectedStrategy):
         `self.log_dict(self.trainer.strategy.gradient_norms())`.
         """
         return gradient_norms(self.runner)
+
+    def control_batches(self) -> BatchControl:
+        """For callbacks that change the batch size while training goes on, from `on_train_start` on."""
+        return BatchControl(self._module.trainer, self.runner, self.steps)
 
     def expert_loads(self) -> dict[str, Tensor]:
         """Tokens that went to each expert in training since the last call, on all ranks. Collective.

@@ -90,11 +90,14 @@ def choose_microbatches(batch: int, requested: int | str, ranks: int, schedule: 
     number is used where it divides the batch; the last, smaller batch of an epoch takes the largest divisor below it.
     """
     limit = 4 * ranks if requested == "auto" else int(requested)
-    return max(d for d in range(1, min(limit, batch) + 1) if batch % d == 0 and _fits(schedule, ranks, d))
+    return max(d for d in range(1, min(limit, batch) + 1) if batch % d == 0 and divides_into(schedule, ranks, d))
 
 
-def _fits(schedule: str, ranks: int, microbatches: int) -> bool:
-    """Interleaved1F1B goes in rounds of about `ranks` microbatches, and they must come out even."""
+def divides_into(schedule: str, ranks: int, microbatches: int) -> bool:
+    """Whether a schedule can run so many microbatches.
+
+    Interleaved1F1B goes in rounds of about `ranks` microbatches, and they must come out even.
+    """
     return schedule != "Interleaved1F1B" or microbatches % max(1, microbatches // ranks) == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from lightning_hybrid.execute.data import random_streams as streams
 from lightning_hybrid.execute.data.dealing import Share, Uneven
 from lightning_hybrid.execute.data.loader import generators_of, keeps_its_place, lent
 from lightning_hybrid.execute.random_streams import mix
+
+_END: Any = object()
 
 Kind = Literal["samples", "batches", "items"]
 """What is dealt: samples, in batches of the loader's size; the batches of a batch sampler; items without batches."""
@@ -93,6 +96,10 @@ class SampleFlow:
         """Samples, batches or items that were used before this pass began in the middle of an epoch."""
         self._steps_before = 0
         """Steps of the epoch that were made before this pass began."""
+        self._handed_out = 0
+        """Batches of this pass, since the batch size changed last."""
+        self._again = False
+        """Whether the batches that were not handed out are to be put together anew."""
         self._resume: dict[str, Any] | None = None
         self._other_length = self._ended = self._followed = False
         self._owned_then: dict[str, Any] | None = None
@@ -108,6 +115,12 @@ class SampleFlow:
         resume = self._begin_pass(loader)
         if self._followed and loader.persistent_workers:
             self._before_start = {"streams": streams.capture(), **self._owned()}
+        iterator = self._started(loader, start, kept=resume)
+        if self._ended and self._owned_then is not None:
+            self._set_owned(self._owned_then)  # beginning has drawn from the loader's generator
+        return self._batches(iterator, partial(self._started_again, loader, start))
+
+    def _started(self, loader: Any, start: Callable[[], Iterator[Any]], *, kept: bool) -> Iterator[Any]:
         seeding = streams.Seeding()
         parts = {
             "dataset": streams.SeededSamples(loader.dataset, seeding),
@@ -115,11 +128,17 @@ class SampleFlow:
             "worker_init_fn": streams.WorkerInit(loader.worker_init_fn),
         }
         # beginning again in mid-epoch must not draw from the streams once more
-        with random_streams_kept() if resume else nullcontext(), lent(loader, **parts):
-            iterator = start()
-        if self._ended and self._owned_then is not None:
-            self._set_owned(self._owned_then)  # beginning has drawn from the loader's generator
-        return self._batches(iterator)
+        with random_streams_kept() if kept else nullcontext(), lent(loader, **parts):
+            return start()
+
+    def _started_again(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """In the same pass, for another batch size."""
+        self._again = False
+        states = [g.get_state() for g in self._generators]
+        iterator = self._started(loader, start, kept=True)
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+        return iterator
 
     def _begin_pass(self, loader: Any) -> bool:
         resume, self._resume = self._resume, None
@@ -136,7 +155,7 @@ class SampleFlow:
         if trainer is not None:
             set_epoch(loader, trainer, new_epoch)
         self._pending.clear()
-        self._begun, self._drawn_from = True, None
+        self._begun, self._drawn_from, self._handed_out = True, None, 0
         if resume is None:
             self._first = 0
             self._steps_before = place.fetched if place is not None and place.ready else 0
@@ -159,15 +178,59 @@ class SampleFlow:
             self._passes = ended["passes"]
             self._set_owned(ended["owned"])
 
-    def _batches(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        for batch in iterator:
+    def _batches(self, iterator: Iterator[Any], started_again: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        while True:
+            if self._again:
+                iterator = started_again()
+            batch = next(iterator, _END)
+            if batch is _END:
+                return
             uneven = self._pending.popleft()
             if self._run_absent is not None and uneven is not None and uneven.absent(self._replica):
                 self._run_absent(batch, uneven)
                 return
             self.history.append(uneven)
             self._on_yield(uneven)
+            self._handed_out += 1
             yield batch
+
+    # ---- another batch size
+
+    @property
+    def can_rebatch(self) -> bool:
+        """Whether the batch size can change in the middle of an epoch."""
+        return self._kind == "samples" and self._sized and self._trainer is not None
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch."""
+        return len(self._source)
+
+    def rebatch(self, batch_size: int) -> bool:
+        """The batches that are not handed out yet have `batch_size` samples of each replica; the order stays.
+
+        Returns:
+            Whether there is such a batch in this epoch. If not, nothing has changed; see `rebatch_next`.
+        """
+        trainer: Any = self._trainer
+        whole = self._replicas * self._batch_size
+        used = min(self._first + self._handed_out * whole, len(self._source)) if self._begun else 0
+        if (
+            dealing.steps_of_samples(len(self._source) - used, batch_size, self._replicas, drop_last=self._drop_last)
+            < 1
+        ):
+            return False
+        self._first, self._batch_size, self._handed_out = used, batch_size, 0
+        place = place_in_epoch(trainer)
+        self._steps_before = max(place.fetched, place.processed) if self._begun else 0
+        self._pending.clear()
+        self._again = self._other_length = True
+        set_epoch_length(trainer, self, self.steps_in_all())
+        return True
+
+    def rebatch_next(self, batch_size: int) -> None:
+        """The next epoch's batches have `batch_size` samples of each replica."""
+        self._batch_size, self._other_length = batch_size, True
 
     def keys(self) -> Iterator[Any]:
         """This replica's keys, batch by batch; the order is drawn when the first is asked for."""

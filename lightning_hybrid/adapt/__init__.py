@@ -1,0 +1,1 @@
+"""Pure decisions: measurements in, a proposal out."""

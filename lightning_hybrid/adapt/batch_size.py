@@ -1,0 +1,228 @@
+"""The global batch size: what the gradient's noise asks for, on a ladder, by votes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lightning_hybrid.adapt.gradient_noise import NoiseScale
+
+Statistics = Literal["norm", "time"]
+LearningRateRule = Literal["auto", "sqrt", "adascale", "none"]
+
+
+def norm_test(batch_size: int, noise_scale: float, tolerance: float) -> float:
+    """B+ = B / (eta^2 (1 + B / phi)): at this size the gradient's noise is `tolerance` of its squared norm.
+
+    Its fixed point is phi (1 / eta^2 - 1), and no step grows by more than 1 / eta^2.
+
+    Args:
+        batch_size: B, in samples.
+        noise_scale: phi, in samples.
+        tolerance: eta^2: variance of the batch's gradient over its mean square, above 0 and below 1.
+
+    Reference: Byrd et al., "Sample Size Selection in Optimization Methods for Machine Learning" (2012), equation 3.12:
+    B+ = variance / (theta^2 |g|^2), their theta is our eta; the variance over the mean square of the batch's gradient
+    is (S/B) / (S/B + G^2) = 1 / (1 + B / phi).
+    """
+    if noise_scale <= 0:
+        return 0.0
+    return batch_size / (tolerance * (1 + batch_size / noise_scale))
+
+
+def time_optimal(noise_scale: float, fixed_seconds: float, seconds_per_sample: float) -> float:
+    """B* = sqrt(phi alpha / beta): most progress a second, 1 / ((1 + phi / B) (alpha + beta B)).
+
+    Args:
+        noise_scale: phi, in samples.
+        fixed_seconds: alpha, the part of a step's time that does not depend on the batch.
+        seconds_per_sample: beta.
+
+    Reference: progress a step is 1 / (1 + phi / B): McCandlish et al. (2018), equation 2.7. Progress over time is the
+    goodput of Qiao et al., "Pollux" (2021), section 3.
+    """
+    if seconds_per_sample <= 0:
+        return math.inf
+    return math.sqrt(noise_scale * max(fixed_seconds, 0.0) / seconds_per_sample)
+
+
+def learning_rate_factor(rule: LearningRateRule, growth: float, noise: float, signal: float) -> float:
+    """The factor on the learning rate that belongs to the first batch size.
+
+    Args:
+        rule: `"sqrt"`, for Adam and its kin: the square root of `growth` (Malladi et al., "On the SDEs and Scaling
+            Rules for Adaptive Gradient Algorithms", 2022). `"adascale"`, for SGD: (S + G^2) / (S / growth + G^2)
+            (Johnson et al., "AdaScale SGD", 2020, the gain ratio of section 3). `"none"`: 1.
+        growth: Batch size over the first batch size.
+        noise: S, the variance of the gradient of one batch of the first size.
+        signal: G^2.
+    """
+    if rule == "none":
+        return 1.0
+    if rule == "sqrt":
+        return math.sqrt(growth)
+    noise, signal = max(noise, 0.0), max(signal, 0.0)
+    if noise + signal <= 0:
+        return 1.0
+    return (noise + signal) / (noise / growth + signal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """A fit of step times alpha + beta B, from decaying sums over steps of different batch sizes."""
+
+    count: float = 0.0
+    """Steps, weighted."""
+    batches: float = 0.0
+    """Sum of B."""
+    squares: float = 0.0
+    """Sum of B^2."""
+    seconds: float = 0.0
+    """Sum of times."""
+    products: float = 0.0
+    """Sum of B times time."""
+
+    def updated(self, batch_size: int, seconds: float, half_life_steps: float) -> StepTimes:
+        """After one more step."""
+        keep = 0.5 ** (1 / half_life_steps)
+        return StepTimes(
+            count=keep * self.count + 1,
+            batches=keep * self.batches + batch_size,
+            squares=keep * self.squares + batch_size**2,
+            seconds=keep * self.seconds + seconds,
+            products=keep * self.products + batch_size * seconds,
+        )
+
+    def fit(self) -> tuple[float, float] | None:
+        """Alpha and beta, in seconds and seconds a sample; None as long as only one batch size was seen."""
+        spread = self.count * self.squares - self.batches**2
+        if not self.count or spread <= 1e-6 * self.batches**2:
+            return None
+        slope = (self.count * self.products - self.batches * self.seconds) / spread
+        return (self.seconds - slope * self.batches) / self.count, slope
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecisionRules:
+    """How readily the batch size changes."""
+
+    every_n_steps: int = 20
+    """Steps between two votes."""
+    factor: int = 2
+    """The ladder: a change multiplies or divides the batch size by this."""
+    grow_at: float = 1.5
+    """A vote to grow: the wanted size is at least this many times the present one."""
+    grow_votes: int = 2
+    """So many votes in a row make it grow."""
+    shrink_at: float = 2.5
+    """A vote to shrink: the wanted size is at most the present one divided by this."""
+    shrink_votes: int = 3
+    """So many votes in a row make it shrink."""
+    half_life_steps: float = 100.0
+    """Of the averages of the statistics; 10 and 30 were worse on a regression with label noise."""
+    tolerance: float = 0.5
+    """Eta^2 of the norm test: 0.5 aims at the noise scale itself."""
+    min_batch_size: int = 1
+    """The global batch size does not fall below this."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_steps", "grow_votes", "shrink_votes", "min_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
+        if self.factor < 2:
+            raise ValueError(f"`factor` must be at least 2. Got {self.factor}.")
+        for name in ("grow_at", "shrink_at"):
+            if getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be above 1. Got {getattr(self, name)}.")
+        if not self.half_life_steps > 0:
+            raise ValueError(f"`half_life_steps` must be above 0. Got {self.half_life_steps}.")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"`tolerance` must be between 0 and 1. Got {self.tolerance}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Votes:
+    """Votes in a row, for growing and for shrinking; one kind ends the other."""
+
+    grow: int = 0
+    """To grow."""
+    shrink: int = 0
+    """To shrink."""
+
+
+def vote(batch_size: int, wanted: float, votes: Votes, rules: DecisionRules) -> tuple[int, Votes]:
+    """One vote.
+
+    Args:
+        batch_size: The present global batch size.
+        wanted: The size that the statistics ask for.
+        votes: Those before.
+        rules: What it takes.
+
+    Returns:
+        The next batch size, which is mostly the present one, and the votes after it.
+    """
+    if wanted >= rules.grow_at * batch_size:
+        votes = Votes(grow=votes.grow + 1)
+    elif wanted <= batch_size / rules.shrink_at:
+        votes = Votes(shrink=votes.shrink + 1)
+    else:
+        return batch_size, Votes()
+    if votes.grow >= rules.grow_votes:
+        return batch_size * rules.factor, Votes()
+    if votes.shrink >= rules.shrink_votes and batch_size % rules.factor == 0:
+        return batch_size // rules.factor, Votes()
+    return batch_size, votes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSizeState:
+    """What the next batch size depends on; equal on all ranks, and saved with checkpoints."""
+
+    batch_size: int
+    """The present global batch size, in samples."""
+    first_batch_size: int
+    """The one that the run began with, to which the learning rate belongs."""
+    votes: Votes = Votes()
+    """Since the last change."""
+    steps: int = 0
+    """Optimizer steps so far."""
+    samples: int = 0
+    """Samples consumed so far."""
+    tokens: int = 0
+    """Tokens consumed so far."""
+    scheduled_samples: int = 0
+    """The batch sizes of all steps added up, which index learning-rate schedules."""
+
+    def after_step(self, samples: int, tokens: int) -> BatchSizeState:
+        """After a step of the optimizer, which has used so many samples and tokens."""
+        return replace(
+            self,
+            steps=self.steps + 1,
+            samples=self.samples + samples,
+            tokens=self.tokens + tokens,
+            scheduled_samples=self.scheduled_samples + self.batch_size,
+        )
+
+    @property
+    def growth(self) -> float:
+        """The present batch size over the first."""
+        return self.batch_size / self.first_batch_size
+
+
+def wanted(
+    statistics: Statistics, state: BatchSizeState, noise: NoiseScale, times: StepTimes, rules: DecisionRules
+) -> float:
+    """The batch size that the statistics ask for; the present one where they do not tell."""
+    scale = noise.samples
+    if scale is None:
+        return state.batch_size
+    if statistics == "norm":
+        if math.isinf(scale):
+            return state.batch_size / rules.tolerance
+        return norm_test(state.batch_size, scale, rules.tolerance)
+    fit = times.fit()
+    if fit is None:  # times of one size do not tell what a larger one costs: try, where it does no harm
+        return float(state.batch_size * rules.factor if scale >= state.batch_size else state.batch_size)
+    return time_optimal(scale, *fit)

@@ -1,0 +1,326 @@
+"""`AdaptiveBatchSize`: the micro-batch that fits, and the global batch that the gradient's noise asks for."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.optim import LBFGS, SGD, Optimizer
+from typing_extensions import override
+
+from lightning_hybrid._lightning_private import steps_after_batch
+from lightning_hybrid.adapt.batch_schedule import BatchSizeSchedule
+from lightning_hybrid.adapt.batch_size import (
+    BatchSizeState,
+    DecisionRules,
+    LearningRateRule,
+    Statistics,
+    StepTimes,
+    Votes,
+    learning_rate_factor,
+    vote,
+    wanted,
+)
+from lightning_hybrid.adapt.division import BatchDivision, divide
+from lightning_hybrid.adapt.gradient_noise import NoiseScale, estimate
+from lightning_hybrid.execute.batch_control import BatchControl, SchedulersBySamples, count_tokens
+from lightning_hybrid.execute.strategy import HybridStrategy
+from lightning_hybrid.spec.errors import PartitionError
+
+
+class AdaptiveBatchSize(Callback):
+    """Adapts the global batch size while training goes on, under every layout of `HybridStrategy`.
+
+    The run begins with the loader's batch size, times replicas, times `accumulate_grad_batches`. Every few steps the
+    noise of the gradient says whether larger batches would pay (see `adapt.gradient_noise`); if so, the global batch
+    doubles between two steps: the loader's samples are put together anew, accumulated, and split into microbatches,
+    in the same order. Schedulers of interval `"step"` go by samples, so that the learning rate's course over the data
+    stays. Everything is in the checkpoint; a resumed run decides as the uninterrupted one, in another layout too.
+
+    Logs `global_batch_size`, `learning_rate_factor` and `gradient_noise_scale` (samples) at every decision.
+
+    Args:
+        memory: None: the loader's batch is the largest that a replica runs at once.
+        statistics: `"norm"`: a batch whose gradient's noise is `rules.tolerance` of its size; `"time"`: most progress a
+            second, from measured step times; None: none is measured, for a `schedule`.
+        max_batch_size: The global batch does not grow beyond, in samples. None: the samples of an epoch.
+        schedule: Batch sizes that are decided beforehand; excludes `statistics`.
+        learning_rate: Factor on the learning rate when the batch is k times the first one: `"sqrt"`, `"adascale"`,
+            `"none"`; `"auto"` is `"adascale"` for SGD and `"sqrt"` for other optimizers.
+        max_samples: Training stops at the step that reaches so many samples. `max_steps` counts steps of any size.
+        max_tokens: The same for tokens, the elements of a batch's first tensor.
+        rules: How readily the size changes.
+
+    Raises:
+        ValueError: If an argument is not one of its possible values.
+    """
+
+    def __init__(
+        self,
+        *,
+        statistics: Statistics | None = "norm",
+        max_batch_size: int | None = None,
+        schedule: BatchSizeSchedule | None = None,
+        learning_rate: LearningRateRule = "auto",
+        max_samples: int | None = None,
+        max_tokens: int | None = None,
+        rules: DecisionRules = DecisionRules(),  # noqa: B008 -- frozen
+    ) -> None:
+        if statistics not in ("norm", "time", None):
+            raise ValueError(f"`statistics` must be 'norm', 'time' or None. Got {statistics!r}.")
+        if learning_rate not in ("auto", "sqrt", "adascale", "none"):
+            raise ValueError(f"`learning_rate` must be 'auto', 'sqrt', 'adascale' or 'none'. Got {learning_rate!r}.")
+        if schedule is not None and statistics is not None:
+            raise ValueError("`schedule` decides batch sizes beforehand: set `statistics=None` with it.")
+        if statistics is None and learning_rate == "adascale":
+            raise ValueError("`learning_rate='adascale'` needs the gradient's noise: set `statistics='norm'`.")
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("max_samples", max_samples),
+            ("max_tokens", max_tokens),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1. Got {value}.")
+        self._statistics, self._max_batch_size, self._schedule = statistics, max_batch_size, schedule
+        self._rule: LearningRateRule = learning_rate
+        self._max_samples, self._max_tokens, self._rules = max_samples, max_tokens, rules
+        self._counts_tokens = max_tokens is not None or (schedule is not None and schedule.unit == "tokens")
+        self._control: BatchControl | None = None
+        self._schedulers: SchedulersBySamples | None = None
+        self._state: BatchSizeState | None = None
+        self._noise = NoiseScale(half_life_steps=rules.half_life_steps)
+        self._times = StepTimes()
+        self._timed_on = ""
+        self._samples = self._tokens = 0
+        self._seconds, self._begun = 0.0, 0.0
+        self.events: list[dict[str, Any]] = []
+        """Every change so far: step, samples, and the batch sizes before and after."""
+
+    # ---- what it shows
+
+    @property
+    def batch_size(self) -> int:
+        """The global batch size, in samples; there once training has started."""
+        return self._present.batch_size
+
+    @property
+    def noise_scale(self) -> float | None:
+        """The gradient's noise scale, in samples; None as long as there is none."""
+        return self._noise.samples
+
+    @property
+    def division(self) -> BatchDivision:
+        """How the global batch is divided; there once training has started."""
+        return self._batches.division
+
+    @property
+    def _present(self) -> BatchSizeState:
+        if self._state is None:
+            raise RuntimeError("`AdaptiveBatchSize` knows the batch size only after training has started.")
+        return self._state
+
+    @property
+    def _batches(self) -> BatchControl:
+        if self._control is None:
+            raise RuntimeError("`AdaptiveBatchSize` divides batches only while `Trainer.fit` runs.")
+        return self._control
+
+    # ---- start
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(trainer.strategy, HybridStrategy):
+            raise PartitionError(
+                f"`AdaptiveBatchSize` needs `strategy=HybridStrategy(...)`. Got {type(trainer.strategy).__name__}."
+            )
+        if not pl_module.automatic_optimization:
+            raise PartitionError(
+                "`AdaptiveBatchSize` needs automatic optimization: with `automatic_optimization=False` the module itself "
+                "says when a step is made. Remove the callback."
+            )
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+        if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
+            raise PartitionError(
+                "`AdaptiveBatchSize` and `GradientAccumulationScheduler` both change `accumulate_grad_batches`. Use one "
+                "of them."
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        control = self._control = strategy.control_batches()
+        self._check_optimizer(trainer.optimizers[0])
+        if self._state is None:
+            first = control.global_batch_size
+            if self._schedule is not None:
+                first = self._schedule.batch_size(0)
+            self._state = BatchSizeState(batch_size=first, first_batch_size=first)
+        on = f"{strategy.layout} {strategy.root_device.type}"
+        if on != self._timed_on:
+            self._times, self._timed_on = StepTimes(), on
+        control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
+        self._schedulers = SchedulersBySamples(trainer, self._state.first_batch_size)
+        self._scale_learning_rates()
+        self._forget_step()
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, LBFGS):
+            raise PartitionError(
+                "`AdaptiveBatchSize` needs an optimizer that takes one gradient a step. Got LBFGS, which calls the step "
+                "several times. Use another optimizer, or remove the callback."
+            )
+        if self._rule == "auto":
+            self._rule = "adascale" if isinstance(optimizer, SGD) and self._statistics is not None else "sqrt"
+
+    def _division(self, control: BatchControl, batch_size: int) -> BatchDivision | None:
+        first = control.first
+        min_parts = 2 if self._statistics is not None else 1
+        if batch_size == control.replicas * first.per_replica and (
+            control.replicas * first.accumulate * first.microbatches >= min_parts
+        ):
+            return first
+        return divide(batch_size, control.limits(first.micro_batch_size, min_parts))
+
+    def _refuse(self, control: BatchControl, state: BatchSizeState) -> BatchDivision:
+        fixed = "" if control.can_rebatch else f" in batches of {control.first.batch_size}, which cannot be changed"
+        parts = ", and of at least two parts, whose gradients `statistics` compares" if self._statistics else ""
+        raise PartitionError(
+            f"A global batch of {state.batch_size} samples must be made of equal batches of {control.replicas} "
+            f"replicas{fixed}{parts}. Choose another `batch_size`, `accumulate_grad_batches` or `layout`."
+        )
+
+    # ---- steps
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        control, state = self._batches, self._present
+        if batch_idx == 0 and self._statistics is not None:
+            control.measure_noise()  # weights may have been unfrozen
+        if control.before_batch(batch_idx == 0):
+            self._forget_step()
+        if self._schedulers is not None:
+            self._schedulers.before_step(state.scheduled_samples, state.batch_size)
+        self._begun = time.perf_counter()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        noise = self._batches.noise
+        if noise is not None and noise.last:
+            self._noise = self._noise.updated(*estimate(noise.last, noise.batch_size))
+            self._scale_learning_rates()
+
+    def _scale_learning_rates(self) -> None:
+        state = self._present
+        variance = self._noise.noise / state.first_batch_size
+        rule = self._rule if self._noise.weight or self._rule != "adascale" else "none"
+        self._batches.scale_learning_rates(learning_rate_factor(rule, state.growth, variance, self._noise.signal))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        control = self._batches
+        self._seconds += time.perf_counter() - self._begun
+        self._samples += control.samples_of(batch)
+        if self._counts_tokens:
+            self._tokens += control.tokens_of(count_tokens(batch))
+        if not steps_after_batch(trainer):
+            return
+        state = self._state = self._present.after_step(self._samples, self._tokens)
+        if self._samples == state.batch_size:
+            self._times = self._times.updated(state.batch_size, self._seconds, self._rules.half_life_steps)
+        self._forget_step()
+        if self._spent(state):
+            trainer.should_stop = True
+        if self._schedule is not None:
+            self._follow_schedule(self._schedule, state)
+        elif self._statistics is not None and state.steps % self._rules.every_n_steps == 0:
+            self._decide(trainer, pl_module, self._statistics, state)
+
+    def _spent(self, state: BatchSizeState) -> bool:
+        samples, tokens = self._max_samples, self._max_tokens
+        return (samples is not None and state.samples >= samples) or (tokens is not None and state.tokens >= tokens)
+
+    def _forget_step(self) -> None:
+        self._samples = self._tokens = 0
+        self._seconds = 0.0
+
+    # ---- decisions
+
+    def _decide(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, statistics: Statistics, state: BatchSizeState
+    ) -> None:
+        target = wanted(statistics, state, self._noise, self._times, self._rules)
+        target = trainer.strategy.broadcast(target)  # times are each rank's own
+        size, votes = vote(state.batch_size, target, state.votes, self._rules)
+        self._state = replace(state, votes=votes)
+        self._change(size)
+        values = {"global_batch_size": float(self.batch_size)}
+        values["learning_rate_factor"] = self._batches.learning_rate_factor
+        if self.noise_scale is not None and math.isfinite(self.noise_scale):
+            values["gradient_noise_scale"] = self.noise_scale
+        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    def _follow_schedule(self, schedule: BatchSizeSchedule, state: BatchSizeState) -> None:
+        consumed = state.samples if schedule.unit == "samples" else state.tokens
+        control = self._batches
+        self._change(schedule.batch_size(consumed, control.replicas * control.first.micro_batch_size))
+
+    def _change(self, size: int) -> None:
+        state, control = self._present, self._batches
+        limit = self._max_batch_size or control.epoch_samples or size
+        if size == state.batch_size or size > limit or size < self._rules.min_batch_size:
+            return
+        division = self._division(control, size)
+        if division is None:
+            return
+        self.events.append({"step": state.steps, "samples": state.samples, "from": state.batch_size, "to": size})
+        noise = f" at a noise scale of {self.noise_scale:.0f}" if self.noise_scale is not None else ""
+        rank_zero_info(f"AdaptiveBatchSize: {state.batch_size} -> {size} samples{noise}: {division}.")
+        self._state = replace(state, batch_size=size, votes=Votes())
+        control.change(division)
+        self._scale_learning_rates()
+
+    # ---- end, and checkpoints
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._schedulers is not None:
+            self._schedulers.release()
+        if self._control is not None:
+            self._control.release()
+        self._schedulers = self._control = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._state is None:
+            return {}
+        return {
+            "state": asdict(self._state),
+            "noise": asdict(self._noise),
+            "times": asdict(self._times),
+            "timed_on": self._timed_on,
+            "events": list(self.events),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if not state_dict:
+            return
+        state = dict(state_dict["state"])
+        self._state = BatchSizeState(**{**state, "votes": Votes(**state["votes"])})
+        self._noise = NoiseScale(**state_dict["noise"])
+        self._times, self._timed_on = StepTimes(**state_dict["times"]), state_dict["timed_on"]
+        self.events = list(state_dict["events"])

@@ -1,0 +1,230 @@
+"""Training batches that change size while training goes on, between two steps of the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_hybrid._lightning_private import begin_window, end_windows, training_loaders
+from lightning_hybrid.adapt.division import BatchDivision, DivisionLimits
+from lightning_hybrid.execute.batches import count_samples
+from lightning_hybrid.execute.data.samples import SampleFlow
+from lightning_hybrid.execute.gradient_noise import GradientNoise
+from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
+from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.plan.stages import choose_microbatches, divides_into
+from lightning_hybrid.spec.errors import PartitionError
+
+MICROBATCHES_PER_RANK = 8
+"""A batch is made of at most so many microbatches for each pipeline rank, where memory does not grow with them: a
+bubble of a ninth (see `plan.stages.bubble`), and batches that stay small."""
+
+
+class BatchControl:
+    """Divides global batches anew, and keeps gradients, learning-rate schedules and the data's order right.
+
+    Args:
+        trainer: The trainer, whose training loaders are set up.
+        runner: The partitioned module.
+        steps: What surrounds optimizer steps.
+    """
+
+    def __init__(self, trainer: pl.Trainer, runner: Runner, steps: OptimizerSteps) -> None:
+        self._trainer, self._runner, self._steps = trainer, runner, steps
+        loaders = training_loaders(trainer).flattened
+        self._loader = loaders[0]
+        flow = getattr(self._loader, "flow", None)
+        whole = len(loaders) == 1 and not isinstance(trainer.limit_train_batches, int)
+        self._flow = flow if whole and isinstance(flow, SampleFlow) and flow.can_rebatch else None
+        self._accumulate = trainer.accumulate_grad_batches
+        self._microbatches = runner.microbatches
+        self.division = self.first = self._present()
+        self._due, self._waits = True, False
+        self.noise: GradientNoise | None = None
+
+    def _present(self) -> BatchDivision:
+        size = getattr(self._loader, "batch_size", None) or getattr(self._loader.batch_sampler, "batch_size", None)
+        if not size:
+            raise PartitionError(
+                "`AdaptiveBatchSize` needs a training loader with a `batch_size`. Got a "
+                f"{type(self._loader).__name__} without one. Give the DataLoader a `batch_size`, or remove the callback."
+            )
+        layout, plan = self._runner.mesh.layout, self._runner.partition.plan
+        count = 1
+        if layout.pp > 1 and self._runner.microbatches != 1:
+            count = choose_microbatches(size, self._runner.microbatches, layout.pp, plan.schedule)
+        return BatchDivision(batch_size=size, accumulate=self._accumulate, microbatches=count)
+
+    # ---- what there is
+
+    @property
+    def replicas(self) -> int:
+        """Replicas that share a global batch."""
+        return self._runner.mesh.layout.replicas
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of all replicas in a step of the optimizer."""
+        return self.replicas * self.division.per_replica
+
+    @property
+    def can_rebatch(self) -> bool:
+        """Whether the loader's batches can have another size. If not, only their number in a step changes."""
+        return self._flow is not None
+
+    @property
+    def epoch_samples(self) -> int | None:
+        """Samples of an epoch, where that is known."""
+        return self._flow.samples if self._flow is not None else None
+
+    def limits(self, micro_batch_size: int, min_parts: int) -> DivisionLimits:
+        """What a division of a global batch has to keep to.
+
+        Args:
+            micro_batch_size: The largest micro-batch, in samples.
+            min_parts: Parts with a gradient of their own that a step must have.
+        """
+        plan = self._runner.partition.plan
+        count, ranks = self.first.microbatches, plan.layout.pp
+        if ranks > 1 and not self._runner.one_microbatch and plan.schedule != "GPipe":  # which keeps all of them
+            count = max(count, MICROBATCHES_PER_RANK * ranks)
+        return DivisionLimits(
+            replicas=self.replicas,
+            micro_batch_size=micro_batch_size,
+            max_microbatches=count,
+            runs=lambda parts: divides_into(plan.schedule, ranks, parts),
+            batch_size=None if self.can_rebatch else self.first.batch_size,
+            min_parts=min_parts,
+        )
+
+    # ---- changes
+
+    def change(self, division: BatchDivision) -> None:
+        """The next step of the optimizer is made of such batches. Called between two steps, on all ranks alike.
+
+        At the end of an epoch, or where the rest of it is too short for one such batch, the change waits for the next
+        epoch.
+        """
+        if division == self.division:
+            return
+        if division.batch_size != self.division.batch_size:
+            if self._flow is None:
+                raise PartitionError(
+                    f"The training loader's batches of {self.division.batch_size} samples cannot become batches of "
+                    f"{division.batch_size}: only a DataLoader with a sampler and a length can be read differently."
+                )
+            self._waits = not self._flow.rebatch(division.batch_size)
+            if self._waits:
+                self._flow.rebatch_next(division.batch_size)
+        self.division, self._due = division, True
+
+    def before_batch(self, first_of_epoch: bool) -> bool:
+        """A training batch is about to run. Returns whether steps are counted anew from it."""
+        if not (first_of_epoch or (self._due and not self._waits)):
+            return False
+        self._due = self._waits = False
+        begin_window(self._trainer, self.division.accumulate)
+        if self._runner.mesh.layout.pp > 1:
+            self._runner.microbatches = self.division.microbatches
+        if self.noise is not None:
+            self.noise.accumulate = self.division.accumulate
+            self.noise.forget()
+        return True
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """The factor on the user's learning rates."""
+        return self._steps.learning_rate_factor
+
+    def scale_learning_rates(self, factor: float) -> None:
+        """The optimizer's next steps are made with the user's learning rates times `factor`."""
+        self._steps.learning_rate_factor = factor
+
+    # ---- measurements
+
+    def measure_noise(self) -> GradientNoise:
+        """Begins to measure the noise of gradients."""
+        if self.noise is None:
+            runner = self._runner
+            self.noise = GradientNoise(
+                runner.partition, runner.device, getattr(self._trainer.precision_plugin, "scaler", None)
+            )
+            runner.noise = self._steps.guard.noise = self.noise
+            self.noise.accumulate = self.division.accumulate
+        self.noise.install()
+        return self.noise
+
+    def samples_of(self, batch: Any) -> int:
+        """Samples of all replicas in the training batch that has just run."""
+        uneven = self._runner.uneven
+        return self.replicas * count_samples(batch) if uneven is None else sum(uneven.counts)
+
+    def tokens_of(self, tokens: int) -> int:
+        """The sum over replicas of what each has counted. Collective."""
+        mesh = self._runner.mesh
+        total = torch.tensor(tokens, device=self._runner.device)
+        if mesh.layout.replicas > 1:
+            dist.all_reduce(total, group=mesh.replica_group)
+        return int(total)
+
+    def release(self) -> None:
+        """Everything is Lightning's and the user's again."""
+        end_windows(self._trainer)
+        self._trainer.accumulate_grad_batches = self._accumulate
+        self._runner.microbatches = self._microbatches
+        self._steps.learning_rate_factor = 1.0
+        if self.noise is not None:
+            self.noise.remove()
+            self._runner.noise = self._steps.guard.noise = self.noise = None
+
+
+def count_tokens(batch: Any) -> int:
+    """The elements of a batch's first tensor, such as `input_ids`; 0 where there is none."""
+    return next((leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), 0)
+
+
+class SchedulersBySamples:
+    """Learning-rate schedulers of interval `"step"` advance by samples: as often as steps of the first size would.
+
+    Args:
+        trainer: The trainer.
+        first_batch_size: The global batch size whose step is one step of a scheduler.
+    """
+
+    def __init__(self, trainer: pl.Trainer, first_batch_size: int) -> None:
+        self._trainer, self._first_size = trainer, first_batch_size
+        self._samples = self._next = 0
+        self._frequencies: dict[int, int] = {}
+        for config in trainer.lr_scheduler_configs:
+            if config.interval == "step" and not config.reduce_on_plateau:
+                # Lightning counts batches for it, whose size changes; here it divides the samples
+                self._frequencies[id(config.scheduler)] = config.frequency
+                config.frequency = 1
+        self._module: Any = trainer.lightning_module
+        self._original = self._module.lr_scheduler_step
+        if self._frequencies:
+            self._module.__dict__["lr_scheduler_step"] = self._step
+
+    def before_step(self, samples: int, batch_size: int) -> None:
+        """A step of the optimizer comes: `samples` are the batch sizes of all steps before it, added up."""
+        self._samples, self._next = samples, samples + batch_size
+
+    def _step(self, scheduler: Any, metric: Any) -> None:
+        frequency = self._frequencies.get(id(scheduler))
+        times = 1
+        if frequency is not None:
+            each = self._first_size * frequency
+            times = self._next // each - self._samples // each
+        for _ in range(times):
+            self._original(scheduler, metric)
+
+    def release(self) -> None:
+        """Lightning advances them again."""
+        self._module.__dict__.pop("lr_scheduler_step", None)
+        for config in self._trainer.lr_scheduler_configs:
+            config.frequency = self._frequencies.get(id(config.scheduler), config.frequency)

@@ -1,0 +1,196 @@
+"""Runs with `AdaptiveBatchSize`, and what one process computes in their place; they run on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_hybrid.adapt.batch_size import DecisionRules
+from lightning_hybrid.adapt.division import BatchDivision
+from lightning_hybrid.adapt.gradient_noise import PartNorms, estimate
+from lightning_hybrid.callbacks import AdaptiveBatchSize
+from tests.distributed.expert_jobs import Mixture
+from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
+
+NEVER = DecisionRules(every_n_steps=10**9)
+MODULES = {"Classifier": Classifier, "Mixture": Mixture}
+
+
+class Estimates(L.Callback):
+    """The estimates of every step, and how many parts they are of."""
+
+    def __init__(self, adaptive: AdaptiveBatchSize) -> None:
+        self._adaptive = adaptive
+        self.found: list[tuple[float, float]] = []
+        self.parts: list[list[int]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        noise = self._adaptive._batches.noise
+        assert noise is not None
+        self.found.append(estimate(noise.last, noise.batch_size))
+        self.parts.append([p.parts for p in noise.last])
+
+
+def noise(
+    layout: str | None, kind: str = "Classifier", *, batch: int = 8, accumulate: int = 2, **options: Any
+) -> dict[str, Any]:
+    """S and G^2 of every step under a layout, and the weights after them."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = MODULES[kind]()
+    adaptive = AdaptiveBatchSize(rules=NEVER)
+    found = Estimates(adaptive)
+    trainer, replicas = trainer_for(
+        layout, accumulate_grad_batches=accumulate, callbacks=[adaptive, found], **options
+    )
+    trainer.fit(module, DataLoader(Numbers(48), batch_size=batch // replicas))
+    return {"found": found.found, "parts": found.parts, "weights": weights(trainer, module)}
+
+
+def noise_of_parts(
+    replicas: int,
+    microbatches: int,
+    kind: str = "Classifier",
+    *,
+    batch: int = 8,
+    accumulate: int = 2,
+    group: int = 1,
+    double: bool = False,
+) -> list[tuple[float, float]]:
+    """The same from a gradient for every part, each of its own backward pass, in one process.
+
+    Args:
+        replicas: How many replicas there are.
+        microbatches: Parts of a replica's batch.
+        kind: The module.
+        batch: Samples of all replicas that are run together.
+        accumulate: Batches in a step.
+        group: Replicas whose experts' gradients are one sum.
+        double: In double precision.
+    """
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module: Any = MODULES[kind]()
+    data, found = Numbers(48), []
+    if double:
+        module, data.x = module.double(), data.x.double()
+    names = [n for n, _ in module.named_parameters()]
+    for start in range(0, 48, batch * accumulate):
+        parts: list[dict[str, torch.Tensor]] = []
+        for i in range(accumulate):
+            rows = torch.arange(start + i * batch, start + (i + 1) * batch)
+            for r in range(replicas):
+                for own in rows[r::replicas].chunk(microbatches):
+                    loss = nn.functional.cross_entropy(module(data.x[own]), data.y[own])
+                    parts.append(dict(zip(names, torch.autograd.grad(loss, module.parameters()), strict=True)))
+        experts = {n for n in names if ".experts." in n and group > 1}
+        found.append(
+            estimate(
+                [_norms(parts, [n for n in names if n not in experts], 1), _norms(parts, sorted(experts), group)],
+                batch * accumulate,
+            )
+        )
+        for name, parameter in module.named_parameters():
+            parameter.data -= 0.1 * torch.stack([p[name] for p in parts]).mean(0)
+    return found
+
+
+def _norms(parts: list[dict[str, torch.Tensor]], names: list[str], group: int) -> PartNorms:
+    """Of `names`, with the mean of `group` parts in a row as one part."""
+    if not names:
+        return PartNorms(parts=1, mean_of_squares=0.0, square_of_mean=0.0)
+    flat = torch.stack([torch.cat([p[n].flatten() for n in names]) for p in parts]).double()
+    flat = flat.unflatten(0, (-1, group)).mean(1)
+    squares = flat.square().sum(1).mean()
+    return PartNorms(
+        parts=len(flat), mean_of_squares=float(squares), square_of_mean=float(flat.mean(0).square().sum())
+    )
+
+
+class Plan(L.Callback):
+    """Changes how batches are divided, after given numbers of optimizer steps, and notes every step's gradient."""
+
+    def __init__(self, divisions: Mapping[int, tuple[int, int, int]]) -> None:
+        self._divisions = {k: _division(v) for k, v in divisions.items()}
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self._control: Any = None
+
+    def on_train_start(self, trainer, pl_module):
+        strategy: Any = trainer.strategy
+        self._control = strategy.control_batches()
+        if 0 in self._divisions:
+            self._control.change(self._divisions[0])
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._control.before_batch(batch_idx == 0)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        strategy: Any = trainer.strategy
+        norms = strategy.gradient_norms()
+        self.gradients.append({k: v.clone() for k, v in norms.items()})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if len(self.gradients) in self._divisions and not trainer.fit_loop._should_accumulate():
+            self._control.change(self._divisions[len(self.gradients)])
+
+    def teardown(self, trainer, pl_module, stage):
+        self._control.release()
+
+
+def _division(sizes: tuple[int, int, int]) -> BatchDivision:
+    return BatchDivision(batch_size=sizes[0], accumulate=sizes[1], microbatches=sizes[2])
+
+
+def every_transition(most: int) -> list[int]:
+    """Numbers from 1 to `most` in which each follows each, itself included, exactly once."""
+    left = {a: list(range(1, most + 1)) for a in range(1, most + 1)}
+    path, walk = [1], []
+    while path:  # Hierholzer's algorithm
+        if left[path[-1]]:
+            path.append(left[path[-1]].pop())
+        else:
+            walk.append(path.pop())
+    return walk[::-1]
+
+
+def planned(layout: str | None, divisions: list[tuple[int, int, int]], samples: int, **options: Any) -> dict[str, Any]:
+    """Gradient norms of every step, with step k divided as `divisions[k]`; weights after them; samples that were used.
+
+    The last division stays.
+    """
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Classifier()
+    plan = Plan(dict(enumerate(divisions)))
+    loader_options = options.pop("loader_options", {})
+    trainer, replicas = trainer_for(layout, callbacks=[plan], **options)
+    trainer.fit(module, DataLoader(Numbers(samples), batch_size=4 // replicas, **loader_options))
+    return {
+        "gradients": plan.gradients,
+        "weights": weights(trainer, module),
+        "batches": trainer.fit_loop.epoch_loop.batch_progress.total.ready,
+    }
+
+
+def of_one_process(steps: list[int], samples: int) -> dict[str, Any]:
+    """The same for steps of so many samples, each in one pass; the last size stays."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module, data = Classifier(), Numbers(samples)
+    used, found = 0, []
+    while used < samples:
+        size = steps[min(len(found), len(steps) - 1)]
+        rows = slice(used, used + size)
+        module.zero_grad()
+        nn.functional.cross_entropy(module(data.x[rows]), data.y[rows]).backward()
+        norms = {n: p.grad.norm() for n, p in module.named_parameters() if p.grad is not None}
+        found.append({f"grad_2.0_norm/{n}": v for n, v in norms.items()})
+        used += size
+        for parameter in module.parameters():
+            parameter.data -= 0.1 * parameter.grad  # type: ignore[operator]
+    return {"gradients": found, "weights": module.state_dict()}
