@@ -168,6 +168,8 @@ class AdaptiveBatchSize(Callback):
             self._times, self._timed_on = StepTimes(), on
         control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
         self._schedulers = SchedulersBySamples(trainer, self._state.first_batch_size)
+        if self._statistics is not None:
+            control.measure_noise()
         self._scale_learning_rates()
         self._forget_step()
 
@@ -206,7 +208,7 @@ class AdaptiveBatchSize(Callback):
         control, state = self._batches, self._present
         if batch_idx == 0 and self._statistics is not None:
             control.measure_noise()  # weights may have been unfrozen
-        if control.before_batch(batch_idx == 0):
+        if control.before_batch(batch_idx):
             self._forget_step()
         if self._schedulers is not None:
             self._schedulers.before_step(state.scheduled_samples, state.batch_size)

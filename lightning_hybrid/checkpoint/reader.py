@@ -52,6 +52,8 @@ class SavedTensor:
         """
         index = whole_index(self.shape) if index is None else index
         out: Tensor | None = None
+        if math.prod(self.shape) and not math.prod(shape_of(index)):
+            return torch.empty(shape_of(index), dtype=self.dtype)  # a rank without a shard: more ranks than rows
         filled = 0
         for rank, key, source_index in self.stored:
             boxes = list(overlaps(index, source_index))

@@ -44,6 +44,7 @@ class BatchControl:
         self._accumulate = trainer.accumulate_grad_batches
         self._microbatches = runner.microbatches
         self.division = self.first = self._present()
+        self._running, self._left = self.division, 0
         self._due, self._waits = True, False
         self.noise: GradientNoise | None = None
 
@@ -123,18 +124,32 @@ class BatchControl:
                 self._flow.rebatch_next(division.batch_size)
         self.division, self._due = division, True
 
-    def before_batch(self, first_of_epoch: bool) -> bool:
-        """A training batch is about to run. Returns whether steps are counted anew from it."""
-        if not (first_of_epoch or (self._due and not self._waits)):
-            return False
-        self._due = self._waits = False
-        begin_window(self._trainer, self.division.accumulate)
-        if self._runner.mesh.layout.pp > 1:
-            self._runner.microbatches = self.division.microbatches
-        if self.noise is not None:
-            self.noise.accumulate = self.division.accumulate
-            self.noise.forget()
-        return True
+    def before_batch(self, number: int) -> bool:
+        """Training batch `number` of the epoch is about to run.
+
+        An epoch's last step has the batches that are left, and its gradient is the mean over those; Lightning divides
+        by the number that a step has elsewhere.
+
+        Returns:
+            Whether it is the first of a step.
+        """
+        if number == 0:
+            self._waits = False
+        if number == 0 or (self._due and not self._waits):
+            self._due, self._left = False, 0
+            self._running = self.division
+            if self._runner.mesh.layout.pp > 1:
+                self._runner.microbatches = self.division.microbatches
+        begins = self._left == 0
+        if begins:
+            rest = self._trainer.num_training_batches - number
+            self._left = int(min(self._running.accumulate, rest))
+            begin_window(self._trainer, self._left)
+            if self.noise is not None:
+                self.noise.accumulate = self._left
+                self.noise.forget()
+        self._left -= 1
+        return begins
 
     @property
     def learning_rate_factor(self) -> float:
@@ -155,8 +170,7 @@ class BatchControl:
                 runner.partition, runner.device, getattr(self._trainer.precision_plugin, "scaler", None)
             )
             runner.noise = self._steps.guard.noise = self.noise
-            self.noise.accumulate = self.division.accumulate
-        self.noise.install()
+            self.noise.install()
         return self.noise
 
     def samples_of(self, batch: Any) -> int:

@@ -45,9 +45,7 @@ def noise(
     module = MODULES[kind]()
     adaptive = AdaptiveBatchSize(rules=NEVER)
     found = Estimates(adaptive)
-    trainer, replicas = trainer_for(
-        layout, accumulate_grad_batches=accumulate, callbacks=[adaptive, found], **options
-    )
+    trainer, replicas = trainer_for(layout, accumulate_grad_batches=accumulate, callbacks=[adaptive, found], **options)
     trainer.fit(module, DataLoader(Numbers(48), batch_size=batch // replicas))
     return {"found": found.found, "parts": found.parts, "weights": weights(trainer, module)}
 
@@ -107,9 +105,7 @@ def _norms(parts: list[dict[str, torch.Tensor]], names: list[str], group: int) -
     flat = torch.stack([torch.cat([p[n].flatten() for n in names]) for p in parts]).double()
     flat = flat.unflatten(0, (-1, group)).mean(1)
     squares = flat.square().sum(1).mean()
-    return PartNorms(
-        parts=len(flat), mean_of_squares=float(squares), square_of_mean=float(flat.mean(0).square().sum())
-    )
+    return PartNorms(parts=len(flat), mean_of_squares=float(squares), square_of_mean=float(flat.mean(0).square().sum()))
 
 
 class Plan(L.Callback):
@@ -127,7 +123,7 @@ class Plan(L.Callback):
             self._control.change(self._divisions[0])
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self._control.before_batch(batch_idx == 0)
+        self._control.before_batch(batch_idx)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         strategy: Any = trainer.strategy
@@ -194,3 +190,126 @@ def of_one_process(steps: list[int], samples: int) -> dict[str, Any]:
         for parameter in module.parameters():
             parameter.data -= 0.1 * parameter.grad  # type: ignore[operator]
     return {"gradients": found, "weights": module.state_dict()}
+
+
+class Noisy(L.LightningModule):
+    """A regression whose labels are mostly noise: small batches soon stop to help."""
+
+    def __init__(self, optimizer: str = "adam") -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 1)
+        self.optimizer = optimizer
+        self.rates: list[float] = []
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.head(x).squeeze(-1)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return (self(x) - y).square().mean()
+
+    def configure_optimizers(self):
+        kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.optimizer]
+        optimizer = kind(self.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 50))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def noisy_data(samples: int) -> torch.utils.data.TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(samples, 8, generator=generator)
+    y = x @ torch.randn(8, generator=generator) + 3 * torch.randn(samples, generator=generator)
+    return torch.utils.data.TensorDataset(x, y)
+
+
+class Course(L.Callback):
+    """What every step was made with: batch size, and the learning rates inside and outside of the update."""
+
+    def __init__(self, adaptive: AdaptiveBatchSize, module: Noisy) -> None:
+        self._adaptive, self._module = adaptive, module
+        self.steps: list[tuple[int, float]] = []
+        self.epochs: list[int] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        optimizer = trainer.optimizers[0]
+        if not hasattr(optimizer, "watched"):
+            optimizer.watched = True
+            optimizer.register_step_post_hook(lambda o, *_: self._module.rates.append(o.param_groups[0]["lr"]))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not trainer.fit_loop._should_accumulate():
+            self.steps.append((self._adaptive.batch_size, trainer.optimizers[0].param_groups[0]["lr"]))
+            self.epochs.append(trainer.current_epoch)
+
+
+def adapt(
+    layout: str,
+    *,
+    batch: int = 16,
+    samples: int = 6400,
+    shuffle: bool = False,
+    optimizer: str = "adam",
+    options: dict[str, Any] | None = None,
+    rules: dict[str, Any] | None = None,
+    save: str | None = None,
+    save_at: int = 0,
+    ckpt_path: str | None = None,
+    **trainer_options: Any,
+) -> dict[str, Any]:
+    """A run with the callback: its changes, its steps, its weights."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Noisy(optimizer)
+    decisions = DecisionRules(**{"every_n_steps": 4, "half_life_steps": 10.0, **(rules or {})})
+    adaptive = AdaptiveBatchSize(rules=decisions, **{"learning_rate": "sqrt", **(options or {})})
+    course = Course(adaptive, module)
+    callbacks: list[L.Callback] = [adaptive, course]
+    if save is not None:
+        callbacks.append(SaveAt(save, save_at))
+    trainer, replicas = trainer_for(layout, callbacks=callbacks, **trainer_options)
+    loader = DataLoader(noisy_data(samples), batch_size=batch // replicas, shuffle=shuffle)
+    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
+    return {
+        "events": adaptive.events,
+        "steps": course.steps,
+        "epochs": course.epochs,
+        "rates": module.rates,
+        "noise_scale": adaptive.noise_scale,
+        "weights": weights(trainer, module),
+        "samples": adaptive._present.samples,
+        "logged": {k: float(v) for k, v in trainer.callback_metrics.items()},
+    }
+
+
+class SaveAt(L.Callback):
+    """Saves after a step of the optimizer."""
+
+    def __init__(self, path: str, step: int) -> None:
+        self._path, self._step = path, step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self._step and not trainer.fit_loop._should_accumulate():
+            trainer.save_checkpoint(self._path)
+
+
+def replayed(events: list[dict[str, int]], samples: int, first: int = 16) -> dict[str, Any]:
+    """The run that those changes describe, in a plain loop of one process: Adam, learning rates by samples."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Noisy()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    data, used, scheduled, size, rates = noisy_data(samples), 0, 0, first, []
+    sizes = {e["samples"]: e["to"] for e in events}
+    while used < samples:
+        size = sizes.get(used, size)
+        batch = [t[used : used + size] for t in data.tensors]
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        rates.append(0.01 / (1 + scheduled // first / 50) * (size / first) ** 0.5)
+        optimizer.param_groups[0]["lr"] = rates[-1]
+        optimizer.step()
+        used, scheduled = used + size, scheduled + size
+    return {"rates": rates, "weights": module.state_dict()}

@@ -100,3 +100,69 @@ def test_pipeline_of_other_microbatches(ranks2: RankGroup, schedule: str) -> Non
     options = {"strategy_options": {"schedule": schedule, "microbatches": 2}}
     results = ranks2.call(jobs.planned, "pp2", divisions, sum(steps) + 1, **options)
     check_steps(results[0], jobs.of_one_process(steps, sum(steps) + 1))
+
+
+@pytest.mark.feature(FEATURE)
+@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2", pytest.param("fsdp2-pp2", marks=pytest.mark.slow)])
+def test_run_is_that_of_a_plain_loop(request: pytest.FixtureRequest, layout: str) -> None:
+    found = group_of(request, layout).call(jobs.adapt, layout, samples=3200)
+    assert len(found[0]["events"]) >= 2
+    for result in found[1:]:
+        assert result["events"] == found[0]["events"]
+    expected = jobs.replayed(found[0]["events"], 3200)
+    assert found[0]["rates"] == pytest.approx(expected["rates"], rel=1e-6)
+    for name, value in found[0]["weights"].items():
+        torch.testing.assert_close(value, expected["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_layouts_with_equal_parts_decide_alike(ranks2: RankGroup) -> None:
+    options = {"accumulate_grad_batches": 2, "batch": 8, "samples": 3200}
+    events = [ranks2.call(jobs.adapt, layout, **options)[0]["events"] for layout in ("dp2", "fsdp2")]
+    assert events[0]
+    assert events[0] == events[1]
+
+
+def test_decisions_and_noise_are_logged(ranks2: RankGroup) -> None:
+    found = ranks2.call(jobs.adapt, "dp2", samples=3200)[0]
+    last = found["steps"][-1][0]
+    assert found["logged"]["global_batch_size"] == last > 16
+    assert found["logged"]["learning_rate_factor"] == pytest.approx((last / 16) ** 0.5)
+    assert found["logged"]["gradient_noise_scale"] > 0
+
+
+def check_resumed(found: dict[str, Any], whole: dict[str, Any], step: int, exact: bool) -> None:
+    assert [e["to"] for e in found["events"]] == [e["to"] for e in whole["events"]]
+    assert [e["samples"] for e in found["events"]] == [e["samples"] for e in whole["events"]]
+    assert found["rates"] == pytest.approx(whole["rates"][step:], rel=1e-6)
+    for name, value in found["weights"].items():
+        tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(value, whole["weights"][name], **tolerance, msg=name)
+
+
+@pytest.mark.feature(FEATURE)
+@pytest.mark.parametrize("layout", ["dp2", "pp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_resumed_run_decides_as_the_whole(ranks2: RankGroup, layout: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"samples": 2400, "shuffle": True, "max_epochs": 2}
+    whole = ranks2.call(jobs.adapt, layout, **options)[0]
+    changes = [e["step"] for e in whole["events"]]
+    assert len(changes) >= 2
+    epoch_end = next(i for i in range(len(whole["steps"])) if i and whole["epochs"][i] == 1)
+    for step in (changes[0], changes[0] + 1, changes[1] - 1, changes[1], epoch_end):
+        path = str(tmp_path / f"{step}.ckpt")
+        ranks2.call(jobs.adapt, layout, save=path, save_at=step, **options)
+        found = ranks2.call(jobs.adapt, layout, ckpt_path=path, **options)[0]
+        check_resumed(found, whole, step, exact=True)
+
+
+@pytest.mark.parametrize(("before", "after"), [("dp2", "tp2"), ("pp2", "dp2"), ("dp2", "fsdp2")])
+def test_resumed_in_another_layout_keeps_the_batch(ranks2: RankGroup, before: str, after: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "saved.ckpt")
+    options: dict[str, Any] = {"samples": 2400, "shuffle": True}
+    ranks2.call(jobs.adapt, before, save=path, save_at=60, **options)
+    whole = ranks2.call(jobs.adapt, before, **options)[0]
+    fixed = {"rules": {"every_n_steps": 10**9}}
+    found = ranks2.call(jobs.adapt, after, ckpt_path=path, **fixed, **options)[0]
+    size = whole["steps"][59][0]
+    assert size > 16
+    assert {s for s, _ in found["steps"]} == {size}
+    assert found["samples"] == 2400
