@@ -247,7 +247,7 @@ class AdaptiveBatchSize(Callback):
         if self._spent(state):
             trainer.should_stop = True
         if self._schedule is not None:
-            self._follow_schedule(self._schedule, state)
+            self._follow_schedule(pl_module, self._schedule, state)
         elif self._statistics is not None and state.steps % self._rules.every_n_steps == 0:
             self._decide(trainer, pl_module, self._statistics, state)
 
@@ -269,16 +269,24 @@ class AdaptiveBatchSize(Callback):
         size, votes = vote(state.batch_size, target, state.votes, self._rules)
         self._state = replace(state, votes=votes)
         self._change(size)
+        self._log(pl_module)
+
+    def _follow_schedule(
+        self, pl_module: pl.LightningModule, schedule: BatchSizeSchedule, state: BatchSizeState
+    ) -> None:
+        consumed = state.samples if schedule.unit == "samples" else state.tokens
+        control = self._batches
+        size = schedule.batch_size(consumed, control.replicas * control.first.micro_batch_size)
+        if size != state.batch_size:
+            self._change(size)
+            self._log(pl_module)
+
+    def _log(self, pl_module: pl.LightningModule) -> None:
         values = {"global_batch_size": float(self.batch_size)}
         values["learning_rate_factor"] = self._batches.learning_rate_factor
         if self.noise_scale is not None and math.isfinite(self.noise_scale):
             values["gradient_noise_scale"] = self.noise_scale
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
-
-    def _follow_schedule(self, schedule: BatchSizeSchedule, state: BatchSizeState) -> None:
-        consumed = state.samples if schedule.unit == "samples" else state.tokens
-        control = self._batches
-        self._change(schedule.batch_size(consumed, control.replicas * control.first.micro_batch_size))
 
     def _change(self, size: int) -> None:
         state, control = self._present, self._batches

@@ -173,6 +173,12 @@ class BatchControl:
             self.noise.install()
         return self.noise
 
+    def stop_measuring(self) -> None:
+        """Ends it."""
+        if self.noise is not None:
+            self.noise.remove()
+            self._runner.noise = self._steps.guard.noise = self.noise = None
+
     def samples_of(self, batch: Any) -> int:
         """Samples of all replicas in the training batch that has just run."""
         uneven = self._runner.uneven
@@ -192,9 +198,7 @@ class BatchControl:
         self._trainer.accumulate_grad_batches = self._accumulate
         self._runner.microbatches = self._microbatches
         self._steps.learning_rate_factor = 1.0
-        if self.noise is not None:
-            self.noise.remove()
-            self._runner.noise = self._steps.guard.noise = self.noise = None
+        self.stop_measuring()
 
 
 def count_tokens(batch: Any) -> int:

@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hybrid.adapt.batch_size import DecisionRules
 from lightning_hybrid.adapt.division import BatchDivision
 from lightning_hybrid.adapt.gradient_noise import PartNorms, estimate
-from lightning_hybrid.callbacks import AdaptiveBatchSize
+from lightning_hybrid.callbacks import AdaptiveBatchSize, BatchSizeSchedule
 from tests.distributed.expert_jobs import Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 
@@ -257,6 +258,8 @@ def adapt(
     save: str | None = None,
     save_at: int = 0,
     ckpt_path: str | None = None,
+    stream: bool = False,
+    scheduler: bool = False,
     **trainer_options: Any,
 ) -> dict[str, Any]:
     """A run with the callback: its changes, its steps, its weights."""
@@ -269,10 +272,17 @@ def adapt(
     callbacks: list[L.Callback] = [adaptive, course]
     if save is not None:
         callbacks.append(SaveAt(save, save_at))
+    if scheduler:
+        callbacks.append(GradientAccumulationScheduler({0: 1}))
     trainer, replicas = trainer_for(layout, callbacks=callbacks, **trainer_options)
-    loader = DataLoader(noisy_data(samples), batch_size=batch // replicas, shuffle=shuffle)
+    data: Any = Unsized(noisy_data(samples)) if stream else noisy_data(samples)
+    loader = DataLoader(data, batch_size=batch // replicas, shuffle=shuffle and not stream)
+    divided: list[Any] = []
+    adaptive.on_train_end = lambda *_: divided.append(adaptive.division)  # type: ignore[method-assign]
     trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
+    division = divided[0]
     return {
+        "division": (division.batch_size, division.accumulate, division.microbatches),
         "events": adaptive.events,
         "steps": course.steps,
         "epochs": course.epochs,
@@ -282,6 +292,22 @@ def adapt(
         "samples": adaptive._present.samples,
         "logged": {k: float(v) for k, v in trainer.callback_metrics.items()},
     }
+
+
+class Unsized(IterableDataset):
+    """Samples one after the other."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def __iter__(self):
+        return (self._data[i] for i in range(len(self._data)))
+
+
+def scheduled(layout: str, schedule: dict[str, Any], samples: int) -> dict[str, Any]:
+    """A run whose batch sizes are decided beforehand."""
+    options = {"statistics": None, "schedule": BatchSizeSchedule(**schedule), "learning_rate": "sqrt"}
+    return adapt(layout, samples=samples, options=options)
 
 
 class SaveAt(L.Callback):

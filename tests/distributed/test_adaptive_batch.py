@@ -166,3 +166,57 @@ def test_resumed_in_another_layout_keeps_the_batch(ranks2: RankGroup, before: st
     assert size > 16
     assert {s for s, _ in found["steps"]} == {size}
     assert found["samples"] == 2400
+
+
+def test_batches_by_a_schedule(ranks2: RankGroup) -> None:
+    schedule = {"points": {0: 16, 640: 64}, "ramp": True}
+    found = ranks2.call(jobs.scheduled, "dp2", schedule, samples=1600)[0]
+    sizes = [e["to"] for e in found["events"]]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == 64
+    assert all(s % 16 == 0 for s in sizes)
+    expected = jobs.replayed(found["events"], 1600)
+    assert found["rates"] == pytest.approx(expected["rates"], rel=1e-6)
+    for name, value in found["weights"].items():
+        torch.testing.assert_close(value, expected["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+def test_training_stops_at_a_budget(ranks2: RankGroup, unit: str) -> None:
+    # a sample of the regression has eight numbers
+    budget = {"samples": {"max_samples": 1000}, "tokens": {"max_tokens": 8000}}[unit]
+    found = ranks2.call(jobs.adapt, "dp2", samples=3200, options=budget)[0]
+    last = found["steps"][-1][0]
+    assert 1000 <= found["samples"] < 1000 + last
+
+
+def test_sgd_takes_the_gain_of_adascale(ranks2: RankGroup) -> None:
+    found = ranks2.call(jobs.adapt, "dp2", samples=3200, optimizer="sgd", options={"learning_rate": "auto"})[0]
+    growth = found["steps"][-1][0] / 16
+    assert growth > 2
+    factor = found["rates"][-1] / found["steps"][-2][1]
+    assert 1.0 < factor <= growth
+    assert factor != pytest.approx(growth**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("how", ["stream", "sized"])
+def test_loader_that_cannot_be_read_differently_is_accumulated(ranks2: RankGroup, how: str) -> None:
+    options: dict[str, Any] = {"limit_train_batches": 200} if how == "sized" else {"stream": True}
+    found = ranks2.call(jobs.adapt, "dp2", samples=3200, **options)[0]
+    assert len(found["events"]) >= 2
+    assert found["division"] == (8, found["steps"][-1][0] // 16, 1)
+
+
+def test_one_part_cannot_tell_the_noise(ranks2: RankGroup) -> None:
+    with pytest.raises(RankError, match="of at least two parts, whose gradients `statistics` compares"):
+        ranks2.call(jobs.adapt, "tp2", stream=True, samples=320)
+
+
+def test_two_masters_of_accumulation(ranks2: RankGroup) -> None:
+    with pytest.raises(RankError, match="both change `accumulate_grad_batches`"):
+        ranks2.call(jobs.adapt, "dp2", scheduler=True, samples=320)
+
+
+def test_batch_that_replicas_cannot_share(ranks2: RankGroup) -> None:
+    with pytest.raises(RankError, match="A global batch of 15 samples must be made of equal batches of 2 replicas"):
+        ranks2.call(jobs.scheduled, "dp2", {"points": {0: 15}}, samples=320)
