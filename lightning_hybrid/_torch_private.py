@@ -14,10 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
+from torch._C._distributed_c10d import FakeWork
+from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _SKIPPED_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _TORCH, _PACKAGE = Path(torch.__file__).parent, Path(__file__).parent
@@ -258,3 +262,135 @@ def gradients_taken_by(function: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         torch.autograd.grad = kept
+
+
+# ---- one rank alone: collectives, storages and optimizers seen from below
+
+DispatchMode = TorchDispatchMode
+"""What sees every operator that runs, below autograd; results of collectives included."""
+
+
+def wrap_others(types: Any) -> bool:
+    """Whether any of these tensor classes runs operators itself, on other tensors, as DTensor does.
+
+    `FakeTensor`, with which DTensor finds out shapes, leaves that to its mode.
+    """
+    plain: Any = torch.Tensor.__dict__["__torch_dispatch__"]
+    return any(getattr(kind, "__torch_dispatch__", plain) != plain and kind is not FakeTensor for kind in types)
+
+
+def completed_work() -> Any:
+    """The handle of a collective that is done, in the box in which operators return it."""
+    return FakeWork().boxed()
+
+
+def boxed_group(box: Any) -> dist.ProcessGroup:
+    """The process group in the box in which operators of `c10d` take it."""
+    return dist.ProcessGroup.unbox(box)
+
+
+def group_named(name: Any) -> dist.ProcessGroup:
+    """The process group that functional collectives take by name, or itself."""
+    return name if isinstance(name, dist.ProcessGroup) else resolve_process_group(name)
+
+
+@contextmanager
+def coalescing_off() -> Iterator[None]:
+    """Inside, collectives that would be started together are operators of their own, which a `DispatchMode` sees.
+
+    Backends that coalesce (NCCL) are told so without an operator.
+    """
+    module: Any = dist.distributed_c10d
+    kept = module._coalescing_manager
+
+    @contextmanager
+    def manager(*_: Any, **__: Any) -> Iterator[Any]:
+        yield module._CoalescingManager()
+
+    module._coalescing_manager = manager
+    try:
+        yield
+    finally:
+        module._coalescing_manager = kept
+
+
+@contextmanager
+def storage_resizes_seen(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Inside, `seen` is called after a storage has been resized, which FSDP does and no operator shows."""
+    storage: Any = torch.UntypedStorage
+    own = storage.__dict__.get("resize_")
+    kept = storage.resize_
+
+    def resize_(self: torch.UntypedStorage, size: int) -> Any:
+        out = kept(self, size)
+        seen(self)
+        return out
+
+    storage.resize_ = resize_
+    try:
+        yield
+    finally:
+        if own is None:
+            del storage.resize_
+        else:
+            storage.resize_ = own
+
+
+def forget_sharded_step(module: FSDPModule) -> None:
+    """Has a fully sharded module begin its next step anew, wherever the last one has ended; its gradients are lost."""
+    root = fully_shard.state(module)  # type: ignore[attr-defined]
+    if root._is_root is None:
+        return  # no step has come as far as its forward pass
+    if hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()
+    else:
+        _reset_iteration(root)
+    for state in root._state_ctx.all_states:
+        for parameter in (p for group in _sharding_groups(state) for p in group.fsdp_params):
+            # what a backward pass without reduction has added up; `reset_iter_state` leaves it
+            parameter.unsharded_accumulated_grad = None
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            if unsharded is not None:
+                unsharded.grad = None
+    module.set_is_last_backward(True)
+    module.set_reshard_after_backward(True)
+    module.set_requires_gradient_sync(True)
+
+
+def _sharding_groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # earlier releases have one group a state
+        return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return groups
+
+
+def _reset_iteration(root: Any) -> None:
+    """What `FSDPModule.reset_iter_state` does, for releases before it (it is in torch 2.13)."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # instead of waiting for each event
+    root._comm_ctx.all_gather_state = None
+    root._comm_ctx.post_forward_order.clear()
+    for name in ("reduce_scatter_states", "_last_post_reduce_events"):
+        getattr(root._comm_ctx, name, []).clear()
+    if hasattr(root._comm_ctx, "reduce_scatter_state"):
+        root._comm_ctx.reduce_scatter_state = None
+    idle = type(root._training_state).IDLE
+    for state in root._state_ctx.all_states:
+        state._training_state = idle
+        state._modules_to_run_forward.clear()
+        for group in _sharding_groups(state):
+            group._all_gather_result = group._post_reduce_event = group._reshard_after_forward_event = None
+            group._all_reduce_state = group._partial_reduce_output = None
+            group._post_forward_indices.clear()
+            group._training_state = idle
+            group._to_sharded()
+    root._state_ctx.iter_forward_root = None
+    root._state_ctx.post_backward_final_callback_queued = False
+
+
+def step_without_hooks(optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> None:
+    """An optimizer's own step: no hooks on it, and nothing that learning-rate schedulers have wrapped it in."""
+    step: Any = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    step(optimizer, closure)

@@ -111,8 +111,9 @@ class DecisionRules:
     """Steps between two votes."""
     factor: int = 2
     """The ladder: a change multiplies or divides the batch size by this."""
-    grow_at: float = 1.5
-    """A vote to grow: the wanted size is at least this many times the present one."""
+    grow_at: float = 1.35
+    """A vote to grow: the wanted size is at least this many times the present one. At 1.5 the batch stays below a third
+    of the noise scale, and runs took a quarter longer for the same loss; at 1.2 the loss was worse."""
     grow_votes: int = 2
     """So many votes in a row make it grow."""
     shrink_at: float = 2.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -67,6 +67,18 @@ def divide(global_batch: int, limits: DivisionLimits) -> BatchDivision | None:
             if limits.replicas * (share // micro) >= limits.min_parts:
                 return BatchDivision(batch_size=batch, accumulate=share // batch, microbatches=count)
     return None
+
+
+def micro_batch_sizes(global_batches: Iterable[int], limits: DivisionLimits) -> list[int]:
+    """The micro-batches into which some of these global batches can be divided, ascending."""
+    sizes: set[int] = set()
+    for batch in global_batches:
+        share, rest = divmod(batch, limits.replicas)
+        if not rest:
+            sizes.update(_divisors_downwards(share, share))
+    if limits.batch_size is not None:
+        sizes = {s for s in sizes if limits.batch_size % s == 0 and limits.batch_size // s <= limits.max_microbatches}
+    return sorted(sizes)
 
 
 def _divisors_downwards(number: int, at_most: int) -> list[int]:

@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import LBFGS, SGD, Optimizer
 from typing_extensions import override
 
@@ -27,11 +28,15 @@ from lightning_hybrid.adapt.batch_size import (
     vote,
     wanted,
 )
-from lightning_hybrid.adapt.division import BatchDivision, divide
+from lightning_hybrid.adapt.division import BatchDivision, divide, micro_batch_sizes
 from lightning_hybrid.adapt.gradient_noise import NoiseScale, estimate
 from lightning_hybrid.execute.batch_control import BatchControl, SchedulersBySamples, count_tokens
 from lightning_hybrid.execute.strategy import HybridStrategy
+from lightning_hybrid.observe.memory import device_name, share_of_memory
 from lightning_hybrid.spec.errors import PartitionError
+
+LADDER = 64
+"""Micro-batches are tried up to so many times the first global batch, where nothing else limits them."""
 
 
 class AdaptiveBatchSize(Callback):
@@ -46,7 +51,9 @@ class AdaptiveBatchSize(Callback):
     Logs `global_batch_size`, `learning_rate_factor` and `gradient_noise_scale` (samples) at every decision.
 
     Args:
-        memory: None: the loader's batch is the largest that a replica runs at once.
+        memory: What a rank may use, to find the largest micro-batch by trial steps before training: bytes; a share of
+            the device's memory, such as 0.9; `"device"`, all of it. None: the loader's batch, under `pp` its
+            microbatch, is the largest that is run at once.
         statistics: `"norm"`: a batch whose gradient's noise is `rules.tolerance` of its size; `"time"`: most progress a
             second, from measured step times; None: none is measured, for a `schedule`.
         max_batch_size: The global batch does not grow beyond, in samples. None: the samples of an epoch.
@@ -64,6 +71,7 @@ class AdaptiveBatchSize(Callback):
     def __init__(
         self,
         *,
+        memory: int | float | Literal["device"] | None = None,
         statistics: Statistics | None = "norm",
         max_batch_size: int | None = None,
         schedule: BatchSizeSchedule | None = None,
@@ -72,6 +80,9 @@ class AdaptiveBatchSize(Callback):
         max_tokens: int | None = None,
         rules: DecisionRules = DecisionRules(),  # noqa: B008 -- frozen
     ) -> None:
+        wrong = isinstance(memory, int) and memory < 1 or isinstance(memory, float) and not 0 < memory <= 1
+        if wrong or not (memory in ("device", None) or isinstance(memory, int | float)):
+            raise ValueError(f"`memory` must be bytes, a share up to 1.0, 'device' or None. Got {memory!r}.")
         if statistics not in ("norm", "time", None):
             raise ValueError(f"`statistics` must be 'norm', 'time' or None. Got {statistics!r}.")
         if learning_rate not in ("auto", "sqrt", "adascale", "none"):
@@ -87,7 +98,9 @@ class AdaptiveBatchSize(Callback):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {value}.")
-        self._statistics, self._max_batch_size, self._schedule = statistics, max_batch_size, schedule
+        self._memory = memory
+        self._statistics: Statistics | None = statistics
+        self._max_batch_size, self._schedule = max_batch_size, schedule
         self._rule: LearningRateRule = learning_rate
         self._max_samples, self._max_tokens, self._rules = max_samples, max_tokens, rules
         self._counts_tokens = max_tokens is not None or (schedule is not None and schedule.unit == "tokens")
@@ -96,7 +109,9 @@ class AdaptiveBatchSize(Callback):
         self._state: BatchSizeState | None = None
         self._noise = NoiseScale(half_life_steps=rules.half_life_steps)
         self._times = StepTimes()
-        self._timed_on = ""
+        self._measured_on = ""
+        self._micro_batch_size: int | None = None
+        self._short_steps = 0
         self._samples = self._tokens = 0
         self._seconds, self._begun = 0.0, 0.0
         self.events: list[dict[str, Any]] = []
@@ -143,14 +158,14 @@ class AdaptiveBatchSize(Callback):
             )
         if not pl_module.automatic_optimization:
             raise PartitionError(
-                "`AdaptiveBatchSize` needs automatic optimization: with `automatic_optimization=False` the module itself "
-                "says when a step is made. Remove the callback."
+                "`AdaptiveBatchSize` needs automatic optimization: with `automatic_optimization=False` the module "
+                "itself says when a step is made. Remove the callback."
             )
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
         if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
             raise PartitionError(
-                "`AdaptiveBatchSize` and `GradientAccumulationScheduler` both change `accumulate_grad_batches`. Use one "
-                "of them."
+                "`AdaptiveBatchSize` and `GradientAccumulationScheduler` both change `accumulate_grad_batches`. Use "
+                "one of them."
             )
 
     @override
@@ -163,9 +178,11 @@ class AdaptiveBatchSize(Callback):
             if self._schedule is not None:
                 first = self._schedule.batch_size(0)
             self._state = BatchSizeState(batch_size=first, first_batch_size=first)
-        on = f"{strategy.layout} {strategy.root_device.type}"
-        if on != self._timed_on:
-            self._times, self._timed_on = StepTimes(), on
+        on = f"{strategy.layout} on {device_name(strategy.root_device)}"
+        if on != self._measured_on:
+            self._times, self._measured_on, self._micro_batch_size = StepTimes(), on, None
+        if self._memory is not None and self._micro_batch_size is None:
+            self._find_micro_batch(control, strategy.root_device)
         control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
         self._schedulers = SchedulersBySamples(trainer, self._state.first_batch_size)
         if self._statistics is not None:
@@ -176,15 +193,36 @@ class AdaptiveBatchSize(Callback):
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, LBFGS):
             raise PartitionError(
-                "`AdaptiveBatchSize` needs an optimizer that takes one gradient a step. Got LBFGS, which calls the step "
-                "several times. Use another optimizer, or remove the callback."
+                "`AdaptiveBatchSize` needs an optimizer that takes one gradient a step. Got LBFGS, which calls the "
+                "step several times. Use another optimizer, or remove the callback."
             )
         if self._rule == "auto":
             self._rule = "adascale" if isinstance(optimizer, SGD) and self._statistics is not None else "sqrt"
 
+    def _find_micro_batch(self, control: BatchControl, device: torch.device) -> None:
+        state = self._present
+        budget = None if isinstance(self._memory, str) else self._memory
+        if isinstance(budget, float):
+            budget = share_of_memory(device, budget)
+        limit = self._max_batch_size or control.epoch_samples or LADDER * state.batch_size
+        batches = [state.batch_size]
+        if self._schedule is not None:
+            batches += self._schedule.points.values()
+        while self._statistics is not None and batches[-1] * self._rules.factor <= limit:
+            batches.append(batches[-1] * self._rules.factor)
+        sizes = micro_batch_sizes(batches, control.limits(limit, 1))
+        found = control.find_micro_batch(sizes, budget)
+        self._micro_batch_size = found.size
+        rank_zero_info(
+            f"AdaptiveBatchSize: micro-batches of up to {found.size} samples fit; rank {found.limited_by} has no "
+            f"memory for more. Peak on rank 0: {found.measured_bytes / 2**20:.0f} MiB."
+        )
+
     def _division(self, control: BatchControl, batch_size: int) -> BatchDivision | None:
         first = control.first
         min_parts = 2 if self._statistics is not None else 1
+        if self._micro_batch_size is not None:
+            return divide(batch_size, control.limits(self._micro_batch_size, min_parts))
         if batch_size == control.replicas * first.per_replica and (
             control.replicas * first.accumulate * first.microbatches >= min_parts
         ):
@@ -246,10 +284,12 @@ class AdaptiveBatchSize(Callback):
         self._forget_step()
         if self._spent(state):
             trainer.should_stop = True
+        if self._memory is not None:
+            self._watch_memory(control)
         if self._schedule is not None:
             self._follow_schedule(pl_module, self._schedule, state)
         elif self._statistics is not None and state.steps % self._rules.every_n_steps == 0:
-            self._decide(trainer, pl_module, self._statistics, state)
+            self._decide(trainer, pl_module, state)
 
     def _spent(self, state: BatchSizeState) -> bool:
         samples, tokens = self._max_samples, self._max_tokens
@@ -259,12 +299,24 @@ class AdaptiveBatchSize(Callback):
         self._samples = self._tokens = 0
         self._seconds = 0.0
 
+    def _watch_memory(self, control: BatchControl) -> None:
+        """Two steps in a row that ran short of memory halve the micro-batch, before one fails."""
+        self._short_steps = self._short_steps + 1 if control.memory_is_short() else 0
+        micro = control.division.micro_batch_size
+        if self._short_steps < 2 or micro < 2:
+            return
+        self._short_steps, self._micro_batch_size = 0, micro // 2
+        division = self._division(control, self.batch_size)
+        if division is not None:
+            rank_zero_warn(
+                f"AdaptiveBatchSize: memory was short in two steps, so micro-batches are halved: {division}."
+            )
+            control.change(division)
+
     # ---- decisions
 
-    def _decide(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, statistics: Statistics, state: BatchSizeState
-    ) -> None:
-        target = wanted(statistics, state, self._noise, self._times, self._rules)
+    def _decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: BatchSizeState) -> None:
+        target = wanted(self._statistics or "norm", state, self._noise, self._times, self._rules)
         target = trainer.strategy.broadcast(target)  # times are each rank's own
         size, votes = vote(state.batch_size, target, state.votes, self._rules)
         self._state = replace(state, votes=votes)
@@ -321,7 +373,8 @@ class AdaptiveBatchSize(Callback):
             "state": asdict(self._state),
             "noise": asdict(self._noise),
             "times": asdict(self._times),
-            "timed_on": self._timed_on,
+            "measured_on": self._measured_on,
+            "micro_batch_size": self._micro_batch_size,
             "events": list(self.events),
         }
 
@@ -332,5 +385,6 @@ class AdaptiveBatchSize(Callback):
         state = dict(state_dict["state"])
         self._state = BatchSizeState(**{**state, "votes": Votes(**state["votes"])})
         self._noise = NoiseScale(**state_dict["noise"])
-        self._times, self._timed_on = StepTimes(**state_dict["times"]), state_dict["timed_on"]
+        self._times, self._measured_on = StepTimes(**state_dict["times"]), state_dict["measured_on"]
+        self._micro_batch_size = state_dict["micro_batch_size"]
         self.events = list(state_dict["events"])

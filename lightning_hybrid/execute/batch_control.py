@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,11 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_hybrid._lightning_private import begin_window, end_windows, training_loaders
 from lightning_hybrid.adapt.division import BatchDivision, DivisionLimits
-from lightning_hybrid.execute.batches import count_samples
+from lightning_hybrid.execute.batches import count_samples, sample_batch
 from lightning_hybrid.execute.data.samples import SampleFlow
 from lightning_hybrid.execute.gradient_noise import GradientNoise
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
+from lightning_hybrid.execute.probing.probe import MemoryProbe, ProbeResult
 from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.observe.memory import allocation_retries
 from lightning_hybrid.plan.stages import choose_microbatches, divides_into
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -46,14 +49,17 @@ class BatchControl:
         self.division = self.first = self._present()
         self._running, self._left = self.division, 0
         self._due, self._waits = True, False
+        self._retries = allocation_retries(runner.device) or 0
         self.noise: GradientNoise | None = None
 
     def _present(self) -> BatchDivision:
-        size = getattr(self._loader, "batch_size", None) or getattr(self._loader.batch_sampler, "batch_size", None)
+        sampler = getattr(self._loader, "batch_sampler", None)
+        size = getattr(self._loader, "batch_size", None) or getattr(sampler, "batch_size", None)
         if not size:
             raise PartitionError(
                 "`AdaptiveBatchSize` needs a training loader with a `batch_size`. Got a "
-                f"{type(self._loader).__name__} without one. Give the DataLoader a `batch_size`, or remove the callback."
+                f"{type(self._loader).__name__} without one. Give the DataLoader a `batch_size`, or remove the "
+                "callback."
             )
         layout, plan = self._runner.mesh.layout, self._runner.partition.plan
         count = 1
@@ -102,6 +108,37 @@ class BatchControl:
             batch_size=None if self.can_rebatch else self.first.batch_size,
             min_parts=min_parts,
         )
+
+    # ---- memory
+
+    def find_micro_batch(self, sizes: Sequence[int], budget_bytes: int | None) -> ProbeResult:
+        """The largest of these micro-batches, in samples, that fits into the memory of all ranks. Collective.
+
+        Args:
+            sizes: Ascending.
+            budget_bytes: What a rank may use; None: what the device has.
+        """
+        batch, _ = sample_batch(self._trainer.train_dataloader, training=True)
+        parts = self.limits(1, 1).max_microbatches
+        probe = MemoryProbe(
+            self._runner,
+            self._trainer.optimizers,
+            batch,
+            microbatches=parts,
+            accumulates=True,
+            budget_bytes=budget_bytes,
+        )
+        return probe.find(sizes)
+
+    def memory_is_short(self) -> bool:
+        """Whether, since the last call, an allocation on any rank had to be tried again. Collective."""
+        retries = allocation_retries(self._runner.device)
+        if retries is None:
+            return False
+        short = torch.tensor(float(retries > self._retries), device=self._runner.device)
+        self._retries = retries
+        dist.all_reduce(short)
+        return bool(short)
 
     # ---- changes
 

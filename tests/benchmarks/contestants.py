@@ -192,7 +192,7 @@ def loader(size: Size, steps: int, *, replicas: int) -> DataLoader:
 def fit(
     module: L.LightningModule,
     strategy: Any,
-    clock: L.Callback,
+    callbacks: L.Callback | list[L.Callback],
     size: Size,
     *,
     steps: int,
@@ -207,7 +207,7 @@ def fit(
         strategy=strategy,
         max_steps=steps,
         max_epochs=-1,
-        callbacks=[clock],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -15,6 +15,7 @@ from lightning_hybrid.adapt.batch_size import DecisionRules
 from lightning_hybrid.adapt.division import BatchDivision
 from lightning_hybrid.adapt.gradient_noise import PartNorms, estimate
 from lightning_hybrid.callbacks import AdaptiveBatchSize, BatchSizeSchedule
+from lightning_hybrid.execute import batch_control
 from tests.distributed.expert_jobs import Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 
@@ -196,8 +197,10 @@ def of_one_process(steps: list[int], samples: int) -> dict[str, Any]:
 class Noisy(L.LightningModule):
     """A regression whose labels are mostly noise: small batches soon stop to help."""
 
-    def __init__(self, optimizer: str = "adam") -> None:
+    def __init__(self, optimizer: str = "adam", fits: dict[int, int] | None = None) -> None:
         super().__init__()
+        self.fits, self.starts = fits, False
+        """By rank: samples of a micro-batch that its memory has room for; once the module is partitioned."""
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
         self.head = nn.Linear(8, 1)
         self.optimizer = optimizer
@@ -208,8 +211,13 @@ class Noisy(L.LightningModule):
             x = torch.tanh(block(x))
         return self.head(x).squeeze(-1)
 
+    def on_fit_start(self):
+        self.starts = True
+
     def training_step(self, batch, batch_idx):
         x, y = batch
+        if self.fits is not None and self.starts and len(x) > self.fits[self.trainer.global_rank]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         return (self(x) - y).square().mean()
 
     def configure_optimizers(self):
@@ -235,7 +243,7 @@ class Course(L.Callback):
         self.epochs: list[int] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        optimizer = trainer.optimizers[0]
+        optimizer: Any = trainer.optimizers[0]
         if not hasattr(optimizer, "watched"):
             optimizer.watched = True
             optimizer.register_step_post_hook(lambda o, *_: self._module.rates.append(o.param_groups[0]["lr"]))
@@ -260,18 +268,22 @@ def adapt(
     ckpt_path: str | None = None,
     stream: bool = False,
     scheduler: bool = False,
+    fits: dict[int, int] | None = None,
+    short_of_memory_at: tuple[int, ...] = (),
     **trainer_options: Any,
 ) -> dict[str, Any]:
     """A run with the callback: its changes, its steps, its weights."""
     quiet()
     L.seed_everything(7, verbose=False)
-    module = Noisy(optimizer)
+    module = Noisy(optimizer, fits)
     decisions = DecisionRules(**{"every_n_steps": 4, "half_life_steps": 10.0, **(rules or {})})
     adaptive = AdaptiveBatchSize(rules=decisions, **{"learning_rate": "sqrt", **(options or {})})
     course = Course(adaptive, module)
     callbacks: list[L.Callback] = [adaptive, course]
     if save is not None:
         callbacks.append(SaveAt(save, save_at))
+    if short_of_memory_at:
+        callbacks.insert(0, ShortOfMemory(short_of_memory_at))
     if scheduler:
         callbacks.append(GradientAccumulationScheduler({0: 1}))
     trainer, replicas = trainer_for(layout, callbacks=callbacks, **trainer_options)
@@ -282,6 +294,7 @@ def adapt(
     trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
     division = divided[0]
     return {
+        "micro_batch_size": adaptive._micro_batch_size,
         "division": (division.batch_size, division.accumulate, division.microbatches),
         "events": adaptive.events,
         "steps": course.steps,
@@ -302,6 +315,24 @@ class Unsized(IterableDataset):
 
     def __iter__(self):
         return (self._data[i] for i in range(len(self._data)))
+
+
+class ShortOfMemory(L.Callback):
+    """On rank 0, allocations are tried again in some steps."""
+
+    def __init__(self, steps: tuple[int, ...]) -> None:
+        self._steps, self._retries = steps, 0
+
+    def on_train_start(self, trainer, pl_module):
+        self._kept = batch_control.allocation_retries
+        batch_control.allocation_retries = lambda device: self._retries
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == 0 and trainer.global_step in self._steps:
+            self._retries += 1
+
+    def on_train_end(self, trainer, pl_module):
+        batch_control.allocation_retries = self._kept
 
 
 def scheduled(layout: str, schedule: dict[str, Any], samples: int) -> dict[str, Any]:

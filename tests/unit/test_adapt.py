@@ -125,7 +125,7 @@ def test_learning_rate_rules() -> None:
 
 def test_votes_must_come_in_a_row() -> None:
     rules, votes = DecisionRules(), Votes()
-    size, votes = vote(64, 64 * 1.5, votes, rules)
+    size, votes = vote(64, 64 * 1.36, votes, rules)
     assert (size, votes) == (64, Votes(grow=1))
     assert vote(64, 70, votes, rules) == (64, Votes())
     assert vote(64, 64 * 1.6, votes, rules) == (128, Votes())

@@ -1,0 +1,1 @@
+"""How much memory a step takes, found by one rank alone."""
