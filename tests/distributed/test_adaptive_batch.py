@@ -69,7 +69,12 @@ def check_steps(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "batch", "microbatches"),
-    [("dp2", 2, 1), ("pp2", 4, 2), ("fsdp2", 2, 1), pytest.param("fsdp2-pp2", 2, 2, marks=pytest.mark.slow)],
+    [
+        ("dp2", 2, 1),
+        ("pp2", 4, 2),
+        pytest.param("fsdp2", 2, 1, marks=pytest.mark.slow),
+        pytest.param("fsdp2-pp2", 2, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_every_change_of_accumulation(
     request: pytest.FixtureRequest, layout: str, batch: int, microbatches: int
@@ -93,7 +98,14 @@ def test_loader_of_other_batches(ranks2: RankGroup, layout: str, workers: int) -
     check_steps(results[0], jobs.of_one_process(steps, samples))
 
 
-@pytest.mark.parametrize("schedule", ["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "1F1B",
+        "Interleaved1F1B",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("GPipe", "ZBVZeroBubble", "DualPipeV")),
+    ],
+)
 def test_pipeline_of_other_microbatches(ranks2: RankGroup, schedule: str) -> None:
     divisions = [(4, 1, 2), (8, 1, 4), (4, 3, 1), (8, 2, 2), (16, 1, 8), (2, 1, 1)]
     steps = [batch * batches for batch, batches, _ in divisions]
@@ -139,7 +151,10 @@ def check_resumed(found: dict[str, Any], whole: dict[str, Any], step: int) -> No
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("layout", ["dp2", "pp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout",
+    ["dp2", pytest.param("pp2", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow)],
+)
 def test_resumed_run_decides_as_the_whole(ranks2: RankGroup, layout: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"samples": 1200, "shuffle": True, "max_epochs": 2}
     whole = ranks2.call(jobs.adapt, layout, **options)[0]

@@ -224,6 +224,8 @@ def test_what_was_written_is_read(path):
     assert torch.equal(saved.groups["state_dict"]["w"].read(), torch.arange(18.0).view(6, 3) + 5)
     middle = saved.groups["state_dict"]["w"].read((((1, 5),), ((2, 3), (0, 1))))
     assert torch.equal(middle, (torch.arange(18.0).view(6, 3) + 5)[1:5, [2, 0]])
+    nothing = saved.groups["state_dict"]["w"].read(((), ((0, 3),)))  # of a rank without a shard
+    assert nothing.shape == (0, 3)
     assert saved.groups["state_dict"]["b"].read() == 7
     assert saved.groups["state_dict"]["b"].dtype == torch.bfloat16
     assert saved.values["state_dict"] == {"extra": 3}

@@ -185,7 +185,7 @@ class MemoryProbe:
         self._parameters = list(self._runner.partition.parameters.held().values())
         self._smallest, self._warm = smallest, False
         try:
-            with training_state_kept(self._parameters, self._optimizers):
+            with _old_objects_left_out(), training_state_kept(self._parameters, self._optimizers):
                 yield
         finally:
             self._parameters = []
@@ -321,6 +321,20 @@ class MemoryProbe:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def _old_objects_left_out() -> Iterator[None]:
+    """Inside, garbage is looked for among new objects only, since that is done at each trial; unless a user does so."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _step_in_place(optimizer: Optimizer) -> None:
