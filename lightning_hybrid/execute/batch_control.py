@@ -39,11 +39,8 @@ class BatchControl:
 
     def __init__(self, trainer: pl.Trainer, runner: Runner, steps: OptimizerSteps) -> None:
         self._trainer, self._runner, self._steps = trainer, runner, steps
-        loaders = training_loaders(trainer).flattened
-        self._loader = loaders[0]
-        flow = getattr(self._loader, "flow", None)
-        whole = len(loaders) == 1 and not isinstance(trainer.limit_train_batches, int)
-        self._flow = flow if whole and isinstance(flow, SampleFlow) and flow.can_rebatch else None
+        self._loader = training_loaders(trainer).flattened[0]
+        self._flow = self._find_flow()
         self._accumulate = trainer.accumulate_grad_batches
         self._microbatches = runner.microbatches
         self.division = self.first = self._present()
@@ -51,6 +48,13 @@ class BatchControl:
         self._due, self._waits = True, False
         self._retries = allocation_retries(runner.device) or 0
         self.noise: GradientNoise | None = None
+
+    def _find_flow(self) -> SampleFlow | None:
+        loaders = training_loaders(self._trainer).flattened
+        if len(loaders) > 1 or isinstance(self._trainer.limit_train_batches, int):
+            return None
+        flow = getattr(loaders[0], "flow", None)
+        return flow if isinstance(flow, SampleFlow) and flow.can_rebatch else None
 
     def _present(self) -> BatchDivision:
         sampler = getattr(self._loader, "batch_sampler", None)
@@ -160,6 +164,13 @@ class BatchControl:
             if self._waits:
                 self._flow.rebatch_next(division.batch_size)
         self.division, self._due = division, True
+
+    def before_epoch(self) -> None:
+        """An epoch is about to begin, with another loader where the user has them made anew."""
+        flow = self._find_flow()
+        if flow is not self._flow and flow is not None:
+            flow.rebatch_next(self.division.batch_size)
+        self._flow = flow
 
     def before_batch(self, number: int) -> bool:
         """Training batch `number` of the epoch is about to run.

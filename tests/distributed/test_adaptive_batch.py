@@ -134,6 +134,19 @@ def test_layouts_with_equal_parts_decide_alike(ranks2: RankGroup) -> None:
     assert events[0] == events[1]
 
 
+def test_loaders_that_are_made_anew_every_epoch(ranks2: RankGroup) -> None:
+    # with memory for them, larger batches are larger batches of the loader
+    options: dict[str, Any] = {"samples": 800, "max_epochs": 3, "options": {"memory": 2**30}}
+    kept = ranks2.call(jobs.adapt, "dp2", **options)[0]
+    found = ranks2.call(jobs.adapt, "dp2", reload_dataloaders_every_n_epochs=1, **options)[0]
+    assert found["events"] == kept["events"]
+    assert len({e["samples"] // 800 for e in kept["events"]}) >= 2  # in two epochs
+    assert found["division"][0] > 8
+    assert found["steps"] == kept["steps"]
+    for name, value in found["weights"].items():
+        torch.testing.assert_close(value, kept["weights"][name], rtol=0, atol=0, msg=name)
+
+
 def test_decisions_and_noise_are_logged(ranks2: RankGroup) -> None:
     found = ranks2.call(jobs.adapt, "dp2", samples=3200)[0]
     last = found["steps"][-1][0]
