@@ -185,11 +185,12 @@ def test_resumed_run_decides_as_the_whole(ranks2: RankGroup, layout: str, tmp_pa
 def test_resumed_in_another_layout_keeps_the_batch(ranks2: RankGroup, before: str, after: str, tmp_path: Path) -> None:
     path = str(tmp_path / "saved.ckpt")
     options: dict[str, Any] = {"samples": 2400, "shuffle": True}
-    ranks2.call(jobs.adapt, before, save=path, save_at=60, **options)
     whole = ranks2.call(jobs.adapt, before, **options)[0]
+    step = whole["events"][-1]["step"] + 1
+    ranks2.call(jobs.adapt, before, save=path, save_at=step, **options)
     fixed = {"rules": {"every_n_steps": 10**9}}
     found = ranks2.call(jobs.adapt, after, ckpt_path=path, **fixed, **options)[0]
-    size = whole["steps"][59][0]
+    size = whole["steps"][step - 1][0]
     assert size > 16
     assert {s for s, _ in found["steps"]} == {size}
     assert found["samples"] == 2400
