@@ -140,10 +140,7 @@ def finish_sharded_backward(module: FSDPModule) -> None:
     module.set_requires_gradient_sync(True)
     root = fully_shard.state(module)  # type: ignore[attr-defined]
     for state in root._state_ctx.all_states:
-        groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # earlier releases have one group a state
-            groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-        for group in groups:
+        for group in _sharding_groups(state):
             group.post_backward()
     root._root_post_backward_final_callback()
 

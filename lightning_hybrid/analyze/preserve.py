@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-_COPIED = (dict, list, set)
+_CONTAINERS = (dict, list, set, deque)
 
 
 @contextmanager
@@ -28,29 +30,36 @@ def random_streams_kept(device: torch.device | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def objects_kept(objects: Iterable[Any]) -> Iterator[None]:
+    """The attributes of objects, and the containers among them, are afterwards as they were before."""
+    attributes = [(obj, dict(vars(obj))) for obj in objects]
+    containers: list[tuple[Any, Any]] = [
+        (v, copy.copy(v)) for _, saved in attributes for v in saved.values() if isinstance(v, _CONTAINERS)
+    ]
+    try:
+        yield
+    finally:
+        for obj, saved in attributes:
+            vars(obj).clear()
+            vars(obj).update(saved)
+        for container, content in containers:
+            container.clear()
+            container.extend(content) if isinstance(content, list | deque) else container.update(content)
+
+
+@contextmanager
 def module_state_kept(root: nn.Module) -> Iterator[None]:
     """Attributes, containers (one level deep) and tensors of every submodule are afterwards as they were before."""
-    attributes: list[tuple[dict, dict]] = []
-    containers: list[tuple[Any, Any]] = []
     tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
     for module in root.modules():
-        attributes.append((module.__dict__, dict(module.__dict__)))
-        for value in module.__dict__.values():
-            if type(value) in _COPIED or isinstance(value, dict):
-                containers.append((value, value.copy()))
         for tensor in [*module._buffers.values(), *module.__dict__.values()]:
             # exact type: subclasses (ghosts, DTensors) have no plain storage, and parameters are not written by a step
             if type(tensor) is torch.Tensor and id(tensor) not in tensors and not tensor.requires_grad:
                 tensors[id(tensor)] = (tensor, tensor._version, tensor.detach().clone())
     try:
-        yield
+        with objects_kept(root.modules()):
+            yield
     finally:
-        for current, saved in attributes:
-            current.clear()
-            current.update(saved)
-        for value, saved in containers:
-            value.clear()
-            value.extend(saved) if isinstance(value, list) else value.update(saved)
         with torch.no_grad():
             for tensor, version, saved in tensors.values():
                 if tensor._version != version:

@@ -30,7 +30,8 @@ from lightning_hybrid.adapt.batch_size import (
 )
 from lightning_hybrid.adapt.division import BatchDivision, divide, micro_batch_sizes
 from lightning_hybrid.adapt.gradient_noise import NoiseScale, estimate
-from lightning_hybrid.execute.batch_control import BatchControl, SchedulersBySamples, count_tokens
+from lightning_hybrid.execute.batch_control import BatchControl, SchedulersBySamples
+from lightning_hybrid.execute.batches import count_tokens
 from lightning_hybrid.execute.strategy import HybridStrategy
 from lightning_hybrid.observe.memory import device_name, share_of_memory
 from lightning_hybrid.spec.errors import PartitionError
@@ -279,10 +280,11 @@ class AdaptiveBatchSize(Callback):
         self._seconds += time.perf_counter() - self._begun
         self._samples += control.samples_of(batch)
         if self._counts_tokens:
-            self._tokens += control.tokens_of(count_tokens(batch))
+            self._tokens += count_tokens(batch) or 0
         if not steps_after_batch(trainer):
             return
-        state = self._state = self._present.after_step(self._samples, self._tokens)
+        tokens = control.sum_over_replicas(self._tokens) if self._counts_tokens else 0
+        state = self._state = self._present.after_step(self._samples, tokens)
         if self._samples == state.batch_size:
             self._times = self._times.updated(state.batch_size, self._seconds, self._rules.half_life_steps)
         self._forget_step()

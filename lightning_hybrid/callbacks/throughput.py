@@ -3,9 +3,9 @@
 import time
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils._pytree import tree_leaves
+
+from lightning_hybrid.execute.batches import count_tokens
 
 
 class ThroughputMonitor(Callback):
@@ -68,10 +68,10 @@ class ThroughputMonitor(Callback):
 
 
 def _tokens(batch: Any) -> int:
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, torch.Tensor):
-            return leaf.numel()
-    raise TypeError(
-        f"`ThroughputMonitor` counts the elements of the first tensor of a batch. Got a batch of type "
-        f"{type(batch).__name__} without a tensor. Remove the callback, or let the data module return tensors."
-    )
+    tokens = count_tokens(batch)
+    if tokens is None:
+        raise TypeError(
+            f"`ThroughputMonitor` counts the elements of the first tensor of a batch. Got a batch of type "
+            f"{type(batch).__name__} without a tensor. Remove the callback, or let the data module return tensors."
+        )
+    return tokens

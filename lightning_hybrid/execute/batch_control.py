@@ -8,8 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_hybrid._lightning_private import begin_window, end_windows, training_loaders
 from lightning_hybrid.adapt.division import BatchDivision, DivisionLimits
@@ -211,14 +209,14 @@ class BatchControl:
     # ---- measurements
 
     def measure_noise(self) -> GradientNoise:
-        """Begins to measure the noise of gradients."""
+        """Begins to measure the noise of gradients, or takes in weights that have been unfrozen since."""
         if self.noise is None:
             runner = self._runner
             self.noise = GradientNoise(
                 runner.partition, runner.device, getattr(self._trainer.precision_plugin, "scaler", None)
             )
             runner.noise = self._steps.guard.noise = self.noise
-            self.noise.install()
+        self.noise.install()
         return self.noise
 
     def stop_measuring(self) -> None:
@@ -232,10 +230,10 @@ class BatchControl:
         uneven = self._runner.uneven
         return self.replicas * count_samples(batch) if uneven is None else sum(uneven.counts)
 
-    def tokens_of(self, tokens: int) -> int:
-        """The sum over replicas of what each has counted. Collective."""
+    def sum_over_replicas(self, count: int) -> int:
+        """The sum of what each replica has counted. Collective."""
         mesh = self._runner.mesh
-        total = torch.tensor(tokens, device=self._runner.device)
+        total = torch.tensor(count, device=self._runner.device)
         if mesh.layout.replicas > 1:
             dist.all_reduce(total, group=mesh.replica_group)
         return int(total)
@@ -247,11 +245,6 @@ class BatchControl:
         self._runner.microbatches = self._microbatches
         self._steps.learning_rate_factor = 1.0
         self.stop_measuring()
-
-
-def count_tokens(batch: Any) -> int:
-    """The elements of a batch's first tensor, such as `input_ids`; 0 where there is none."""
-    return next((leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), 0)
 
 
 class SchedulersBySamples:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, default_convert
 
 from lightning_hybrid._lightning_private import reads_in_turn
@@ -45,6 +46,11 @@ def count_samples(batch: Any) -> int:
     return sizes[0] if sizes else 1
 
 
+def count_tokens(batch: Any) -> int | None:
+    """The elements of a batch's first tensor, such as `input_ids`; None where there is no tensor."""
+    return next((leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+
+
 def _first_dims(batch: Any) -> list[int]:
     sizes: list[int] = []
     apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0]) if t.ndim else None)
@@ -59,23 +65,50 @@ def split_batch(batch: Any, count: int) -> list[Any]:
     if count == 1:
         return [batch]
     size = batch_size(batch)
-    return [_part(batch, size, i * (size // count), (i + 1) * (size // count)) for i in range(count)]
+    return [_samples_of(batch, size, slice(i * (size // count), (i + 1) * (size // count))) for i in range(count)]
 
 
-def _part(value: Any, size: int, start: int, stop: int) -> Any:
+def tiled_batch(batch: Any, size: int) -> Any:
+    """A batch of `size` samples: those of `batch` in order, again and again.
+
+    Tensors and lists with one element a sample are tiled along dimension 0; everything else stays as it is.
+
+    Raises:
+        ValueError: If the tensors do not agree on the number of samples, or there are none.
+    """
+    sizes = set(_first_dims(batch))
+    if len(sizes) != 1 or 0 in sizes:
+        found = f"tensors with first dimensions {sorted(sizes)}" if sizes else "no tensor"
+        raise ValueError(
+            "`batch`: a memory probe makes batches of other sizes from the first one, along dimension 0, so its "
+            f"tensors must agree on its size. Got {found}. Put the samples on dimension 0, or give the micro-batch "
+            "size yourself."
+        )
+    count = sizes.pop()
+    return _samples_of(batch, count, torch.arange(size) % count)
+
+
+def _samples_of(value: Any, size: int, rows: slice | Tensor) -> Any:
+    """Some of the `size` samples of a batch: a view of a slice, a copy of those with the indices `rows`."""
     if isinstance(value, Tensor):
-        return value[start:stop] if value.ndim else value
+        return _rows_of(value, rows)
     if isinstance(value, list | tuple) and len(value) == size and not _holds_tensors(value):
-        return type(value)(value[start:stop])
+        return type(value)(value[rows] if isinstance(rows, slice) else (value[i] for i in rows.tolist()))
     if isinstance(value, Mapping):
-        items = {k: _part(v, size, start, stop) for k, v in value.items()}
+        items = {k: _samples_of(v, size, rows) for k, v in value.items()}
         kind: Any = type(value)  # a dict, or for example the BatchEncoding of transformers
         return kind(items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_part(v, size, start, stop) for v in value))
+        return type(value)(*(_samples_of(v, size, rows) for v in value))
     if isinstance(value, list | tuple):
-        return type(value)(_part(v, size, start, stop) for v in value)
-    return apply_to_collection(value, Tensor, lambda t: t[start:stop] if t.ndim else t)  # dataclasses
+        return type(value)(_samples_of(v, size, rows) for v in value)
+    return apply_to_collection(value, Tensor, lambda t: _rows_of(t, rows))  # dataclasses
+
+
+def _rows_of(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    if not tensor.ndim:
+        return tensor
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows.to(tensor.device))
 
 
 def _holds_tensors(values: list | tuple) -> bool:

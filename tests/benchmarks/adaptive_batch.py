@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_hybrid import HybridStrategy, Layout
+from lightning_hybrid import HybridStrategy
 from lightning_hybrid.callbacks import AdaptiveBatchSize, DecisionRules
 from lightning_hybrid.data import StdlibText
 from lightning_hybrid.models import CausalLM
 from lightning_hybrid.models.config import OptimizerConfig, TransformerConfig
-from tests.benchmarks.contest import keep_to_own_cores
-from tests.benchmarks.contestants import SEED, Model, Size, fit
+from tests.benchmarks import safety
+from tests.benchmarks.contestants import SEED
 from tests.benchmarks.overhead import TIMEOUT_SECONDS, versions
-from tests.benchmarks.safety import LAYOUTS, Cost, Result, Switch, Switched
+from tests.benchmarks.safety import Switched
 from tests.harness import RankGroup
 
 SAMPLES = 600_000
@@ -228,11 +228,14 @@ class Switchable(AdaptiveBatchSize):
 class Measuring(Switched):
     """Its statistics are what is switched."""
 
-    adaptive: Switchable
-
     def setup(self, trainer: L.Trainer) -> None:
         """As ever."""
         HybridStrategy.setup(self, trainer)
+
+    def callbacks(self) -> list[L.Callback]:
+        """What measures."""
+        self.adaptive = Switchable()
+        return [self.adaptive]
 
     @property
     def checks(self) -> bool:
@@ -241,45 +244,8 @@ class Measuring(Switched):
 
     @checks.setter
     def checks(self, on: bool) -> None:
-        if self.__dict__.get("adaptive") is not None:
+        if "adaptive" in vars(self):  # not yet while it is made
             self.adaptive.switch(on)
-
-
-def measure(layout: str, size: Size, rounds: int, steps: int) -> Cost:
-    """Runs on every rank."""
-    keep_to_own_cores()
-    L.seed_everything(SEED, verbose=False)
-    strategy = Measuring(layout=layout, microbatches=size.microbatches if "pp" in layout else "auto")
-    strategy.adaptive = Switchable()
-    switch = Switch(strategy, rounds, steps)
-    replicas = Layout.parse(layout).replicas
-    fit(Model(size), strategy, [strategy.adaptive, switch], size, steps=switch.total_steps, replicas=replicas)
-    on, off = (tuple(switch.blocks[checks]) for checks in (True, False))
-    return Cost(Result(on, off, steps, loss_difference=0.0), switch.watch_share)
-
-
-def overhead(layouts: Sequence[str], rounds: int, steps: int, size: Size | None = None) -> dict[str, Cost]:
-    """Step times with the statistics and without."""
-    results = {}
-    for layout in layouts:
-        with RankGroup(Layout.parse(layout).devices, timeout_seconds=TIMEOUT_SECONDS) as ranks:
-            results[layout] = ranks.call(measure, layout, size or Size(), rounds, steps)[0]
-    return results
-
-
-def overhead_table(results: dict[str, Cost]) -> str:
-    """The results as a markdown table."""
-    lines = ["| layout | with statistics, ms a step | without | ratio, median | quartiles | CPU time | bound |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for layout, cost in results.items():
-        result = cost.steps
-        first, third = result.quartiles
-        mine, other = result.step_seconds(result.ours), result.step_seconds(result.reference)
-        lines.append(
-            f"| `{layout}` | {mine * 1e3:.1f} | {other * 1e3:.1f} | {result.ratio:.4f} | {first:.3f} to {third:.3f} "
-            f"| {result.cpu_ratio:.4f} | {OVERHEAD_BOUND} |"
-        )
-    return "\n".join(lines)
 
 
 # ---- the quickstart's text
@@ -368,7 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"seeds {options.seeds}\n\n{toy_table(runs)}\n")
         print(f"against the best fixed batch: {medians(list(runs.values())[-1])[1] / best_fixed_time(runs):.3f}\n")
     if "overhead" in options.parts:
-        print(f"{overhead_table(overhead(LAYOUTS, options.rounds, 4))}\n")
+        costs = safety.run((), options.rounds, 4, kind=Measuring)
+        print(f"{safety.table(costs, 'statistics', OVERHEAD_BOUND)}\n")
     if "text" in options.parts:
         print(f"{text_table(TEXT_SAMPLES, TEXT_BATCH)}\n")
 

@@ -45,6 +45,10 @@ class Switched(HybridStrategy):
         watch.__dict__["during"] = self._switched(watch.during, nullcontext())
         preemption.__dict__["agree"] = self._switched(preemption.agree, False)
 
+    def callbacks(self) -> list[L.Callback]:
+        """What else is part of the training."""
+        return []
+
     def _switched(self, check: Callable[..., Any], off: Any = None) -> Callable[..., Any]:
         return lambda *args: check(*args) if self.checks else off
 
@@ -101,19 +105,22 @@ class Cost:
     watch_share: float
 
 
-def measure(layout: str, size: Size, rounds: int, steps: int) -> Cost:
+def measure(layout: str, size: Size, rounds: int, steps: int, kind: type[Switched] = Switched) -> Cost:
     """Runs on every rank."""
     keep_to_own_cores()
     L.seed_everything(SEED, verbose=False)
-    strategy = Switched(layout=layout, microbatches=size.microbatches if "pp" in layout else "auto")
+    strategy = kind(layout=layout, microbatches=size.microbatches if "pp" in layout else "auto")
     switch = Switch(strategy, rounds, steps)
     replicas = Layout.parse(layout).replicas
-    fit(Model(size), strategy, switch, size, steps=switch.total_steps, replicas=replicas)
+    callbacks = [*strategy.callbacks(), switch]
+    fit(Model(size), strategy, callbacks, size, steps=switch.total_steps, replicas=replicas)
     on, off = (tuple(switch.blocks[checks]) for checks in (True, False))
     return Cost(Result(on, off, steps, loss_difference=0.0), switch.watch_share)
 
 
-def run(only: Sequence[str], rounds: int, steps: int, size: Size | None = None) -> dict[str, Cost]:
+def run(
+    only: Sequence[str], rounds: int, steps: int, size: Size | None = None, kind: type[Switched] = Switched
+) -> dict[str, Cost]:
     """Measures the layouts in `only`, or all.
 
     Args:
@@ -121,18 +128,19 @@ def run(only: Sequence[str], rounds: int, steps: int, size: Size | None = None) 
         rounds: Pairs of blocks that count.
         steps: Training steps in a block.
         size: Of the model, instead of the benchmark's own.
+        kind: What is switched.
     """
     results = {}
     for layout in only or LAYOUTS:
         with RankGroup(Layout.parse(layout).devices, timeout_seconds=TIMEOUT_SECONDS) as ranks:
-            results[layout] = ranks.call(measure, layout, size or Size(), rounds, steps)[0]
+            results[layout] = ranks.call(measure, layout, size or Size(), rounds, steps, kind)[0]
     return results
 
 
-def table(results: dict[str, Cost]) -> str:
+def table(results: dict[str, Cost], what: str = "checks", bound: float = BOUND) -> str:
     """The results as a markdown table."""
     lines = [
-        "| layout | with checks, ms a step | without, ms a step | ratio, median | quartiles | CPU time | bound "
+        f"| layout | with {what}, ms a step | without, ms a step | ratio, median | quartiles | CPU time | bound "
         "| watching thread, share of a core |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -142,7 +150,7 @@ def table(results: dict[str, Cost]) -> str:
         mine, other = result.step_seconds(result.ours), result.step_seconds(result.reference)
         lines.append(
             f"| `{layout}` | {mine * 1e3:.1f} | {other * 1e3:.1f} | {result.ratio:.4f} "
-            f"| {first:.3f} to {third:.3f} | {result.cpu_ratio:.4f} | {BOUND} | {cost.watch_share:.2%} |"
+            f"| {first:.3f} to {third:.3f} | {result.cpu_ratio:.4f} | {bound} | {cost.watch_share:.2%} |"
         )
     return "\n".join(lines)
 

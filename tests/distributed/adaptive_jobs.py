@@ -52,6 +52,36 @@ def noise(
     return {"found": found.found, "parts": found.parts, "weights": weights(trainer, module)}
 
 
+class Unfreeze(L.Callback):
+    """The first block learns from the second epoch on."""
+
+    def __init__(self, adaptive: AdaptiveBatchSize) -> None:
+        self._adaptive = adaptive
+        self.measured: list[int] = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        blocks: Any = pl_module.blocks
+        blocks[0].requires_grad_(trainer.current_epoch > 0)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        noise = self._adaptive._batches.noise
+        assert noise is not None
+        self.measured.append(len(noise._handles))
+
+
+def measured_weights(layout: str) -> list[int]:
+    """How many weights the statistics are of, in two epochs."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module: Any = Classifier()
+    adaptive = AdaptiveBatchSize(rules=NEVER)
+    module.blocks[0].requires_grad_(False)
+    found = Unfreeze(adaptive)
+    trainer, replicas = trainer_for(layout, callbacks=[adaptive, found], max_epochs=2)
+    trainer.fit(module, DataLoader(Numbers(48), batch_size=16 // replicas))
+    return found.measured
+
+
 def noise_of_parts(
     replicas: int,
     microbatches: int,
@@ -60,7 +90,6 @@ def noise_of_parts(
     batch: int = 8,
     accumulate: int = 2,
     group: int = 1,
-    double: bool = False,
 ) -> list[tuple[float, float]]:
     """The same from a gradient for every part, each of its own backward pass, in one process.
 
@@ -71,14 +100,11 @@ def noise_of_parts(
         batch: Samples of all replicas that are run together.
         accumulate: Batches in a step.
         group: Replicas whose experts' gradients are one sum.
-        double: In double precision.
     """
     quiet()
     L.seed_everything(7, verbose=False)
     module: Any = MODULES[kind]()
     data, found = Numbers(48), []
-    if double:
-        module, data.x = module.double(), data.x.double()
     names = [n for n, _ in module.named_parameters()]
     for start in range(0, 48, batch * accumulate):
         parts: list[dict[str, torch.Tensor]] = []
@@ -190,7 +216,7 @@ def of_one_process(steps: list[int], samples: int) -> dict[str, Any]:
         found.append({f"grad_2.0_norm/{n}": v for n, v in norms.items()})
         used += size
         for parameter in module.parameters():
-            parameter.data -= 0.1 * parameter.grad  # type: ignore[operator]
+            parameter.data -= 0.1 * parameter.grad  # type: ignore[operator] -- backward has just made it
     return {"gradients": found, "weights": module.state_dict()}
 
 
@@ -241,6 +267,7 @@ class Course(L.Callback):
         self._adaptive, self._module = adaptive, module
         self.steps: list[tuple[int, float]] = []
         self.epochs: list[int] = []
+        self.division: BatchDivision | None = None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         optimizer: Any = trainer.optimizers[0]
@@ -252,6 +279,9 @@ class Course(L.Callback):
         if not trainer.fit_loop._should_accumulate():
             self.steps.append((self._adaptive.batch_size, trainer.optimizers[0].param_groups[0]["lr"]))
             self.epochs.append(trainer.current_epoch)
+
+    def on_train_end(self, trainer, pl_module):
+        self.division = self._adaptive.division
 
 
 def adapt(
@@ -289,10 +319,8 @@ def adapt(
     trainer, replicas = trainer_for(layout, callbacks=callbacks, **trainer_options)
     data: Any = Unsized(noisy_data(samples)) if stream else noisy_data(samples)
     loader = DataLoader(data, batch_size=batch // replicas, shuffle=shuffle and not stream)
-    divided: list[Any] = []
-    adaptive.on_train_end = lambda *_: divided.append(adaptive.division)  # type: ignore[method-assign]
     trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
-    division = divided[0]
+    division: Any = course.division
     return {
         "micro_batch_size": adaptive._micro_batch_size,
         "division": (division.batch_size, division.accumulate, division.microbatches),

@@ -145,7 +145,7 @@ class Record(L.Callback):
         self.gradients.append({n: local(p.grad).clone() for n, p in held.items() if p.grad is not None})
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(float(outputs["loss"]))  # type: ignore[index]
+        self.losses.append(float(outputs["loss"]))  # type: ignore[index] -- a dict here, in automatic optimization
 
 
 def local(tensor: Any) -> torch.Tensor:

@@ -58,6 +58,12 @@ def test_noise_with_divided_experts(request: pytest.FixtureRequest, layout: str,
         torch.testing.assert_close(torch.tensor(result["found"]), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
+def test_weights_that_are_unfrozen_are_measured(ranks2: RankGroup, layout: str) -> None:
+    first, second = ranks2.call(jobs.measured_weights, layout)[0]
+    assert second == first + 4
+
+
 def check_steps(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert len(found["gradients"]) == len(expected["gradients"])
     for step, (own, one) in enumerate(zip(found["gradients"], expected["gradients"], strict=True)):

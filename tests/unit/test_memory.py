@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_hybrid.adapt.memory import MemoryFit, fit_peaks, fit_profiles, search_largest
+from lightning_hybrid.execute.batches import tiled_batch
 from lightning_hybrid.execute.probing.collectives import UnknownCollectiveError, without_peers
 from lightning_hybrid.execute.probing.probe import is_out_of_memory
-from lightning_hybrid.execute.probing.tiles import tiled
 from lightning_hybrid.execute.probing.tracker import MemoryTracker
 from tests.harness import start_fake_ranks
 
@@ -162,17 +162,17 @@ def test_the_tracker_sees_the_backward_pass() -> None:
 
 def test_batches_of_any_size_repeat_the_samples() -> None:
     batch = {"x": torch.arange(6).view(3, 2), "names": ["a", "b", "c"], "rate": 0.5, "pair": (torch.arange(3), None)}
-    longer = tiled(batch, 5)
+    longer = tiled_batch(batch, 5)
     assert longer["x"].tolist() == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3]]
     assert longer["names"] == ["a", "b", "c", "a", "b"]
     assert (longer["rate"], longer["pair"][0].tolist(), longer["pair"][1]) == (0.5, [0, 1, 2, 0, 1], None)
-    assert tiled(batch, 2)["x"].tolist() == [[0, 1], [2, 3]]
+    assert tiled_batch(batch, 2)["x"].tolist() == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("batch", [{}, [torch.ones(2), torch.ones(3)], torch.ones(0, 4)])
 def test_batches_without_a_size_are_refused(batch: Any) -> None:
     with pytest.raises(ValueError, match="its tensors must agree on its size"):
-        tiled(batch, 4)
+        tiled_batch(batch, 4)
 
 
 # ---- errors

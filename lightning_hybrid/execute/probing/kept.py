@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,12 +13,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_hybrid._torch_private import forget_sharded_step
-from lightning_hybrid.analyze.preserve import module_state_kept, random_streams_kept
+from lightning_hybrid.analyze.preserve import module_state_kept, objects_kept, random_streams_kept
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.execute.runner import Runner
 
 _PACKAGE = __name__.partition(".")[0]
-_CONTAINERS = (dict, list, set, deque)
 
 
 @contextmanager
@@ -98,24 +96,6 @@ def tensors_in(value: Any) -> list[Tensor]:
         return [local(value.detach())]
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [tensor for item in inside for tensor in tensors_in(item)]
-
-
-@contextmanager
-def objects_kept(objects: Iterable[Any]) -> Iterator[None]:
-    """The attributes of objects, and the containers among them, are afterwards as they were before."""
-    attributes = [(obj, dict(vars(obj))) for obj in objects]
-    containers: list[tuple[Any, Any]] = [
-        (v, copy.copy(v)) for _, saved in attributes for v in saved.values() if isinstance(v, _CONTAINERS)
-    ]
-    try:
-        yield
-    finally:
-        for obj, saved in attributes:
-            vars(obj).clear()
-            vars(obj).update(saved)
-        for container, content in containers:
-            container.clear()
-            container.extend(content) if isinstance(content, list | deque) else container.update(content)
 
 
 def _objects_of(start: Any) -> list[Any]:

@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from lightning_hybrid._lightning_private import batch_on_device
 from lightning_hybrid._torch_private import step_without_hooks
 from lightning_hybrid.adapt.memory import MemoryFit, fit_profiles, search_largest
+from lightning_hybrid.execute.batches import tiled_batch
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.execute.probing.collectives import without_peers
 from lightning_hybrid.execute.probing.kept import drop_gradients, step_undone, tensors_in, training_state_kept
-from lightning_hybrid.execute.probing.tiles import tiled
 from lightning_hybrid.execute.probing.tracker import MemoryTracker
 from lightning_hybrid.execute.runner import Runner
 
@@ -272,7 +272,7 @@ class MemoryProbe:
 
     def _forward_and_backward(self, size: int, *, first: bool) -> None:
         runner, root = self._runner, self._runner.root
-        batch = runner.precision.convert_input(tiled(self._batch, size * self._microbatches))
+        batch = runner.precision.convert_input(tiled_batch(self._batch, size * self._microbatches))
         batch = batch_on_device(root, batch, self._device)
         index = (0,) if is_param_in_hook_signature(root.training_step, "batch_idx", min_args=2) else ()
         out = runner.training_step(batch, *index)
