@@ -78,7 +78,7 @@ def test_stays_within_the_budget_of_every_rank(request: pytest.FixtureRequest, c
         assert result.trials <= 3
 
 
-@pytest.mark.parametrize("case", ["dp2", "fsdp2", "pp2"])
+@pytest.mark.parametrize("case", ["dp2", *(pytest.param(c, marks=pytest.mark.slow) for c in ("fsdp2", "pp2"))])
 def test_repeated_probes_find_the_same(request: pytest.FixtureRequest, case: str) -> None:
     repeat_probes(request, case, 3)
 
