@@ -348,6 +348,7 @@ def begin_window(trainer: pl.Trainer, batches: int) -> None:
     first = progress.current.ready - 1
     trainer.accumulate_grad_batches = batches
     zero_grad = type(optimization)._make_zero_grad_fn
+    loop._first_of_window = first
     loop._accumulated_batches_reached = lambda: (progress.current.ready - first) % batches == 0
     optimization._make_zero_grad_fn = lambda batch, optimizer: zero_grad(optimization, batch - first, optimizer)
 
@@ -355,8 +356,18 @@ def begin_window(trainer: pl.Trainer, batches: int) -> None:
 def end_windows(trainer: pl.Trainer) -> None:
     """Lightning counts again."""
     loop: Any = trainer.fit_loop.epoch_loop
+    loop.__dict__.pop("_first_of_window", None)
     loop.__dict__.pop("_accumulated_batches_reached", None)
     loop.automatic_optimization.__dict__.pop("_make_zero_grad_fn", None)
+
+
+def batches_left_in_window(trainer: pl.Trainer) -> int:
+    """Batches up to the optimizer's next step, the one that is about to run included."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    done = loop.batch_progress.current.ready - 1
+    whole = trainer.accumulate_grad_batches
+    left = whole - (done - loop.__dict__.get("_first_of_window", 0)) % whole
+    return int(min(left, trainer.num_training_batches - done))
 
 
 def steps_after_batch(trainer: pl.Trainer) -> bool:

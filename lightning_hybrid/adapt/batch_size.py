@@ -122,13 +122,15 @@ class DecisionRules:
     """So many votes in a row make it shrink."""
     half_life_steps: float = 100.0
     """Of the averages of the statistics; 10 and 30 were worse on a regression with label noise."""
+    measure_every_n_steps: int = 4
+    """Steps from one measurement of the gradient's noise to the next. Every step costs up to 5 % of it on a CPU."""
     tolerance: float = 0.5
     """Eta^2 of the norm test: 0.5 aims at the noise scale itself."""
     min_batch_size: int = 1
     """The global batch size does not fall below this."""
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "grow_votes", "shrink_votes", "min_batch_size"):
+        for name in ("every_n_steps", "measure_every_n_steps", "grow_votes", "shrink_votes", "min_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
         if self.factor < 2:

@@ -61,7 +61,7 @@ class NoiseScale:
     """Exponential moving averages of S and of G^2; never of their quotient, whose mean is biased."""
 
     half_life_steps: float = 100.0
-    """After so many steps an estimate counts half."""
+    """After so many estimates one counts half."""
     noise_sum: float = 0.0
     """Of S, weighted; divided by `weight` it is the average."""
     signal_sum: float = 0.0

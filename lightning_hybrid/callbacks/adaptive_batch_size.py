@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -28,16 +29,16 @@ from lightning_hybrid.adapt.batch_size import (
     vote,
     wanted,
 )
-from lightning_hybrid.adapt.division import BatchDivision, divide, micro_batch_sizes
+from lightning_hybrid.adapt.division import BatchDivision, divide
 from lightning_hybrid.adapt.gradient_noise import NoiseScale, estimate
-from lightning_hybrid.execute.batch_control import BatchControl, SchedulersBySamples
+from lightning_hybrid.callbacks.micro_batch import LADDER, Memory, find_samples, find_tokens, warn_of_memory
+from lightning_hybrid.execute.batch_control import BatchControl
 from lightning_hybrid.execute.batches import count_tokens
+from lightning_hybrid.execute.probing.probe import is_out_of_memory
+from lightning_hybrid.execute.schedulers_by_samples import SchedulersBySamples
 from lightning_hybrid.execute.strategy import HybridStrategy
-from lightning_hybrid.observe.memory import device_name, share_of_memory
+from lightning_hybrid.observe.memory import device_name
 from lightning_hybrid.spec.errors import PartitionError
-
-LADDER = 64
-"""Micro-batches are tried up to so many times the first global batch, where nothing else limits them."""
 
 
 class AdaptiveBatchSize(Callback):
@@ -49,14 +50,19 @@ class AdaptiveBatchSize(Callback):
     in the same order. Schedulers of interval `"step"` go by samples, so that the learning rate's course over the data
     stays. Everything is in the checkpoint; a resumed run decides as the uninterrupted one, in another layout too.
 
+    With batches of a token budget (`data.TokenBatchSampler`), `memory` finds the budget that fits, for the longest and
+    the shortest samples, and a resumed run keeps it. Sizes are then in tokens, and stay: set `statistics=None`.
+
     Logs `global_batch_size`, `learning_rate_factor` and `gradient_noise_scale` (samples) at every decision.
 
     Args:
         memory: What a rank may use, to find the largest micro-batch by trial steps before training: bytes; a share of
             the device's memory, such as 0.9; `"device"`, all of it. None: the loader's batch, under `pp` its
-            microbatch, is the largest that is run at once.
+            microbatch, is the largest that is run at once, and the loader's token budget stays.
         statistics: `"norm"`: a batch whose gradient's noise is `rules.tolerance` of its size; `"time"`: most progress a
             second, from measured step times; None: none is measured, for a `schedule`.
+        max_micro_batch_size: What is run at once is no larger, in samples, or in tokens of a budget. After a run has ended
+            without memory, restart it from its checkpoint with half of what it ran.
         max_batch_size: The global batch does not grow beyond, in samples. None: the samples of an epoch.
         schedule: Batch sizes that are decided beforehand; excludes `statistics`.
         learning_rate: Factor on the learning rate when the batch is k times the first one: `"sqrt"`, `"adascale"`,
@@ -72,8 +78,9 @@ class AdaptiveBatchSize(Callback):
     def __init__(
         self,
         *,
-        memory: int | float | Literal["device"] | None = None,
+        memory: Memory | None = None,
         statistics: Statistics | None = "norm",
+        max_micro_batch_size: int | None = None,
         max_batch_size: int | None = None,
         schedule: BatchSizeSchedule | None = None,
         learning_rate: LearningRateRule = "auto",
@@ -93,6 +100,7 @@ class AdaptiveBatchSize(Callback):
         if statistics is None and learning_rate == "adascale":
             raise ValueError("`learning_rate='adascale'` needs the gradient's noise: set `statistics='norm'`.")
         for name, value in (
+            ("max_micro_batch_size", max_micro_batch_size),
             ("max_batch_size", max_batch_size),
             ("max_samples", max_samples),
             ("max_tokens", max_tokens),
@@ -101,17 +109,22 @@ class AdaptiveBatchSize(Callback):
                 raise ValueError(f"`{name}` must be at least 1. Got {value}.")
         self._memory = memory
         self._statistics: Statistics | None = statistics
-        self._max_batch_size, self._schedule = max_batch_size, schedule
+        self._max_micro_batch_size, self._max_batch_size, self._schedule = (
+            max_micro_batch_size,
+            max_batch_size,
+            schedule,
+        )
         self._rule: LearningRateRule = learning_rate
         self._max_samples, self._max_tokens, self._rules = max_samples, max_tokens, rules
         self._counts_tokens = max_tokens is not None or (schedule is not None and schedule.unit == "tokens")
         self._control: BatchControl | None = None
         self._schedulers: SchedulersBySamples | None = None
         self._state: BatchSizeState | None = None
-        self._noise = NoiseScale(half_life_steps=rules.half_life_steps)
+        self._noise = NoiseScale(half_life_steps=rules.half_life_steps / rules.measure_every_n_steps)
         self._times = StepTimes()
         self._measured_on = ""
         self._micro_batch_size: int | None = None
+        self._token_budget: int | None = None
         self._short_steps = 0
         self._samples = self._tokens = 0
         self._seconds, self._begun = 0.0, 0.0
@@ -174,6 +187,8 @@ class AdaptiveBatchSize(Callback):
         strategy: Any = trainer.strategy
         control = self._control = strategy.control_batches()
         self._check_optimizer(trainer.optimizers[0])
+        if control.budget is not None:
+            self._start_with_tokens(control, strategy.root_device)
         if self._state is None:
             first = control.global_batch_size
             if self._schedule is not None:
@@ -182,8 +197,12 @@ class AdaptiveBatchSize(Callback):
         on = f"{strategy.layout} on {device_name(strategy.root_device)}"
         if on != self._measured_on:
             self._times, self._measured_on, self._micro_batch_size = StepTimes(), on, None
-        if self._memory is not None and self._micro_batch_size is None:
-            self._find_micro_batch(control, strategy.root_device)
+        if self._memory is not None and self._micro_batch_size is None and control.budget is None:
+            batches = self._possible_batches(control, self._state.batch_size)
+            self._micro_batch_size = find_samples(control, self._memory, strategy.root_device, batches)
+        if self._max_micro_batch_size is not None and control.budget is None:
+            found = self._micro_batch_size or control.first.micro_batch_size
+            self._micro_batch_size = min(found, self._max_micro_batch_size)
         control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
         self._schedulers = SchedulersBySamples(trainer, self._state.first_batch_size)
         if self._statistics is not None:
@@ -200,24 +219,28 @@ class AdaptiveBatchSize(Callback):
         if self._rule == "auto":
             self._rule = "adascale" if isinstance(optimizer, SGD) and self._statistics is not None else "sqrt"
 
-    def _find_micro_batch(self, control: BatchControl, device: torch.device) -> None:
-        state = self._present
-        budget = None if isinstance(self._memory, str) else self._memory
-        if isinstance(budget, float):
-            budget = share_of_memory(device, budget)
-        limit = self._max_batch_size or control.epoch_samples or LADDER * state.batch_size
-        batches = [state.batch_size]
+    def _start_with_tokens(self, control: BatchControl, device: torch.device) -> None:
+        for name, value in (("statistics", self._statistics), ("schedule", self._schedule)):
+            if value is not None:
+                raise PartitionError(
+                    f"`{name}` must be None with batches of a token budget, whose numbers of samples and tokens differ "
+                    f"from part to part. Got {value!r}. Only `memory` adapts them."
+                )
+        if self._token_budget is None and self._memory is not None:
+            self._token_budget = find_tokens(control, self._memory, device, self._max_batch_size)
+        budget = min(self._token_budget or control.first.batch_size, self._max_micro_batch_size or sys.maxsize)
+        if budget != control.first.batch_size:
+            self._token_budget = budget
+            control.change_budget(budget)
+
+    def _possible_batches(self, control: BatchControl, first: int) -> list[int]:
+        limit = self._max_batch_size or control.epoch_samples or LADDER * first
+        batches = [first]
         if self._schedule is not None:
             batches += self._schedule.points.values()
         while self._statistics is not None and batches[-1] * self._rules.factor <= limit:
             batches.append(batches[-1] * self._rules.factor)
-        sizes = micro_batch_sizes(batches, control.limits(limit, 1))
-        found = control.find_micro_batch(sizes, budget)
-        self._micro_batch_size = found.size
-        rank_zero_info(
-            f"AdaptiveBatchSize: micro-batches of up to {found.size} samples fit; rank {found.limited_by} has no "
-            f"memory for more. Peak on rank 0: {found.measured_bytes / 2**20:.0f} MiB."
-        )
+        return batches
 
     def _division(self, control: BatchControl, batch_size: int) -> BatchDivision | None:
         first = control.first
@@ -232,9 +255,10 @@ class AdaptiveBatchSize(Callback):
 
     def _refuse(self, control: BatchControl, state: BatchSizeState) -> BatchDivision:
         fixed = "" if control.can_rebatch else f" in batches of {control.first.batch_size}, which cannot be changed"
+        unit = "samples" if control.budget is None else "tokens"
         parts = ", and of at least two parts, whose gradients `statistics` compares" if self._statistics else ""
         raise PartitionError(
-            f"A global batch of {state.batch_size} samples must be made of equal batches of {control.replicas} "
+            f"A global batch of {state.batch_size} {unit} must be made of equal batches of {control.replicas} "
             f"replicas{fixed}{parts}. Choose another `batch_size`, `accumulate_grad_batches` or `layout`."
         )
 
@@ -251,6 +275,7 @@ class AdaptiveBatchSize(Callback):
         control, state = self._batches, self._present
         if batch_idx == 0 and self._statistics is not None:
             control.measure_noise()  # weights may have been unfrozen
+        control.measures = state.steps % self._rules.measure_every_n_steps == 0
         if control.before_batch(batch_idx):
             self._forget_step()
         if self._schedulers is not None:
@@ -262,7 +287,7 @@ class AdaptiveBatchSize(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         noise = self._batches.noise
-        if noise is not None and noise.last:
+        if noise is not None and noise.measures and noise.last:
             self._noise = self._noise.updated(*estimate(noise.last, noise.batch_size))
             self._scale_learning_rates()
 
@@ -311,7 +336,13 @@ class AdaptiveBatchSize(Callback):
         micro = control.division.micro_batch_size
         if self._short_steps < 2 or micro < 2:
             return
-        self._short_steps, self._micro_batch_size = 0, micro // 2
+        self._short_steps = 0
+        if control.budget is not None:
+            self._token_budget = micro // 2
+            rank_zero_warn("AdaptiveBatchSize: memory was short in two steps, so batches are halved in the next epoch.")
+            control.change_budget_later(self._token_budget)
+            return
+        self._micro_batch_size = micro // 2
         division = self._division(control, self.batch_size)
         if division is not None:
             rank_zero_warn(
@@ -364,6 +395,11 @@ class AdaptiveBatchSize(Callback):
     # ---- end, and checkpoints
 
     @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._control is not None and is_out_of_memory(exception):
+            warn_of_memory(self._control, trainer.global_rank)
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._schedulers is not None:
             self._schedulers.release()
@@ -381,6 +417,7 @@ class AdaptiveBatchSize(Callback):
             "times": asdict(self._times),
             "measured_on": self._measured_on,
             "micro_batch_size": self._micro_batch_size,
+            "token_budget": self._token_budget,
             "events": list(self.events),
         }
 
@@ -393,4 +430,5 @@ class AdaptiveBatchSize(Callback):
         self._noise = NoiseScale(**state_dict["noise"])
         self._times, self._measured_on = StepTimes(**state_dict["times"]), state_dict["measured_on"]
         self._micro_batch_size = state_dict["micro_batch_size"]
+        self._token_budget = state_dict.get("token_budget")
         self.events = list(state_dict["events"])

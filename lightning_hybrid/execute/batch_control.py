@@ -17,6 +17,7 @@ from lightning_hybrid.execute.gradient_noise import GradientNoise
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
 from lightning_hybrid.execute.probing.probe import MemoryProbe, ProbeResult
 from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.execute.token_budget import TokenBudget
 from lightning_hybrid.observe.memory import allocation_retries
 from lightning_hybrid.plan.stages import choose_microbatches, divides_into
 from lightning_hybrid.spec.errors import PartitionError
@@ -39,6 +40,9 @@ class BatchControl:
         self._trainer, self._runner, self._steps = trainer, runner, steps
         self._loader = training_loaders(trainer).flattened[0]
         self._flow = self._find_flow()
+        self.budget = TokenBudget.of(trainer, runner, self._loader)
+        """Where the loader's batches have a budget of tokens; then sizes are in tokens, not in samples."""
+        self._next_budget: int | None = None
         self._accumulate = trainer.accumulate_grad_batches
         self._microbatches = runner.microbatches
         self.division = self.first = self._present()
@@ -46,6 +50,8 @@ class BatchControl:
         self._due, self._waits = True, False
         self._retries = allocation_retries(runner.device) or 0
         self.noise: GradientNoise | None = None
+        self.measures = True
+        """Whether the step that comes next is measured."""
 
     def _find_flow(self) -> SampleFlow | None:
         loaders = training_loaders(self._trainer).flattened
@@ -57,6 +63,8 @@ class BatchControl:
     def _present(self) -> BatchDivision:
         sampler = getattr(self._loader, "batch_sampler", None)
         size = getattr(self._loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+        if self.budget is not None:
+            return BatchDivision(batch_size=self.budget.tokens, accumulate=self._accumulate, microbatches=1)
         if not size:
             raise PartitionError(
                 "`AdaptiveBatchSize` needs a training loader with a `batch_size`. Got a "
@@ -122,15 +130,25 @@ class BatchControl:
         """
         batch, _ = sample_batch(self._trainer.train_dataloader, training=True)
         parts = self.limits(1, 1).max_microbatches
-        probe = MemoryProbe(
+        return self._probe(batch, parts, budget_bytes).find(sizes)
+
+    def _probe(self, batch: Any, microbatches: int, budget_bytes: int | None) -> MemoryProbe:
+        return MemoryProbe(
             self._runner,
             self._trainer.optimizers,
             batch,
-            microbatches=parts,
+            microbatches=microbatches,
             accumulates=True,
             budget_bytes=budget_bytes,
         )
-        return probe.find(sizes)
+
+    def find_token_budget(self, limit: int, budget_bytes: int | None) -> int:
+        """The largest token budget of a replica's batch, up to `limit`, that fits into the memory of all ranks.
+
+        Collective.
+        """
+        assert self.budget is not None
+        return self.budget.find(limit, lambda batch, parts: self._probe(batch, parts, budget_bytes))
 
     def memory_is_short(self) -> bool:
         """Whether, since the last call, an allocation on any rank had to be tried again. Collective."""
@@ -143,6 +161,17 @@ class BatchControl:
         return bool(short)
 
     # ---- changes
+
+    def change_budget(self, tokens: int) -> None:
+        """The batches of the epoch that is about to begin have so many tokens. Called between two epochs."""
+        assert self.budget is not None
+        self._next_budget = None
+        self.budget.change(tokens)
+        self.division = self.first = self._present()
+
+    def change_budget_later(self, tokens: int) -> None:
+        """From the next epoch on."""
+        self._next_budget = tokens
 
     def change(self, division: BatchDivision) -> None:
         """The next step of the optimizer is made of such batches. Called between two steps, on all ranks alike.
@@ -169,6 +198,12 @@ class BatchControl:
         if flow is not self._flow and flow is not None:
             flow.rebatch_next(self.division.batch_size)
         self._flow = flow
+        if self.budget is not None:
+            before = self.budget.tokens
+            self._loader = training_loaders(self._trainer).flattened[0]
+            self.budget = TokenBudget.of(self._trainer, self._runner, self._loader)
+            if self.budget is not None and (self._next_budget or before) != self.budget.tokens:
+                self.change_budget(self._next_budget or before)
 
     def before_batch(self, number: int) -> bool:
         """Training batch `number` of the epoch is about to run.
@@ -185,7 +220,8 @@ class BatchControl:
             self._due, self._left = False, 0
             self._running = self.division
             if self._runner.mesh.layout.pp > 1:
-                self._runner.microbatches = self.division.microbatches
+                budget = self.budget
+                self._runner.microbatches = self.division.microbatches if budget is None else budget.microbatches
         begins = self._left == 0
         if begins:
             rest = self._trainer.num_training_batches - number
@@ -194,6 +230,7 @@ class BatchControl:
             if self.noise is not None:
                 self.noise.accumulate = self._left
                 self.noise.forget()
+                self.noise.measures = self.measures
         self._left -= 1
         return begins
 
@@ -245,45 +282,3 @@ class BatchControl:
         self._runner.microbatches = self._microbatches
         self._steps.learning_rate_factor = 1.0
         self.stop_measuring()
-
-
-class SchedulersBySamples:
-    """Learning-rate schedulers of interval `"step"` advance by samples: as often as steps of the first size would.
-
-    Args:
-        trainer: The trainer.
-        first_batch_size: The global batch size whose step is one step of a scheduler.
-    """
-
-    def __init__(self, trainer: pl.Trainer, first_batch_size: int) -> None:
-        self._trainer, self._first_size = trainer, first_batch_size
-        self._samples = self._next = 0
-        self._frequencies: dict[int, int] = {}
-        for config in trainer.lr_scheduler_configs:
-            if config.interval == "step" and not config.reduce_on_plateau:
-                # Lightning counts batches for it, whose size changes; here it divides the samples
-                self._frequencies[id(config.scheduler)] = config.frequency
-                config.frequency = 1
-        self._module: Any = trainer.lightning_module
-        self._original = self._module.lr_scheduler_step
-        if self._frequencies:
-            self._module.__dict__["lr_scheduler_step"] = self._step
-
-    def before_step(self, samples: int, batch_size: int) -> None:
-        """A step of the optimizer comes: `samples` are the batch sizes of all steps before it, added up."""
-        self._samples, self._next = samples, samples + batch_size
-
-    def _step(self, scheduler: Any, metric: Any) -> None:
-        frequency = self._frequencies.get(id(scheduler))
-        times = 1
-        if frequency is not None:
-            each = self._first_size * frequency
-            times = self._next // each - self._samples // each
-        for _ in range(times):
-            self._original(scheduler, metric)
-
-    def release(self) -> None:
-        """Lightning advances them again."""
-        self._module.__dict__.pop("lr_scheduler_step", None)
-        for config in self._trainer.lr_scheduler_configs:
-            config.frequency = self._frequencies.get(id(config.scheduler), config.frequency)

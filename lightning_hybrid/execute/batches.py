@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -232,14 +232,26 @@ def _first_of_data_loader(loader: DataLoader) -> Any:
             batched = loader.batch_sampler is not None
             sampler: Any = loader.batch_sampler if batched else loader.sampler
             keys: Any = next(iter(sampler), _NONE)
-            fetch = getattr(loader.dataset, "__getitems__", None)
-            if keys is _NONE:
-                samples = _NONE
-            elif not batched:
-                samples = loader.dataset[keys]
-            else:
-                samples = fetch(keys) if fetch is not None else [loader.dataset[i] for i in keys]
+            if keys is not _NONE:
+                return _collated(loader, keys, batched)
+            samples = _NONE
     return _NONE if samples is _NONE else (loader.collate_fn or default_convert)(samples)
+
+
+def batch_of(loader: Any, keys: Sequence[Any]) -> Any:
+    """The batch of these samples of a map-style DataLoader, without advancing anything."""
+    loader = users_loader(loader)
+    with random_streams_kept(), place_kept(loader.dataset):
+        return _collated(loader, keys, batched=True)
+
+
+def _collated(loader: DataLoader, keys: Any, batched: bool) -> Any:
+    fetch = getattr(loader.dataset, "__getitems__", None)
+    if not batched:
+        samples = loader.dataset[keys]
+    else:
+        samples = fetch(keys) if fetch is not None else [loader.dataset[i] for i in keys]
+    return (loader.collate_fn or default_convert)(samples)
 
 
 @contextmanager

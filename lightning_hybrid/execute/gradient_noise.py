@@ -6,13 +6,14 @@ part's gradient to the hooks of a weight, under `fsdp` to those of the gathered 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hybrid._torch_private import norms_of
 from lightning_hybrid.adapt.gradient_noise import PartNorms
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.partition.partition import Partition
@@ -40,6 +41,8 @@ class GradientNoise:
         self._handles: dict[int, RemovableHandle] = {}
         self._sizes: list[tuple[int, int]] = []
         self._even = True
+        self.measures = True
+        """Whether the present step is measured."""
         self.accumulate = 1
         """Batches that a complete step has."""
         self.last: list[PartNorms] = []
@@ -59,7 +62,7 @@ class GradientNoise:
                 continue
             if id(parameter) not in self._handles:
                 kind = self._norms[partition.expert_plan_of(name) is not None]
-                self._handles[id(parameter)] = parameter.register_hook(_noted_in(kind))
+                self._handles[id(parameter)] = parameter.register_hook(self._noted_in(kind))
 
     def remove(self) -> None:
         """Takes the hooks away."""
@@ -68,6 +71,16 @@ class GradientNoise:
         self._handles.clear()
         self.forget()
 
+    def _noted_in(self, norms: list[Tensor]) -> Callable[[Tensor], None]:
+        def note(gradient: Tensor) -> None:
+            if not self.measures:
+                return
+            gradient = local(gradient)
+            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+            norms.append(norms_of([values.detach()])[0])
+
+        return note
+
     def saw_batch(self, samples: int, parts: int, even: bool) -> None:
         """A batch of this replica was run in `parts` parts; `even`: all replicas have equally many samples."""
         self._sizes.append((samples, parts))
@@ -75,18 +88,21 @@ class GradientNoise:
 
     # ---- before the optimizer's step
 
-    def local_numbers(self, optimizer: Any) -> Tensor:
+    def local_numbers(self, optimizer: Any, norms: Mapping[int, Tensor]) -> Tensor:
         """This rank's share of the squared norms, of shape `(numbers,)`, to be summed over all ranks.
 
         Sums over parts and of the whole, outside of experts and of experts; and whether this rank's parts are alike.
+
+        Args:
+            optimizer: The optimizer.
+            norms: Of its gradients, by the `id` of the parameter.
         """
         found = torch.zeros(self.numbers, dtype=torch.float64, device=self._device)
-        for i, norms in enumerate(self._norms):
-            if norms:
-                found[2 * i] = torch.stack(norms).double().square().sum()
-        for i, squares in enumerate(self._whole()):
-            if squares:
-                found[2 * i + 1] = torch.stack(squares).double().square().sum()
+        for i, (parts, whole) in enumerate(zip(self._norms, self._whole(norms), strict=True)):
+            if parts:
+                found[2 * i] = torch.stack(parts).double().square().sum()
+            if whole:
+                found[2 * i + 1] = torch.stack(whole).double().square().sum()
         if self._scaler is not None:  # the parts' gradients are of the scaled loss
             scale = self._scaler.get_scale() ** 2
             found[0::2] /= scale
@@ -95,14 +111,14 @@ class GradientNoise:
         found[4] = float(self._even and len(self._sizes) == self.accumulate and len(set(self._sizes)) == 1)
         return found
 
-    def _whole(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _whole(self, norms: Mapping[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         partition = self._partition
         found: tuple[list[Tensor], list[Tensor]] = [], []
         for name, parameter in partition.parameters.held().items():
-            gradient = parameter.grad
-            if gradient is None or name in partition.shared_groups or not writes(partition, name):
+            norm = norms.get(id(parameter))
+            if norm is None or name in partition.shared_groups or not writes(partition, name):
                 continue
-            found[partition.expert_plan_of(name) is not None].append(_norm(local(gradient)))
+            found[partition.expert_plan_of(name) is not None].append(norm)
         return found
 
     def take(self, numbers: list[float], ranks: int) -> None:
@@ -125,16 +141,3 @@ class GradientNoise:
         for norms in self._norms:
             norms.clear()
         self._sizes, self._even = [], True
-
-
-def _noted_in(norms: list[Tensor]) -> Callable[[Tensor], None]:
-    def note(gradient: Tensor) -> None:
-        norms.append(_norm(local(gradient)))
-
-    return note
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    half = values.dtype in (torch.float16, torch.bfloat16)
-    return torch.linalg.vector_norm(values.detach(), dtype=torch.float32 if half else None)

@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_hybrid._torch_private import norms_of
 from lightning_hybrid.execute.gradient_noise import GradientNoise
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.execute.ranks.preemption import Preemption
@@ -91,12 +92,13 @@ class Guard:
             SkipStep: Instead, with `"skip"`; the optimizer's gradients are gone then.
         """
         loss, self._loss = self._loss, None
-        gradients = _gradients(optimizer)
-        total = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        total = total.to(self._device, torch.float32)
+        norms = gradient_norms_of(optimizer)
+        total = torch.zeros((), device=self._device)
+        if norms:
+            total = torch.linalg.vector_norm(torch.stack([n.to(self._device) for n in norms.values()]))
         if loss is not None:
             total = total + loss
-        if not self._any_rank_suspects(~torch.isfinite(total), optimizer):
+        if not self._any_rank_suspects(~torch.isfinite(total), optimizer, norms):
             return
         findings = self._look_closer(optimizer, loss)
         if not findings:  # a norm of finite gradients has overflowed
@@ -116,17 +118,19 @@ class Guard:
 
     def measure_noise(self, noise: GradientNoise, optimizer: Optimizer) -> None:
         """For steps that are not checked, since a loss scaler does. Collective over all ranks."""
-        numbers = noise.local_numbers(optimizer)
+        if not noise.measures:
+            return
+        numbers = noise.local_numbers(optimizer, gradient_norms_of(optimizer))
         dist.all_reduce(numbers)
         noise.take(numbers.tolist(), dist.get_world_size())
 
-    def _any_rank_suspects(self, suspect: Tensor, optimizer: Optimizer) -> bool:
-        ranks, noise = dist.get_world_size(), self.noise
+    def _any_rank_suspects(self, suspect: Tensor, optimizer: Optimizer, norms: Mapping[int, Tensor]) -> bool:
+        ranks, noise = dist.get_world_size(), self.noise if self.noise is not None and self.noise.measures else None
         if ranks == 1 and noise is None:
             return bool(suspect)
         told = torch.stack([suspect, torch.tensor(self._preemption.requested, device=self._device)]).float()
         if noise is not None:
-            told = torch.cat([told.double(), noise.local_numbers(optimizer)])
+            told = torch.cat([told.double(), noise.local_numbers(optimizer, norms)])
         if ranks > 1:
             dist.all_reduce(told)
         suspects, requests, *numbers = told.tolist()
@@ -155,11 +159,13 @@ class Guard:
         return [f for f in findings if f is not None]
 
 
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [
-        g.coalesce().values() if g.is_sparse else g
-        for g in (local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-    ]
+def gradient_norms_of(optimizer: Optimizer) -> dict[int, Tensor]:
+    """The norms of this rank's gradients, by the `id` of the parameter."""
+    gradients = {
+        id(p): local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    }
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients.values()]
+    return dict(zip(gradients, norms_of(values), strict=True))
 
 
 def _not_finite(gradient: Tensor) -> str | None:

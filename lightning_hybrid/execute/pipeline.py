@@ -18,6 +18,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from lightning_hybrid._torch_private import checkpoints_not_reentrant
 from lightning_hybrid.analyze.trace import CrossingValue, Trace, trace_step
 from lightning_hybrid.execute.batches import batch_size, count_samples, signature, split_batch
+from lightning_hybrid.execute.data.dealing import Tokens
 from lightning_hybrid.execute.random_streams import RandomStreams
 from lightning_hybrid.execute.records.logs import LogRecorder
 from lightning_hybrid.execute.records.metrics import Metrics
@@ -92,7 +93,12 @@ class Pipeline:
     # ---- training
 
     def train(
-        self, args: tuple, scale: float | Tensor, requested: int | str, common: int | None = None
+        self,
+        args: tuple,
+        scale: float | Tensor,
+        requested: int | str,
+        common: int | None = None,
+        tokens: Tokens | None = None,
     ) -> tuple[Tensor | None, LogRecorder, dict[str, Any]]:
         """Runs `training_step` forward and backward; gradients are added to `.grad`.
 
@@ -102,6 +108,7 @@ class Pipeline:
             requested: Microbatches, or `"auto"`.
             common: The largest number into which the batches of all replicas can be split, if it is not this batch's
                 size: replicas that share weights must run equally many microbatches.
+            tokens: Where microbatches are weighed by tokens.
 
         Returns:
             The mean loss where this rank holds the last stage, else None; what was logged; and there, what
@@ -115,6 +122,8 @@ class Pipeline:
         recorder = LogRecorder(self.root)
         samples = [count_samples(p) for p in parts]
         self._step = _Step("training_step", [(p, *args[1:]) for p in parts], samples, recorder, scale / count)
+        if tokens is not None:
+            self._step.weights = tokens.weights(count)
         losses: list[Tensor] = []
         first = [torch.zeros(count)] if 0 in self.local else []
         try:
@@ -152,6 +161,8 @@ class Pipeline:
             return out
         step.extras[index] = extras(out)
         loss = self._loss(out, step)
+        if step.weights:
+            loss = loss * step.weights[index]
         step.losses.append(loss.detach())
         return loss
 
@@ -277,10 +288,12 @@ class _Step:
     """By microbatch."""
     recorder: LogRecorder = None  # type: ignore[assignment]
     scale: float | Tensor = 1.0
+    weights: list[float] = field(default_factory=list)
+    """On the losses of microbatches; none: they are equal."""
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What the step returned beside the loss, by microbatch."""
     losses: list[Tensor] = field(default_factory=list)
-    """Of the microbatches, as the user's step returned them."""
+    """Of the microbatches, as the user's step returned them, weighed."""
 
 
 def _nothing_left() -> Callable[[], None]:

@@ -69,6 +69,7 @@ class Runner:
         self.gradients_are_seen = False
         """Whether a hook of the user, on any rank, sees the gradients of every accumulated batch."""
         self.uneven: Uneven | None = None
+        self._share = 1.0
         self.absent = False
         layout = partition.plan.layout
         self.metrics = Metrics(root, self.mesh, device)
@@ -135,16 +136,21 @@ class Runner:
 
     # ---- the batch
 
-    def take_batch(self, uneven: Uneven | None) -> None:
-        """What is said of the next step's batch: None if every replica has equally many samples."""
-        self.uneven = uneven
+    def take_batch(self, uneven: Uneven | None, share: float = 1.0) -> None:
+        """What is said of the next step's batch.
+
+        Args:
+            uneven: None if every replica has equally many samples.
+            share: The factor on its loss among those of accumulated batches.
+        """
+        self.uneven, self._share = uneven, share
         self.absent = uneven is not None and uneven.absent(self.mesh.replica)
         self.partition.absent = self.metrics.absent = self.hook_logs.absent = self.absent
 
     @property
     def factor(self) -> float:
         """The factor on this replica's loss with which the mean over replicas is that over the global batch."""
-        return 1.0 if self.uneven is None else self.uneven.factor(self.mesh.replica)
+        return 1.0 if self.uneven is None else self.uneven.factor(self.mesh.replica) * self._share
 
     # ---- training
 
@@ -188,7 +194,8 @@ class Runner:
         if scaler is not None:  # Lightning scales a loss whose gradients the schedule has computed already
             scale = scaler.scale(torch.tensor(scale, device=self.device))
         common = None if self.uneven is None else self.uneven.common_divisor
-        loss, recorder, extras = pipeline.train(args, scale * self.factor, self.microbatches, common)
+        tokens = None if self.uneven is None else self.uneven.tokens
+        loss, recorder, extras = pipeline.train(args, scale * self.factor, self.microbatches, common, tokens)
         self._note_parts(args[0], pipeline.parts)
         aside.keep()
         mean_loss, extras = self._log("training_step", recorder, loss, extras)

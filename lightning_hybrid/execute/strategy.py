@@ -251,7 +251,8 @@ class HybridStrategy(ConnectedStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.runner.take_batch(self.data.uneven())
+        uneven = self.data.uneven()
+        self.runner.take_batch(uneven, self.data.share_in_step(uneven))
         with self._during("training_step"):
             return self.runner.training_step(*args, **kwargs)
 

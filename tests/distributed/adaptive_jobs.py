@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as L
 import torch
@@ -16,10 +19,11 @@ from lightning_hybrid.adapt.division import BatchDivision
 from lightning_hybrid.adapt.gradient_noise import PartNorms, estimate
 from lightning_hybrid.callbacks import AdaptiveBatchSize, BatchSizeSchedule
 from lightning_hybrid.execute import batch_control
+from lightning_hybrid.execute.ranks.failures import RankFailed
 from tests.distributed.expert_jobs import Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 
-NEVER = DecisionRules(every_n_steps=10**9)
+NEVER = DecisionRules(every_n_steps=10**9, measure_every_n_steps=1)
 MODULES = {"Classifier": Classifier, "Mixture": Mixture}
 
 
@@ -306,7 +310,9 @@ def adapt(
     quiet()
     L.seed_everything(7, verbose=False)
     module = Noisy(optimizer, fits)
-    decisions = DecisionRules(**{"every_n_steps": 4, "half_life_steps": 10.0, **(rules or {})})
+    decisions = DecisionRules(
+        **{"every_n_steps": 4, "measure_every_n_steps": 1, "half_life_steps": 10.0, **(rules or {})}
+    )
     adaptive = AdaptiveBatchSize(rules=decisions, **{"learning_rate": "sqrt", **(options or {})})
     course = Course(adaptive, module)
     callbacks: list[L.Callback] = [adaptive, course]
@@ -333,6 +339,15 @@ def adapt(
         "samples": adaptive._present.samples,
         "logged": {k: float(v) for k, v in trainer.callback_metrics.items()},
     }
+
+
+def advice(layout: str, **options: Any) -> str:
+    """What a run that ends without memory warns of."""
+    ends = contextlib.suppress(torch.OutOfMemoryError, RankFailed)
+    with mock.patch(f"{__name__}.quiet"), warnings.catch_warnings(record=True) as caught, ends:
+        warnings.simplefilter("always")
+        adapt(layout, **options)
+    return "\n".join(str(w.message) for w in caught)
 
 
 class Unsized(IterableDataset):

@@ -296,3 +296,16 @@ def test_memory_that_is_short_twice_halves_the_micro_batch(
 def test_share_of_memory_is_for_accelerators(ranks2: RankGroup) -> None:
     with pytest.raises(RankError, match="`memory=0.5` is a share of an accelerator's memory"):
         ranks2.call(jobs.adapt, "dp2", samples=320, options={"memory": 0.5})
+
+
+def test_run_without_memory_says_how_it_goes_on(ranks2: RankGroup) -> None:
+    """As it says, with half of the micro-batch: the same global batch, trained to the same weights."""
+    options: dict[str, Any] = {"rules": {"every_n_steps": 10**9}, "fits": {0: 16, 1: 16}, "batch": 64}
+    advice = "".join(ranks2.call(jobs.advice, "dp2", samples=320, **options))
+    assert "ran out of memory with micro-batches of 32 samples" in advice
+    assert "`max_micro_batch_size=16`" in advice
+    found = ranks2.call(jobs.adapt, "dp2", samples=320, options={"max_micro_batch_size": 16}, **options)[0]
+    assert found["division"] == (16, 2, 1)
+    expected = jobs.replayed([], 320, first=64)
+    for name, value in found["weights"].items():
+        torch.testing.assert_close(value, expected["weights"][name], rtol=1e-4, atol=1e-5, msg=name)

@@ -1,5 +1,7 @@
 """How an epoch's samples are dealt to the replicas: arithmetic alone, the same on every rank.
 
+Where batches say how many tokens their samples have, gradients are weighed by tokens (see `Tokens`).
+
 With R replicas, sample i of the order in which one process would read goes to replica i mod R, and R x b consecutive
 samples are a global batch, where b is the loader's `batch_size`. All replicas make equally many steps. If the samples
 do not fill the last global batch, some replicas have one fewer in it; a replica that has none left runs a sample once
@@ -16,17 +18,46 @@ from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The tokens of a global batch, of which a step's loss is the mean.
+
+    A batch sampler whose batches have an attribute `lengths`, tokens of each sample, asks for this.
+    """
+
+    counts: tuple[int, ...]
+    """By replica; 0 for one whose batch does not count."""
+    own: tuple[int, ...]
+    """Of each sample that this replica runs."""
+    number: int
+    """Which of the pass's global batches it is, from 0."""
+    totals: tuple[int, ...]
+    """Of every global batch of the pass."""
+
+    def share(self, batches: int, total: int) -> float:
+        """The factor on a batch's gradient among `batches` accumulated ones of `total` tokens, whose mean is taken."""
+        return sum(self.counts) * batches / total
+
+    def weights(self, parts: int) -> list[float]:
+        """The factors on the losses of equally many samples each, so that their mean is the mean over tokens."""
+        size, total = len(self.own) // parts, sum(self.own)
+        return [sum(self.own[i * size : (i + 1) * size]) * parts / total for i in range(parts)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Uneven:
-    """A global batch of which the replicas have different numbers of samples."""
+    """A global batch of which the replicas have different numbers of samples, or that is weighed by tokens."""
 
     counts: tuple[int, ...]
     """Samples that count, by replica."""
     sizes: tuple[int, ...]
     """Samples that are run, by replica: at least one."""
+    tokens: Tokens | None = None
+    """Where gradients are weighed by tokens."""
 
     def factor(self, replica: int) -> float:
         """The factor on a replica's mean loss, so that the mean over replicas is the mean over the global batch."""
-        return self.counts[replica] * len(self.counts) / sum(self.counts)
+        counts = self.counts if self.tokens is None else self.tokens.counts
+        return counts[replica] * len(counts) / sum(counts)
 
     def absent(self, replica: int) -> bool:
         """Whether what the replica runs counts for nothing."""
@@ -98,7 +129,8 @@ def deal_samples(
 def deal_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, *, first: int = 0) -> Iterator[Share]:
     """Deals whole batches: number k goes to replica k mod `replicas`.
 
-    A replica for which there is none in the last step runs that of replica 0 again, which does not count.
+    A replica for which there is none in the last step runs that of replica 0 again, which does not count. Batches in a
+    list, each with an attribute `lengths`, are weighed by tokens.
 
     Args:
         batches: Keys of the samples of each batch.
@@ -106,7 +138,8 @@ def deal_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, 
         replicas: How many there are.
         first: Batches at the beginning that have been used already.
     """
-    batches, position = iter(batches), 0
+    totals = _tokens_of_steps(batches, replicas, first)
+    batches, position, number = iter(batches), 0, 0
     for batch in islice(batches, first):
         position += len(batch)
     while group := list(islice(batches, replicas)):
@@ -118,7 +151,20 @@ def deal_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, 
         sizes = tuple(c if r < len(group) else len(group[0]) for r, c in enumerate(counts))
         uneven = Uneven(counts=counts, sizes=sizes) if len(set(counts)) > 1 else None
         own = replica if replica < len(group) else 0
+        if totals:
+            lengths = [tuple(batch.lengths) for batch in group]  # type: ignore[attr-defined] -- see `_tokens_of_steps`
+            tokens = tuple(sum(lengths[r]) if r < len(group) else 0 for r in range(replicas))
+            of_step = Tokens(counts=tokens, own=lengths[own], number=number, totals=totals)
+            uneven = Uneven(counts=counts, sizes=sizes, tokens=of_step)
+        number += 1
         yield Share(list(group[own]), list(range(starts[own], starts[own + 1])), uneven)
+
+
+def _tokens_of_steps(batches: Iterable[Sequence[Any]], replicas: int, first: int) -> tuple[int, ...]:
+    if not isinstance(batches, list) or not all(hasattr(batch, "lengths") for batch in batches):
+        return ()
+    tokens = [sum(batch.lengths) for batch in batches[first:]]
+    return tuple(sum(tokens[i : i + replicas]) for i in range(0, len(tokens), replicas))
 
 
 def steps_of_samples(count: int, batch_size: int, replicas: int, *, drop_last: bool = False) -> int:

@@ -24,6 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_hybrid._lightning_private import (
     IndexBatches,
+    batches_left_in_window,
     behind_index_batches,
     hands_out_its_iterator,
     loaders_of_running_batch,
@@ -66,6 +67,7 @@ class ReplicaData:
         self._handed_out: deque[Uneven | None] = deque(maxlen=16)
         """Of all loaders."""
         self._any_uneven = False
+        self._left_in_step = self._tokens_in_step = 0
 
     # ---- loaders
 
@@ -147,8 +149,8 @@ class ReplicaData:
             if hands_out_its_iterator(self._trainer):
                 raise PartitionError(
                     "The step takes an iterator (`dataloader_iter`), so a batch of which the replicas have different "
-                    f"numbers of samples, {uneven.counts}, cannot be weighed. Set `drop_last=True`, or let the step "
-                    "take a batch."
+                    f"numbers of samples or tokens, {uneven.counts}, cannot be weighed. Set `drop_last=True`, or let the "
+                    "step take a batch."
                 )
 
     def uneven(self) -> Uneven | None:
@@ -162,6 +164,11 @@ class ReplicaData:
         found = [history[-1 - ahead] for history in histories if len(history) > ahead]
         if len(found) < 2 or all(u is None for u in found):
             return found[0] if found else None
+        if any(u is not None and u.tokens is not None for u in found):
+            raise PartitionError(
+                "Several training loaders are read together, and one of them has batches with `lengths`. Its tokens "
+                "cannot weigh the samples of the others. Use one loader, or batches without `lengths`."
+            )
         rank_zero_warn(
             "Several training loaders are read together, and one of them is used up within a global batch. The batch "
             "is weighed by the samples of all loaders."
@@ -174,6 +181,21 @@ class ReplicaData:
             )
         replicas = self._mesh.layout.replicas
         return dealing.added([u or dealing.even(replicas, n or 1) for u, n in zip(found, sizes, strict=True)])
+
+    def share_in_step(self, uneven: Uneven | None) -> float:
+        """The factor on the loss of the training batch that is about to run, among the batches of a step.
+
+        It is 1 where batches are not weighed by tokens: Lightning takes the mean over accumulated batches. Called for
+        every training batch.
+        """
+        if uneven is None or uneven.tokens is None:
+            return 1.0
+        tokens = uneven.tokens
+        if self._left_in_step == 0:
+            self._left_in_step = batches_left_in_window(self._trainer)
+            self._tokens_in_step = sum(tokens.totals[tokens.number : tokens.number + self._left_in_step])
+        self._left_in_step -= 1
+        return tokens.share(self._trainer.accumulate_grad_batches, self._tokens_in_step)
 
     # ---- predictions
 
