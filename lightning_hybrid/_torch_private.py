@@ -120,6 +120,9 @@ def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> No
     torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
+_foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+
+
 def norms_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The 2-norm of each tensor, those of half precision in float32; on accelerators in few kernels."""
     found: dict[int, torch.Tensor] = {}
@@ -127,7 +130,7 @@ def norms_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         kind = [i for i, t in enumerate(tensors) if (t.dtype in (torch.float16, torch.bfloat16)) == half]
         if kind:
             dtype = torch.float32 if half else None
-            found.update(zip(kind, torch._foreach_norm([tensors[i] for i in kind], dtype=dtype), strict=True))
+            found.update(zip(kind, _foreach_norm([tensors[i] for i in kind], dtype=dtype), strict=True))
     return [found[i] for i in range(len(tensors))]
 
 

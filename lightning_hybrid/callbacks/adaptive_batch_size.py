@@ -61,8 +61,8 @@ class AdaptiveBatchSize(Callback):
             microbatch, is the largest that is run at once, and the loader's token budget stays.
         statistics: `"norm"`: a batch whose gradient's noise is `rules.tolerance` of its size; `"time"`: most progress a
             second, from measured step times; None: none is measured, for a `schedule`.
-        max_micro_batch_size: What is run at once is no larger, in samples, or in tokens of a budget. After a run has ended
-            without memory, restart it from its checkpoint with half of what it ran.
+        max_micro_batch_size: What is run at once is no larger, in samples, or in tokens of a budget. Where a run has
+            ended without memory, restart it from its checkpoint with half of what it ran.
         max_batch_size: The global batch does not grow beyond, in samples. None: the samples of an epoch.
         schedule: Batch sizes that are decided beforehand; excludes `statistics`.
         learning_rate: Factor on the learning rate when the batch is k times the first one: `"sqrt"`, `"adascale"`,
@@ -107,7 +107,7 @@ class AdaptiveBatchSize(Callback):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {value}.")
-        self._memory = memory
+        self._memory: Memory | None = memory
         self._statistics: Statistics | None = statistics
         self._max_micro_batch_size, self._max_batch_size, self._schedule = (
             max_micro_batch_size,

@@ -53,8 +53,7 @@ def find_tokens(control: BatchControl, memory: Memory, device: torch.device, max
         device: This rank's.
         max_batch_size: The limit of a global batch, in tokens.
     """
-    assert control.budget is not None
-    limit = LADDER * control.budget.tokens
+    limit = LADDER * control.first.batch_size
     if max_batch_size is not None:
         limit = max_batch_size // (control.replicas * control.division.accumulate)
     tokens = control.find_token_budget(limit, budget_of(memory, device))

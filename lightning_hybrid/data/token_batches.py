@@ -18,7 +18,7 @@ class TokenBatch(list[int]):
         """Tokens of each sample."""
 
 
-class TokenBatchSampler(Sampler[list[int]]):
+class TokenBatchSampler(Sampler[TokenBatch]):
     """Batches of samples of like length that have at most `max_tokens` tokens, padding included.
 
     Samples whose length is at most L, and above the next lower bound, are a bucket, and a batch of it has
@@ -97,7 +97,7 @@ class TokenBatchSampler(Sampler[list[int]]):
             count += full
         return count + (left > 0 and not self.drop_last)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[TokenBatch]:
         generator = self.generator
         if generator is None and self.shuffle:
             generator = torch.Generator()
@@ -106,7 +106,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         left: list[int] = []
         for bound, bucket in zip(self.bounds, self._buckets, strict=True):
             order = torch.randperm(len(bucket), generator=generator).tolist() if self.shuffle else range(len(bucket))
-            # the shorter ones first, so that none waits for the last bucket
+            # what is left of shorter ones first, so that none waits for the last bucket
             waiting, size = left + [bucket[i] for i in order], self.batch_size(bound)
             whole = len(waiting) - len(waiting) % size
             batches += [waiting[i : i + size] for i in range(0, whole, size)]

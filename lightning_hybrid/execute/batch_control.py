@@ -147,8 +147,13 @@ class BatchControl:
 
         Collective.
         """
-        assert self.budget is not None
-        return self.budget.find(limit, lambda batch, parts: self._probe(batch, parts, budget_bytes))
+        return self._present_budget.find(limit, lambda batch, parts: self._probe(batch, parts, budget_bytes))
+
+    @property
+    def _present_budget(self) -> TokenBudget:
+        if self.budget is None:
+            raise RuntimeError("The training loader's batches have no budget of tokens.")
+        return self.budget
 
     def memory_is_short(self) -> bool:
         """Whether, since the last call, an allocation on any rank had to be tried again. Collective."""
@@ -164,9 +169,8 @@ class BatchControl:
 
     def change_budget(self, tokens: int) -> None:
         """The batches of the epoch that is about to begin have so many tokens. Called between two epochs."""
-        assert self.budget is not None
         self._next_budget = None
-        self.budget.change(tokens)
+        self._present_budget.change(tokens)
         self.division = self.first = self._present()
 
     def change_budget_later(self, tokens: int) -> None:

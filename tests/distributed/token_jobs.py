@@ -35,7 +35,7 @@ class Sequences(Dataset):
 
 
 def padded(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    tokens, classes = zip(*samples, strict=True)
+    tokens, classes = ([s[i] for s in samples] for i in (0, 1))
     return {
         "tokens": pad_sequence(tokens, batch_first=True),
         "classes": pad_sequence(classes, batch_first=True, padding_value=PADDING),

@@ -152,7 +152,7 @@ def deal_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, 
         uneven = Uneven(counts=counts, sizes=sizes) if len(set(counts)) > 1 else None
         own = replica if replica < len(group) else 0
         if totals:
-            lengths = [tuple(batch.lengths) for batch in group]  # type: ignore[attr-defined] -- see `_tokens_of_steps`
+            lengths = [tuple(getattr(batch, "lengths")) for batch in group]  # noqa: B009 -- see `_tokens_of_steps`
             tokens = tuple(sum(lengths[r]) if r < len(group) else 0 for r in range(replicas))
             of_step = Tokens(counts=tokens, own=lengths[own], number=number, totals=totals)
             uneven = Uneven(counts=counts, sizes=sizes, tokens=of_step)
@@ -163,7 +163,8 @@ def deal_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, 
 def _tokens_of_steps(batches: Iterable[Sequence[Any]], replicas: int, first: int) -> tuple[int, ...]:
     if not isinstance(batches, list) or not all(hasattr(batch, "lengths") for batch in batches):
         return ()
-    tokens = [sum(batch.lengths) for batch in batches[first:]]
+    weighed: list[Any] = batches[first:]
+    tokens = [sum(batch.lengths) for batch in weighed]
     return tuple(sum(tokens[i : i + replicas]) for i in range(0, len(tokens), replicas))
 
 

@@ -149,8 +149,8 @@ class ReplicaData:
             if hands_out_its_iterator(self._trainer):
                 raise PartitionError(
                     "The step takes an iterator (`dataloader_iter`), so a batch of which the replicas have different "
-                    f"numbers of samples or tokens, {uneven.counts}, cannot be weighed. Set `drop_last=True`, or let the "
-                    "step take a batch."
+                    f"numbers of samples, {uneven.counts}, or of tokens, cannot be weighed. Set `drop_last=True`, or "
+                    "let the step take a batch."
                 )
 
     def uneven(self) -> Uneven | None:
