@@ -375,6 +375,17 @@ def steps_after_batch(trainer: pl.Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
+def between_steps(trainer: pl.Trainer) -> bool:
+    """Whether no batch has been run since the optimizer's last step."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    return loop.batch_progress.current.ready == 0 or loop.batch_progress.is_last_batch or steps_after_batch(trainer)
+
+
+def load_validation_anew(trainer: pl.Trainer) -> None:
+    """The next validation sets its loaders up again."""
+    trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+
+
 def training_loaders(trainer: pl.Trainer) -> Any:
     """The training loaders of the running fit, as a `CombinedLoader`."""
     return trainer.fit_loop._combined_loader

@@ -123,7 +123,8 @@ class DecisionRules:
     half_life_steps: float = 100.0
     """Of the averages of the statistics; 10 and 30 were worse on a regression with label noise."""
     measure_every_n_steps: int = 4
-    """Steps from one measurement of the gradient's noise to the next. Every step costs up to 5 % of it on a CPU."""
+    """Steps from one measurement of the gradient's noise to the next, after the first `half_life_steps` steps, which
+    are all measured. In each step it costs up to 5 % on a CPU."""
     tolerance: float = 0.5
     """Eta^2 of the norm test: 0.5 aims at the noise scale itself."""
     min_batch_size: int = 1
@@ -142,6 +143,14 @@ class DecisionRules:
             raise ValueError(f"`half_life_steps` must be above 0. Got {self.half_life_steps}.")
         if not 0 < self.tolerance < 1:
             raise ValueError(f"`tolerance` must be between 0 and 1. Got {self.tolerance}.")
+
+    def steps_between(self, step: int) -> int:
+        """From one measurement to the next, at optimizer step `step`."""
+        return 1 if step < self.half_life_steps else self.measure_every_n_steps
+
+    def measures(self, step: int) -> bool:
+        """Whether the gradient's noise is measured in optimizer step `step`, from 0."""
+        return step % self.steps_between(step) == 0
 
 
 @dataclass(frozen=True, kw_only=True)

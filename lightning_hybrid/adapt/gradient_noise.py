@@ -61,7 +61,7 @@ class NoiseScale:
     """Exponential moving averages of S and of G^2; never of their quotient, whose mean is biased."""
 
     half_life_steps: float = 100.0
-    """After so many estimates one counts half."""
+    """After so many steps an estimate counts half."""
     noise_sum: float = 0.0
     """Of S, weighted; divided by `weight` it is the average."""
     signal_sum: float = 0.0
@@ -73,11 +73,11 @@ class NoiseScale:
         if not self.half_life_steps > 0:
             raise ValueError(f"`half_life_steps` must be above 0. Got {self.half_life_steps}.")
 
-    def updated(self, noise: float, signal: float) -> NoiseScale:
-        """After one more step's estimates; one that is not finite is left out."""
+    def updated(self, noise: float, signal: float, steps: int = 1) -> NoiseScale:
+        """After one more step's estimates, `steps` after the last ones; one that is not finite is left out."""
         if not (math.isfinite(noise) and math.isfinite(signal)):
             return self
-        keep = 0.5 ** (1 / self.half_life_steps)
+        keep = 0.5 ** (steps / self.half_life_steps)
         return replace(
             self,
             noise_sum=keep * self.noise_sum + (1 - keep) * noise,

@@ -120,7 +120,7 @@ class AdaptiveBatchSize(Callback):
         self._control: BatchControl | None = None
         self._schedulers: SchedulersBySamples | None = None
         self._state: BatchSizeState | None = None
-        self._noise = NoiseScale(half_life_steps=rules.half_life_steps / rules.measure_every_n_steps)
+        self._noise = NoiseScale(half_life_steps=rules.half_life_steps)
         self._times = StepTimes()
         self._measured_on = ""
         self._micro_batch_size: int | None = None
@@ -275,7 +275,7 @@ class AdaptiveBatchSize(Callback):
         control, state = self._batches, self._present
         if batch_idx == 0 and self._statistics is not None:
             control.measure_noise()  # weights may have been unfrozen
-        control.measures = state.steps % self._rules.measure_every_n_steps == 0
+        control.measures = self._rules.measures(state.steps)
         if control.before_batch(batch_idx):
             self._forget_step()
         if self._schedulers is not None:
@@ -288,7 +288,8 @@ class AdaptiveBatchSize(Callback):
     ) -> None:
         noise = self._batches.noise
         if noise is not None and noise.measures and noise.last:
-            self._noise = self._noise.updated(*estimate(noise.last, noise.batch_size))
+            found = estimate(noise.last, noise.batch_size)
+            self._noise = self._noise.updated(*found, self._rules.steps_between(self._present.steps))
             self._scale_learning_rates()
 
     def _scale_learning_rates(self) -> None:

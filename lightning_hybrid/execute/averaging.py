@@ -34,8 +34,7 @@ _DOT = "\N{MIDDLE DOT}"
 def follow_partition(trainer: pl.Trainer, runner: Runner) -> None:
     """After partitioning: averages are of this rank's parts from here on. Collective only when they are saved."""
     root, partition = runner.root, runner.partition
-    root.__dict__["__deepcopy__"] = lambda memo: HeldWeights(root, partition)
-    root.__dict__["load_state_dict"] = lambda state, strict=True, assign=False: load_state_dict(runner, state, strict)
+    follow_copies(runner)
     for callback in averaged_once_per_epoch(trainer):
         held = HeldWeights(root, partition, on_load=lambda c=callback: forget_schedulers_before_averaging(c, trainer))
         held.saves_whole = True  # in the callback's own state, of which rank 0's is saved
@@ -44,6 +43,32 @@ def follow_partition(trainer: pl.Trainer, runner: Runner) -> None:
         average, options = callback._average_model, callback._kwargs
         if not isinstance(average, HeldAverage):
             callback._average_model = HeldAverage(root, partition, average.use_buffers, options)
+
+
+def follow_copies(runner: Runner) -> None:
+    """Copies of the module, and states that it is given, are of this rank's parts."""
+    root, partition = runner.root, runner.partition
+    root.__dict__["__deepcopy__"] = lambda memo: HeldWeights(root, partition)
+    root.__dict__["load_state_dict"] = lambda state, strict=True, assign=False: load_state_dict(runner, state, strict)
+
+
+def held_averages(trainer: pl.Trainer) -> list[HeldWeights]:
+    """What callbacks keep of the averages of a partitioned module, on this rank."""
+    per_step: list[Any] = [c._average_model for c in averaged_per_step(trainer)]
+    per_epoch: list[Any] = [c._average_model for c in averaged_once_per_epoch(trainer)]
+    return [*per_epoch, *(a.module for a in per_step if isinstance(a, HeldAverage))]
+
+
+def renew_averages(trainer: pl.Trainer, averages: list[HeldWeights]) -> None:
+    """Puts others in the place of `held_averages`, in the same order."""
+    left = iter(averages)
+    for callback in averaged_once_per_epoch(trainer):
+        old, callback._average_model = callback._average_model, next(left)
+        callback._average_model.saves_whole = old.saves_whole
+        callback._average_model.__dict__["_on_load"] = old._on_load
+    for callback in averaged_per_step(trainer):
+        if isinstance(callback._average_model, HeldAverage):
+            callback._average_model._modules["module"] = next(left)
 
 
 def forget_partition(root: nn.Module) -> None:

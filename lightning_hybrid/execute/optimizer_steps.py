@@ -16,6 +16,7 @@ from lightning_hybrid.execute.guard import Guard, SkipStep
 from lightning_hybrid.execute.ranks.preemption import Preemption
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.layout import Layout
 
 
 class OptimizerSteps:
@@ -94,13 +95,17 @@ class OptimizerSteps:
 
         return mean
 
-    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+    def check_optimizers(self, optimizers: Sequence[Optimizer], layout: Layout | None = None) -> None:
         """Refuses what cannot give the result of one process.
+
+        Args:
+            optimizers: All of them.
+            layout: None: the present one.
 
         Raises:
             PartitionError: If so.
         """
-        layout = self.runner.mesh.layout
+        layout = layout or self.runner.mesh.layout
         divided = layout.fsdp > 1 or layout.tp > 1 or layout.ep > 1
         for optimizer in optimizers:
             fused = isinstance(optimizer, SGD | Adagrad) and any(g.get("fused") for g in optimizer.param_groups)

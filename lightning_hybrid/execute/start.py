@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_hybrid._lightning_private import running_prediction
 from lightning_hybrid.analyze.preserve import random_streams_kept
 from lightning_hybrid.execute.averaging import forget_partition
-from lightning_hybrid.execute.batches import sample_batch
+from lightning_hybrid.execute.batches import sample_batch, tiled_batch
 from lightning_hybrid.execute.planning import Request, check_precision, check_trainer, make_partition
 from lightning_hybrid.execute.ranks.agreement import check_parameters
 from lightning_hybrid.execute.records.loggers import log_plan, watch_local_parts
@@ -163,6 +163,19 @@ def _sample(trainer: pl.Trainer) -> tuple[str, tuple]:
         loaders: Any = loop._data_source.dataloader()
     batch, extra = sample_batch(loaders, training=name == "training_step")
     return name, _arguments(trainer, name, batch, 0, extra)
+
+
+def sample_of_training(trainer: pl.Trainer, batch_size: int | None) -> tuple[str, tuple]:
+    """`training_step` and its arguments with a batch of the running training's loaders.
+
+    Args:
+        trainer: The trainer.
+        batch_size: Samples of the batch; None: as many as the loader's own has.
+    """
+    batch, _ = sample_batch(trainer.train_dataloader, training=True)
+    if batch_size is not None:
+        batch = tiled_batch(batch, batch_size)
+    return "training_step", _arguments(trainer, "training_step", batch, 0, ())
 
 
 def _arguments(trainer: pl.Trainer, name: str, batch: Any, number: int, extra: tuple[int, ...]) -> tuple:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from lightning_hybrid._lightning_private import evaluation_batch, running_batch
 from lightning_hybrid._torch_private import limit_waiting
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.execute import start
-from lightning_hybrid.execute.averaging import follow_partition
+from lightning_hybrid.execute.averaging import follow_copies, follow_partition
 from lightning_hybrid.execute.batch_control import BatchControl
 from lightning_hybrid.execute.callback_views import follow_callbacks
 from lightning_hybrid.execute.data.dealing import Uneven
@@ -40,6 +41,7 @@ from lightning_hybrid.execute.ranks.launcher import HybridLauncher
 from lightning_hybrid.execute.ranks.preemption import Preemption
 from lightning_hybrid.execute.ranks.processes import DEFAULT_TIMEOUT, meet
 from lightning_hybrid.execute.ranks.watch import Watch
+from lightning_hybrid.execute.relayout.relayout import Moved, Relayout
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.saving import state
 from lightning_hybrid.execute.saving.checkpoints import Checkpoints
@@ -47,6 +49,8 @@ from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.recompute import Recompute, recomputed
 from lightning_hybrid.plan.stages import SCHEDULES
 from lightning_hybrid.spec.layout import Layout
+
+Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"]
 
 
 class HybridStrategy(ConnectedStrategy):
@@ -77,7 +81,7 @@ class HybridStrategy(ConnectedStrategy):
         self,
         layout: str | Layout | None = None,
         *,
-        schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"] = "1F1B",
+        schedule: Schedule = "1F1B",
         microbatches: int | Literal["auto"] = "auto",
         tensor_plan: Mapping[str, str] | None = None,
         compile: bool = False,
@@ -105,6 +109,8 @@ class HybridStrategy(ConnectedStrategy):
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._steps: OptimizerSteps | None = None
         self._splits_data: bool | None = None
+        self.moving = False
+        """Whether weights are on their way to another layout; nothing can be saved then."""
         self._data: ReplicaData | None = None
         self._preemption = Preemption(lambda wanted: self.reduce_boolean_decision(wanted, all=False))
 
@@ -114,6 +120,18 @@ class HybridStrategy(ConnectedStrategy):
     def layout(self) -> Layout:
         """The layout; with none given, `fsdp` over all devices."""
         return self._layout or Layout(fsdp=self.num_nodes * self.num_processes)
+
+    @property
+    def request(self) -> Request:
+        """The layout and what belongs to it, as they are asked for at present."""
+        options = {"schedule": self._schedule, "microbatches": self._microbatches, "tensor_plan": self._tensor_plan}
+        return Request(layout=self.layout, **options)
+
+    @property
+    def _wrappers(self) -> list[Any]:
+        """What calls of blocks go through."""
+        wrappers: list[Any] = [partial(recomputed, how=self._recompute)] if self._recompute is not None else []
+        return wrappers + ([torch.compile] if self._compile else [])
 
     @property
     def runner(self) -> Runner:
@@ -214,15 +232,7 @@ class HybridStrategy(ConnectedStrategy):
             self.accelerator.setup(trainer)
         if self._runner is None or self._runner.root is not self.lightning_module:
             self.model = self.precision_plugin.convert_module(self._module)
-            request = Request(
-                layout=self.layout,
-                schedule=self._schedule,
-                microbatches=self._microbatches,
-                tensor_plan=self._tensor_plan,
-            )
-            wrappers: list[Any] = [partial(recomputed, how=self._recompute)] if self._recompute is not None else []
-            wrappers += [torch.compile] if self._compile else []
-            self._runner = start.partition(trainer, self, request, wrappers)
+            self._runner = start.partition(trainer, self, self.request, self._wrappers)
             limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
         self._runner.take_logs()
         follow_partition(trainer, self._runner)
@@ -337,6 +347,56 @@ class HybridStrategy(ConnectedStrategy):
         """
         return self.runner.expert_loads()
 
+    # ---- another layout
+
+    def relayout(
+        self,
+        layout: str | Layout,
+        *,
+        schedule: Schedule | None = None,
+        microbatches: int | Literal["auto"] | None = None,
+    ) -> Moved:
+        """Changes the layout while training goes on: the same module, optimizers, schedulers, loggers and data.
+
+        Between two steps of the optimizer, in a hook that all ranks run (`on_train_batch_end`, `on_train_epoch_start`).
+        Weights, optimizer state and buffers move by name, and only what a rank lacks is sent. The global batch stays,
+        so training goes on as it would have in the old layout. Collective over all ranks.
+
+        Args:
+            layout: Another layout of the same ranks.
+            schedule: The pipeline schedule from now on; None: as before.
+            microbatches: The microbatches from now on; None: as before.
+
+        Returns:
+            What was moved.
+
+        Raises:
+            PartitionError: On all ranks, if it cannot be; training is in the old layout then.
+        """
+        wanted = replace(
+            self.request,
+            layout=Layout.parse(layout) if isinstance(layout, str) else layout,
+            schedule=schedule or self._schedule,
+            microbatches=microbatches or self._microbatches,
+        )
+        with self._during("relayout"):
+            return Relayout(self, wanted, self._wrappers).run()
+
+    def take_layout(self, request: Request, mesh: Mesh, runner: Runner) -> None:
+        """For `Relayout`: everything of this strategy goes on with the module as it is partitioned now."""
+        trainer, factor = self._module.trainer, self.steps.learning_rate_factor
+        self._layout, self._schedule, self._microbatches = request.layout, request.schedule, request.microbatches
+        self._mesh, self._runner = mesh, runner
+        runner.root.__dict__["_hybrid_partition"] = runner.partition
+        limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
+        runner.take_logs()
+        follow_copies(runner)
+        follow_callbacks(trainer, runner)
+        runner.gradients_are_seen = self.reduce_boolean_decision(seen_after_backward(trainer), all=False)
+        self._steps = OptimizerSteps(runner, self.precision_plugin, self._on_nonfinite, self._preemption)
+        self._steps.learning_rate_factor = factor
+        self._steps.install()
+
     # ---- state
 
     def full_state_dict(self) -> dict[str, Tensor]:
@@ -346,17 +406,17 @@ class HybridStrategy(ConnectedStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's parts; `full_state_dict` gives whole weights."""
-        return {} if self._watch.failing else state.state_dict(self.runner)
+        return {} if self._watch.failing or self.moving else state.state_dict(self.runner)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {} if self._watch.failing else state.optimizer_state(self.runner, optimizer)
+        return {} if self._watch.failing or self.moving else state.optimizer_state(self.runner, optimizer)
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        if self._watch.failing:
+        if self._watch.failing or self.moving:
             self._watch.note_unsaved(filepath)
             return
         with self._during("save_checkpoint"):

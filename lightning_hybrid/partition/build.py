@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -32,6 +32,36 @@ class _Entry:
     """Ids of the ghosts it returned, in the order of the leaves."""
     state: torch.Tensor | None
     """State of the generator, for random operations."""
+
+
+class Tape(Protocol):
+    """What makes the ghosts of a module real that has no weights yet."""
+
+    def make_real(self, ghost: Ghost) -> torch.Tensor:
+        """The whole tensor that `ghost` stands for."""
+        ...
+
+    def make_buffers_real(self, root: nn.Module) -> None:
+        """Makes every buffer of `root` real."""
+        ...
+
+
+class BlankTape:
+    """Gives memory without values: those of each rank's part are put there once everything stands.
+
+    Args:
+        device: This rank's device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def make_real(self, ghost: Ghost) -> torch.Tensor:
+        """A tensor of the ghost's shape."""
+        return torch.empty(ghost.shape, dtype=ghost.dtype, device=self._device)
+
+    def make_buffers_real(self, root: nn.Module) -> None:
+        """Nothing: buffers are there."""
 
 
 class BuildTape(GhostObserver):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -17,6 +20,24 @@ AXES = ("pp", "dp", "fsdp", "ep", "tp")
 
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layout, str], Mesh]] = WeakKeyDictionary()
 """The meshes that were made on each default process group; they go with it."""
+
+
+class Place(NamedTuple):
+    """A rank's index on each axis."""
+
+    pp: int
+    dp: int
+    fsdp: int
+    ep: int
+    tp: int
+
+    def replica(self, layout: Layout) -> int:
+        """Index of the rank's replica; its ranks (of `tp` and `pp`) see the same batches."""
+        return (self.dp * layout.fsdp + self.fsdp) * layout.ep + self.ep
+
+    def shard(self, layout: Layout) -> int:
+        """Index of the rank's shard of the weights outside the experts."""
+        return self.fsdp * layout.ep + self.ep if layout.fsdp > 1 else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +110,34 @@ class Mesh:
     @property
     def replica(self) -> int:
         """Index of this rank's replica; its ranks (of `tp` and `pp`) see the same batches."""
-        return (self.rank("dp") * self.layout.fsdp + self.rank("fsdp")) * self.layout.ep + self.rank("ep")
+        return self.place.replica(self.layout)
+
+    @cached_property
+    def place(self) -> Place:
+        """This rank's index on each axis."""
+        return Place(*(self.rank(axis) for axis in AXES))
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Those of all ranks, by rank."""
+        by_rank = self.device_mesh.mesh.flatten().tolist()
+        indices = itertools.product(*(range(size) for size in self.device_mesh.mesh.shape))
+        found = dict(zip(by_rank, (Place(*i) for i in indices), strict=True))
+        return tuple(found[rank] for rank in range(len(found)))
 
     def ranks_by_replica(self) -> list[list[int]]:
         """The ranks of each replica."""
         return self.device_mesh.mesh.permute(1, 2, 3, 0, 4).reshape(self.layout.replicas, -1).tolist()
 
     @property
+    def replica_of_ranks(self) -> tuple[int, ...]:
+        """The replica of every rank."""
+        return tuple(place.replica(self.layout) for place in self.places)
+
+    @property
     def shard(self) -> int:
         """Index of this rank's shard of the weights outside the experts."""
-        return self.rank("fsdp") * self.layout.ep + self.rank("ep") if self.layout.fsdp > 1 else 0
+        return self.place.shard(self.layout)
 
     def sharding(self, experts: bool) -> DeviceMesh:
         """The mesh over which `fsdp` shards weights, with their replicas as a first dim where there are any.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -87,6 +87,22 @@ class Parameters:
             ghost.requires_grad_(False)
             ghost.wants_grad = self.requires_grad[name]
             self.put(name, ghost)
+
+    def make_ghosts(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
+        """Replaces every parameter by a ghost of the given shape, which stands among the parameters.
+
+        As in a module that was built on a `BuildTape`: it can be partitioned, and each rank makes its own part real.
+        """
+        modules = {slot.module: None for places in self.slots.values() for slot in places}
+        for name in self.names:
+            present = self[name]
+            meta = torch.empty(shapes[name], dtype=present.dtype, device="meta")
+            ghost = ghost_like(nn.Parameter(meta, requires_grad=False), device=device)
+            ghost.wants_grad = self.requires_grad[name]
+            self.put(name, ghost)
+            for slot in self.slots[name]:
+                slot.module._parameters[slot.key] = slot.module.__dict__.pop(slot.key)
+        self._sort(modules)
 
     @contextmanager
     def all_visible(self) -> Iterator[set[int]]:

@@ -20,7 +20,7 @@ from lightning_hybrid.analyze.ghost import Ghost
 from lightning_hybrid.analyze.trace import Trace
 from lightning_hybrid.analyze.units import CallSwitch
 from lightning_hybrid.partition.batch_norm import global_batch_norm
-from lightning_hybrid.partition.build import BuildTape
+from lightning_hybrid.partition.build import Tape
 from lightning_hybrid.partition.experts import ExpertParallel
 from lightning_hybrid.partition.gradient_hooks import GradientHooks
 from lightning_hybrid.partition.mesh import Mesh
@@ -78,7 +78,7 @@ class Partition:
     _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
 
     def apply(
-        self, device: torch.device, wrappers: Sequence[Callable[[Callable], Callable]], tape: BuildTape | None
+        self, device: torch.device, wrappers: Sequence[Callable[[Callable], Callable]], tape: Tape | None
     ) -> None:
         """Puts everything on. This is the one place where the order is written.
 
@@ -122,7 +122,7 @@ class Partition:
         self._create_shared_groups()
         self._hooks = self._new_hooks(before)
 
-    def _shard(self, held: set[str], blocks: list[str], tape: BuildTape | None, device: torch.device) -> None:
+    def _shard(self, held: set[str], blocks: list[str], tape: Tape | None, device: torch.device) -> None:
         make_real = None if tape is None or self.tensor is not None else partial(self._make_real, tape, device=device)
         step_module = self.step_module
         if not getattr(self.root, "automatic_optimization", True):
@@ -144,7 +144,7 @@ class Partition:
             self.parameters.put(name, nn.Parameter(part, requires_grad=self.parameters.requires_grad[name]))
         self._overrides += experts.install(held.__contains__)
 
-    def _make_real(self, tape: BuildTape, names: Collection[str], device: torch.device) -> None:
+    def _make_real(self, tape: Tape, names: Collection[str], device: torch.device) -> None:
         """Gives the parameters `names` their initial values, each divided as soon as it is there."""
         plan = self.tensor_plan
         for name in [n for n in self.parameters.names if n in names]:
@@ -163,12 +163,7 @@ class Partition:
 
     def remove(self) -> None:
         """Takes everything off. Collective; afterwards every rank has the user's module with all present weights."""
-        if self.on_remove is not None:
-            self.on_remove()
-        self.reshard()
-        hooks = self.gradient_hooks
-        if hooks is not None:
-            hooks.collect()
+        hooks = self._begin_removal()
         wholes = {name: self.whole_parameter(name) for name in self.parameters.names}
         if self.tensor is not None:
             self.tensor.remove()
@@ -180,6 +175,31 @@ class Partition:
         if hooks is not None:
             hooks.attach()
         self._share_buffers()
+
+    def take_off(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
+        """Takes everything off and leaves ghosts in the place of all parameters, to be partitioned anew.
+
+        No weight is gathered: the caller has kept this rank's parts.
+
+        Args:
+            shapes: Of the whole parameters, by name.
+            device: This rank's device.
+        """
+        hooks = self._begin_removal()
+        if self.tensor is not None:
+            self.tensor.take_off()
+        self._take_off_modules()
+        self.parameters.make_ghosts(shapes, device)
+        if hooks is not None:
+            hooks.attach()
+
+    def _begin_removal(self) -> GradientHooks | None:
+        if self.on_remove is not None:
+            self.on_remove()
+        self.reshard()
+        if self.gradient_hooks is not None:
+            self.gradient_hooks.collect()
+        return self.gradient_hooks
 
     def _take_off_modules(self) -> None:
         for module in self.root.modules():

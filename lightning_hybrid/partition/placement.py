@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import zlib
 
+from lightning_hybrid.partition.mesh import Place
 from lightning_hybrid.partition.partition import Partition
 from lightning_hybrid.spec.tensor_index import Index, Run, runs_of, whole_index
 
 
 def index_of(partition: Partition, name: str) -> Index:
     """Which part of parameter `name` this rank holds: divided over `ep` or `tp`, then over `fsdp` along dim 0."""
+    return index_at(partition, name, partition.mesh.place)
+
+
+def index_at(partition: Partition, name: str, place: Place) -> Index:
+    """Which part of parameter `name` the rank at `place` holds, if it holds any."""
     shape = partition.shape_of(name)
     dims: list[tuple[Run, ...]] = list(whole_index(shape))
-    layout, mesh = partition.plan.layout, partition.mesh
+    layout = partition.plan.layout
     sharded = partition.tensor_plan.parameters.get(name) if partition.tensor_plan is not None else None
     if sharded is not None:
-        dims[sharded.dim] = runs_of(sharded.part(mesh.rank("tp"), layout.tp))
+        dims[sharded.dim] = runs_of(sharded.part(place.tp, layout.tp))
     experts = partition.expert_plan_of(name)
     if experts is not None:
-        part = experts.part(mesh.rank("ep"), layout.ep)
+        part = experts.part(place.ep, layout.ep)
         dims[0] = ((part.start, part.stop),)
     if layout.fsdp > 1 and name not in partition.whole:
-        shards, shard = (layout.shards, mesh.shard) if experts is None else (layout.fsdp, mesh.rank("fsdp"))
+        shards, shard = (layout.shards, place.shard(layout)) if experts is None else (layout.fsdp, place.fsdp)
         dims[0] = _chunk(dims[0], shards, shard)
     return tuple(dims)
 

@@ -266,11 +266,9 @@ class TensorParallel:
 
     def remove(self) -> None:
         """Puts the user's own parameter objects back, with their present full values (collective)."""
-        self.exit_root()
-        for handle in self._handles:
-            handle.remove()
-        self._restore_attributes()
-        for original, places in self._originals:
+        originals = self._originals
+        self.take_off()
+        for original, places in originals:
             name, module, key = places[0]
             present = module._parameters[key]
             if present is None:
@@ -280,6 +278,13 @@ class TensorParallel:
             original.requires_grad_(present.requires_grad)
             for _, place, place_key in places:
                 _set_parameter(place, place_key, original)
+
+    def take_off(self) -> None:
+        """Takes hooks and attributes off; the weights stay as they are."""
+        self.exit_root()
+        for handle in self._handles:
+            handle.remove()
+        self._restore_attributes()
         self._handles, self._patched, self._originals = [], [], []
 
 

@@ -27,10 +27,12 @@ from lightning_hybrid._lightning_private import (
     batches_left_in_window,
     behind_index_batches,
     hands_out_its_iterator,
+    load_validation_anew,
     loaders_of_running_batch,
     prediction_loaders,
     predictions_of,
     takes_ahead,
+    training_loaders,
 )
 from lightning_hybrid.execute.data import dealing
 from lightning_hybrid.execute.data.agreement import CheckedFlow
@@ -196,6 +198,58 @@ class ReplicaData:
             self._tokens_in_step = sum(tokens.totals[tokens.number : tokens.number + self._left_in_step])
         self._left_in_step -= 1
         return tokens.share(self._trainer.accumulate_grad_batches, self._tokens_in_step)
+
+    # ---- another layout
+
+    def check_layout(self, mesh: Mesh) -> None:
+        """Whether what is left of the epoch can be dealt to the replicas of another mesh.
+
+        Raises:
+            PartitionError: If not.
+        """
+        if mesh.replica_of_ranks == self._mesh.replica_of_ranks:
+            return
+        change = f"`layout='{mesh.layout}'`"
+        for loader in training_loaders(self._trainer).flattened:
+            flow = getattr(loader, "flow", None)
+            if not isinstance(flow, SampleFlow) or not flow.can_redeal:
+                raise PartitionError(
+                    f"{change} gives the data to other replicas, and a {type(users_loader(loader)).__name__} without "
+                    "a sampler that has a length, or with a distributed one, cannot be read by others. Use a "
+                    "map-style dataset, or a layout with the same replicas on the same ranks."
+                )
+            if mesh.layout.replicas == self._mesh.layout.replicas:
+                continue
+            if not flow.can_rebatch:
+                raise PartitionError(
+                    f"{change} has {mesh.layout.replicas} replicas instead of {self._mesh.layout.replicas}, and the "
+                    "batches of a batch sampler cannot be made larger or smaller, so the global batch would change. "
+                    "Give the DataLoader a `batch_size`, or use a layout with as many replicas."
+                )
+            whole = flow.batch_size * self._mesh.layout.replicas
+            if whole % mesh.layout.replicas:
+                raise PartitionError(
+                    f"{change}: a batch of {whole} samples cannot be shared by {mesh.layout.replicas} replicas. Use a "
+                    "`batch_size` that all layouts of the run can share, or another layout."
+                )
+
+    def batch_size_under(self, mesh: Mesh) -> int | None:
+        """Samples of a replica's batch under a mesh, if the global batch stays; None where batches stay as they are."""
+        flow = getattr(training_loaders(self._trainer).flattened[0], "flow", None)
+        if not isinstance(flow, SampleFlow) or not flow.can_rebatch:
+            return None
+        return flow.batch_size * self._mesh.layout.replicas // mesh.layout.replicas
+
+    def follow_layout(self, mesh: Mesh) -> None:
+        """From now on the data are dealt to the replicas of `mesh`; training goes on behind the last batch."""
+        before, self._mesh = self._mesh, mesh
+        self._left_in_step = 0
+        if mesh.replica_of_ranks == before.replica_of_ranks:
+            return
+        for loader in training_loaders(self._trainer).flattened:
+            size = loader.flow.batch_size * before.layout.replicas // mesh.layout.replicas
+            loader.flow.redeal(mesh.replica, mesh.layout.replicas, size)
+        load_validation_anew(self._trainer)
 
     # ---- predictions
 

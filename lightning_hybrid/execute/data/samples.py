@@ -155,7 +155,7 @@ class SampleFlow:
         if trainer is not None:
             set_epoch(loader, trainer, new_epoch)
         self._pending.clear()
-        self._begun, self._drawn_from, self._handed_out = True, None, 0
+        self._begun, self._again, self._drawn_from, self._handed_out = True, False, None, 0
         if resume is None:
             self._first = 0
             self._steps_before = place.fetched if place is not None and place.ready else 0
@@ -212,7 +212,6 @@ class SampleFlow:
         Returns:
             Whether there is such a batch in this epoch. If not, nothing has changed; see `rebatch_next`.
         """
-        trainer: Any = self._trainer
         whole = self._replicas * self._batch_size
         used = min(self._first + self._handed_out * whole, len(self._source)) if self._begun else 0
         if (
@@ -220,13 +219,40 @@ class SampleFlow:
             < 1
         ):
             return False
-        self._first, self._batch_size, self._handed_out = used, batch_size, 0
+        self._batch_size = batch_size
+        self._go_on_behind(used)
+        return True
+
+    def _go_on_behind(self, used: int) -> None:
+        trainer: Any = self._trainer
         place = place_in_epoch(trainer)
+        self._first, self._handed_out = used, 0
         self._steps_before = max(place.fetched, place.processed) if self._begun else 0
         self._pending.clear()
         self._again = self._other_length = True
         set_epoch_length(trainer, self, self.steps_in_all())
-        return True
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a replica in a batch."""
+        return self._batch_size
+
+    @property
+    def can_redeal(self) -> bool:
+        """Whether what is left of an epoch can be dealt to other replicas; samples only to another number of them."""
+        return self._sized
+
+    def redeal(self, replica: int, replicas: int, batch_size: int) -> None:
+        """From now on this rank reads for replica `replica` of `replicas`, in batches of `batch_size`."""
+        each = self._batch_size if self._kind == "samples" else 1
+        used = min(self._first + self._handed_out * self._replicas * each, len(self._source)) if self._begun else 0
+        running = self._trainer is not None and self._begun and used < len(self._source)
+        self._replica, self._replicas, self._batch_size = replica, replicas, batch_size
+        self._other_length = True
+        if running:
+            self._go_on_behind(used)
+        elif self._trainer is not None and not self._begun:
+            set_epoch_length(self._trainer, self, self.steps_in_all())
 
     def rebatch_next(self, batch_size: int) -> None:
         """The next epoch's batches have `batch_size` samples of each replica."""

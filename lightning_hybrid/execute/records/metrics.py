@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
 from lightning_hybrid._lightning_private import (
     concatenates,
@@ -27,6 +28,7 @@ from lightning_hybrid.execute.records.logs import LogEntry
 from lightning_hybrid.execute.sharing import share_object, to_device, to_host
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.layout import Layout
 
 
 class Metrics:
@@ -158,6 +160,40 @@ class Metrics:
                     counts_as_updated(part)
         set_step_value(metric, copy.compute())
 
+    # ---- when the layout changes
+
+    def unmovable(self, layout: Layout) -> str | None:
+        """The name of a metric that has been updated and whose states cannot be divided among replicas anew."""
+        if max(layout.replicas, self._mesh.layout.replicas) == 1:
+            return None
+        for name in self._names.values():
+            metric: Any = self._root.get_submodule(name)
+            if metric.update_called and not all(_divides(r) for r in metric_reductions(metric).values()):
+                return name
+        return None
+
+    def states_of_all(self) -> dict[str, dict[str, Any]]:
+        """For each metric that has been updated: its states for the samples of all replicas. Collective."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in self._names.values():
+            metric: Any = self._root.get_submodule(name)
+            if metric.update_called:
+                own = {state: getattr(metric, state) for state in metric_reductions(metric)}
+                self._synchronize(metric)
+                found[name] = {state: getattr(metric, state) for state in own}
+                for state, value in own.items():
+                    setattr(metric, state, value)
+        return found
+
+    def take_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Goes on with these states of all samples: the first replica has them, the others begin anew."""
+        for name, values in states.items():
+            metric: Any = self._root.get_submodule(name)
+            for state, reduction in metric_reductions(metric).items():
+                begins = self._mesh.replica > 0 and not _is_mean(reduction)
+                setattr(metric, state, deepcopy(metric._defaults[state]) if begins else values[state])
+            metric._computed = None
+
     # ---- in `compute`
 
     def _synchronize(self, metric: Metric) -> None:
@@ -174,6 +210,16 @@ class Metrics:
             states = {n: combine([s[n] for s in by_replica], reduction) for n, reduction in reductions.items()}
         for name, value in states.items():
             setattr(metric, name, value)
+
+
+def _is_mean(reduction: Callable[[Any], Any] | None) -> bool:
+    return reduction is dim_zero_mean
+
+
+def _divides(reduction: Callable[[Any], Any] | None) -> bool:
+    """Whether the states of all samples beside states as they begin give the states of all samples."""
+    known = (dim_zero_sum, dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_mean)
+    return reduction in known or concatenates(reduction)
 
 
 def combine(states: list[Any], reduction: Callable[[Any], Any] | None) -> Any:

@@ -1,0 +1,1 @@
+"""The layout changes while training goes on: what a rank holds moves by name, and everything around follows."""

@@ -1,0 +1,127 @@
+"""Runs whose layout changes while they train; these run on every rank."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from lightning_hybrid.execute.relayout.relayout import Moved
+from tests.distributed.expert_jobs import Mixture
+from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
+
+MODULES = {"Classifier": Classifier, "Mixture": Mixture}
+LAYOUTS = ("dp4", "fsdp4", "dp2-fsdp2", "tp2-pp2", "fsdp2-tp2", "pp4", "fsdp2-pp2", "dp2-pp2", "dp2-tp2")
+EXPERT_LAYOUTS = ("ep4", "dp2-ep2", "fsdp2-ep2", "ep2-pp2", "ep2-tp2")
+
+
+def random_layouts(seed: int, steps: int, experts: bool = False) -> dict[int, str]:
+    """Layouts by the step after which they begin, at least two steps apart."""
+    rng = random.Random(seed)
+    choices = LAYOUTS + (EXPERT_LAYOUTS if experts else ())
+    return {step: rng.choice(choices) for step in sorted(rng.sample(range(0, steps, 2), 6))}
+
+
+def whole_state(trainer: L.Trainer) -> dict[str, torch.Tensor]:
+    """Weights, buffers and everything that optimizers keep of them, whole, on every rank."""
+    strategy: Any = trainer.strategy
+    runner = strategy.runner
+    partition, found = runner.partition, {}
+    for name in partition.parameters.names:
+        found[f"weights/{name}"] = partition.whole_parameter(name)
+    for number, optimizer in enumerate(strategy.optimizers):
+        held = partition.parameters.held()
+        for name in partition.parameters.names:
+            entry = optimizer.state.get(held[name], {}) if name in held else {}
+            kinds: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(kinds, sorted(k for k, v in entry.items() if v.ndim and v.shape == held[name].shape))
+            for kind in sorted(set().union(*kinds)):
+                found[f"{number}/{kind}/{name}"] = partition.whole_of(name, entry.get(kind))
+            steps: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(steps, float(entry["step"]) if "step" in entry else None)
+            assert len({s for s in steps if s is not None}) < 2
+            found[f"{number}/step/{name}"] = torch.tensor([s for s in steps if s is not None][:1])
+    return {k: v.clone() for k, v in found.items()}
+
+
+class Switches(L.Callback):
+    """Changes the layout after given steps, and compares everything before and after."""
+
+    def __init__(self, layouts: Mapping[int, str], compare: bool = True, **options: Any) -> None:
+        self._layouts, self._compare, self._options = dict(layouts), compare, options
+        self.moved: list[Moved] = []
+        self.changed: list[str] = []
+        self.least: list[int] = []
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.objects: set[tuple[int, ...]] = set()
+
+    def on_train_start(self, trainer, pl_module):
+        self._change(trainer)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(trainer.callback_metrics["loss_step"]))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.objects.add((id(pl_module), *map(id, trainer.optimizers)))
+        if not trainer.fit_loop._should_accumulate():
+            self._change(trainer)
+
+    def _change(self, trainer: L.Trainer) -> None:
+        strategy: Any = trainer.strategy
+        layout = self._layouts.pop(trainer.global_step, None)
+        if layout is None:
+            return
+        before = whole_state(trainer) if self._compare else {}
+        self.moved.append(strategy.relayout(layout, **self._options))
+        after = whole_state(trainer) if self._compare else {}
+        self.changed += [k for k in before | after if k not in before or not torch.equal(before[k], after.get(k))]
+
+
+def train(
+    layout: str | None,
+    layouts: Mapping[int, str] | None = None,
+    *,
+    kind: str = "Classifier",
+    batch: int = 8,
+    samples: int = 88,
+    steps: int = 30,
+    shuffle: bool = True,
+    compare: bool = True,
+    loader_options: dict[str, Any] | None = None,
+    relayout_options: dict[str, Any] | None = None,
+    callbacks: list[L.Callback] | None = None,
+    module_options: dict[str, Any] | None = None,
+    ckpt_path: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Losses, learning rates and weights of a run; and what its changes of layout were."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module: Any = MODULES[kind](**({"optimizer": "adamw"} if kind == "Classifier" else {}) | (module_options or {}))
+    switches = Switches(layouts or {}, compare, **(relayout_options or {}))
+    trainer, replicas = trainer_for(
+        layout, callbacks=[switches, *(callbacks or [])], **{"max_epochs": -1, "max_steps": steps, **options}
+    )
+    data = Numbers(samples)
+    trainer.fit(
+        module,
+        DataLoader(data, batch_size=batch // replicas, shuffle=shuffle, **(loader_options or {})),
+        DataLoader(data, batch_size=4),
+        ckpt_path=ckpt_path,
+        weights_only=False,
+    )
+    return {
+        "losses": switches.losses,
+        "rates": switches.rates,
+        "weights": weights(trainer, module),
+        "moved": [(str(m.before), str(m.after), m.sent_bytes, m.seconds) for m in switches.moved],
+        "changed": switches.changed,
+        "objects": len(switches.objects),
+        "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+        "layout": str(trainer.strategy.layout),  # type: ignore[attr-defined]
+    }
