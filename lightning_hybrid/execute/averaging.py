@@ -55,8 +55,8 @@ def follow_copies(runner: Runner) -> None:
 def held_averages(trainer: pl.Trainer) -> list[HeldWeights]:
     """What callbacks keep of the averages of a partitioned module, on this rank."""
     per_step: list[Any] = [c._average_model for c in averaged_per_step(trainer)]
-    per_epoch: list[Any] = [c._average_model for c in averaged_once_per_epoch(trainer)]
-    return [*per_epoch, *(a.module for a in per_step if isinstance(a, HeldAverage))]
+    found: list[Any] = [c._average_model for c in averaged_once_per_epoch(trainer)]
+    return found + [a.module for a in per_step if isinstance(a, HeldAverage)]
 
 
 def renew_averages(trainer: pl.Trainer, averages: list[HeldWeights]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 from lightning_hybrid.partition.mesh import Place
 from lightning_hybrid.partition.partition import Partition
@@ -11,12 +12,11 @@ from lightning_hybrid.spec.tensor_index import Index, Run, runs_of, whole_index
 
 def index_of(partition: Partition, name: str) -> Index:
     """Which part of parameter `name` this rank holds: divided over `ep` or `tp`, then over `fsdp` along dim 0."""
-    return index_at(partition, name, partition.mesh.place)
+    return index_at(partition, name, partition.shape_of(name), partition.mesh.place)
 
 
-def index_at(partition: Partition, name: str, place: Place) -> Index:
-    """Which part of parameter `name` the rank at `place` holds, if it holds any."""
-    shape = partition.shape_of(name)
+def index_at(partition: Partition, name: str, shape: Sequence[int], place: Place) -> Index:
+    """Which part of parameter `name`, whose whole has `shape`, the rank at `place` holds, if it holds any."""
     dims: list[tuple[Run, ...]] = list(whole_index(shape))
     layout = partition.plan.layout
     sharded = partition.tensor_plan.parameters.get(name) if partition.tensor_plan is not None else None

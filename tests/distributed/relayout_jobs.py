@@ -79,7 +79,8 @@ class Switches(L.Callback):
         before = whole_state(trainer) if self._compare else {}
         self.moved.append(strategy.relayout(layout, **self._options))
         after = whole_state(trainer) if self._compare else {}
-        self.changed += [k for k in before | after if k not in before or not torch.equal(before[k], after.get(k))]
+        self.changed += sorted(before.keys() ^ after.keys())
+        self.changed += [k for k in before.keys() & after.keys() if not torch.equal(before[k], after[k])]
 
 
 def train(

@@ -52,8 +52,9 @@ def test_every_part_is_filled_and_nothing_sent_in_vain(seed: int) -> None:
     moved = sum(s.count for s in steps if s.source != s.target)
     least = 0
     for rank, wanted in enumerate(new):
+        present = old[rank]
         if wanted is not None:
-            least += len(elements(wanted) - (elements(old[rank]) if old[rank] is not None else set()))
+            least += len(elements(wanted) - (elements(present) if present is not None else set()))
     assert moved == least
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,47 +47,49 @@ class Holdings:
     @classmethod
     def of(cls, runner: Runner, optimizers: Sequence[Optimizer], averages: Sequence[HeldWeights]) -> Holdings:
         """Refers to this rank's parts, which are not copied. Collective."""
-        partition = runner.partition
-        partition.reshard()
+        runner.partition.reshard()
         found = cls()
-        own_dtypes: dict[Key, torch.dtype] = {}
-        own_entries: dict[tuple[int, str, str], Any] = {}
+        found._take_module(runner, averages)
+        for number, optimizer in enumerate(optimizers):
+            found._take_optimizer(runner, number, optimizer)
+        found._share()
+        return found
 
-        def put(key: Key, tensor: Tensor) -> None:
-            found.parts[key] = own = local(tensor.detach())
-            own_dtypes[key] = own.dtype
+    def _put(self, group: str, name: str, tensor: Tensor) -> None:
+        self.parts[Key(group, name)] = local(tensor.detach())
 
-        found.shapes = {n: tuple(partition.shape_of(n)) for n in partition.parameters.names}
+    def _take_module(self, runner: Runner, averages: Sequence[HeldWeights]) -> None:
+        partition = runner.partition
+        self.shapes = {n: tuple(partition.shape_of(n)) for n in partition.parameters.names}
         held = partition.parameters.held()
         for name, parameter in held.items():
-            put(Key("weights", name), parameter)
+            self._put("weights", name, parameter)
         for name, buffer in runner.root.named_buffers():
-            found.shapes[name] = tuple(buffer.shape)
-            put(Key("buffers", name), buffer)
+            self.shapes[name] = tuple(buffer.shape)
+            self._put("buffers", name, buffer)
         for number, average in enumerate(averages):
             for name, value in average.named_values().items():
                 first = partition.parameters.first_names.get(name, name)
                 if first in held:
-                    put(Key(f"averages/{number}", first), value)
-        for number, optimizer in enumerate(optimizers):
-            saved = optimizer_state(runner, optimizer)
-            found.names.append([group["params"] for group in saved["param_groups"]])
-            for name, entry in saved["state"].items():
-                for kind, value in entry.items():
-                    if isinstance(value, Tensor) and value.ndim and value.shape == held[name].shape:
-                        put(Key(f"optimizers/{number}/{kind}", name), value)
-                    elif writes(partition, name, whole=True):
-                        own_entries[number, kind, name] = value.cpu() if isinstance(value, Tensor) else value
-        found._share(partition, own_dtypes, own_entries)
-        return found
+                    self._put(f"averages/{number}", first, value)
 
-    def _share(self, partition: Partition, dtypes: Mapping[Key, torch.dtype], entries: Mapping[Any, Any]) -> None:
+    def _take_optimizer(self, runner: Runner, number: int, optimizer: Optimizer) -> None:
+        saved, held = optimizer_state(runner, optimizer), runner.partition.parameters.held()
+        self.names.append([group["params"] for group in saved["param_groups"]])
+        for name, entry in saved["state"].items():
+            for kind, value in entry.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape == held[name].shape:
+                    self._put(f"optimizers/{number}/{kind}", name, value)
+                elif writes(runner.partition, name, whole=True):
+                    self.entries[number, kind, name] = value.cpu() if isinstance(value, Tensor) else value
+
+    def _share(self) -> None:
         """Every rank knows of everything."""
         told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (dict(dtypes), dict(entries)))
-        for of_rank, entries_of_rank in told:
-            self.dtypes.update(of_rank)
-            self.entries.update(entries_of_rank)
+        dist.all_gather_object(told, ({key: part.dtype for key, part in self.parts.items()}, self.entries))
+        for dtypes, entries in told:
+            self.dtypes.update(dtypes)
+            self.entries.update(entries)
         self.dtypes = dict(sorted(self.dtypes.items()))
 
 
@@ -104,8 +106,9 @@ def places_of(partition: Partition, holdings: Holdings) -> Callable[[Key], tuple
                 known[buffer, key.name] = tuple(whole if place.pp == rank else None for place in places)
             else:
                 ranks = plan.ranks_of(key.name)
+                shape = holdings.shapes[key.name]
                 known[buffer, key.name] = tuple(
-                    index_at(partition, key.name, place) if place.pp in ranks else None for place in places
+                    index_at(partition, key.name, shape, place) if place.pp in ranks else None for place in places
                 )
         return known[buffer, key.name]
 
