@@ -40,7 +40,7 @@ class Watch:
     rest: int = 0
     """Looks until the last move is judged."""
     before_seconds: float = 0.0
-    """Of a step before it."""
+    """Of a step before it, or whatever else it is judged by."""
     gain: float = 0.0
     """What was predicted of it, as a share."""
     failed: int = 0

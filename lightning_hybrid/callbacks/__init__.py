@@ -2,8 +2,18 @@
 
 from lightning_hybrid.adapt.batch_schedule import BatchSizeSchedule
 from lightning_hybrid.adapt.batch_size import DecisionRules
+from lightning_hybrid.adapt.rebalance import RebalancingRules
 from lightning_hybrid.callbacks.adaptive_batch_size import AdaptiveBatchSize
+from lightning_hybrid.callbacks.load_rebalancing import LoadRebalancing
 from lightning_hybrid.callbacks.sample import GenerateSample
 from lightning_hybrid.callbacks.throughput import ThroughputMonitor
 
-__all__ = ["AdaptiveBatchSize", "BatchSizeSchedule", "DecisionRules", "GenerateSample", "ThroughputMonitor"]
+__all__ = [
+    "AdaptiveBatchSize",
+    "BatchSizeSchedule",
+    "DecisionRules",
+    "GenerateSample",
+    "LoadRebalancing",
+    "RebalancingRules",
+    "ThroughputMonitor",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +22,9 @@ from lightning_hybrid.observe.memory import allocation_retries
 from lightning_hybrid.plan.stages import choose_microbatches, divides_into
 from lightning_hybrid.spec.errors import PartitionError
 
+if TYPE_CHECKING:
+    from lightning_hybrid.execute.strategy import HybridStrategy
+
 MICROBATCHES_PER_RANK = 8
 """A batch is made of at most so many microbatches for each pipeline rank, where memory does not grow with them: a
 bubble of a ninth (see `plan.stages.bubble`), and batches that stay small."""
@@ -32,12 +35,12 @@ class BatchControl:
 
     Args:
         trainer: The trainer, whose training loaders are set up.
-        runner: The partitioned module.
-        steps: What surrounds optimizer steps.
+        strategy: Its strategy, whose runner is there.
     """
 
-    def __init__(self, trainer: pl.Trainer, runner: Runner, steps: OptimizerSteps) -> None:
-        self._trainer, self._runner, self._steps = trainer, runner, steps
+    def __init__(self, trainer: pl.Trainer, strategy: HybridStrategy) -> None:
+        self._trainer, self._strategy = trainer, strategy
+        runner = self._runner
         self._loader = training_loaders(trainer).flattened[0]
         self._flow = self._find_flow()
         self.budget = TokenBudget.of(trainer, runner, self._loader)
@@ -52,6 +55,20 @@ class BatchControl:
         self.noise: GradientNoise | None = None
         self.measures = True
         """Whether the step that comes next is measured."""
+
+    @property
+    def _runner(self) -> Runner:
+        return self._strategy.runner
+
+    @property
+    def _steps(self) -> OptimizerSteps:
+        return self._strategy.steps
+
+    def follow(self) -> None:
+        """Blocks or experts have moved, in the same layout; the statistics go on with the weights that are here now."""
+        if self.noise is not None:
+            self.noise = None
+            self.measure_noise()
 
     def _find_flow(self) -> SampleFlow | None:
         loaders = training_loaders(self._trainer).flattened
@@ -286,3 +303,4 @@ class BatchControl:
         self._runner.microbatches = self._microbatches
         self._steps.learning_rate_factor = 1.0
         self.stop_measuring()
+        self._strategy.batch_controls.remove(self)

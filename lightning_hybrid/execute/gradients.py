@@ -91,6 +91,8 @@ class ReplicaReducer:
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, replicas: int) -> None:
         self.group, self.enabled = group, True
+        self.on_complete: Callable[[], None] = lambda: None
+        """Called when this rank has all gradients, before it waits."""
         self._scale = 1.0 / replicas
         self._buckets = [_Bucket(chunk) for chunk in _chunks(list(parameters)[::-1])]
         self._bucket_of = {p: b for b in self._buckets for p in b.parameters}
@@ -125,6 +127,7 @@ class ReplicaReducer:
         """Reduces what has not been reduced yet and waits; afterwards every `.grad` is the mean over the replicas."""
         if not self.enabled:
             return
+        self.on_complete()
         for bucket in self._buckets[self._next :]:
             bucket.launch(self.group, self._scale)
         self._next, self._queued = 0, False

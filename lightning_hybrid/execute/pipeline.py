@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from lightning_hybrid._torch_private import checkpoints_not_reentrant
 from lightning_hybrid.analyze.trace import CrossingValue, Trace, trace_step
 from lightning_hybrid.execute.batches import batch_size, count_samples, signature, split_batch
+from lightning_hybrid.execute.clocks import Clocks
 from lightning_hybrid.execute.data.dealing import Tokens
 from lightning_hybrid.execute.random_streams import RandomStreams
 from lightning_hybrid.execute.records.logs import LogRecorder
@@ -54,6 +55,26 @@ class _StageModule(nn.Module):
         return out if isinstance(out, Tensor) or len(out) > 1 else out[0]
 
 
+class _TimedStage(PipelineStage):
+    """Its passes are timed, while somebody looks."""
+
+    pipeline: Pipeline
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """One microbatch forward."""
+        with self._timed():
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """One microbatch backward."""
+        with self._timed():
+            return super().backward_one_chunk(*args, **kwargs)
+
+    def _timed(self) -> AbstractContextManager:
+        clocks = self.pipeline.clocks
+        return nullcontext() if clocks is None else clocks.stage(self.stage_index)
+
+
 class Pipeline:
     """The stages of this rank.
 
@@ -84,6 +105,8 @@ class Pipeline:
         self.last_rank = partition.plan.stages[-1].rank
         self._prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
         self._step = _Step()
+        self.clocks: Clocks | None = None
+        """They run while they are here."""
 
     @property
     def parts(self) -> int:
@@ -252,7 +275,7 @@ class Pipeline:
             inputs = tuple(self._example(v) for v in program.received) if program.first else (torch.empty(1),)
             outputs = tuple(self._example(v) for v in program.sent) or (torch.empty((), requires_grad=True),)
             stages.append(
-                PipelineStage(
+                _TimedStage(
                     module,
                     s,
                     len(plan.stages),
@@ -263,6 +286,7 @@ class Pipeline:
                     dw_builder=_nothing_left,
                 )
             )
+            stages[-1].pipeline = self
         name = runnable_schedule(plan.schedule, plan.layout.pp, count)
         single = len(stages) == 1
         return get_schedule_class(name)(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,6 +45,10 @@ class Request:
     schedule: str
     microbatches: int | str
     tensor_plan: Mapping[str, str] | None
+    cuts: tuple[int, ...] | None = None
+    """Where pipeline stages begin, by number of the call in the step's trace; None: by FLOPs."""
+    expert_orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By name of a module of experts: which expert stands at each place over the ranks of `ep`; else in their order."""
 
 
 def make_partition(
@@ -97,7 +101,8 @@ def make_partition(
         partition = Partition(root, mesh, plan, trace, switch, parameters, StepModule(root))
         with silent(root):
             if layout.ep > 1:
-                partition.expert_plans = plan_experts(root, fused, expert_calls, layout)
+                plans = plan_experts(root, fused, expert_calls, layout)
+                partition.expert_plans = {n: replace(p, order=request.expert_orders.get(n)) for n, p in plans.items()}
             if layout.tp > 1:
                 partition.tensor_plan = infer_tensor_plan(root, trace.calls, layout.tp, request.tensor_plan, trace.use)
         trace.release()
@@ -214,4 +219,5 @@ def _staged_plan(request: Request, units: Units, trace: Trace, parameters: Param
         flops=trace.flops,
         refusals={c: cut.refusal for c, cut in trace.cuts.items()},
         blocks=sum(call.name in chosen for call in trace.calls),
+        cuts=request.cuts,
     )

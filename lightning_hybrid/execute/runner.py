@@ -20,6 +20,7 @@ from lightning_hybrid._lightning_private import evaluation_batch, training_batch
 from lightning_hybrid._torch_private import finish_sharded_backward, gradients_taken_by
 from lightning_hybrid.execute.batches import count_samples
 from lightning_hybrid.execute.clipping import clip_by_global_norm
+from lightning_hybrid.execute.clocks import Clocks
 from lightning_hybrid.execute.data.dealing import Uneven
 from lightning_hybrid.execute.gradient_noise import GradientNoise
 from lightning_hybrid.execute.gradients import (
@@ -64,6 +65,8 @@ class Runner:
         self.microbatches = 1 if self.one_microbatch else microbatches
         self.noise: GradientNoise | None = None
         """Measures the noise of gradients, where it is wanted."""
+        self.clocks: Clocks | None = None
+        """Measure how long this rank computes, where it is wanted."""
         self.optimizer_names: dict[int, list[list[str]]] = {}
         self._sync = True
         self.gradients_are_seen = False
@@ -112,8 +115,20 @@ class Runner:
         ]
         for reducer in self._reducers:
             reducer.enabled = self._sync
+            reducer.on_complete = self.gradients_complete
             if self.pipeline is None:
                 reducer.overlap()
+
+    def time_computation(self, clocks: Clocks | None) -> None:
+        """From now on these clocks run; None: none."""
+        self.clocks = clocks
+        if self.pipeline is not None:
+            self.pipeline.clocks = clocks
+
+    def gradients_complete(self) -> None:
+        """This rank has computed its gradients of a batch; it may wait for others now."""
+        if self.clocks is not None:
+            self.clocks.end_batch()
 
     def _release(self) -> None:
         """The partition is taken off."""
@@ -158,6 +173,8 @@ class Runner:
         """One `training_step` of the user, under the layout; what it logs is logged on every rank."""
         self._follow_frozen()
         self.metrics.begin_step()
+        if self.clocks is not None:
+            self.clocks.begin_batch(self.pipeline.local if self.pipeline is not None else [])
         with self.streams.training(training_batch(self.root.trainer)):
             if self.pipeline is not None:
                 return self._pipelined_step(self.pipeline, *args)
@@ -220,7 +237,8 @@ class Runner:
         entries = recorder.entries
         if self.absent:
             leave_out(entries)
-        reduce_over_replicas(entries, self.mesh, self.device)
+        with self.clocks.waiting() if self.clocks is not None else nullcontext():
+            reduce_over_replicas(entries, self.mesh, self.device)
         shared, returned = torch.zeros(()), {}
         if self.pipeline is not None:
             shared, entries, returned = self.stage_logs.share(step, entries, loss, extras)

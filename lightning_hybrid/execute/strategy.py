@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -109,6 +109,10 @@ class HybridStrategy(ConnectedStrategy):
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._steps: OptimizerSteps | None = None
         self._splits_data: bool | None = None
+        self.batch_controls: list[BatchControl] = []
+        """Those that callbacks hold at present."""
+        self._cuts: tuple[int, ...] | None = None
+        self._expert_orders: Mapping[str, tuple[int, ...]] = {}
         self.moving = False
         """Whether weights are on their way to another layout; nothing can be saved then."""
         self._data: ReplicaData | None = None
@@ -124,8 +128,14 @@ class HybridStrategy(ConnectedStrategy):
     @property
     def request(self) -> Request:
         """The layout and what belongs to it, as they are asked for at present."""
-        options = {"schedule": self._schedule, "microbatches": self._microbatches, "tensor_plan": self._tensor_plan}
-        return Request(layout=self.layout, **options)
+        return Request(
+            layout=self.layout,
+            schedule=self._schedule,
+            microbatches=self._microbatches,
+            tensor_plan=self._tensor_plan,
+            cuts=self._cuts,
+            expert_orders=self._expert_orders,
+        )
 
     @property
     def _wrappers(self) -> list[Any]:
@@ -231,6 +241,7 @@ class HybridStrategy(ConnectedStrategy):
         if self.accelerator is not None:
             self.accelerator.setup(trainer)
         if self._runner is None or self._runner.root is not self.lightning_module:
+            self._cuts, self._expert_orders = None, {}
             self.model = self.precision_plugin.convert_module(self._module)
             self._runner = start.partition(trainer, self, self.request, self._wrappers)
             limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
@@ -271,7 +282,9 @@ class HybridStrategy(ConnectedStrategy):
         if self.runner.uneven is not None:
             closure_loss = closure_loss * self.runner.factor
         with self._during("backward"):
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
+            loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        self.runner.gradients_complete()
+        return loss
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -337,7 +350,9 @@ class HybridStrategy(ConnectedStrategy):
 
     def control_batches(self) -> BatchControl:
         """For callbacks that change the batch size while training goes on, from `on_train_start` on."""
-        return BatchControl(self._module.trainer, self.runner, self.steps)
+        control = BatchControl(self._module.trainer, self)
+        self.batch_controls.append(control)
+        return control
 
     def expert_loads(self) -> dict[str, Tensor]:
         """Tokens that went to each expert in training since the last call, on all ranks. Collective.
@@ -355,6 +370,8 @@ class HybridStrategy(ConnectedStrategy):
         *,
         schedule: Schedule | None = None,
         microbatches: int | Literal["auto"] | None = None,
+        cuts: Sequence[int] | None = None,
+        expert_orders: Mapping[str, Sequence[int]] | None = None,
     ) -> Moved:
         """Changes the layout while training goes on: the same module, optimizers, schedulers, loggers and data.
 
@@ -366,6 +383,9 @@ class HybridStrategy(ConnectedStrategy):
             layout: Another layout of the same ranks.
             schedule: The pipeline schedule from now on; None: as before.
             microbatches: The microbatches from now on; None: as before.
+            cuts: Where pipeline stages begin, by number of the call in `runner.partition.plan`; None: by FLOPs.
+            expert_orders: By name of a module of experts, which expert stands at each place over the ranks of `ep`;
+                None: in their own order.
 
         Returns:
             What was moved.
@@ -378,6 +398,8 @@ class HybridStrategy(ConnectedStrategy):
             layout=Layout.parse(layout) if isinstance(layout, str) else layout,
             schedule=schedule or self._schedule,
             microbatches=microbatches or self._microbatches,
+            cuts=None if cuts is None else tuple(cuts),
+            expert_orders={name: tuple(order) for name, order in (expert_orders or {}).items()},
         )
         with self._during("relayout"):
             return Relayout(self, wanted, self._wrappers).run()
@@ -386,6 +408,7 @@ class HybridStrategy(ConnectedStrategy):
         """For `Relayout`: everything of this strategy goes on with the module as it is partitioned now."""
         trainer, factor = self._module.trainer, self.steps.learning_rate_factor
         self._layout, self._schedule, self._microbatches = request.layout, request.schedule, request.microbatches
+        self._cuts, self._expert_orders = request.cuts, request.expert_orders
         self._mesh, self._runner = mesh, runner
         runner.root.__dict__["_hybrid_partition"] = runner.partition
         limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
@@ -396,6 +419,8 @@ class HybridStrategy(ConnectedStrategy):
         self._steps = OptimizerSteps(runner, self.precision_plugin, self._on_nonfinite, self._preemption)
         self._steps.learning_rate_factor = factor
         self._steps.install()
+        for control in self.batch_controls:
+            control.follow()
 
     # ---- state
 

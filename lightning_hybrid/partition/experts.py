@@ -36,6 +36,8 @@ class DividedExperts:
         self._module, self._plan, self._group = module, plan, group
         self._whole_forward: Callable[..., Any] = module.forward
         self._local = plan.experts // group.size()
+        self._order: Tensor | None = None
+        """Of the experts by place; on the device of the tokens, once there are some."""
         self._attributes = {key: module.__dict__[key] for key in plan.attributes}
         module.__dict__.update(dict.fromkeys(plan.attributes, self._local))
         self.load: Tensor | None = None
@@ -49,10 +51,11 @@ class DividedExperts:
         """The module's `forward`, computed on the ranks that hold the experts."""
         plan = self._plan
         x_ND, index_NA, weights_NA = (_argument(p, args, kwargs) for p in (plan.tokens, plan.index, plan.weights))
-        expert_M, order_M = index_NA.flatten().sort(stable=True)
-        counts_E = torch.bincount(expert_M, minlength=plan.experts)
+        place_M, order_M = self._places(index_NA).flatten().sort(stable=True)
+        counts_E = torch.bincount(place_M, minlength=plan.experts)  # by place
         if torch.is_grad_enabled() and not in_backward():  # where the block is computed again
-            self.load = counts_E if self.load is None else self.load + counts_E
+            load_E = counts_E if self._order is None else counts_E[self._order.argsort()]
+            self.load = load_E if self.load is None else self.load + load_E
         received_RE, sent, received = self._exchange_counts(counts_E)
         x_MD = x_ND[order_M // index_NA.shape[1]]
         arrived_MD = _exchange(x_MD, sent, received, self._group)
@@ -60,6 +63,14 @@ class DividedExperts:
         y_MD = y_MD * weights_NA.flatten()[order_M, None]
         y_NAD = torch.zeros_like(y_MD).index_copy(0, order_M, y_MD).unflatten(0, index_NA.shape)
         return y_NAD.sum(dim=1).to(x_ND.dtype)
+
+    def _places(self, index_NA: Tensor) -> Tensor:
+        """The places at which the chosen experts stand."""
+        if self._plan.order is None:
+            return index_NA
+        if self._order is None:
+            self._order = torch.tensor(self._plan.order, device=index_NA.device)
+        return self._order.argsort()[index_NA]
 
     def dry(self, *args: Any, **kwargs: Any) -> Any:
         """The module's `forward` in a dry run, where shapes count: every token goes to an expert of this rank."""
@@ -118,7 +129,7 @@ class ExpertParallel:
         if plan is None:
             return whole
         part = plan.part(self.group.rank(), self.group.size())
-        return whole[part.start : part.stop].clone()
+        return whole[torch.tensor(list(part), device=whole.device)]
 
     def whole_shape(self, parameter: str, shape: torch.Size) -> torch.Size:
         """The shape of the whole parameter, of which a part has `shape`."""
@@ -128,9 +139,10 @@ class ExpertParallel:
         """The whole of a tensor laid out like a parameter. Collective over `ep` for those of experts."""
         if self.plan_of(parameter) is None:
             return part
-        whole = part.new_empty(self.whole_shape(parameter, part.shape))
-        dist.all_gather(list(whole.chunk(self.group.size())), part.contiguous(), group=self.group)
-        return whole
+        places = part.new_empty(self.whole_shape(parameter, part.shape))
+        dist.all_gather(list(places.chunk(self.group.size())), part.contiguous(), group=self.group)
+        order = self.plans[parameter.rpartition(".")[0]].order
+        return places if order is None else places[torch.tensor(order, device=part.device).argsort()]
 
     def install(self, held: Callable[[str], bool]) -> list[tuple[nn.Module, Callable]]:
         """Takes over the modules that this rank's stage holds; their parameters are this rank's parts by now.

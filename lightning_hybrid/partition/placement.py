@@ -24,8 +24,7 @@ def index_at(partition: Partition, name: str, shape: Sequence[int], place: Place
         dims[sharded.dim] = runs_of(sharded.part(place.tp, layout.tp))
     experts = partition.expert_plan_of(name)
     if experts is not None:
-        part = experts.part(place.ep, layout.ep)
-        dims[0] = ((part.start, part.stop),)
+        dims[0] = runs_of(experts.part(place.ep, layout.ep))
     if layout.fsdp > 1 and name not in partition.whole:
         shards, shard = (layout.shards, place.shard(layout)) if experts is None else (layout.fsdp, place.fsdp)
         dims[0] = _chunk(dims[0], shards, shard)

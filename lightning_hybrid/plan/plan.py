@@ -37,6 +37,15 @@ class Plan:
     stages: tuple[StagePlan, ...]
     holders: Mapping[str, tuple[int, ...]]
     """Parameter name to the stages that hold it; more than one for weights shared across stages."""
+    costs: tuple[float, ...] = ()
+    """FLOPs of each call of the training step, with what follows it; for `pp`."""
+    places: tuple[int, ...] = ()
+    """Calls before which the model may be cut; for `pp`."""
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """The first call of each stage but the first."""
+        return tuple(stage.first for stage in self.stages[1:])
 
     @property
     def bubble(self) -> float:
@@ -59,6 +68,7 @@ def plan_stages(
     flops: Sequence[float],
     refusals: Mapping[int, str | None],
     blocks: int,
+    cuts: Sequence[int] | None = None,
 ) -> Plan:
     """Decides the stages of a model from its trace.
 
@@ -72,9 +82,10 @@ def plan_stages(
         flops: Cost of interval -1 and of each call's interval.
         refusals: For each call index, why the model cannot be cut there, or None.
         blocks: How many calls of blocks there are; 0 if the model has no repeated stack.
+        cuts: The first call of each stage but the first; None: balanced by cost.
 
     Raises:
-        PartitionError: If there are more stages than places to cut.
+        PartitionError: If there are more stages than places to cut, or `cuts` are none of them.
     """
     count = layout.pp * stages_per_rank(schedule)
     _check_block_count(layout, schedule, count, blocks or len(names), "block" if blocks else "module")
@@ -82,7 +93,13 @@ def plan_stages(
     # interval -1 belongs to the first call; a thousandth of the mean keeps calls without FLOPs from costing nothing
     floor = sum(flops) / max(1, len(names)) * 1e-3 or 1.0
     costs = [flops[0] + flops[1] + floor, *(f + floor for f in flops[2:])]
-    cuts = balance(costs, count, places)
+    if cuts is None:
+        cuts = balance(costs, count, places)
+    elif len(cuts) != count - 1 or not set(cuts) <= set(places) or list(cuts) != sorted(set(cuts)):
+        raise PartitionError(
+            f"`cuts` must be {count - 1} ascending numbers of calls before which the model may be cut, {places}. Got "
+            f"{tuple(cuts)}."
+        )
     if cuts is None:
         _refuse(layout, schedule, count, len(places), refusals, names)
     bounds = [0, *cuts, len(names)]  # type: ignore[misc]
@@ -112,6 +129,8 @@ def plan_stages(
         microbatches=microbatches,
         stages=tuple(stages),
         holders={name: tuple(stages) for name, stages in holders.items()},
+        costs=tuple(costs),
+        places=tuple(places),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_hybrid.spec.tensor_plan import Path
@@ -26,11 +26,14 @@ class ExpertPlan:
     """The argument of shape `(N, A)`: factors of their outputs."""
     attributes: tuple[str, ...]
     """Integer attributes of the module that hold the number of experts."""
+    order: tuple[int, ...] | None = None
+    """Which expert stands at each place, places being shared out in order; None: each at the place of its number."""
 
-    def part(self, rank: int, ranks: int) -> range:
-        """The experts that `rank` of `ranks` holds."""
+    def part(self, rank: int, ranks: int) -> Sequence[int]:
+        """The experts that `rank` of `ranks` holds, in the order of their places."""
         size = self.experts // ranks
-        return range(rank * size, (rank + 1) * size)
+        places = range(rank * size, (rank + 1) * size)
+        return places if self.order is None else [self.order[place] for place in places]
 
 
 def plan_of(plans: Mapping[str, ExpertPlan], parameter: str) -> ExpertPlan | None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_hybrid.execute.relayout.relayout import Moved
+from lightning_hybrid.spec.errors import PartitionError
 from tests.distributed.expert_jobs import Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 
@@ -126,3 +129,73 @@ def train(
         "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
         "layout": str(trainer.strategy.layout),  # type: ignore[attr-defined]
     }
+
+
+def averaged(layouts: Mapping[int, str]) -> dict[str, torch.Tensor]:
+    """The weights of a run that ends with an average over its steps."""
+    average = EMAWeightAveraging(decay=0.8)
+    return train("dp4", layouts, compare=False, steps=20, callbacks=[average])["weights"]
+
+
+def saved(folder: str, layouts: Mapping[int, str]) -> tuple[list[float], list[str]]:
+    """The losses of a run that saves, and the names of its checkpoints."""
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    found = train("dp4", layouts, compare=False, steps=20, callbacks=[saver], enable_checkpointing=True)
+    return found["losses"], sorted(p.name for p in Path(folder).iterdir())
+
+
+class Tries(L.Callback):
+    """Asks for a layout that is refused, once, and goes on."""
+
+    def __init__(self, layout: str, in_window: bool, differs: bool) -> None:
+        self._layout, self._in_window, self._differs = layout, in_window, differs
+        self.error = ""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.error or batch_idx < 1 or trainer.fit_loop._should_accumulate() != self._in_window:
+            return
+        strategy: Any = trainer.strategy
+        layout = "fsdp4" if self._differs and trainer.global_rank == 1 else self._layout
+        try:
+            strategy.relayout(layout)
+        except PartitionError as error:
+            self.error = str(error)
+
+
+class OwnBatches(BatchSampler):
+    """A batch sampler of the user's."""
+
+
+class Batches(IterableDataset):
+    """A stream of samples."""
+
+    def __iter__(self):
+        return (Numbers(64)[i] for i in range(64))
+
+
+def refused(
+    layout: str,
+    to: str,
+    *,
+    batch: int = 8,
+    loader: str = "",
+    in_window: bool = False,
+    differs: bool = False,
+    manual: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """What is said of a layout that cannot be, and where training is afterwards."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    tries = Tries(to, in_window, differs)
+    module: Any = Mixture(manual=True) if manual else Classifier()
+    trainer, replicas = trainer_for(layout, callbacks=[tries], max_steps=4, max_epochs=-1, **options)
+    data = Numbers(batch * 12)
+    if loader == "stream":
+        given: Any = DataLoader(Batches(), batch_size=2)
+    elif loader == "batches":
+        given = DataLoader(data, batch_sampler=OwnBatches(range(64), 2, drop_last=False))
+    else:
+        given = DataLoader(data, batch_size=batch // replicas)
+    trainer.fit(module, given)
+    return {"error": tries.error, "layout": str(trainer.strategy.layout), "steps": trainer.global_step}  # type: ignore[attr-defined]

@@ -99,8 +99,11 @@ def deal_samples(
     *,
     drop_last: bool = False,
     first: int = 0,
+    shares: Sequence[int] | None = None,
 ) -> Iterator[Share]:
     """Deals single samples: number i goes to replica i mod `replicas`.
+
+    With `shares` replica r takes `shares[r]` samples in a row of each full global batch.
 
     Args:
         order: Keys of the samples in the order of one process.
@@ -109,6 +112,7 @@ def deal_samples(
         replicas: How many there are.
         drop_last: Whether a last global batch that is not full is left out.
         first: Samples at the beginning that have been used already.
+        shares: Samples of each replica in a step, `batch_size * replicas` in all.
     """
     keys = islice(order, first, None)
     whole = batch_size * replicas
@@ -122,6 +126,10 @@ def deal_samples(
             counts = tuple(len(range(r, size, replicas)) for r in range(replicas))
             uneven = Uneven(counts=counts, sizes=tuple(max(1, c) for c in counts))
         places = own or range(1)
+        if shares is not None and size == whole:
+            begin = sum(shares[:replica])
+            places = range(begin, begin + shares[replica])
+            uneven = Uneven(counts=tuple(shares), sizes=tuple(shares)) if len(set(shares)) > 1 else None
         yield Share([chunk[i] for i in places], [first + i for i in places], uneven)
         first += size
 

@@ -251,6 +251,33 @@ class ReplicaData:
             loader.flow.redeal(mesh.replica, mesh.layout.replicas, size)
         load_validation_anew(self._trainer)
 
+    @property
+    def can_share(self) -> bool:
+        """Whether replicas can have different numbers of samples of a batch."""
+        flows = [getattr(loader, "flow", None) for loader in training_loaders(self._trainer).flattened]
+        return len(flows) == 1 and isinstance(flows[0], SampleFlow) and flows[0].can_rebatch
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of all replicas in a batch, where `can_share`."""
+        return training_loaders(self._trainer).flattened[0].flow.batch_size * self._mesh.layout.replicas
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Samples of each replica in a batch, where `can_share`."""
+        flow = training_loaders(self._trainer).flattened[0].flow
+        return flow.shares or (flow.batch_size,) * self._mesh.layout.replicas
+
+    def share(self, shares: tuple[int, ...] | None) -> None:
+        """From the next batch on replica r has `shares[r]` samples of each global batch; None: all equally many.
+
+        Called between two batches, on all ranks alike.
+        """
+        flow = training_loaders(self._trainer).flattened[0].flow
+        if shares is not None and sum(shares) != self.global_batch_size:
+            raise ValueError(f"`shares` must add up to {self.global_batch_size}. Got {shares}.")
+        flow.redeal(self._mesh.replica, self._mesh.layout.replicas, flow.batch_size, shares)
+
     # ---- predictions
 
     def numbered(self, args: tuple) -> tuple:

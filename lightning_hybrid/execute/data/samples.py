@@ -83,6 +83,8 @@ class SampleFlow:
     ) -> None:
         self._source, self._kind, self._replica, self._replicas = source, kind, replica, replicas
         self._batch_size, self._drop_last = batch_size, drop_last
+        self.shares: tuple[int, ...] | None = None
+        """Samples of each replica in a global batch, where they are not equally many."""
         self._trainer, self._limit, self._run_absent, self._on_yield = training, limit, run_absent, on_yield
         self.history: deque[Uneven | None] = deque(maxlen=8)
         self._pending: deque[Uneven | None] = deque()
@@ -219,7 +221,7 @@ class SampleFlow:
             < 1
         ):
             return False
-        self._batch_size = batch_size
+        self._batch_size, self.shares = batch_size, None
         self._go_on_behind(used)
         return True
 
@@ -242,12 +244,12 @@ class SampleFlow:
         """Whether what is left of an epoch can be dealt to other replicas; samples only to another number of them."""
         return self._sized
 
-    def redeal(self, replica: int, replicas: int, batch_size: int) -> None:
-        """From now on this rank reads for replica `replica` of `replicas`, in batches of `batch_size`."""
+    def redeal(self, replica: int, replicas: int, batch_size: int, shares: tuple[int, ...] | None = None) -> None:
+        """From now on this rank reads for replica `replica` of `replicas`, in batches of `batch_size`, or by shares."""
         each = self._batch_size if self._kind == "samples" else 1
         used = min(self._first + self._handed_out * self._replicas * each, len(self._source)) if self._begun else 0
         running = self._trainer is not None and self._begun and used < len(self._source)
-        self._replica, self._replicas, self._batch_size = replica, replicas, batch_size
+        self._replica, self._replicas, self._batch_size, self.shares = replica, replicas, batch_size, shares
         self._other_length = True
         if running:
             self._go_on_behind(used)
@@ -256,7 +258,7 @@ class SampleFlow:
 
     def rebatch_next(self, batch_size: int) -> None:
         """The next epoch's batches have `batch_size` samples of each replica."""
-        self._batch_size, self._other_length = batch_size, True
+        self._batch_size, self._other_length, self.shares = batch_size, True, None
 
     def keys(self) -> Iterator[Any]:
         """This replica's keys, batch by batch; the order is drawn when the first is asked for."""
@@ -273,7 +275,8 @@ class SampleFlow:
     def _shares(self, order: Any) -> Iterator[Share]:
         place = (self._replica, self._replicas)
         if self._kind == "samples":
-            return dealing.deal_samples(order, self._batch_size, *place, drop_last=self._drop_last, first=self._first)
+            options: dict[str, Any] = {"drop_last": self._drop_last, "first": self._first, "shares": self.shares}
+            return dealing.deal_samples(order, self._batch_size, *place, **options)
         batches = ([key] for key in order) if self._kind == "items" else order
         if self._limit is not None:
             batches = islice(batches, self._cap())

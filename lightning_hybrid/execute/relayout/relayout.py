@@ -138,6 +138,12 @@ class Relayout:
                 "`relayout` must be called between two steps of the optimizer: in `on_train_batch_end` after the last "
                 f"of `accumulate_grad_batches={trainer.accumulate_grad_batches}` batches, or in `on_train_epoch_start`."
             )
+        if self._strategy.batch_controls and layout != self._strategy.layout:
+            return (
+                f"`relayout` to '{layout}' beside `AdaptiveBatchSize`, which has found a micro-batch for "
+                f"'{self._strategy.layout}': only blocks and experts can move in the same layout. Remove the callback, "
+                "or change the layout between two runs."
+            )
         if (metric := self._old.metrics.unmovable(layout)) is not None:
             return (
                 f"`relayout` cannot divide what the metric `{metric}` has seen in this epoch among replicas: one of "

@@ -1,0 +1,257 @@
+"""`LoadRebalancing`: blocks, experts and samples move to where there is time for them, while training goes on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from statistics import median
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_hybrid._lightning_private import steps_after_batch
+from lightning_hybrid.adapt.rebalance import RebalancingRules, Watch, judge, look
+from lightning_hybrid.adapt.stage_cuts import StageTime
+from lightning_hybrid.execute.batches import count_samples
+from lightning_hybrid.execute.load import Load, Observation
+from lightning_hybrid.execute.strategy import HybridStrategy
+from lightning_hybrid.spec.errors import PartitionError
+
+Kind = Literal["stages", "experts", "replicas"]
+KINDS: tuple[Kind, ...] = ("stages", "experts", "replicas")
+EXPERTS_SHARE = 0.5
+"""The part of a step that experts are thought to take; their balance is judged by tokens, not by seconds."""
+GUESSED_STEPS = 2
+"""What the first move is thought to take, in steps; later ones take what the last one took."""
+
+
+class LoadRebalancing(Callback):
+    """Moves load between ranks while training goes on, and takes back what does not help.
+
+    Every few steps the ranks tell each other what they have measured, and rank 0 decides. A move is made when the step
+    is predicted to become shorter by `rules.min_gain`, twice in a row, and the steps that are left pay for it. Results
+    do not change: blocks and experts move with their optimizer state, and gradients are weighed by samples.
+
+    - stages, under `pp` with one stage a rank: the cuts with the smallest step time by measured times of the stages, on
+      ranks that may differ in speed.
+    - experts, under `ep`: equally many on each rank, packed by the tokens that went to them.
+    - replicas, under `dp` without `fsdp` and `ep`: samples of each global batch, by the speed of the replicas.
+
+    Logs `rebalancing/<kind>_gain`, the share of a step that a better balance would save, and `rebalancing/moves`.
+
+    Args:
+        kinds: What may be moved.
+        max_share: No replica gets more than so many times an equal share of a batch; memory has to suffice for it.
+        rules: How readily.
+
+    Raises:
+        ValueError: If an argument is not one of its possible values.
+    """
+
+    def __init__(
+        self,
+        kinds: tuple[Kind, ...] = KINDS,
+        *,
+        max_share: float = 2.0,
+        rules: RebalancingRules = RebalancingRules(),  # noqa: B008 -- frozen
+    ) -> None:
+        if not kinds or not set(kinds) <= set(KINDS):
+            raise ValueError(f"`kinds` must be some of {', '.join(KINDS)}. Got {kinds!r}.")
+        if max_share < 1:
+            raise ValueError(f"`max_share` must be at least 1. Got {max_share}.")
+        self._kinds, self._max_share, self._rules = tuple(kinds), max_share, rules
+        self._watches = {kind: Watch() for kind in self._kinds}
+        self._seen: list[StageTime] = []
+        self._before: dict[str, Any] = {}
+        """The divisions that moves which are not judged yet have replaced."""
+        self._wall: list[float] = []
+        self._last: float | None = None
+        self._steps = 0
+        self._move_seconds = 0.0
+        self._load: Load | None = None
+        self._restored: dict[str, Any] = {}
+        self.moves: list[dict[str, Any]] = []
+        """Every move so far: global step, kind, the new division, predicted gain; and those that were taken back."""
+
+    # ---- start
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and not isinstance(trainer.strategy, HybridStrategy):
+            raise PartitionError(
+                f"`LoadRebalancing` needs `strategy=HybridStrategy(...)`. Got {type(trainer.strategy).__name__}."
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        restored, self._restored = self._restored, {}
+        if restored.get("layout") == str(strategy.layout):
+            present = self._division(strategy)
+            for kind in self._kinds:
+                if restored["division"].get(kind) != present[kind]:
+                    self._apply(strategy, kind, restored["division"][kind])
+        self._load = Load(strategy)
+        self._wall, self._last, self._steps = [], None, 0
+
+    # ---- steps
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        strategy: Any = trainer.strategy
+        if self._load is None:
+            return
+        self._load.count(0 if strategy.runner.absent else count_samples(batch))
+        if not steps_after_batch(trainer):
+            return
+        self._load.end_step()
+        now = time.perf_counter()
+        if self._last is not None:
+            self._wall.append(now - self._last)
+        self._last = now
+        self._steps += 1
+        if self._steps % self._rules.every_n_steps == 0:
+            self._look(trainer, pl_module, self._load)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._last = None
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, load: Load) -> None:
+        strategy: Any = trainer.strategy
+        seen = load.take(self._rules.every_n_steps)
+        self._note(seen)
+        decided = None
+        if trainer.global_rank == 0:
+            seconds = median(self._wall) if self._wall else 0.0
+            decided = self._decide(load, seen, seconds, self._steps_left(trainer))
+        kind, division, back, gains, self._watches = strategy.broadcast(decided)
+        self._wall = []
+        if kind is not None:
+            self._move(trainer, kind, division, gains.get(kind, 0.0), back)
+        values = {f"rebalancing/{name}_gain": gain for name, gain in gains.items()}
+        pl_module.log_dict({**values, "rebalancing/moves": float(len(self.moves))}, batch_size=1)
+
+    def _note(self, seen: Observation) -> None:
+        """The latest times of each cut."""
+        for time_ in seen.stages:
+            same = (time_.rank, time_.first, time_.stop)
+            self._seen = [t for t in self._seen if (t.rank, t.first, t.stop) != same]
+            self._seen.append(time_)
+
+    def _decide(
+        self, load: Load, seen: Observation, seconds: float, steps_left: int
+    ) -> tuple[Kind | None, Any, bool, dict[str, float], dict[Any, Watch]]:
+        """What to move, the new division, whether that takes a move back, the gains that were seen, and the state."""
+        watches = dict(self._watches)
+        found = {kind: self._better(kind, load, seen) for kind in self._kinds}
+        gains = {str(kind): better[0] for kind, better in found.items() if better is not None}
+        for kind in self._kinds:
+            if watches[kind].rest:
+                measure = load.expert_imbalance(seen.experts) if kind == "experts" else seconds
+                back, watches[kind] = judge(watches[kind], measure, self._rules)
+                return (kind if back else None), self._before.get(kind), back, gains, watches
+        for kind in sorted(self._kinds, key=lambda k: -gains.get(k, 0.0)):
+            better = found[kind]
+            if better is None:
+                continue
+            takes = self._move_seconds or GUESSED_STEPS * seconds
+            share = EXPERTS_SHARE if kind == "experts" else 1.0
+            moves, watches[kind] = look(watches[kind], better[0], share * seconds, steps_left, takes, self._rules)
+            if moves and kind == "experts":
+                watches[kind] = replace(watches[kind], before_seconds=load.expert_imbalance(seen.experts))
+            if moves:
+                return kind, better[1], False, gains, watches
+        return None, None, False, gains, watches
+
+    def _better(self, kind: Kind, load: Load, seen: Observation) -> tuple[float, Any] | None:
+        if kind == "stages":
+            return load.better_cuts(self._seen, seen.stages)
+        if kind == "experts":
+            return load.better_experts(seen.experts)
+        return load.better_shares(seen.replicas, self._max_share)
+
+    def _steps_left(self, trainer: pl.Trainer) -> int:
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        return int(min(left, sys.maxsize)) if left >= 0 and left != float("inf") else self._rules.horizon_steps
+
+    # ---- moves
+
+    def _move(self, trainer: pl.Trainer, kind: Kind, division: Any, gain: float, back: bool) -> None:
+        strategy: Any = trainer.strategy
+        self._before[kind] = self._division(strategy)[kind]
+        began = time.perf_counter()
+        self._apply(strategy, kind, division)
+        self._move_seconds = strategy.broadcast(time.perf_counter() - began)
+        if self._load is not None:
+            self._load.follow()
+        self._last = None
+        self.moves.append(
+            {"step": trainer.global_step, "kind": kind, "division": division, "gain": gain, "taken_back": back}
+        )
+        what = "taken back" if back else f"a step should become {gain:.0%} shorter"
+        rank_zero_info(f"LoadRebalancing: {kind} {_shown(division)}: {what}.")
+
+    def _division(self, strategy: HybridStrategy) -> dict[str, Any]:
+        """How load is divided at present."""
+        request, data = strategy.request, strategy.data
+        return {
+            "stages": request.cuts,
+            "experts": dict(request.expert_orders),
+            "replicas": data.shares if data.can_share else None,
+        }
+
+    def _apply(self, strategy: HybridStrategy, kind: str, division: Any) -> None:
+        request = strategy.request
+        if kind == "replicas":
+            strategy.data.share(division)
+        elif kind == "stages":
+            strategy.relayout(request.layout, cuts=division, expert_orders=request.expert_orders)
+        else:
+            strategy.relayout(request.layout, cuts=request.cuts, expert_orders=division)
+
+    # ---- end, and checkpoints
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._load is not None:
+            self._load.release()
+        self._load = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._load is None:
+            return {}
+        strategy = self._load.strategy
+        return {
+            "layout": str(strategy.layout),
+            "division": self._division(strategy),
+            "watches": {kind: asdict(watch) for kind, watch in self._watches.items()},
+            "seen": [asdict(t) for t in self._seen],
+            "before": dict(self._before),
+            "move_seconds": self._move_seconds,
+            "moves": list(self.moves),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if not state_dict:
+            return
+        self._restored = {"layout": state_dict["layout"], "division": state_dict["division"]}
+        self._watches |= {k: Watch(**w) for k, w in state_dict["watches"].items() if k in self._watches}
+        self._seen = [StageTime(**t) for t in state_dict["seen"]]
+        self._before, self._move_seconds = dict(state_dict["before"]), state_dict["move_seconds"]
+        self.moves = list(state_dict["moves"])
+
+
+def _shown(division: Any) -> str:
+    if isinstance(division, Mapping):
+        return f"of {len(division)} modules"
+    return "as before" if division is None else f"at {division}"
