@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from statistics import median
 from typing import Any, Literal
@@ -18,8 +18,10 @@ from lightning_hybrid._lightning_private import steps_after_batch
 from lightning_hybrid.adapt.rebalance import RebalancingRules, Watch, judge, look
 from lightning_hybrid.adapt.stage_cuts import StageTime
 from lightning_hybrid.execute.batches import count_samples
+from lightning_hybrid.execute.data.dealing import ByLength
 from lightning_hybrid.execute.load import Load, Observation
 from lightning_hybrid.execute.strategy import HybridStrategy
+from lightning_hybrid.plan.stages import choose_microbatches
 from lightning_hybrid.spec.errors import PartitionError
 
 Kind = Literal["stages", "experts", "replicas"]
@@ -40,12 +42,17 @@ class LoadRebalancing(Callback):
     - stages, under `pp` with one stage a rank: the cuts with the smallest step time by measured times of the stages, on
       ranks that may differ in speed.
     - experts, under `ep`: equally many on each rank, packed by the tokens that went to them.
+    - sequences, with `lengths`: the samples of each global batch are dealt to replicas and microbatches so that all
+      have equally much to do, by 6 h L + L^2 for a sequence of L tokens; gradients are weighed by tokens. For collate
+      functions that do not pad.
     - replicas, under `dp` without `fsdp` and `ep`: samples of each global batch, by the speed of the replicas.
 
     Logs `rebalancing/<kind>_gain`, the share of a step that a better balance would save, and `rebalancing/moves`.
 
     Args:
         kinds: What may be moved.
+        lengths: Tokens of every sample of the training dataset, by its index.
+        width: Width of the model, h, in the cost of a sequence.
         max_share: No replica gets more than so many times an equal share of a batch; memory has to suffice for it.
         rules: How readily.
 
@@ -57,6 +64,8 @@ class LoadRebalancing(Callback):
         self,
         kinds: tuple[Kind, ...] = KINDS,
         *,
+        lengths: Sequence[int] | None = None,
+        width: int = 1024,
         max_share: float = 2.0,
         rules: RebalancingRules = RebalancingRules(),  # noqa: B008 -- frozen
     ) -> None:
@@ -64,6 +73,11 @@ class LoadRebalancing(Callback):
             raise ValueError(f"`kinds` must be some of {', '.join(KINDS)}. Got {kinds!r}.")
         if max_share < 1:
             raise ValueError(f"`max_share` must be at least 1. Got {max_share}.")
+        if width < 1:
+            raise ValueError(f"`width` must be at least 1. Got {width}.")
+        if lengths is not None and "replicas" in kinds:
+            kinds = tuple(kind for kind in kinds if kind != "replicas")  # whose shares are counted in samples
+        self._lengths, self._width = lengths, width
         self._kinds, self._max_share, self._rules = tuple(kinds), max_share, rules
         self._watches = {kind: Watch() for kind in self._kinds}
         self._seen: list[StageTime] = []
@@ -96,8 +110,23 @@ class LoadRebalancing(Callback):
             for kind in self._kinds:
                 if restored["division"].get(kind) != present[kind]:
                     self._apply(strategy, kind, restored["division"][kind])
+        if self._lengths is not None:
+            self._deal_by_length(strategy, self._lengths)
         self._load = Load(strategy)
         self._wall, self._last, self._steps = [], None, 0
+
+    def _deal_by_length(self, strategy: HybridStrategy, lengths: Sequence[int]) -> None:
+        data, runner = strategy.data, strategy.runner
+        if not data.can_share:
+            raise PartitionError(
+                "`lengths` needs a single training DataLoader with a sampler, a `batch_size` and a length. Use "
+                "`TokenBatchSampler` for batches of a token budget."
+            )
+        plan, parts = runner.partition.plan, 1
+        if runner.pipeline is not None and runner.microbatches != 1:
+            size = data.global_batch_size // plan.layout.replicas
+            parts = choose_microbatches(size, runner.microbatches, plan.layout.pp, plan.schedule)
+        data.balance(ByLength(lengths=lengths, width=self._width, parts=parts))
 
     # ---- steps
 

@@ -82,7 +82,7 @@ def test_only_what_is_asked_for_is_moved(ranks2: RankGroup) -> None:
 @pytest.mark.parametrize("layout", ["pp2", pytest.param("dp2", marks=pytest.mark.slow)])
 def test_resumed_run_keeps_the_balance(ranks2: RankGroup, layout: str, tmp_path: Path) -> None:
     path = str(tmp_path / "checkpoint")
-    options = (STAGES | {"blocks": 8} if layout == "pp2" else SHARES) | {"slow": {1: 3.0}}
+    options: dict[str, Any] = (STAGES | {"blocks": 8} if layout == "pp2" else SHARES) | {"slow": {1: 3.0}}
     whole = ranks2.call(jobs.train, layout, True, save=path, save_at=10, **options)[0]
     assert len(whole["moves"]) == 1
     resumed = ranks2.call(jobs.train, layout, True, ckpt_path=path, steps=13, **options)[0]

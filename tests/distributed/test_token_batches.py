@@ -107,6 +107,23 @@ def test_memory_that_is_short_halves_the_next_epochs_budget(ranks2: RankGroup) -
     assert result["budgets"] == [160, 80, 80]
 
 
+@pytest.mark.feature("`LoadRebalancing(lengths=...)`")
+@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "pp2", pytest.param("dp2-pp2", marks=pytest.mark.slow)])
+def test_samples_are_dealt_by_their_lengths(request: pytest.FixtureRequest, layout: str) -> None:
+    """The loss is the mean over tokens of a batch whose last part is not full; replicas have equally much to do."""
+    ranks = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
+    options: dict[str, Any] = {"strategy_options": {"microbatches": 2}} if "pp" in layout else {}
+    found = ranks.call(jobs.by_length, layout, True, **options)
+    close(found[0], jobs.of_whole_batches(16))
+    if layout != "pp2":
+        in_turn = ranks.call(jobs.by_length, layout, False, **options)
+        spread = [
+            [max(c) / (sum(c) / len(c)) for c in zip(*(r["tokens"][:7] for r in x), strict=True)]
+            for x in (found, in_turn)
+        ]
+        assert max(spread[0]) < 1.1 < max(spread[1])
+
+
 @pytest.mark.parametrize("argument", ["statistics", "schedule"])
 def test_only_memory_adapts_a_budget(ranks2: RankGroup, argument: str) -> None:
     adaptive: dict[str, Any] = {}

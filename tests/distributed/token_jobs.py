@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hybrid.callbacks import AdaptiveBatchSize
+from lightning_hybrid.adapt.shares import sequence_cost
+from lightning_hybrid.callbacks import AdaptiveBatchSize, LoadRebalancing
 from lightning_hybrid.data import TokenBatchSampler
 from tests.distributed.adaptive_jobs import SaveAt, ShortOfMemory
 from tests.distributed.jobs import Block, quiet, trainer_for, weights
@@ -129,6 +130,43 @@ def train(
         "budgets": seen.budgets,
         "steps": trainer.global_step,
     }
+
+
+def by_length(layout: str, balanced: bool, **options: Any) -> dict[str, Any]:
+    """A run on batches of 16 samples, and the tokens of this rank's batches."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module, data = Tagger(), Sequences()
+    seen = Tokens()
+    callbacks: list[L.Callback] = [seen, *([LoadRebalancing(lengths=data.lengths, width=4)] if balanced else [])]
+    trainer, replicas = trainer_for(layout, callbacks=callbacks, **options)
+    trainer.fit(module, DataLoader(data, batch_size=16 // replicas, collate_fn=padded))
+    return {"weights": weights(trainer, module), "tokens": seen.found, "steps": trainer.global_step}
+
+
+class Tokens(L.Callback):
+    """The cost of every training batch of this rank, padding not included."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        lengths = (batch["classes"] != PADDING).sum(1).tolist()
+        self.found.append(sum(sequence_cost(n, 4) for n in lengths))
+
+
+def of_whole_batches(size: int) -> dict[str, Any]:
+    """Steps on the mean over all tokens of `size` samples."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module, data, steps = Tagger(), Sequences(), 0
+    optimizer: Any = module.configure_optimizers()
+    for start in range(0, len(data), size):
+        optimizer.zero_grad()
+        module.loss(padded([data[i] for i in range(start, min(start + size, len(data)))])).backward()
+        optimizer.step()
+        steps += 1
+    return {"weights": module.state_dict(), "steps": steps}
 
 
 def of_one_process(together: int, *, max_tokens: int = 96, multiple_of: int = 1, epochs: int = 1) -> dict[str, Any]:

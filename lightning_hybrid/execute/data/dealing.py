@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+from lightning_hybrid.adapt.shares import pack, sequence_cost
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
@@ -132,6 +134,71 @@ def deal_samples(
             uneven = Uneven(counts=tuple(shares), sizes=tuple(shares)) if len(set(shares)) > 1 else None
         yield Share([chunk[i] for i in places], [first + i for i in places], uneven)
         first += size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByLength:
+    """Sequences of different lengths, to be dealt so that all ranks have equally much to do."""
+
+    lengths: Sequence[int]
+    """Tokens of the sample with each key."""
+    width: int
+    """Of the model, h (see `adapt.shares.sequence_cost`)."""
+    parts: int = 1
+    """Microbatches of a replica's batch, which are balanced too."""
+
+    def divide(self, keys: Sequence[int], replicas: int) -> list[list[int]]:
+        """Places in `keys` by replica: equally many samples, and each replica's microbatch after microbatch."""
+        bins, size = replicas * self.parts, len(keys) // (replicas * self.parts)
+        packed = pack([sequence_cost(self.lengths[k], self.width) for k in keys], bins, size)
+        return [[i for b in packed[r * self.parts : (r + 1) * self.parts] for i in b] for r in range(replicas)]
+
+
+def deal_by_length(
+    order: Sequence[int],
+    batch_size: int,
+    replica: int,
+    replicas: int,
+    by_length: ByLength,
+    *,
+    drop_last: bool = False,
+    first: int = 0,
+) -> Iterator[Share]:
+    """Deals single samples of different lengths; which samples a global batch has is as in `deal_samples`.
+
+    Gradients are weighed by tokens. A last global batch that is not full is dealt in turn.
+
+    Args:
+        order: Keys of the samples in the order of one process.
+        batch_size: Samples of a replica in a step.
+        replica: The replica that asks.
+        replicas: How many there are.
+        by_length: The lengths, and what they cost.
+        drop_last: Whether a last global batch that is not full is left out.
+        first: Samples at the beginning that have been used already.
+    """
+    whole = batch_size * replicas
+    chunks = [order[i : i + whole] for i in range(first, len(order), whole)]
+    if drop_last and chunks and len(chunks[-1]) < whole:
+        chunks.pop()
+    totals = tuple(sum(by_length.lengths[k] for k in chunk) for chunk in chunks)
+    for number, chunk in enumerate(chunks):
+        full = len(chunk) == whole
+        places = (
+            by_length.divide(chunk, replicas) if full else [[*range(r, len(chunk), replicas)] for r in range(replicas)]
+        )
+        lengths = [[by_length.lengths[chunk[i]] for i in of_replica] for of_replica in places]
+        own = places[replica] or [0]
+        tokens = Tokens(
+            counts=tuple(map(sum, lengths)),
+            own=tuple(by_length.lengths[chunk[i]] for i in own),
+            number=number,
+            totals=totals,
+        )
+        counts = tuple(map(len, places))
+        uneven = Uneven(counts=counts, sizes=tuple(max(1, c) for c in counts), tokens=tokens)
+        yield Share([chunk[i] for i in own], [first + i for i in own], uneven)
+        first += len(chunk)
 
 
 def deal_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, *, first: int = 0) -> Iterator[Share]:

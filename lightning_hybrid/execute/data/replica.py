@@ -36,7 +36,7 @@ from lightning_hybrid._lightning_private import (
 )
 from lightning_hybrid.execute.data import dealing
 from lightning_hybrid.execute.data.agreement import CheckedFlow
-from lightning_hybrid.execute.data.dealing import Uneven
+from lightning_hybrid.execute.data.dealing import ByLength, Uneven
 from lightning_hybrid.execute.data.loader import BatchStream, ResumableStream, keeps_its_place, placed, users_loader
 from lightning_hybrid.execute.data.samples import DealtSampler, SampleFlow
 from lightning_hybrid.execute.data.stream import StreamFlow
@@ -277,6 +277,12 @@ class ReplicaData:
         if shares is not None and sum(shares) != self.global_batch_size:
             raise ValueError(f"`shares` must add up to {self.global_batch_size}. Got {shares}.")
         flow.redeal(self._mesh.replica, self._mesh.layout.replicas, flow.batch_size, shares)
+
+    def balance(self, by_length: ByLength | None) -> None:
+        """From the next batch on samples are dealt by their lengths. Called between two batches, on all ranks alike."""
+        flow = training_loaders(self._trainer).flattened[0].flow
+        flow.by_length = by_length
+        flow.redeal(self._mesh.replica, self._mesh.layout.replicas, flow.batch_size)
 
     # ---- predictions
 

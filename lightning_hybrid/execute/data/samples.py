@@ -22,7 +22,7 @@ from lightning_hybrid._lightning_private import (
 from lightning_hybrid.analyze.preserve import random_streams_kept
 from lightning_hybrid.execute.data import dealing
 from lightning_hybrid.execute.data import random_streams as streams
-from lightning_hybrid.execute.data.dealing import Share, Uneven
+from lightning_hybrid.execute.data.dealing import ByLength, Share, Uneven
 from lightning_hybrid.execute.data.loader import generators_of, keeps_its_place, lent
 from lightning_hybrid.execute.random_streams import mix
 
@@ -85,6 +85,8 @@ class SampleFlow:
         self._batch_size, self._drop_last = batch_size, drop_last
         self.shares: tuple[int, ...] | None = None
         """Samples of each replica in a global batch, where they are not equally many."""
+        self.by_length: ByLength | None = None
+        """Where samples are dealt by their lengths."""
         self._trainer, self._limit, self._run_absent, self._on_yield = training, limit, run_absent, on_yield
         self.history: deque[Uneven | None] = deque(maxlen=8)
         self._pending: deque[Uneven | None] = deque()
@@ -275,6 +277,9 @@ class SampleFlow:
     def _shares(self, order: Any) -> Iterator[Share]:
         place = (self._replica, self._replicas)
         if self._kind == "samples":
+            if self.by_length is not None:
+                deal = partial(dealing.deal_by_length, by_length=self.by_length, drop_last=self._drop_last)
+                return deal(list(order), self._batch_size, *place, first=self._first)
             options: dict[str, Any] = {"drop_last": self._drop_last, "first": self._first, "shares": self.shares}
             return dealing.deal_samples(order, self._batch_size, *place, **options)
         batches = ([key] for key in order) if self._kind == "items" else order
