@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import TrainerFn
@@ -71,11 +72,18 @@ def find_last_by(trainer: pl.Trainer, find: Callable[[], str | None]) -> None:
 
     def parse(state_fn: Any, ckpt_path: Any, *, model_provided: bool, model_connected: bool) -> Any:
         found = find() if ckpt_path == "last" else None
-        return found or original(
+        connector._hybrid_path = found or original(
             connector, state_fn, ckpt_path, model_provided=model_provided, model_connected=model_connected
         )
+        return connector._hybrid_path
 
     connector._parse_ckpt_path = parse
+
+
+def checkpoint_of_run(trainer: pl.Trainer) -> str | None:
+    """What the trainer is about to load, from `setup` on; Lightning keeps it to itself until then."""
+    connector: Any = trainer._checkpoint_connector
+    return connector._hpc_resume_path or connector.__dict__.get("_hybrid_path")
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[str]:
@@ -373,6 +381,12 @@ def batches_left_in_window(trainer: pl.Trainer) -> int:
 def steps_after_batch(trainer: pl.Trainer) -> bool:
     """Whether the optimizer makes a step with the training batch that runs, or has just run."""
     return not trainer.fit_loop._should_accumulate()
+
+
+def fresh_optimizers(module: pl.LightningModule) -> list[Any]:
+    """What `configure_optimizers` gives now; the trainer keeps its own."""
+    made: Any = module.configure_optimizers()
+    return _configure_optimizers(made)[0]
 
 
 def between_steps(trainer: pl.Trainer) -> bool:

@@ -3,11 +3,14 @@
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jsonargparse import auto_cli
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lightning_hybrid.adapt.phases import Phase
+from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.callbacks.save_config import SaveConfig
 from lightning_hybrid.checkpoint.consolidate import consolidate, verify
 from lightning_hybrid.spec.errors import CheckpointError
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings(
         "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
     )
-    LightningCLI(
+    _CLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -39,6 +42,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_config_kwargs={"overwrite": True},
         args=None if argv is None else list(argv),
     )
+
+
+class _CLI(LightningCLI):
+    """With `phases:`, a list of `Phase`s, beside `model:`, `data:` and `trainer:`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--phases", type=list[Phase] | None, default=None, help="What holds when: see callbacks.PhaseSchedule."
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        phases = self._get(self.config_init, "phases")
+        if phases:
+            trainer.callbacks.append(PhaseSchedule(phases))  # type: ignore[attr-defined] -- set by a connector
+        return trainer
 
 
 _CHECKPOINT_COMMANDS: dict[str, Callable] = {"consolidate": consolidate, "verify": verify}

@@ -2,9 +2,11 @@
 
 from lightning_hybrid.adapt.batch_schedule import BatchSizeSchedule
 from lightning_hybrid.adapt.batch_size import DecisionRules
+from lightning_hybrid.adapt.phases import Phase, Plateau
 from lightning_hybrid.adapt.rebalance import RebalancingRules
 from lightning_hybrid.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_hybrid.callbacks.load_rebalancing import LoadRebalancing
+from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.callbacks.sample import GenerateSample
 from lightning_hybrid.callbacks.throughput import ThroughputMonitor
 
@@ -14,6 +16,9 @@ __all__ = [
     "DecisionRules",
     "GenerateSample",
     "LoadRebalancing",
+    "Phase",
+    "PhaseSchedule",
+    "Plateau",
     "RebalancingRules",
     "ThroughputMonitor",
 ]

@@ -273,6 +273,14 @@ def _names(world_size: int) -> Iterator[str]:
         yield from file_names(rank)
 
 
+def saved_callback_state(path: str | Path | None, key: str) -> dict[str, Any]:
+    """The state of a callback in a checkpoint, before that is loaded; `{}` where there is none of ours or no state."""
+    if path is None or not (Path(path) / MANIFEST).is_file():
+        return {}
+    callbacks = SavedCheckpoint(path).document(leave_out_pickles=("callbacks",)).get("callbacks", {})
+    return dict(callbacks.get(key, {}))
+
+
 def newest_first(paths: Sequence[Path]) -> list[Path]:
     """Checkpoints of ours by step, those with a readable manifest only; of one step the last written first."""
     found = []

@@ -80,6 +80,8 @@ class BatchControl:
     def _present(self) -> BatchDivision:
         sampler = getattr(self._loader, "batch_sampler", None)
         size = getattr(self._loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+        if self._flow is not None:
+            size = self._flow.batch_size
         if self.budget is not None:
             return BatchDivision(batch_size=self.budget.tokens, accumulate=self._accumulate, microbatches=1)
         if not size:
@@ -285,16 +287,11 @@ class BatchControl:
 
     def samples_of(self, batch: Any) -> int:
         """Samples of all replicas in the training batch that has just run."""
-        uneven = self._runner.uneven
-        return self.replicas * count_samples(batch) if uneven is None else sum(uneven.counts)
+        return samples_of_all(self._runner, batch)
 
     def sum_over_replicas(self, count: int) -> int:
         """The sum of what each replica has counted. Collective."""
-        mesh = self._runner.mesh
-        total = torch.tensor(count, device=self._runner.device)
-        if mesh.layout.replicas > 1:
-            dist.all_reduce(total, group=mesh.replica_group)
-        return int(total)
+        return sum_over_replicas(self._runner, count)
 
     def release(self) -> None:
         """Everything is Lightning's and the user's again."""
@@ -304,3 +301,17 @@ class BatchControl:
         self._steps.learning_rate_factor = 1.0
         self.stop_measuring()
         self._strategy.batch_controls.remove(self)
+
+
+def samples_of_all(runner: Runner, batch: Any) -> int:
+    """Samples of all replicas in the training batch that has just run."""
+    uneven = runner.uneven
+    return runner.mesh.layout.replicas * count_samples(batch) if uneven is None else sum(uneven.counts)
+
+
+def sum_over_replicas(runner: Runner, count: int) -> int:
+    """The sum of what each replica has counted. Collective."""
+    total = torch.tensor(count, device=runner.device)
+    if runner.mesh.layout.replicas > 1:
+        dist.all_reduce(total, group=runner.mesh.replica_group)
+    return int(total)

@@ -68,6 +68,25 @@ def split_batch(batch: Any, count: int) -> list[Any]:
     return [_samples_of(batch, size, slice(i * (size // count), (i + 1) * (size // count))) for i in range(count)]
 
 
+def split_sequences(batch: Any, length: int) -> Any:
+    """Samples of T positions along dim 1 as T / `length` samples of `length`; other tensors stay as they are.
+
+    Raises:
+        ValueError: If `length` does not divide T, or no tensor has two dims.
+    """
+    found = next((t.shape[1] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 1), None)
+    if found is None or found % length:
+        what = "no tensor has positions along dim 1" if found is None else f"samples have {found} positions"
+        raise ValueError(f"`sequence_length={length}` must divide the length of samples, but {what}.")
+
+    def split(tensor: Tensor) -> Tensor:
+        if tensor.ndim < 2 or tensor.shape[1] != found:
+            return tensor
+        return tensor.unflatten(1, (-1, length)).flatten(0, 1)
+
+    return apply_to_collection(batch, Tensor, split)
+
+
 def tiled_batch(batch: Any, size: int) -> Any:
     """A batch of `size` samples: those of `batch` in order, again and again.
 

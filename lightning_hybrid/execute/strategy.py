@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -27,6 +27,7 @@ from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.execute import start
 from lightning_hybrid.execute.averaging import follow_copies, follow_partition
 from lightning_hybrid.execute.batch_control import BatchControl
+from lightning_hybrid.execute.batches import split_sequences
 from lightning_hybrid.execute.callback_views import follow_callbacks
 from lightning_hybrid.execute.data.dealing import Uneven
 from lightning_hybrid.execute.data.random_streams import agree
@@ -109,6 +110,8 @@ class HybridStrategy(ConnectedStrategy):
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._steps: OptimizerSteps | None = None
         self._splits_data: bool | None = None
+        self.sequence_length: int | None = None
+        """Samples of training batches are split into samples of this length; None: they are whole."""
         self.batch_controls: list[BatchControl] = []
         """Those that callbacks hold at present."""
         self._cuts: tuple[int, ...] | None = None
@@ -274,6 +277,8 @@ class HybridStrategy(ConnectedStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         uneven = self.data.uneven()
         self.runner.take_batch(uneven, self.data.share_in_step(uneven))
+        if self.sequence_length is not None:
+            args = (split_sequences(args[0], self.sequence_length), *args[1:])
         with self._during("training_step"):
             return self.runner.training_step(*args, **kwargs)
 
@@ -372,6 +377,7 @@ class HybridStrategy(ConnectedStrategy):
         microbatches: int | Literal["auto"] | None = None,
         cuts: Sequence[int] | None = None,
         expert_orders: Mapping[str, Sequence[int]] | None = None,
+        edit: Callable[[], None] | None = None,
     ) -> Moved:
         """Changes the layout while training goes on: the same module, optimizers, schedulers, loggers and data.
 
@@ -386,6 +392,8 @@ class HybridStrategy(ConnectedStrategy):
             cuts: Where pipeline stages begin, by number of the call in `runner.partition.plan`; None: by FLOPs.
             expert_orders: By name of a module of experts, which expert stands at each place over the ranks of `ep`;
                 None: in their own order.
+            edit: Adds modules with new weights to the LightningModule, on all ranks alike; called while the weights
+                are on their way. The optimizers take the new ones into the groups that `configure_optimizers` would.
 
         Returns:
             What was moved.
@@ -402,7 +410,7 @@ class HybridStrategy(ConnectedStrategy):
             expert_orders={name: tuple(order) for name, order in (expert_orders or {}).items()},
         )
         with self._during("relayout"):
-            return Relayout(self, wanted, self._wrappers).run()
+            return Relayout(self, wanted, self._wrappers, edit).run()
 
     def take_layout(self, request: Request, mesh: Mesh, runner: Runner) -> None:
         """For `Relayout`: everything of this strategy goes on with the module as it is partitioned now."""

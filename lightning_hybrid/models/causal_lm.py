@@ -75,6 +75,18 @@ class CausalLM(LightningModule):
         if self._streams is not None:
             self.transformer.open_streams(self._streams)
 
+    def open_streams(self, streams: StreamsConfig | int) -> None:
+        """Switch from one stream to several, now or once the transformer is built; see `Transformer.open_streams`.
+
+        Args:
+            streams: How they are, or only how many.
+        """
+        opened = StreamsConfig(count=streams) if isinstance(streams, int) else streams
+        self.hparams["streams"] = dataclasses.asdict(opened)  # of checkpoints from now on
+        self._streams = opened
+        if hasattr(self, "transformer"):
+            self.transformer.open_streams(opened)
+
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Return ``logits_BTV``, the unnormalised log-probabilities of the token after each position."""
         return self.transformer(tokens_BT, None, cache)

@@ -11,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_hybrid._lightning_private import fresh_optimizers
 from lightning_hybrid.execute.averaging import HeldWeights
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.saving.state import optimizer_state, plain_optimizer
 from lightning_hybrid.partition.partition import Partition
 from lightning_hybrid.partition.placement import index_at, writes
+from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_index import Index, whole_index
 
 
@@ -142,6 +144,7 @@ class Target:
 
     def renew_optimizers(self) -> None:
         """The optimizers hold this rank's new parameters, in the same groups; state that is no tensor is there."""
+        self._place_new_parameters()
         for number, optimizer in enumerate(self._optimizers):
             names = self._holdings.names[number]
             self._runner.optimizer_names[id(optimizer)] = names
@@ -154,6 +157,28 @@ class Target:
                 own = value.to(parameter.device) if isinstance(value, Tensor) and value.ndim else value
                 own = own.clone() if isinstance(own, Tensor) else own
                 self._optimizers[number].state[parameter][kind] = own
+
+    def _place_new_parameters(self) -> None:
+        """Parameters that were not there before go into the groups that `configure_optimizers` puts them in."""
+        parameters, holdings = self._runner.partition.parameters, self._holdings
+        new = {n for n in parameters.names if n not in holdings.shapes}
+        if not new:
+            return
+        with parameters.all_visible():
+            names = {id(parameters.visible(n)): n for n in parameters.names}
+            made = [
+                [[names.get(id(p), "") for p in g["params"]] for g in o.param_groups]
+                for o in fresh_optimizers(self._runner.root)
+            ]
+        present = [len(groups) for groups in holdings.names]
+        if [len(groups) for groups in made] != present:
+            raise PartitionError(
+                f"`configure_optimizers` gives {[len(g) for g in made]} groups with the module's new weights, and the "
+                f"optimizers have {present}, so that it is not known where they belong."
+            )
+        for groups, of_fresh in zip(holdings.names, made, strict=True):
+            for group, members in zip(groups, of_fresh, strict=True):
+                group += [n for n in members if n in new]
 
     def tensor(self, key: Key) -> Tensor | None:
         """This rank's part of a tensor, to be filled; None where it holds none."""

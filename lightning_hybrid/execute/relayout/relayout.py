@@ -60,10 +60,17 @@ class Relayout:
         strategy: The strategy.
         request: The new layout and what belongs to it.
         wrappers: What calls of blocks go through (recomputation, compilation).
+        edit: Adds new weights to the module, or None.
     """
 
-    def __init__(self, strategy: HybridStrategy, request: Request, wrappers: Sequence[Callable]) -> None:
-        self._strategy, self._request, self._wrappers = strategy, request, wrappers
+    def __init__(
+        self,
+        strategy: HybridStrategy,
+        request: Request,
+        wrappers: Sequence[Callable],
+        edit: Callable[[], None] | None = None,
+    ) -> None:
+        self._strategy, self._request, self._wrappers, self._edit = strategy, request, wrappers, edit
         self._trainer: pl.Trainer = strategy.runner.root.trainer
         self._old = strategy.runner
 
@@ -84,6 +91,8 @@ class Relayout:
         found = places_of(self._old.partition, holdings)
         self._strategy.moving = True
         self._take_off(holdings)
+        if self._edit is not None:
+            self._edit()
         partition, problem = self._plan(mesh)
         partition.apply(self._strategy.root_device, self._wrappers, BlankTape(self._strategy.root_device))
         share_whole(partition)

@@ -1,0 +1,206 @@
+"""`PhaseSchedule`: what a training is made of changes from phase to phase, without a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_hybrid._lightning_private import checkpoint_of_run, steps_after_batch
+from lightning_hybrid.adapt.division import divide
+from lightning_hybrid.adapt.phases import Phase, PhaseState, check_phases
+from lightning_hybrid.checkpoint.reader import saved_callback_state
+from lightning_hybrid.execute.batch_control import BatchControl, samples_of_all, sum_over_replicas
+from lightning_hybrid.execute.batches import count_tokens
+from lightning_hybrid.execute.strategy import HybridStrategy
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.layout import Layout
+
+
+class PhaseSchedule(Callback):
+    """Goes through phases, each of which sets a layout, batch sizes, a length of sequences or parallel streams.
+
+    A phase begins between two steps: weights and optimizer state move by name to where the new layout has them (see
+    `HybridStrategy.relayout`), and training goes on behind the last batch. A change of layout alone does not change
+    the result. The phase is in the checkpoint, and a resumed run goes on in it. Schedulers advance by steps of the
+    optimizer, whatever a step is made of.
+
+    Logs `phase`, the number of the phase, from 0.
+
+    Args:
+        phases: In order; what one leaves open stays as it was. The first one begins with the training.
+
+    Raises:
+        ValueError: If they are not in order, or one does not say when it begins.
+    """
+
+    def __init__(self, phases: Sequence[Phase]) -> None:
+        check_phases(phases)
+        self.phases = tuple(phases)
+        self._state = PhaseState()
+        self._control: BatchControl | None = None
+        self._samples = self._tokens = 0
+        self._counts_tokens = any(phase.at_tokens is not None for phase in phases)
+
+    @property
+    def phase(self) -> int:
+        """The number of the phase that holds."""
+        return self._state.phase
+
+    # ---- start
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(trainer.strategy, HybridStrategy):
+            raise PartitionError(
+                f"`PhaseSchedule` needs `strategy=HybridStrategy(...)`. Got {type(trainer.strategy).__name__}."
+            )
+        for number, phase in enumerate(self.phases):
+            if phase.layout is not None:
+                try:
+                    Layout.parse(phase.layout).validate(trainer.world_size)
+                except ValueError as error:
+                    raise PartitionError(f"`phases`, phase {number}: {error}") from None
+            if phase.streams is not None and not callable(getattr(pl_module, "open_streams", None)):
+                raise PartitionError(
+                    f"`phases`, phase {number}: `streams={phase.streams}` needs a module with a method "
+                    f"`open_streams(streams)`. Got {type(pl_module).__name__} without one."
+                )
+        # what a checkpoint of a later phase holds must be there before it is loaded
+        saved = saved_callback_state(checkpoint_of_run(trainer), self.state_key)
+        for phase in self.phases[: saved.get("phase", 0) + 1]:
+            if phase.streams is not None:
+                pl_module.open_streams(phase.streams)  # type: ignore[operator]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for phase in self.phases[: self.phase + 1]:
+            self._set(trainer, phase, None)
+        self._set_batches(trainer)
+        self._samples = self._tokens = 0
+
+    # ---- steps
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._control is not None:
+            self._control.before_epoch()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._control is not None:
+            self._control.before_batch(batch_idx)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        strategy: Any = trainer.strategy
+        self._samples += samples_of_all(strategy.runner, batch)
+        if self._counts_tokens:
+            self._tokens += count_tokens(batch) or 0
+        if not steps_after_batch(trainer):
+            return
+        tokens = sum_over_replicas(strategy.runner, self._tokens) if self._counts_tokens else 0
+        self._state = self._state.after_step(self._samples, tokens)
+        self._samples = self._tokens = 0
+        if self.phase + 1 == len(self.phases):
+            return
+        following = self.phases[self.phase + 1]
+        self._look(trainer, following)
+        if self._state.ends(following, trainer.global_step):
+            self._state = self._state.next()
+            rank_zero_info(f"Phase {self.phase} begins at step {trainer.global_step}: {_shown(following)}.")
+            self._begin(trainer, pl_module, following)
+        pl_module.log("phase", float(self.phase), on_step=True, on_epoch=False, batch_size=1)
+
+    def _look(self, trainer: pl.Trainer, following: Phase) -> None:
+        plateau = following.at_plateau
+        if plateau is None or trainer.global_step % plateau.every_n_steps:
+            return
+        if plateau.metric not in trainer.callback_metrics:
+            raise PartitionError(
+                f"`at_plateau` looks at `{plateau.metric}`, which is not logged. Logged are "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'no metrics'}."
+            )
+        value = trainer.strategy.broadcast(float(trainer.callback_metrics[plateau.metric]))
+        self._state = self._state.seen(value, plateau)
+
+    # ---- what a phase sets
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, phase: Phase) -> None:
+        module: Any = pl_module
+        self._set(trainer, phase, None if phase.streams is None else lambda: module.open_streams(phase.streams))
+        self._set_batches(trainer)
+
+    def _set(self, trainer: pl.Trainer, phase: Phase, edit: Callable[[], None] | None) -> None:
+        strategy: Any = trainer.strategy
+        if self._control is not None:
+            self._control.release()
+            self._control = None
+        request = strategy.request
+        wanted = (
+            Layout.parse(phase.layout) if phase.layout is not None else request.layout,
+            phase.schedule or request.schedule,
+            phase.microbatches or request.microbatches,
+        )
+        if edit is not None or wanted != (request.layout, request.schedule, request.microbatches):
+            layout, schedule, microbatches = wanted
+            strategy.relayout(layout, schedule=schedule, microbatches=microbatches, edit=edit)
+        if phase.sequence_length is not None:
+            strategy.sequence_length = phase.sequence_length or None
+
+    def _set_batches(self, trainer: pl.Trainer) -> None:
+        """Batches of the sizes that were set last."""
+        so_far = self.phases[: self.phase + 1]
+        batch = next((p.batch_size for p in reversed(so_far) if p.batch_size is not None), None)
+        micro = next((p.micro_batch_size for p in reversed(so_far) if p.micro_batch_size is not None), None)
+        if batch is None and micro is None:
+            return
+        strategy: Any = trainer.strategy
+        control = self._control = strategy.control_batches()
+        batch = batch or control.global_batch_size
+        limits = control.limits(micro or control.first.micro_batch_size, 1)
+        division = divide(batch, limits)
+        if division is None:
+            raise PartitionError(
+                f"`batch_size={batch}` in phase {self.phase} cannot be divided among {control.replicas} replicas of "
+                f"`layout='{strategy.layout}'` in the loader's batches. Choose a multiple of them."
+            )
+        control.change(division)
+
+    # ---- end, and checkpoints
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._control is not None:
+            self._control.release()
+        self._control = None
+        if isinstance(trainer.strategy, HybridStrategy):
+            trainer.strategy.sequence_length = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self._state)
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if state_dict.get("phase", 0) >= len(self.phases):
+            raise PartitionError(
+                f"The checkpoint is of phase {state_dict['phase']}, and `phases` has {len(self.phases)}."
+            )
+        self._state = PhaseState(**state_dict)
+
+
+def _shown(phase: Phase) -> str:
+    fields = {k: v for k, v in vars(phase).items() if v is not None and not k.startswith("at_")}
+    return ", ".join(f"{name}={value}" for name, value in fields.items()) or "nothing changes"
