@@ -1,10 +1,11 @@
 """A data module over the Python sources that every machine with Python has."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_hybrid.data.text import ByteWindows, read_bytes, stdlib_modules, stdlib_sources
 
@@ -92,18 +93,45 @@ class StdlibText(LightningDataModule):
     def _loader(self, windows: ByteWindows | None, *, shuffle: bool) -> Batches:
         if windows is None:
             raise RuntimeError("The data must be read before it is loaded. Call `setup` with the stage first.")
-        replicas, replica = self._replicas()
+        replicas = self._replicas()
         if self.batch_size % replicas:
             raise ValueError(
                 f"`batch_size` is that of the global batch and must be a multiple of the {replicas} data-parallel "
                 f"replicas. Got {self.batch_size}. Use {self.batch_size // replicas * replicas or replicas}."
             )
-        # Replica r of n takes the windows r, r + n, ... of one shuffled list, so its k-th batch is a part of the k-th
-        # global batch. With a single device as well: Lightning's own sampler there would shuffle differently.
-        sampler = DistributedSampler(windows, replicas, replica, shuffle=shuffle, seed=self.seed, drop_last=True)
+        # The strategy gives replica r of n the windows r, r + n, ... of this order, so its k-th batch is a part of the
+        # k-th global batch. One order for all strategies: Lightning's own samplers would shuffle differently.
+        sampler = EpochOrder(len(windows), shuffle=shuffle, seed=self.seed)
         return DataLoader(windows, batch_size=self.batch_size // replicas, sampler=sampler, drop_last=True)
 
-    def _replicas(self) -> tuple[int, int]:
-        """Return the number of data-parallel replicas and this process's index among them."""
+    def _replicas(self) -> int:
+        """Return the number of data-parallel replicas."""
         layout = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (layout["num_replicas"], layout["rank"]) if layout else (1, 0)
+        return layout["num_replicas"] if layout else 1
+
+
+class EpochOrder(Sampler[int]):
+    """All indices in an order that a seed and the number of the epoch decide.
+
+    Args:
+        size: How many indices there are.
+        shuffle: Whether they are shuffled.
+        seed: Of the order.
+    """
+
+    def __init__(self, size: int, *, shuffle: bool, seed: int) -> None:
+        self._size, self._shuffle, self._seed, self._epoch = size, shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another epoch is about to begin; Lightning says so."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[int]:
+        if not self._shuffle:
+            return iter(range(self._size))
+        generator = torch.Generator()
+        generator.manual_seed(self._seed + self._epoch)
+        return iter(torch.randperm(self._size, generator=generator).tolist())
