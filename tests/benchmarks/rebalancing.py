@@ -30,7 +30,7 @@ from tests.benchmarks.overhead import versions
 from tests.distributed import rebalancing_jobs as jobs
 from tests.harness import RankGroup
 
-BLOCKS, MICROBATCHES, SECONDS, SLOW = 16, 8, 0.01, {2: 2.0}
+BLOCKS, MICROBATCHES, SECONDS, SLOW = 16, 16, 0.01, {2: 2.0}
 PATHS = (("dp4", "tp2-pp2", "fsdp2-tp2", "dp4"), ("fsdp4", "pp4", "dp2-pp2", "fsdp4"))
 
 
@@ -51,7 +51,9 @@ def stages(ranks: RankGroup) -> list[str]:
     best = best_cuts(costs, speeds, MICROBATCHES, range(1, BLOCKS))
     assert best is not None
     bounds = [0, *best, BLOCKS]
-    optimum = step_seconds([sum(costs[a:b]) * s for a, b, s in zip(bounds, bounds[1:], speeds, strict=False)], 8)
+    optimum = step_seconds(
+        [sum(costs[a:b]) * s for a, b, s in zip(bounds, bounds[1:], speeds, strict=False)], MICROBATCHES
+    )
     return row("stages: one of 4 half as fast, 16 blocks", found, optimum, f"cuts {found['cuts']}")
 
 
