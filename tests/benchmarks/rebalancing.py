@@ -140,7 +140,7 @@ def moves(path: Sequence[str]) -> tuple[list[tuple[str, str, int, float]], float
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     size = Size(batch=16)
-    callback = Moves(path[1:] + path[1:], every=4)
+    callback = Moves([*path[1:], *path[1:]], every=4)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=4,
