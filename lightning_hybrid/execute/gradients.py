@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hybrid._torch_private import after_this_backward, foreach_copy
+from lightning_hybrid.partition.reduction import Exact, Finish, Reduction
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 
@@ -42,9 +43,9 @@ class _Bucket:
             self.views.append(self.flat[offset : offset + shard.numel()].view(shard.shape))
             offset += shard.numel()
         self.ready = 0
-        self.work: dist.Work | None = None
+        self.finish: Finish | None = None
 
-    def launch(self, group: dist.ProcessGroup, scale: float) -> None:
+    def launch(self, group: dist.ProcessGroup, scale: float, reduction: Reduction) -> None:
         missing = [i for i, p in enumerate(self.parameters) if p.grad is None]
         present = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         self.flags.fill_(1.0)
@@ -59,12 +60,12 @@ class _Bucket:
             foreach_copy([v for v, _ in moved], [g for _, g in moved])
         self.flat.mul_(scale)
         if dist.get_world_size(group) > 1:
-            self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+            self.finish = reduction.begin(self.flat, group)
 
     def collect(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-        self.work, self.ready = None, 0
+        if self.finish is not None:
+            self.finish()
+        self.finish, self.ready = None, 0
         for i, parameter in enumerate(self.parameters):
             if parameter.grad is None:
                 if self.flags[i].item() == 0.0:
@@ -87,10 +88,17 @@ class ReplicaReducer:
         group: The ranks that hold them too.
         replicas: The number of replicas whose mean is taken. More than the group has, where a rank's gradients are sums
             over several replicas, as those of experts are.
+        reduction: How they are added up.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, replicas: int) -> None:
-        self.group, self.enabled = group, True
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        group: dist.ProcessGroup,
+        replicas: int,
+        reduction: Reduction | None = None,
+    ) -> None:
+        self.group, self.enabled, self._reduction = group, True, reduction or Exact()
         self.on_complete: Callable[[], None] = lambda: None
         """Called when this rank has all gradients, before it waits."""
         self._scale = 1.0 / replicas
@@ -103,6 +111,12 @@ class ReplicaReducer:
     def overlap(self) -> None:
         """Starts reducing a bucket as soon as its gradients are complete in the backward pass."""
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._bucket_of]  # type: ignore[attr-defined]
+
+    @property
+    def sent_bytes(self) -> float:
+        """What this rank sends for the gradients of a step."""
+        ranks = dist.get_world_size(self.group)
+        return sum(self._reduction.sent_bytes(len(b.flat), b.flat.element_size(), ranks) for b in self._buckets)
 
     def release(self) -> None:
         """Ends it; another reducer takes over."""
@@ -120,7 +134,7 @@ class ReplicaReducer:
             bucket = self._buckets[self._next]
             if bucket.ready < len(bucket.parameters):
                 break
-            bucket.launch(self.group, self._scale)
+            bucket.launch(self.group, self._scale, self._reduction)
             self._next += 1
 
     def finish(self) -> None:
@@ -129,7 +143,7 @@ class ReplicaReducer:
             return
         self.on_complete()
         for bucket in self._buckets[self._next :]:
-            bucket.launch(self.group, self._scale)
+            bucket.launch(self.group, self._scale, self._reduction)
         self._next, self._queued = 0, False
         for bucket in self._buckets:
             bucket.collect()

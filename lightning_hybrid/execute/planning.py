@@ -34,6 +34,7 @@ from lightning_hybrid.partition.partition import Partition, StepModule
 from lightning_hybrid.plan.plan import Plan, StagePlan, plan_stages
 from lightning_hybrid.plan.stages import choose_microbatches
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 
 
@@ -47,6 +48,8 @@ class Request:
     tensor_plan: Mapping[str, str] | None
     cuts: tuple[int, ...] | None = None
     """Where pipeline stages begin, by number of the call in the step's trace; None: by FLOPs."""
+    gradient_sync: GradientSync = GradientSync()
+    """How replicas agree on gradients."""
     expert_orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """By name of a module of experts: which expert stands at each place over the ranks of `ep`; else in their order."""
 
@@ -72,6 +75,7 @@ def make_partition(
     Raises:
         PartitionError: If the layout does not suit the module.
     """
+    request.gradient_sync.check(request.layout)
     units = find_units(root)
     switch = CallSwitch(root, units)
     parameters = Parameters(root)
@@ -79,9 +83,10 @@ def make_partition(
     switch.install()
     try:
         if layout.pp == layout.tp == layout.ep == 1:
-            return Partition(
-                root, mesh, _whole_plan(layout, parameters, units), None, switch, parameters, StepModule(root)
-            )
+            plan = _whole_plan(layout, parameters, units)
+            partition = Partition(root, mesh, plan, None, switch, parameters, StepModule(root))
+            partition.gradient_sync = request.gradient_sync
+            return partition
         if layout.tp > 1:
             check_heads(root, layout, request.tensor_plan)
         name, args = sample()
@@ -99,6 +104,7 @@ def make_partition(
         else:
             plan = _whole_plan(layout, parameters, units)
         partition = Partition(root, mesh, plan, trace, switch, parameters, StepModule(root))
+        partition.gradient_sync = request.gradient_sync
         with silent(root):
             if layout.ep > 1:
                 plans = plan_experts(root, fused, expert_calls, layout)

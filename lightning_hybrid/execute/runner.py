@@ -28,6 +28,7 @@ from lightning_hybrid.execute.gradients import (
     ReplicaReducer,
     SetAside,
     gradients_of,
+    local,
     refuse_gradients,
     sum_over_holders,
 )
@@ -91,6 +92,9 @@ class Runner:
         held = partition.parameters.held()
         names = partition.whole.intersection(held) if layout.fsdp > 1 else held
         self._reduced = {n: held[n] for n in held if n in names} if layout.replicas > 1 else {}
+        self._reduction = partition.reduction()
+        if partition.gradient_sync.kind == "hierarchical" and self._reduced:
+            partition.mesh.nested_groups(partition.gradient_sync.inner or self.mesh.neighbours)
         self._trained: list[bool] = []
         self._reducers: list[ReplicaReducer] = []
         self._follow_frozen()
@@ -106,7 +110,7 @@ class Runner:
         experts = [n for n in wanted if self.partition.expert_plan_of(n) is not None]
         replicas = self.mesh.layout.replicas
         self._reducers = [
-            ReplicaReducer([wanted[n] for n in names], group, replicas)
+            ReplicaReducer([wanted[n] for n in names], group, replicas, self._reduction)
             for names, group in (
                 ([n for n in wanted if n not in experts], self.mesh.replica_group),
                 (experts, self.mesh.group("dp")),
@@ -118,6 +122,19 @@ class Runner:
             reducer.on_complete = self.gradients_complete
             if self.pipeline is None:
                 reducer.overlap()
+
+    @property
+    def sent_bytes(self) -> float:
+        """What this rank sends to agree with other replicas on the gradients of a step; its weights not counted."""
+        layout, total = self.mesh.layout, sum(reducer.sent_bytes for reducer in self._reducers)
+        if layout.fsdp > 1:
+            item = 2 if self.partition.gradient_sync.kind in ("bf16", "bf16_fp32acc") else None
+            for name, parameter in self.partition.parameters.held().items():
+                if parameter.requires_grad and name not in self.partition.whole:
+                    shards = layout.shards if self.partition.expert_plan_of(name) is None else layout.fsdp
+                    own = local(parameter.detach())
+                    total += (shards - 1) * own.numel() * (item or own.element_size())
+        return total
 
     def time_computation(self, clocks: Clocks | None) -> None:
         """From now on these clocks run; None: none."""

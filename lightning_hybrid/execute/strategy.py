@@ -49,6 +49,7 @@ from lightning_hybrid.execute.saving.checkpoints import Checkpoints
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.recompute import Recompute, recomputed
 from lightning_hybrid.plan.stages import SCHEDULES
+from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 
 Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"]
@@ -70,6 +71,8 @@ class HybridStrategy(ConnectedStrategy):
         checkpoints: How checkpoints are saved, and what is trusted when they are loaded.
         on_nonfinite: What all ranks do when a gradient or the loss is NaN or infinite on any of them, before the
             update: `"raise"` `NonFiniteError`, or `"skip"` the step.
+        gradient_sync: How replicas agree on gradients: `"exact"`; `"bf16"`, sent and added up in bfloat16;
+            `"bf16_fp32acc"`, sent in bfloat16 and added up in float32; `"hierarchical"`, within a node first.
         process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
         timeout: How long the start and collectives wait for another rank; then the run ends, and the error names the
             rank that did not come and where it is.
@@ -89,6 +92,7 @@ class HybridStrategy(ConnectedStrategy):
         recompute: Recompute | None = None,
         checkpoints: CheckpointOptions = CheckpointOptions(),  # noqa: B008 -- frozen
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        gradient_sync: str | GradientSync = "exact",
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
@@ -107,6 +111,7 @@ class HybridStrategy(ConnectedStrategy):
         self._recompute: Recompute | None = recompute
         self._runner: Runner | None = None
         self.checkpoints = Checkpoints(checkpoints, timeout)
+        self._gradient_sync = GradientSync.of(gradient_sync)
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._steps: OptimizerSteps | None = None
         self._splits_data: bool | None = None
@@ -138,6 +143,7 @@ class HybridStrategy(ConnectedStrategy):
             tensor_plan=self._tensor_plan,
             cuts=self._cuts,
             expert_orders=self._expert_orders,
+            gradient_sync=self._gradient_sync,
         )
 
     @property
@@ -215,7 +221,7 @@ class HybridStrategy(ConnectedStrategy):
             return
         arguments = {"layout": self.layout, "schedule": self._schedule, "microbatches": self._microbatches}
         arguments |= {"tensor_plan": self._tensor_plan, "compile": self._compile, "recompute": self._recompute}
-        arguments |= {"on_nonfinite": self._on_nonfinite}
+        arguments |= {"on_nonfinite": self._on_nonfinite, "gradient_sync": self._gradient_sync}
         facts = agreement.facts_of(self._module.trainer, arguments)
         check = self._watch.check_children
         with self._watch.during("the meeting of the ranks"):
@@ -375,6 +381,7 @@ class HybridStrategy(ConnectedStrategy):
         *,
         schedule: Schedule | None = None,
         microbatches: int | Literal["auto"] | None = None,
+        gradient_sync: str | GradientSync | None = None,
         cuts: Sequence[int] | None = None,
         expert_orders: Mapping[str, Sequence[int]] | None = None,
         edit: Callable[[], None] | None = None,
@@ -389,6 +396,7 @@ class HybridStrategy(ConnectedStrategy):
             layout: Another layout of the same ranks.
             schedule: The pipeline schedule from now on; None: as before.
             microbatches: The microbatches from now on; None: as before.
+            gradient_sync: How replicas agree on gradients from now on; None: as before.
             cuts: Where pipeline stages begin, by number of the call in `runner.partition.plan`; None: by FLOPs.
             expert_orders: By name of a module of experts, which expert stands at each place over the ranks of `ep`;
                 None: in their own order.
@@ -406,6 +414,7 @@ class HybridStrategy(ConnectedStrategy):
             layout=Layout.parse(layout) if isinstance(layout, str) else layout,
             schedule=schedule or self._schedule,
             microbatches=microbatches or self._microbatches,
+            gradient_sync=self._gradient_sync if gradient_sync is None else GradientSync.of(gradient_sync),
             cuts=None if cuts is None else tuple(cuts),
             expert_orders={name: tuple(order) for name, order in (expert_orders or {}).items()},
         )
@@ -417,6 +426,7 @@ class HybridStrategy(ConnectedStrategy):
         trainer, factor = self._module.trainer, self.steps.learning_rate_factor
         self._layout, self._schedule, self._microbatches = request.layout, request.schedule, request.microbatches
         self._cuts, self._expert_orders = request.cuts, request.expert_orders
+        self._gradient_sync = request.gradient_sync
         self._mesh, self._runner = mesh, runner
         runner.root.__dict__["_hybrid_partition"] = runner.partition
         limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -58,6 +60,7 @@ class Mesh:
     holder_groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     """Groups of pipeline ranks that share weights, as far as they have been made (see `holder_group`)."""
     _tried: set[tuple[int, ...]] = field(default_factory=set)
+    _nested: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = field(default_factory=dict)
 
     @classmethod
     def create(cls, layout: Layout, device_type: str) -> Mesh:
@@ -98,6 +101,23 @@ class Mesh:
                 if dist.get_rank() in members:
                     self.holder_groups[ranks] = group  # type: ignore[assignment]
         return self.holder_groups.get(ranks)
+
+    @property
+    def neighbours(self) -> int:
+        """How many replicas of the `dp` axis are on one node: the largest such number that is the same everywhere."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        step = self.layout.devices // (self.layout.pp * self.layout.dp)  # ranks from one replica to the next
+        return math.gcd(self.layout.dp, max(1, here // step))
+
+    def nested_groups(self, inner: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Of the ranks of `dp`: `inner` neighbours, and the ranks with the same place among theirs. Collective."""
+        if inner not in self._nested:
+            near, far = [], []
+            for members in self.device_mesh.mesh.movedim(1, -1).reshape(-1, self.layout.dp).tolist():
+                near += [members[i : i + inner] for i in range(0, len(members), inner)]
+                far += [members[i::inner] for i in range(inner)]
+            self._nested[inner] = _group_with_this_rank(near), _group_with_this_rank(far)
+        return self._nested[inner]
 
     def rank(self, axis: str) -> int:
         """This rank's index on `axis`."""
@@ -153,5 +173,9 @@ def _own_group(all_members: list[list[int]]) -> dist.ProcessGroup:
     """Makes a group of each list of ranks, and gives the one with this rank. Collective."""
     if len(all_members[0]) == 1:
         return default_group()  # never used; a group of one costs as many threads as a large one
+    return _group_with_this_rank(all_members)
+
+
+def _group_with_this_rank(all_members: list[list[int]]) -> dist.ProcessGroup:
     groups = {tuple(members): dist.new_group(members) for members in all_members}
     return next(g for members, g in groups.items() if dist.get_rank() in members)  # type: ignore[return-value]

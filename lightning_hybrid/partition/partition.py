@@ -25,11 +25,20 @@ from lightning_hybrid.partition.experts import ExpertParallel
 from lightning_hybrid.partition.gradient_hooks import GradientHooks
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.ownership import Parameters
+from lightning_hybrid.partition.reduction import (
+    Exact,
+    Hierarchical,
+    InBfloat16,
+    InBfloat16AddedExactly,
+    Reduction,
+    ShardedInBfloat16,
+)
 from lightning_hybrid.partition.shard import shard_replicas
 from lightning_hybrid.partition.tensor import TensorParallel, apply_tensor_plan, part_of
 from lightning_hybrid.plan.plan import Plan, stage_of
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
+from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.tensor_plan import TensorPlan
 
 
@@ -65,6 +74,8 @@ class Partition:
     expert_plans: Mapping[str, ExpertPlan] = field(default_factory=dict)
     """How modules of experts are divided over `ep`."""
     experts: ExpertParallel | None = None
+    gradient_sync: GradientSync = GradientSync()
+    """How replicas agree on gradients."""
     whole: set[str] = field(default_factory=set)
     """Parameters that `fsdp` leaves whole (scalars)."""
     shared_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
@@ -133,6 +144,19 @@ class Partition:
             self.root, step_module, blocks, experts, self.parameters, held, self.mesh, make_real
         )
         self._overrides += overrides
+        if self.gradient_sync.kind in ("bf16", "bf16_fp32acc"):
+            reduce_scatter = ShardedInBfloat16(self.gradient_sync.kind == "bf16_fp32acc")
+            for module in [self.step_module, *self.root.modules()]:
+                if isinstance(module, FSDPModule):
+                    module.set_custom_reduce_scatter(reduce_scatter)
+
+    def reduction(self) -> Reduction:
+        """How whole gradients are added up over replicas. Collective the first time."""
+        sync = self.gradient_sync
+        if sync.kind == "hierarchical":
+            return Hierarchical(lambda group: self.mesh.nested_groups(sync.inner or self.mesh.neighbours))
+        known = {"exact": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
+        return known[sync.kind]()
 
     def _divide_experts(self, held: Collection[str], divided: bool) -> None:
         """Cuts this rank's experts out, unless they are or will be made real as such; takes their modules over."""

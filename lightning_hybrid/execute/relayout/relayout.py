@@ -160,6 +160,7 @@ class Relayout:
             )
         try:
             layout.validate(dist.get_world_size())
+            self._request.gradient_sync.check(layout)
             check_trainer(layout, trainer)
             self._strategy.steps.check_optimizers(self._strategy.optimizers, layout)
         except (ValueError, PartitionError) as error:

@@ -1,0 +1,157 @@
+"""How gradients are added up over replicas: exactly, in bfloat16 on the wire, or first within a node.
+
+`ReplicaReducer` hands whole buckets to a `Reduction`; `fully_shard` takes a reduce-scatter in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_hybrid._torch_private import ReduceScatter
+
+Finish = Callable[[], None]
+"""Waits for a reduction that was begun; afterwards the tensor has the sum."""
+
+
+class Reduction(Protocol):
+    """Adds up a tensor over a group of ranks."""
+
+    def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
+        """Begins to add up `flat`, of shape `(elements,)`, in place; all ranks begin and finish in the same order."""
+        ...
+
+    def sent_bytes(self, elements: int, itemsize: int, ranks: int) -> float:
+        """What a rank sends for a tensor of so many elements."""
+        ...
+
+
+class Exact:
+    """As the backend does it: a ring sends 2 (n - 1) / n of the tensor."""
+
+    def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
+        """See `Reduction`."""
+        work: Any = dist.all_reduce(flat, group=group, async_op=True)
+        return work.wait
+
+    def sent_bytes(self, elements: int, itemsize: int, ranks: int) -> float:
+        """See `Reduction`."""
+        return 2 * (ranks - 1) / ranks * elements * itemsize
+
+
+class InBfloat16:
+    """Cast to bfloat16, and added up in it: half of the bytes, and an error that grows with the number of ranks."""
+
+    def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
+        """See `Reduction`."""
+        short = flat.bfloat16()
+        work: Any = dist.all_reduce(short, group=group, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            flat.copy_(short)
+
+        return finish
+
+    def sent_bytes(self, elements: int, itemsize: int, ranks: int) -> float:
+        """See `Reduction`."""
+        return 2 * (ranks - 1) / ranks * elements * 2
+
+
+class InBfloat16AddedExactly:
+    """Sent as bfloat16, each rank's share added up in float32: the same bytes, and an error that does not grow."""
+
+    def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
+        """See `Reduction`."""
+        ranks = group.size()
+        short = torch.zeros(-(-len(flat) // ranks) * ranks, dtype=torch.bfloat16, device=flat.device)
+        short[: len(flat)] = flat
+        arrived = torch.empty_like(short)
+        work: Any = dist.all_to_all_single(_bytes(arrived), _bytes(short), group=group, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            own = arrived.view(ranks, -1).sum(0, dtype=torch.float32).bfloat16()
+            dist.all_gather_into_tensor(_bytes(short), _bytes(own), group=group)
+            flat.copy_(short[: len(flat)])
+
+        return finish
+
+    def sent_bytes(self, elements: int, itemsize: int, ranks: int) -> float:
+        """See `Reduction`."""
+        return 2 * (ranks - 1) / ranks * elements * 2
+
+
+class Hierarchical:
+    """Reduce-scatter within a node, all-reduce of each part across nodes, all-gather within the node.
+
+    The slow network between nodes carries 1 / inner of what a flat ring would send over it.
+
+    Args:
+        inner: Makes the groups of neighbours, and those of equal places in them, of a group; by the group.
+    """
+
+    def __init__(self, inner: Callable[[dist.ProcessGroup], tuple[dist.ProcessGroup, dist.ProcessGroup]]) -> None:
+        self._groups = inner
+
+    def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
+        """See `Reduction`."""
+        near, far = self._groups(group)
+        ranks = near.size()
+        padded = torch.zeros(-(-len(flat) // ranks) * ranks, dtype=flat.dtype, device=flat.device)
+        padded[: len(flat)] = flat
+        own = torch.empty(len(padded) // ranks, dtype=flat.dtype, device=flat.device)
+        work: Any = dist.reduce_scatter_tensor(own, padded, group=near, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            dist.all_reduce(own, group=far)
+            dist.all_gather_into_tensor(padded, own, group=near)
+            flat.copy_(padded[: len(flat)])
+
+        return finish
+
+    def sent_bytes(self, elements: int, itemsize: int, ranks: int) -> float:
+        """See `Reduction`; within and between nodes together."""
+        return 2 * (ranks - 1) / ranks * elements * itemsize
+
+
+class ShardedInBfloat16(ReduceScatter):
+    """For `fully_shard`: the gradients that are scattered go over the wire as bfloat16.
+
+    Args:
+        added_exactly: Whether they are added up in float32.
+    """
+
+    def __init__(self, added_exactly: bool) -> None:
+        self._added_exactly = added_exactly
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer for one call."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        """Scatters the sum, or the mean, of `input_tensor`."""
+        short = input_tensor.bfloat16()
+        if self._added_exactly:
+            arrived = torch.empty_like(short)
+            dist.all_to_all_single(_bytes(arrived), _bytes(short), group=group)
+            output_tensor.copy_(arrived.view(group.size(), -1).sum(0, dtype=torch.float32))
+        else:
+            own = torch.empty(output_tensor.shape, dtype=torch.bfloat16, device=short.device)
+            dist.reduce_scatter_tensor(own, short, group=group)
+            output_tensor.copy_(own)
+        if op == dist.ReduceOp.AVG:
+            output_tensor /= group.size()
+        return None
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The same memory as bytes: not every backend sends every type."""
+    return tensor.view(torch.uint8)

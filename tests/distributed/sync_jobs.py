@@ -1,0 +1,87 @@
+"""Ways to agree on gradients, by themselves and in runs; these run on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from lightning_hybrid.partition.reduction import Exact, Hierarchical, InBfloat16, InBfloat16AddedExactly
+from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
+
+REDUCTIONS: dict[str, Any] = {"exact": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
+
+
+def reduced(kind: str, elements: int, inner: int = 1, repetitions: int = 1) -> tuple[torch.Tensor, float]:
+    """The sum of random tensors of all ranks, and its largest error over the norm of the tensors."""
+    if not dist.is_initialized():  # as the first training does
+        trainer, _ = trainer_for("dp4")
+        trainer.fit(Classifier(), DataLoader(Numbers(4), batch_size=1))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    reduction = REDUCTIONS[kind]() if kind in REDUCTIONS else Hierarchical(lambda _: groups(inner))
+    found, error, whole = torch.zeros(()), 0.0, dist.group.WORLD
+    if whole is None:
+        raise RuntimeError("The processes are not connected.")
+    for repetition in range(repetitions):
+        generator = torch.Generator().manual_seed(repetition)
+        values = [torch.randn(elements, generator=generator) for _ in range(ranks)]
+        found = values[rank].clone()
+        reduction.begin(found, whole)()
+        exact = torch.stack(values).double()
+        error = max(error, float((found - exact.sum(0)).norm() / exact.norm()))
+    return found, error
+
+
+_groups: dict[int, Any] = {}
+
+
+def groups(inner: int) -> Any:
+    if inner not in _groups:
+        members = list(range(dist.get_world_size()))
+        near = [members[i : i + inner] for i in range(0, len(members), inner)]
+        far = [members[i::inner] for i in range(inner)]
+        made = [[(m, dist.new_group(m)) for m in lists] for lists in (near, far)]
+        _groups[inner] = tuple(next(g for m, g in way if dist.get_rank() in m) for way in made)
+    return _groups[inner]
+
+
+class Gradients(L.Callback):
+    """Norms of the gradients of every step, and what was sent."""
+
+    def __init__(self) -> None:
+        self.found: list[torch.Tensor] = []
+        self.sent = 0.0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        strategy: Any = trainer.strategy
+        norms = strategy.gradient_norms()
+        self.found.append(torch.stack([norms[k] for k in sorted(norms)]))
+        self.sent = strategy.runner.sent_bytes
+
+
+def train(layout: str, sync: Any = "exact", to: Any = None, **options: Any) -> dict[str, Any]:
+    """A run with a way to agree on gradients; `to`: another one from the third step on."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module, seen = Classifier(), Gradients()
+    callbacks: list[L.Callback] = [seen, *([Changes(to)] if to is not None else [])]
+    trainer, replicas = trainer_for(
+        layout, callbacks=callbacks, strategy_options={"gradient_sync": sync}, max_steps=6, **options
+    )
+    trainer.fit(module, DataLoader(Numbers(96), batch_size=8 // replicas))
+    return {"gradients": seen.found, "sent": seen.sent, "weights": weights(trainer, module)}
+
+
+class Changes(L.Callback):
+    """Another way from the third step on."""
+
+    def __init__(self, sync: Any) -> None:
+        self._sync = sync
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        strategy: Any = trainer.strategy
+        if trainer.global_step == 3:
+            strategy.relayout(strategy.layout, gradient_sync=self._sync)

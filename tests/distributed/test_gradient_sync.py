@@ -1,0 +1,81 @@
+"""`gradient_sync=`: what replicas send each other, and how far that is from the exact mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_hybrid.spec.gradient_sync import GradientSync
+from tests.distributed import sync_jobs as jobs
+from tests.harness import RankError, RankGroup
+
+pytestmark = pytest.mark.distributed
+
+FEATURE = "`gradient_sync=`"
+
+
+@pytest.mark.parametrize(
+    ("kind", "bound"), [("exact", 2e-7), ("bf16", 1e-2), ("bf16_fp32acc", 4e-3), ("hierarchical", 2e-7)]
+)
+@pytest.mark.parametrize("elements", [5, 1003])
+def test_sums(ranks4: RankGroup, kind: str, bound: float, elements: int) -> None:
+    """50 times in a row, without a hang; all ranks have the same."""
+    results = ranks4.call(jobs.reduced, kind, elements, inner=2, repetitions=50)
+    for found, error in results:
+        assert error <= bound
+        assert torch.equal(found, results[0][0])
+
+
+@pytest.mark.feature(FEATURE)
+@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "dp2-pp2", "fsdp2-pp2", "dp2-tp2"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_fp32acc"])
+def test_gradients_in_bfloat16(request: pytest.FixtureRequest, layout: str, kind: str) -> None:
+    """Half of the bytes; the gradient of the first step is that of the exact way up to the rounding of bfloat16."""
+    ranks = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
+    found, expected = (ranks.call(jobs.train, layout, sync)[0] for sync in (kind, "exact"))
+    assert found["sent"] == pytest.approx(expected["sent"] / 2)
+    torch.testing.assert_close(found["gradients"][0], expected["gradients"][0], rtol=8e-3, atol=1e-4)
+    assert not torch.equal(found["gradients"][0], expected["gradients"][0])
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-2, atol=2e-3, msg=name)
+
+
+@pytest.mark.feature(FEATURE)
+@pytest.mark.parametrize("layout", ["dp4", "dp2-pp2"])
+def test_hierarchical_is_exact(ranks4: RankGroup, layout: str) -> None:
+    found = ranks4.call(jobs.train, layout, GradientSync(kind="hierarchical", inner=2))[0]
+    expected = ranks4.call(jobs.train, layout)[0]
+    torch.testing.assert_close(found["gradients"][0], expected["gradients"][0], rtol=2e-7, atol=1e-8)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_another_way_from_a_step_on(ranks2: RankGroup) -> None:
+    found, exact, short = (
+        ranks2.call(jobs.train, "dp2", *how)[0]["gradients"] for how in (("exact", "bf16"), ("exact",), ("bf16",))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], exact[:3], strict=True))
+    assert not torch.equal(found[3], exact[3])
+    assert not torch.equal(found[3], short[3])
+
+
+@pytest.mark.parametrize(
+    ("layout", "sync", "message"),
+    [
+        ("dp2-fsdp2", "bf16", "gradients of sharded replicas are scattered over `fsdp` and then added up over `dp`"),
+        ("fsdp4", "hierarchical", "with `fsdp` gradients are added up over its ranks first"),
+        ("dp4", GradientSync(kind="hierarchical", inner=3), "`inner=3` must divide the replicas"),
+    ],
+)
+def test_refused(ranks4: RankGroup, layout: str, sync: Any, message: str) -> None:
+    with pytest.raises(RankError, match=message):
+        ranks4.call(jobs.train, layout, sync)
+
+
+def test_values_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="`gradient_sync` must be one of exact, bf16, bf16_fp32acc, hierarchical"):
+        GradientSync.of("fp8")
+    with pytest.raises(ValueError, match="`inner` is the number of neighbours of 'hierarchical'"):
+        GradientSync(kind="bf16", inner=2)
