@@ -19,6 +19,7 @@ from lightning_hybrid.execute.batch_control import BatchControl, samples_of_all,
 from lightning_hybrid.execute.batches import count_tokens
 from lightning_hybrid.execute.strategy import HybridStrategy
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 
 
@@ -152,10 +153,12 @@ class PhaseSchedule(Callback):
             Layout.parse(phase.layout) if phase.layout is not None else request.layout,
             phase.schedule or request.schedule,
             phase.microbatches or request.microbatches,
+            request.gradient_sync if phase.gradient_sync is None else GradientSync.of(phase.gradient_sync),
         )
-        if edit is not None or wanted != (request.layout, request.schedule, request.microbatches):
-            layout, schedule, microbatches = wanted
-            strategy.relayout(layout, schedule=schedule, microbatches=microbatches, edit=edit)
+        present = (request.layout, request.schedule, request.microbatches, request.gradient_sync)
+        if edit is not None or wanted != present:
+            layout, schedule, microbatches, sync = wanted
+            strategy.relayout(layout, schedule=schedule, microbatches=microbatches, gradient_sync=sync, edit=edit)
         if phase.sequence_length is not None:
             strategy.sequence_length = phase.sequence_length or None
 

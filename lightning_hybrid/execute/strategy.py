@@ -42,6 +42,7 @@ from lightning_hybrid.execute.ranks.launcher import HybridLauncher
 from lightning_hybrid.execute.ranks.preemption import Preemption
 from lightning_hybrid.execute.ranks.processes import DEFAULT_TIMEOUT, meet
 from lightning_hybrid.execute.ranks.watch import Watch
+from lightning_hybrid.execute.records.loggers import log_sent_bytes
 from lightning_hybrid.execute.relayout.relayout import Moved, Relayout
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.saving import state
@@ -329,6 +330,11 @@ class HybridStrategy(ConnectedStrategy):
         self.runner.evaluation_step("predict_step", *start.prediction_arguments(self._module.trainer, batch))
         self.runner.take_batch(None)
 
+    def on_train_start(self) -> None:
+        """Says what a step's gradients cost."""
+        if self._gradient_sync.kind != "exact":
+            log_sent_bytes(self._module.trainer, self.runner.sent_bytes)
+
     def on_predict_start(self) -> None:
         """Refuses loaders on which predictions would not be complete."""
         self.data.check_predictions()
@@ -439,6 +445,7 @@ class HybridStrategy(ConnectedStrategy):
         self._steps.install()
         for control in self.batch_controls:
             control.follow()
+        self.on_train_start()
 
     # ---- state
 

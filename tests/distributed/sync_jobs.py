@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
 from lightning_hybrid.partition.reduction import Exact, Hierarchical, InBfloat16, InBfloat16AddedExactly
@@ -71,8 +72,27 @@ def train(layout: str, sync: Any = "exact", to: Any = None, **options: Any) -> d
     trainer, replicas = trainer_for(
         layout, callbacks=callbacks, strategy_options={"gradient_sync": sync}, max_steps=6, **options
     )
+    logger = Logged()
+    trainer.loggers = [logger]
     trainer.fit(module, DataLoader(Numbers(96), batch_size=8 // replicas))
-    return {"gradients": seen.found, "sent": seen.sent, "weights": weights(trainer, module)}
+    return {
+        "gradients": seen.found,
+        "sent": seen.sent,
+        "weights": weights(trainer, module),
+        "logged": logger.found,
+    }
+
+
+class Logged(DummyLogger):
+    """What was said of the bytes, by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, float] = {}
+
+    def log_metrics(self, metrics: Any, step: Any = None, **_: Any) -> None:
+        if "gradient_sync/sent_mib_per_step" in metrics:
+            self.found[step] = metrics["gradient_sync/sent_mib_per_step"] * 2**20
 
 
 class Changes(L.Callback):

@@ -53,9 +53,10 @@ def test_hierarchical_is_exact(ranks4: RankGroup, layout: str) -> None:
 
 
 def test_another_way_from_a_step_on(ranks2: RankGroup) -> None:
-    found, exact, short = (
-        ranks2.call(jobs.train, "dp2", *how)[0]["gradients"] for how in (("exact", "bf16"), ("exact",), ("bf16",))
-    )
+    results = [ranks2.call(jobs.train, "dp2", *how)[0] for how in (("exact", "bf16"), ("exact",), ("bf16",))]
+    found, exact, short = (result["gradients"] for result in results)
+    assert results[0]["logged"] == {3: results[2]["sent"]}
+    assert results[2]["logged"] == {0: results[2]["sent"]}
     assert all(torch.equal(a, b) for a, b in zip(found[:3], exact[:3], strict=True))
     assert not torch.equal(found[3], exact[3])
     assert not torch.equal(found[3], short[3])

@@ -26,7 +26,7 @@ def test_layouts_by_steps_samples_and_tokens(ranks4: RankGroup) -> None:
     phases = [
         Phase(layout="fsdp4"),
         Phase(at_step=3, layout="tp2-pp2", microbatches=2),
-        Phase(at_samples=48, layout="dp2-fsdp2"),
+        Phase(at_samples=48, layout="dp2-fsdp2", gradient_sync="exact"),
         Phase(at_tokens=9 * 8 * 16, layout="pp4", schedule="GPipe"),
     ]
     found = ranks4.call(jobs.train, "dp4", phases)[0]

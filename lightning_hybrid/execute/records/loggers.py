@@ -25,6 +25,12 @@ def log_plan(trainer: pl.Trainer, record: dict[str, Any]) -> None:
             logger.log_hyperparams({KEY: record})
 
 
+def log_sent_bytes(trainer: pl.Trainer, sent: float) -> None:
+    """Tells all loggers what a rank sends for the gradients of each step from now on."""
+    for logger in trainer.loggers:
+        logger.log_metrics({"gradient_sync/sent_mib_per_step": sent / 2**20}, step=trainer.global_step)
+
+
 def watch_local_parts(trainer: pl.Trainer) -> None:
     """`watch` of W&B shows the part of each weight that rank 0 holds: to see the whole it would wait for the others."""
     for logger in trainer.loggers:
