@@ -35,8 +35,9 @@ def test_random_layouts_are_one_run(ranks4: RankGroup, plain: dict[str, Any], se
     layouts = jobs.random_layouts(seed, 30)
     found = ranks4.call(jobs.train, "dp4", layouts)[0]
     assert len(found["moved"]) == 6
-    for before, _, sent, _ in found["moved"]:
-        assert (sent == 0) == (before == "dp4"), "a rank that has everything lacks nothing"
+    for before, after, sent, _ in found["moved"]:
+        assert sent == 0 or before not in ("dp4", after), "a rank that has everything lacks nothing"
+    assert any(sent for _, _, sent, _ in found["moved"])
     check(found, plain)
 
 
