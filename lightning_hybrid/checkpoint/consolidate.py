@@ -69,8 +69,8 @@ def verify(checkpoint: Path) -> str:
 def as_one_process(saved: SavedCheckpoint, weights_only: bool = False) -> dict[str, Any]:
     """The checkpoint dict that Lightning would have saved in one process."""
     checkpoint = saved.document(0)
-    for key in ("names", "aliases", "streams"):  # of no use to Lightning
-        del checkpoint[key]
+    for key in ("names", "aliases", "streams", "local_steps"):  # of no use to Lightning
+        checkpoint.pop(key, None)
     for group in saved.model_groups:
         checkpoint[group] = {name: whole(value) for name, value in saved.group(group).items()}
     if weights_only:

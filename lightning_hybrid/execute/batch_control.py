@@ -269,7 +269,16 @@ class BatchControl:
     # ---- measurements
 
     def measure_noise(self) -> GradientNoise:
-        """Begins to measure the noise of gradients, or takes in weights that have been unfrozen since."""
+        """Begins to measure the noise of gradients, or takes in weights that have been unfrozen since.
+
+        Raises:
+            PartitionError: If replicas step by themselves.
+        """
+        if self._runner.local_steps is not None:
+            raise PartitionError(
+                "`statistics` compares the gradients of replicas with their mean, which `gradient_sync='diloco'` does "
+                "not take. Set `statistics=None`, or use another `gradient_sync`."
+            )
         if self.noise is None:
             runner = self._runner
             self.noise = GradientNoise(

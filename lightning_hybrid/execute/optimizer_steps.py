@@ -75,7 +75,10 @@ class OptimizerSteps:
             closure = self._of_all_replicas(closure)
         rates = [group["lr"] for group in optimizer.param_groups] if self.learning_rate_factor != 1.0 else []
         try:
-            return step(optimizer, closure, *args, **kwargs)
+            out = step(optimizer, closure, *args, **kwargs)
+            if self.runner.local_steps is not None:
+                self.runner.local_steps.after_step()
+            return out
         except SkipStep:
             return None
         finally:

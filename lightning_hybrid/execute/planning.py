@@ -76,6 +76,11 @@ def make_partition(
         PartitionError: If the layout does not suit the module.
     """
     request.gradient_sync.check(request.layout)
+    if request.gradient_sync.kind == "diloco" and not root.automatic_optimization:
+        raise PartitionError(
+            f"`gradient_sync='diloco'` counts the optimizer's steps, but {type(root).__name__} optimizes manually "
+            "(`automatic_optimization = False`). Use 'exact'."
+        )
     units = find_units(root)
     switch = CallSwitch(root, units)
     parameters = Parameters(root)

@@ -32,6 +32,7 @@ from lightning_hybrid.execute.gradients import (
     refuse_gradients,
     sum_over_holders,
 )
+from lightning_hybrid.execute.local_steps import LocalSteps
 from lightning_hybrid.execute.pipeline import Pipeline
 from lightning_hybrid.execute.random_streams import RandomStreams
 from lightning_hybrid.execute.records.logs import HookLogs, LogRecorder, leave_out, reduce_over_replicas, replay
@@ -91,7 +92,10 @@ class Runner:
             )
         held = partition.parameters.held()
         names = partition.whole.intersection(held) if layout.fsdp > 1 else held
+        self._steps_alone = partition.gradient_sync.kind == "diloco" and layout.replicas > 1
         self._reduced = {n: held[n] for n in held if n in names} if layout.replicas > 1 else {}
+        self.local_steps: LocalSteps | None = None
+        """Where replicas step by themselves."""
         self._reduction = partition.reduction()
         if partition.gradient_sync.kind == "hierarchical" and self._reduced:
             partition.mesh.nested_groups(partition.gradient_sync.inner or self.mesh.neighbours)
@@ -107,6 +111,11 @@ class Runner:
         self._trained = trained
         self._release()
         wanted = {n: p for n, p in self._reduced.items() if p.requires_grad}
+        if self._steps_alone:
+            if self.local_steps is not None:
+                self.local_steps.agree()
+            self.local_steps = LocalSteps(wanted, self.mesh.replica_group, self.partition.gradient_sync)
+            return
         experts = [n for n in wanted if self.partition.expert_plan_of(n) is not None]
         replicas = self.mesh.layout.replicas
         self._reducers = [
@@ -127,6 +136,8 @@ class Runner:
     def sent_bytes(self) -> float:
         """What this rank sends to agree with other replicas on the gradients of a step; its weights not counted."""
         layout, total = self.mesh.layout, sum(reducer.sent_bytes for reducer in self._reducers)
+        if self.local_steps is not None:
+            total += self.local_steps.sent_bytes
         if layout.fsdp > 1:
             item = 2 if self.partition.gradient_sync.kind in ("bf16", "bf16_fp32acc") else None
             for name, parameter in self.partition.parameters.held().items():
@@ -182,7 +193,11 @@ class Runner:
     @property
     def factor(self) -> float:
         """The factor on this replica's loss with which the mean over replicas is that over the global batch."""
-        return 1.0 if self.uneven is None else self.uneven.factor(self.mesh.replica) * self._share
+        if self.uneven is None:
+            return 1.0
+        if self.local_steps is not None:  # the mean over this replica's own batch
+            return 0.0 if self.absent else self._share
+        return self.uneven.factor(self.mesh.replica) * self._share
 
     # ---- training
 

@@ -73,7 +73,8 @@ class HybridStrategy(ConnectedStrategy):
         on_nonfinite: What all ranks do when a gradient or the loss is NaN or infinite on any of them, before the
             update: `"raise"` `NonFiniteError`, or `"skip"` the step.
         gradient_sync: How replicas agree on gradients: `"exact"`; `"bf16"`, sent and added up in bfloat16;
-            `"bf16_fp32acc"`, sent in bfloat16 and added up in float32; `"hierarchical"`, within a node first.
+            `"bf16_fp32acc"`, sent in bfloat16 and added up in float32; `"hierarchical"`, within a node first;
+            `"diloco"`, not at all: replicas step by themselves and agree every few steps. Or a `GradientSync`.
         process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
         timeout: How long the start and collectives wait for another rank; then the run ends, and the error names the
             rank that did not come and where it is.
@@ -335,6 +336,11 @@ class HybridStrategy(ConnectedStrategy):
         if self._gradient_sync.kind != "exact":
             log_sent_bytes(self._module.trainer, self.runner.sent_bytes)
 
+    def on_train_end(self) -> None:
+        """Replicas that have stepped by themselves agree on the weights."""
+        if self.runner.local_steps is not None:
+            self.runner.local_steps.agree()
+
     def on_predict_start(self) -> None:
         """Refuses loaders on which predictions would not be complete."""
         self.data.check_predictions()
@@ -489,6 +495,7 @@ class HybridStrategy(ConnectedStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             state.load_optimizer_state(self.runner, optimizer, saved)
         self.checkpoints.restore_streams(self.runner)
+        self.checkpoints.restore_local_steps(self.runner)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:

@@ -155,7 +155,7 @@ class Partition:
         sync = self.gradient_sync
         if sync.kind == "hierarchical":
             return Hierarchical(lambda group: self.mesh.nested_groups(sync.inner or self.mesh.neighbours))
-        known = {"exact": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
+        known = {"exact": Exact, "diloco": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
         return known[sync.kind]()
 
     def _divide_experts(self, held: Collection[str], divided: bool) -> None:

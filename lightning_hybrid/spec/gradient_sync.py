@@ -8,8 +8,8 @@ from typing import Literal
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 
-SyncKind = Literal["exact", "bf16", "bf16_fp32acc", "hierarchical"]
-SYNC_KINDS: tuple[SyncKind, ...] = ("exact", "bf16", "bf16_fp32acc", "hierarchical")
+SyncKind = Literal["exact", "bf16", "bf16_fp32acc", "hierarchical", "diloco"]
+SYNC_KINDS: tuple[SyncKind, ...] = ("exact", "bf16", "bf16_fp32acc", "hierarchical", "diloco")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,16 @@ class GradientSync:
 
     kind: SyncKind = "exact"
     """`exact`: in the gradients' own type. `bf16`: sent and added up in bfloat16. `bf16_fp32acc`: sent in bfloat16,
-    added up in float32. `hierarchical`: exactly, within a node first."""
+    added up in float32. `hierarchical`: exactly, within a node first. `diloco`: not at all; replicas of `dp` step by
+    themselves and agree on their weights now and then."""
     inner: int | None = None
     """For `hierarchical`: replicas that are neighbours; None: those of a node."""
+    every_n_steps: int = 10
+    """For `diloco`: H, steps between two agreements."""
+    outer_learning_rate: float = 0.7
+    """For `diloco`: of the outer SGD."""
+    outer_momentum: float = 0.5
+    """For `diloco`: Nesterov momentum of the outer SGD. The paper's 0.9 needs many agreements before it pays."""
 
     def __post_init__(self) -> None:
         if self.kind not in SYNC_KINDS:
@@ -34,6 +41,13 @@ class GradientSync:
                 f"`inner` is the number of neighbours of 'hierarchical', at least 1. Got {self.inner} with "
                 f"'{self.kind}'."
             )
+
+        if self.every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be at least 1. Got {self.every_n_steps}.")
+        if not self.outer_learning_rate > 0:
+            raise ValueError(f"`outer_learning_rate` must be above 0. Got {self.outer_learning_rate}.")
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(f"`outer_momentum` must be at least 0 and below 1. Got {self.outer_momentum}.")
 
     @classmethod
     def of(cls, value: str | GradientSync) -> GradientSync:
@@ -58,6 +72,11 @@ class GradientSync:
                 f"`gradient_sync='hierarchical'` under `layout='{layout}'`: with `fsdp` gradients are added up over "
                 "its ranks first and over `dp` then anyway, and with `ep` experts have other replicas. Use 'exact', "
                 "with `fsdp` within a node and `dp` across."
+            )
+        if self.kind == "diloco" and layout.fsdp * layout.ep > 1:
+            raise PartitionError(
+                f"`gradient_sync='diloco'` under `layout='{layout}'`: replicas of `fsdp` and `ep` share weights in "
+                f"every step, so they cannot step by themselves. Use a layout of `dp`, `tp` and `pp`."
             )
         if self.kind == "hierarchical" and self.inner is not None and layout.dp % self.inner:
             raise PartitionError(

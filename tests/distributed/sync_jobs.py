@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as L
@@ -11,6 +12,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
 from lightning_hybrid.partition.reduction import Exact, Hierarchical, InBfloat16, InBfloat16AddedExactly
+from lightning_hybrid.spec.gradient_sync import GradientSync
+from tests.distributed.adaptive_jobs import SaveAt
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 
 REDUCTIONS: dict[str, Any] = {"exact": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
@@ -105,3 +108,72 @@ class Changes(L.Callback):
         strategy: Any = trainer.strategy
         if trainer.global_step == 3:
             strategy.relayout(strategy.layout, gradient_sync=self._sync)
+
+
+def diloco(
+    layout: str,
+    sync: Any,
+    *,
+    optimizer: str = "adamw",
+    steps: int = 12,
+    save: str | None = None,
+    save_at: int = 0,
+    ckpt_path: str | None = None,
+    samples: int = 96,
+) -> dict[str, Any]:
+    """A run whose replicas step by themselves."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module, seen = Classifier(optimizer=optimizer), Losses()
+    callbacks: list[L.Callback] = [seen, *([SaveAt(save, save_at)] if save is not None else [])]
+    trainer, replicas = trainer_for(
+        layout, callbacks=callbacks, strategy_options={"gradient_sync": sync}, max_steps=steps, max_epochs=-1
+    )
+    loader = DataLoader(Numbers(samples), batch_size=8 // replicas)
+    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
+    strategy: Any = trainer.strategy
+    return {"weights": weights(trainer, module), "losses": seen.found, "sent": strategy.runner.sent_bytes}
+
+
+class Losses(L.Callback):
+    """Of every step, the mean over replicas."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.found.append(float(trainer.callback_metrics["loss_step"]))
+
+
+def diloco_in_one_process(replicas: int, sync: GradientSync, *, steps: int = 12, samples: int = 96) -> dict[str, Any]:
+    """Every replica by itself, one after the other, and the outer step as in the paper, written out."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    first, data = Classifier(optimizer="adamw"), Numbers(samples)
+    copies = [copy.deepcopy(first) for _ in range(replicas)]
+    made: Any = [own.configure_optimizers() for own in copies]
+    anchor = {n: p.detach().clone() for n, p in first.named_parameters()}
+    velocity = {n: torch.zeros_like(p) for n, p in anchor.items()}
+    losses = []
+    for step in range(steps):
+        found = []
+        for replica, (own, (optimizers, _)) in enumerate(zip(copies, made, strict=True)):
+            rows = torch.arange(step * 8 + replica, step * 8 + 8, replicas) % samples
+            loss = torch.nn.functional.cross_entropy(own(data.x[rows]), data.y[rows])
+            optimizers[0].zero_grad()
+            loss.backward()
+            optimizers[0].step()
+            found.append(float(loss))
+        losses.append(sum(found) / replicas)
+        if (step + 1) * 8 % samples == 0:
+            for _, schedulers in made:
+                schedulers[0].step()
+        if (step + 1) % sync.every_n_steps == 0 or step + 1 == steps:
+            with torch.no_grad():
+                for name in anchor:
+                    delta = anchor[name] - torch.stack([dict(c.named_parameters())[name] for c in copies]).mean(0)
+                    velocity[name] = sync.outer_momentum * velocity[name] + delta
+                    anchor[name] -= sync.outer_learning_rate * (delta + sync.outer_momentum * velocity[name])
+                    for own in copies:
+                        dict(own.named_parameters())[name].copy_(anchor[name])
+    return {"weights": anchor, "losses": losses}

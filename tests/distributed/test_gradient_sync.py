@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,11 +63,47 @@ def test_another_way_from_a_step_on(ranks2: RankGroup) -> None:
     assert not torch.equal(found[3], short[3])
 
 
+@pytest.mark.feature(FEATURE)
+@pytest.mark.parametrize("layout", ["dp2", "dp2-tp2", "dp2-pp2"])
+def test_replicas_that_step_by_themselves(request: pytest.FixtureRequest, layout: str) -> None:
+    """12 steps, of which the last two make a short round, over an epoch's end."""
+    ranks = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
+    sync = GradientSync(kind="diloco", every_n_steps=5)
+    found = ranks.call(jobs.diloco, layout, sync, samples=64)[0]
+    expected = jobs.diloco_in_one_process(2, sync, samples=64)
+    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), rtol=0, atol=1e-6)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=2e-6, msg=name)
+    assert found["sent"] == pytest.approx(ranks.call(jobs.diloco, layout, "exact")[0]["sent"] / 5)
+
+
+def test_agreeing_in_every_step_on_the_mean_is_exact(ranks2: RankGroup) -> None:
+    """With plain SGD, whose step is linear in the gradient."""
+    sync = GradientSync(kind="diloco", every_n_steps=1, outer_learning_rate=1.0, outer_momentum=0.0)
+    found, expected = (ranks2.call(jobs.diloco, "dp2", how, optimizer="sgd")[0] for how in (sync, "exact"))
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_replicas_go_on_where_each_was(ranks2: RankGroup, tmp_path: Path) -> None:
+    """Saved in the middle of a round: bit for bit in the same layout; in another one from what was agreed on."""
+    path, sync = str(tmp_path / "checkpoint"), GradientSync(kind="diloco", every_n_steps=5)
+    whole = ranks2.call(jobs.diloco, "dp2", sync, save=path, save_at=8)[0]
+    resumed = ranks2.call(jobs.diloco, "dp2", sync, ckpt_path=path)[0]
+    assert resumed["losses"] == whole["losses"][8:]
+    for name, weight in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight)
+    elsewhere = ranks2.call(jobs.diloco, "tp2", "exact", ckpt_path=path)[0]
+    assert len(elsewhere["losses"]) == 4
+    assert elsewhere["losses"][0] == pytest.approx(whole["losses"][8], abs=0.2)
+
+
 @pytest.mark.parametrize(
     ("layout", "sync", "message"),
     [
         ("dp2-fsdp2", "bf16", "gradients of sharded replicas are scattered over `fsdp` and then added up over `dp`"),
         ("fsdp4", "hierarchical", "with `fsdp` gradients are added up over its ranks first"),
+        ("dp2-fsdp2", "diloco", "so they cannot step by themselves"),
         ("dp4", GradientSync(kind="hierarchical", inner=3), "`inner=3` must divide the replicas"),
     ],
 )
@@ -76,7 +113,9 @@ def test_refused(ranks4: RankGroup, layout: str, sync: Any, message: str) -> Non
 
 
 def test_values_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="`gradient_sync` must be one of exact, bf16, bf16_fp32acc, hierarchical"):
+    with pytest.raises(ValueError, match="`gradient_sync` must be one of exact, bf16, bf16_fp32acc, hierarchical, dil"):
         GradientSync.of("fp8")
+    with pytest.raises(ValueError, match="`outer_momentum` must be at least 0 and below 1"):
+        GradientSync(kind="diloco", outer_momentum=1.0)
     with pytest.raises(ValueError, match="`inner` is the number of neighbours of 'hierarchical'"):
         GradientSync(kind="bf16", inner=2)

@@ -85,6 +85,8 @@ class Relayout:
         mesh = Mesh.create(self._request.layout, self._strategy.root_device.type)
         self._strategy.data.check_layout(mesh)
         share_whole(self._old.partition)
+        if self._old.local_steps is not None:
+            self._old.local_steps.agree()
         old_averages = held_averages(self._trainer)
         metrics = self._old.metrics.states_of_all()
         holdings = Holdings.of(self._old, self._strategy.optimizers, old_averages)
@@ -104,6 +106,8 @@ class Relayout:
         target = Target(runner, self._strategy.optimizers, averages, holdings)
         target.renew_optimizers()
         sent = exchange(holdings.parts, holdings.dtypes, found, places_of(partition, holdings), target.tensor)
+        if runner.local_steps is not None:
+            runner.local_steps.begin()
         self._strategy.take_layout(self._request, partition.mesh, runner)
         renew_averages(self._trainer, averages)
         runner.metrics.take_states(metrics)

@@ -31,6 +31,7 @@ class Checkpoints:
         self._saver: Saver | None = None
         self._older: list[Path] = []
         self._streams: Mapping[str, Any] | None = None
+        self._local_steps: Mapping[str, Any] | None = None
 
     @property
     def saver(self) -> Saver:
@@ -42,7 +43,10 @@ class Checkpoints:
     def save(self, runner: Runner, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """Saves Lightning's checkpoint dict, whose state is this rank's parts. Collective."""
         streams = {**loading.random_streams(), **runner.streams.state_dict()}
-        content = state.content_of(runner, {**checkpoint, "streams": streams})
+        more: dict[str, Any] = {"streams": streams}
+        if runner.local_steps is not None:
+            more["local_steps"] = {**runner.local_steps.state_dict(), "optimizers": state.own_optimizer_states(runner)}
+        content = state.content_of(runner, {**checkpoint, **more})
         self.saver.save(path, content, loading.manifest_facts(checkpoint, runner.mesh.layout))
 
     def find_last(self, trainer: pl.Trainer) -> str | None:
@@ -62,7 +66,7 @@ class Checkpoints:
         if not isinstance(opened, SavedCheckpoint):
             return opened
         checkpoint = loading.as_lightning(opened, runner.root.trainer, runner.mesh.layout)
-        self._streams = checkpoint.pop("streams")
+        self._streams, self._local_steps = checkpoint.pop("streams"), checkpoint.pop("local_steps", None)
         return checkpoint
 
     def restore_streams(self, runner: Runner) -> None:
@@ -70,6 +74,16 @@ class Checkpoints:
         if self._streams is not None:
             loading.set_random_streams(self._streams)
             runner.streams.load_state_dict(self._streams)
+
+    def restore_local_steps(self, runner: Runner) -> None:
+        """Replicas that step by themselves go on where each of them was, in the same layout; else where they agreed."""
+        saved, self._local_steps = self._local_steps, None
+        if runner.local_steps is None:
+            return
+        runner.local_steps.begin()
+        if saved is not None:
+            runner.local_steps.load_state_dict(saved)
+            state.load_own_optimizer_states(runner, saved["optimizers"])
 
     def first_batch(self, trainer: pl.Trainer) -> None:
         """Before the first training batch: starting the loader in the middle of an epoch has drawn from the streams."""

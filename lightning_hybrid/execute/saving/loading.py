@@ -130,8 +130,11 @@ def as_lightning(saved: SavedCheckpoint, trainer: pl.Trainer, layout: Layout) ->
     Where a hook of the user or of a callback looks at the checkpoint, the model's weights are whole tensors in it.
     """
     checkpoint = saved.document(0, leave_out_pickles=HYPER_PARAMETERS)
-    if saved.about["layout"] == str(layout) and saved.world_size == dist.get_world_size() and dist.get_rank() > 0:
+    same = saved.about["layout"] == str(layout) and saved.world_size == dist.get_world_size()
+    if same and dist.get_rank() > 0:
         checkpoint |= saved.document(dist.get_rank())
+    elif not same:
+        checkpoint.pop("local_steps", None)
     looked_at = is_overridden("on_load_checkpoint", trainer.lightning_module) or any(
         type(callback).on_load_checkpoint is not pl.Callback.on_load_checkpoint
         for callback in trainer.callbacks  # type: ignore[attr-defined] -- set by a connector

@@ -6,7 +6,7 @@ user's names. On the way back they hold `SavedTensor`s, of which each rank reads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,13 @@ def state_dict(runner: Runner) -> dict[str, Any]:
     runner.partition.reshard()
     with runner.partition.parameters.all_visible():
         shown = runner.root.state_dict()
-    return {name: value for name, value in shown.items() if not isinstance(value, Ghost)}
+    found = {name: value for name, value in shown.items() if not isinstance(value, Ghost)}
+    if runner.local_steps is not None:  # what all replicas have agreed on
+        first = runner.partition.parameters.first_names
+        for name in found:
+            agreed = runner.local_steps.agreed(first.get(name, name))
+            found[name] = found[name] if agreed is None else agreed
+    return found
 
 
 def optimizer_state(runner: Runner, optimizer: Optimizer) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def content_of(runner: Runner, checkpoint: Mapping[str, Any]) -> Content:
     return Content(parts=content.parts, values=content.values, document=kept)
 
 
-PER_RANK = ("loops", "streams")
+PER_RANK = ("loops", "streams", "local_steps")
 """Keys of the checkpoint dict that every rank saves; everything else is rank 0's."""
 
 
@@ -239,6 +245,31 @@ def load_optimizer_state(runner: Runner, optimizer: Optimizer, saved: Mapping[st
         name = order[int(key)] if isinstance(key, int) else key
         if name in held:
             optimizer.state[held[name]] = dict(_own_entry(runner, name, held[name], entry))
+
+
+def own_optimizer_states(runner: Runner) -> list[dict[str, dict[str, Any]]]:
+    """For each optimizer, this rank's own parts of its state, by name: where replicas step by themselves."""
+    names = {id(p): n for n, p in runner.partition.parameters.held().items()}
+    found = []
+    for optimizer in map(plain_optimizer, runner.root.trainer.optimizers):
+        entries = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names}
+        found.append(
+            {n: {k: local(v) if isinstance(v, Tensor) else v for k, v in e.items()} for n, e in entries.items()}
+        )
+    return found
+
+
+def load_own_optimizer_states(runner: Runner, saved: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+    """The reverse of `own_optimizer_states`, over a state of the same form that has been loaded."""
+    held = runner.partition.parameters.held()
+    for optimizer, entries in zip(map(plain_optimizer, runner.root.trainer.optimizers), saved, strict=True):
+        for name, entry in entries.items():
+            state = optimizer.state[held[name]]
+            for key, value in entry.items():
+                if isinstance(value, Tensor):
+                    local(state[key]).copy_(value)
+                else:
+                    state[key] = value
 
 
 def _own_entry(runner: Runner, name: str, parameter: Tensor, entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
