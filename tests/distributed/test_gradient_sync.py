@@ -20,7 +20,7 @@ FEATURE = "`gradient_sync=`"
 @pytest.mark.parametrize(
     ("kind", "bound"), [("exact", 2e-7), ("bf16", 1e-2), ("bf16_fp32acc", 4e-3), ("hierarchical", 2e-7)]
 )
-@pytest.mark.parametrize("elements", [5, 1003])
+@pytest.mark.parametrize("elements", [5, pytest.param(1003, marks=pytest.mark.slow)])
 def test_sums(ranks4: RankGroup, kind: str, bound: float, elements: int) -> None:
     """50 times in a row, without a hang; all ranks have the same."""
     results = ranks4.call(jobs.reduced, kind, elements, inner=2, repetitions=50)
@@ -30,7 +30,10 @@ def test_sums(ranks4: RankGroup, kind: str, bound: float, elements: int) -> None
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "dp2-pp2", "fsdp2-pp2", "dp2-tp2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["dp2", "fsdp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dp2-pp2", "fsdp2-pp2", "dp2-tp2"))],
+)
 @pytest.mark.parametrize("kind", ["bf16", "bf16_fp32acc"])
 def test_gradients_in_bfloat16(request: pytest.FixtureRequest, layout: str, kind: str) -> None:
     """Half of the bytes; the gradient of the first step is that of the exact way up to the rounding of bfloat16."""
@@ -64,7 +67,7 @@ def test_another_way_from_a_step_on(ranks2: RankGroup) -> None:
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("layout", ["dp2", "dp2-tp2", "dp2-pp2"])
+@pytest.mark.parametrize("layout", ["dp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dp2-tp2", "dp2-pp2"))])
 def test_replicas_that_step_by_themselves(request: pytest.FixtureRequest, layout: str) -> None:
     """12 steps, of which the last two make a short round, over an epoch's end."""
     ranks = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")

@@ -45,7 +45,7 @@ def test_a_plateau_begins_a_phase(ranks2: RankGroup) -> None:
         ranks2.call(jobs.train, "dp2", [Phase(), Phase(at_plateau=Plateau(metric="nothing", every_n_steps=1))])
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("pp2", marks=pytest.mark.slow)])
 def test_batches_and_lengths(ranks2: RankGroup, layout: str) -> None:
     """Short sequences first; then longer ones and larger batches, in two parts; then all of them in one."""
     phases = [
@@ -61,7 +61,7 @@ def test_batches_and_lengths(ranks2: RankGroup, layout: str) -> None:
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "pp2", "tp2"])
+@pytest.mark.parametrize("layout", ["pp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fsdp2", "tp2"))])
 def test_streams_are_opened(ranks2: RankGroup, layout: str, tmp_path: Path) -> None:
     """With a change of layout; a run that is resumed behind it goes on as the whole one."""
     path = str(tmp_path / "checkpoint")

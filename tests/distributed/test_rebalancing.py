@@ -55,12 +55,14 @@ def test_hot_experts_are_separated(ranks4: RankGroup) -> None:
     check(found, ranks4.call(jobs.train, "dp2-ep2", False, experts=True, steps=24)[0])
 
 
+@pytest.mark.slow
 def test_equal_ranks_are_left_alone(ranks4: RankGroup) -> None:
     found = ranks4.call(jobs.train, "pp4", True, steps=18, **STAGES | {"seconds": 0.002})[0]
     assert found["moves"] == []
     assert abs(found["logged"]["rebalancing/stages_gain"]) < 0.05
 
 
+@pytest.mark.slow
 def test_a_move_that_does_not_help_is_taken_back(ranks2: RankGroup) -> None:
     """Blocks that take as long for few samples as for many, which is not known beforehand."""
     options = SHARES | {"seconds": 0.01, "by_sample": False, "slow": {1: 3.0}}
@@ -72,6 +74,7 @@ def test_a_move_that_does_not_help_is_taken_back(ranks2: RankGroup) -> None:
     check(found, ranks2.call(jobs.train, "dp2", False, **SHARES | {"seconds": 0.0})[0])
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for_is_moved(ranks2: RankGroup) -> None:
     options = {"kinds": ("stages", "experts")}
     found = ranks2.call(jobs.train, "dp2", True, slow={1: 3.0}, options=options, steps=9, **SHARES)[0]
@@ -79,7 +82,7 @@ def test_only_what_is_asked_for_is_moved(ranks2: RankGroup) -> None:
     assert "rebalancing/replicas_gain" not in found["logged"]
 
 
-@pytest.mark.parametrize("layout", ["pp2", pytest.param("dp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("pp2", marks=pytest.mark.slow)])
 def test_resumed_run_keeps_the_balance(ranks2: RankGroup, layout: str, tmp_path: Path) -> None:
     path = str(tmp_path / "checkpoint")
     options: dict[str, Any] = (STAGES | {"blocks": 8} if layout == "pp2" else SHARES) | {"slow": {1: 3.0}}

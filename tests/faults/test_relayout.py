@@ -62,7 +62,7 @@ def test_training_stays_in_the_old_layout(
         slow("take out", "kill", 1),
         slow("plan", "kill", 1),
         slow("memory", "exception", 1),
-        ("memory", "memory", 0),
+        slow("memory", "memory", 0),
         slow("memory", "kill", 0),
         slow("move", "exception", 0),
         slow("move", "memory", 1),

@@ -123,7 +123,7 @@ def test_plan_at_real_size(recipe: str) -> None:
 
 
 def test_phases(tmp_path: Path) -> None:
-    """Each of one or two steps; the checkpoint has the streams, and its run goes on in the last phase."""
+    """Each of one or two steps; the checkpoint has the streams."""
     phases = (
         "[{layout: dp4, sequence_length: 64}, {at_step: 1, sequence_length: 0}, "
         "{at_step: 2, layout: tp2-pp2, microbatches: 2, streams: 2}]"
@@ -131,9 +131,6 @@ def test_phases(tmp_path: Path) -> None:
     output = fit("phases", tmp_path, f"--phases={phases}")
     assert "dp4 -> tp2-pp2: " in output
     assert "Phase 2 begins at step 2: layout=tp2-pp2, microbatches=2, streams=2." in output
-    final = tmp_path / "runs/phases/final.ckpt"
-    consolidate(final, tmp_path / "plain.ckpt")
+    consolidate(tmp_path / "runs/phases/final.ckpt", tmp_path / "plain.ckpt")
     state = torch.load(tmp_path / "plain.ckpt", weights_only=True)["state_dict"]
     assert state["transformer.blocks.0.attention.prefix.keys"].shape == (2, 4, 48, 32)
-    arguments = [f"--phases={phases}", f"--ckpt_path={final}", f"--trainer.max_steps={STEPS + 2}"]
-    assert f"{STEPS + 2}/" in fit("phases", tmp_path, *arguments)
