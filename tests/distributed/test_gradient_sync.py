@@ -18,11 +18,11 @@ FEATURE = "`gradient_sync=`"
 
 
 @pytest.mark.parametrize(
-    ("kind", "bound"), [("exact", 2e-7), ("bf16", 1e-2), ("bf16_fp32acc", 4e-3), ("hierarchical", 2e-7)]
+    ("kind", "bound"), [("exact", 2e-7), ("bf16", 1e-2), ("bf16_fp32acc", 2**-7), ("hierarchical", 2e-7)]
 )
 @pytest.mark.parametrize("elements", [5, pytest.param(1003, marks=pytest.mark.slow)])
 def test_sums(ranks4: RankGroup, kind: str, bound: float, elements: int) -> None:
-    """50 times in a row, without a hang; all ranks have the same."""
+    """50 times in a row, without a hang; all ranks have the same. bfloat16 rounds by 2^-9, what is sent and the sum."""
     results = ranks4.call(jobs.reduced, kind, elements, inner=2, repetitions=50)
     for found, error in results:
         assert error <= bound

@@ -24,6 +24,7 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=2e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_blocks_leave_a_slow_stage(ranks4: RankGroup) -> None:
     found = ranks4.call(jobs.train, "pp4", True, slow=SLOW, **STAGES)[0]
     assert [m["kind"] for m in found["moves"]] == ["stages"]
