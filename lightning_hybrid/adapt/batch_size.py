@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_hybrid.adapt.gradient_noise import NoiseScale
+from lightning_hybrid.spec.checks import check_at_least
 
 Statistics = Literal["norm", "time"]
 LearningRateRule = Literal["auto", "sqrt", "adascale", "none"]
@@ -131,11 +132,9 @@ class DecisionRules:
     """The global batch size does not fall below this."""
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "measure_every_n_steps", "grow_votes", "shrink_votes", "min_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
-        if self.factor < 2:
-            raise ValueError(f"`factor` must be at least 2. Got {self.factor}.")
+        names = ("every_n_steps", "measure_every_n_steps", "grow_votes", "shrink_votes", "min_batch_size")
+        check_at_least(self, 1, *names)
+        check_at_least(self, 2, "factor")
         for name in ("grow_at", "shrink_at"):
             if getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be above 1. Got {getattr(self, name)}.")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+from lightning_hybrid.spec.checks import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +24,7 @@ class Plateau:
     """An improvement is at least this share of the best value so far."""
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
+        check_at_least(self, 1, "every_n_steps", "patience")
         if not 0 <= self.min_change < 1:
             raise ValueError(f"`min_change` must be between 0 and 1. Got {self.min_change}.")
 
@@ -62,12 +62,8 @@ class Phase:
     """Parallel streams that the module opens, by its method `open_streams(streams)`."""
 
     def __post_init__(self) -> None:
-        for name in ("at_step", "at_samples", "at_tokens", "batch_size", "micro_batch_size", "streams"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1. Got {value}.")
-        if self.sequence_length is not None and self.sequence_length < 0:
-            raise ValueError(f"`sequence_length` must be at least 0. Got {self.sequence_length}.")
+        check_at_least(self, 1, "at_step", "at_samples", "at_tokens", "batch_size", "micro_batch_size", "streams")
+        check_at_least(self, 0, "sequence_length")
 
     @property
     def begins(self) -> bool:
@@ -95,6 +91,14 @@ def check_phases(phases: Sequence[Phase]) -> None:
         points = [p for phase in phases if (p := getattr(phase, name)) is not None]
         if points != sorted(set(points)):
             raise ValueError(f"`phases` must begin one after the other. Got `{name}` at {points}.")
+
+
+def in_force(phases: Sequence[Phase]) -> Phase:
+    """What holds after these phases: of each setting the one that was made last."""
+    settings: dict[str, Any] = {}
+    for phase in phases:
+        settings |= {k: v for k, v in vars(phase).items() if v is not None and not k.startswith("at_")}
+    return Phase(**settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lightning_hybrid.spec.checks import check_at_least
+
 
 @dataclass(frozen=True, kw_only=True)
 class RebalancingRules:
@@ -23,9 +25,7 @@ class RebalancingRules:
     """Steps that are left, where the Trainer has no end."""
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "votes", "rest_looks", "horizon_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
+        check_at_least(self, 1, "every_n_steps", "votes", "rest_looks", "horizon_steps")
         for name in ("min_gain", "kept_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be between 0 and 1. Got {getattr(self, name)}.")

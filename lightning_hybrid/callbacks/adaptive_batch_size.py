@@ -32,11 +32,11 @@ from lightning_hybrid.adapt.batch_size import (
 from lightning_hybrid.adapt.division import BatchDivision, divide
 from lightning_hybrid.adapt.gradient_noise import NoiseScale, estimate
 from lightning_hybrid.callbacks.micro_batch import LADDER, Memory, find_samples, find_tokens, warn_of_memory
+from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.execute.batch_control import BatchControl
 from lightning_hybrid.execute.batches import count_tokens
 from lightning_hybrid.execute.probing.probe import is_out_of_memory
 from lightning_hybrid.execute.schedulers_by_samples import SchedulersBySamples
-from lightning_hybrid.execute.strategy import HybridStrategy
 from lightning_hybrid.observe.memory import device_name
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -109,11 +109,8 @@ class AdaptiveBatchSize(Callback):
                 raise ValueError(f"`{name}` must be at least 1. Got {value}.")
         self._memory: Memory | None = memory
         self._statistics: Statistics | None = statistics
-        self._max_micro_batch_size, self._max_batch_size, self._schedule = (
-            max_micro_batch_size,
-            max_batch_size,
-            schedule,
-        )
+        self._max_micro_batch_size, self._max_batch_size = max_micro_batch_size, max_batch_size
+        self._schedule = schedule
         self._rule: LearningRateRule = learning_rate
         self._max_samples, self._max_tokens, self._rules = max_samples, max_tokens, rules
         self._counts_tokens = max_tokens is not None or (schedule is not None and schedule.unit == "tokens")
@@ -166,10 +163,7 @@ class AdaptiveBatchSize(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(trainer.strategy, HybridStrategy):
-            raise PartitionError(
-                f"`AdaptiveBatchSize` needs `strategy=HybridStrategy(...)`. Got {type(trainer.strategy).__name__}."
-            )
+        hybrid_strategy(trainer, self)
         if not pl_module.automatic_optimization:
             raise PartitionError(
                 "`AdaptiveBatchSize` needs automatic optimization: with `automatic_optimization=False` the module "
@@ -184,7 +178,7 @@ class AdaptiveBatchSize(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy: Any = trainer.strategy
+        strategy = hybrid_strategy(trainer, self)
         control = self._control = strategy.control_batches()
         self._check_optimizer(trainer.optimizers[0])
         if control.budget is not None:

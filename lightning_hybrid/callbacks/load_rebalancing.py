@@ -17,11 +17,11 @@ from typing_extensions import override
 from lightning_hybrid._lightning_private import steps_after_batch
 from lightning_hybrid.adapt.rebalance import RebalancingRules, Watch, judge, look
 from lightning_hybrid.adapt.stage_cuts import StageTime
+from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.execute.batches import count_samples
 from lightning_hybrid.execute.data.dealing import ByLength
 from lightning_hybrid.execute.load import Load, Observation
 from lightning_hybrid.execute.strategy import HybridStrategy
-from lightning_hybrid.plan.stages import choose_microbatches
 from lightning_hybrid.spec.errors import PartitionError
 
 Kind = Literal["stages", "experts", "replicas"]
@@ -96,14 +96,12 @@ class LoadRebalancing(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and not isinstance(trainer.strategy, HybridStrategy):
-            raise PartitionError(
-                f"`LoadRebalancing` needs `strategy=HybridStrategy(...)`. Got {type(trainer.strategy).__name__}."
-            )
+        if stage == "fit":
+            hybrid_strategy(trainer, self)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy: Any = trainer.strategy
+        strategy = hybrid_strategy(trainer, self)
         restored, self._restored = self._restored, {}
         if restored.get("layout") == str(strategy.layout):
             present = self._division(strategy)
@@ -122,11 +120,8 @@ class LoadRebalancing(Callback):
                 "`lengths` needs a single training DataLoader with a sampler, a `batch_size` and a length. Use "
                 "`TokenBatchSampler` for batches of a token budget."
             )
-        plan, parts = runner.partition.plan, 1
-        if runner.pipeline is not None and runner.microbatches != 1:
-            size = data.global_batch_size // plan.layout.replicas
-            parts = choose_microbatches(size, runner.microbatches, plan.layout.pp, plan.schedule)
-        data.balance(ByLength(lengths=lengths, width=self._width, parts=parts))
+        parts = runner.microbatches_of(data.global_batch_size // runner.mesh.layout.replicas)
+        data.divide(ByLength(lengths=lengths, width=self._width, parts=parts))
 
     # ---- steps
 
@@ -134,7 +129,7 @@ class LoadRebalancing(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        strategy: Any = trainer.strategy
+        strategy = hybrid_strategy(trainer, self)
         if self._load is None:
             return
         self._load.count(0 if strategy.runner.absent else count_samples(batch))
@@ -154,7 +149,7 @@ class LoadRebalancing(Callback):
         self._last = None
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, load: Load) -> None:
-        strategy: Any = trainer.strategy
+        strategy = hybrid_strategy(trainer, self)
         seen = load.take(self._rules.every_n_steps)
         self._note(seen)
         decided = None
@@ -214,7 +209,7 @@ class LoadRebalancing(Callback):
     # ---- moves
 
     def _move(self, trainer: pl.Trainer, kind: Kind, division: Any, gain: float, back: bool) -> None:
-        strategy: Any = trainer.strategy
+        strategy = hybrid_strategy(trainer, self)
         self._before[kind] = self._division(strategy)[kind]
         began = time.perf_counter()
         self._apply(strategy, kind, division)

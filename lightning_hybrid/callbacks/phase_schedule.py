@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from lightning_hybrid._lightning_private import checkpoint_of_run, steps_after_batch
 from lightning_hybrid.adapt.division import divide
-from lightning_hybrid.adapt.phases import Phase, PhaseState, check_phases
+from lightning_hybrid.adapt.phases import Phase, PhaseState, check_phases, in_force
+from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.checkpoint.reader import saved_callback_state
 from lightning_hybrid.execute.batch_control import BatchControl, samples_of_all, sum_over_replicas
 from lightning_hybrid.execute.batches import count_tokens
@@ -59,10 +60,7 @@ class PhaseSchedule(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(trainer.strategy, HybridStrategy):
-            raise PartitionError(
-                f"`PhaseSchedule` needs `strategy=HybridStrategy(...)`. Got {type(trainer.strategy).__name__}."
-            )
+        hybrid_strategy(trainer, self)
         for number, phase in enumerate(self.phases):
             if phase.layout is not None:
                 try:
@@ -82,9 +80,7 @@ class PhaseSchedule(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for phase in self.phases[: self.phase + 1]:
-            self._set(trainer, phase, None)
-        self._set_batches(trainer)
+        self._set(trainer, None)
         self._samples = self._tokens = 0
 
     # ---- steps
@@ -105,7 +101,7 @@ class PhaseSchedule(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        strategy: Any = trainer.strategy
+        strategy = hybrid_strategy(trainer, self)
         self._samples += samples_of_all(strategy.runner, batch)
         if self._counts_tokens:
             self._tokens += count_tokens(batch) or 0
@@ -121,7 +117,8 @@ class PhaseSchedule(Callback):
         if self._state.ends(following, trainer.global_step):
             self._state = self._state.next()
             rank_zero_info(f"Phase {self.phase} begins at step {trainer.global_step}: {_shown(following)}.")
-            self._begin(trainer, pl_module, following)
+            module, streams = cast(Any, pl_module), following.streams
+            self._set(trainer, None if streams is None else lambda: module.open_streams(streams))
         pl_module.log("phase", float(self.phase), on_step=True, on_epoch=False, batch_size=1)
 
     def _look(self, trainer: pl.Trainer, following: Phase) -> None:
@@ -138,41 +135,39 @@ class PhaseSchedule(Callback):
 
     # ---- what a phase sets
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, phase: Phase) -> None:
-        module: Any = pl_module
-        self._set(trainer, phase, None if phase.streams is None else lambda: module.open_streams(phase.streams))
-        self._set_batches(trainer)
-
-    def _set(self, trainer: pl.Trainer, phase: Phase, edit: Callable[[], None] | None) -> None:
-        strategy: Any = trainer.strategy
+    def _set(self, trainer: pl.Trainer, edit: Callable[[], None] | None) -> None:
+        """What the present phase and those before it have set holds; `edit` adds weights."""
+        strategy, phase = hybrid_strategy(trainer, self), in_force(self.phases[: self.phase + 1])
         if self._control is not None:
             self._control.release()
             self._control = None
-        request = strategy.request
-        wanted = (
-            Layout.parse(phase.layout) if phase.layout is not None else request.layout,
-            phase.schedule or request.schedule,
-            phase.microbatches or request.microbatches,
-            request.gradient_sync if phase.gradient_sync is None else GradientSync.of(phase.gradient_sync),
+        present = strategy.request
+        wanted = replace(
+            present,
+            layout=present.layout if phase.layout is None else Layout.parse(phase.layout),
+            schedule=phase.schedule or present.schedule,
+            microbatches=phase.microbatches or present.microbatches,
+            gradient_sync=present.gradient_sync
+            if phase.gradient_sync is None
+            else GradientSync.of(phase.gradient_sync),
         )
-        present = (request.layout, request.schedule, request.microbatches, request.gradient_sync)
         if edit is not None or wanted != present:
-            layout, schedule, microbatches, sync = wanted
-            strategy.relayout(layout, schedule=schedule, microbatches=microbatches, gradient_sync=sync, edit=edit)
-        if phase.sequence_length is not None:
-            strategy.sequence_length = phase.sequence_length or None
+            strategy.relayout(
+                wanted.layout,
+                schedule=phase.schedule,
+                microbatches=phase.microbatches,
+                gradient_sync=wanted.gradient_sync,
+                edit=edit,
+            )
+        strategy.sequence_length = phase.sequence_length or None
+        if phase.batch_size is not None or phase.micro_batch_size is not None:
+            self._divide(strategy, phase)
 
-    def _set_batches(self, trainer: pl.Trainer) -> None:
-        """Batches of the sizes that were set last."""
-        so_far = self.phases[: self.phase + 1]
-        batch = next((p.batch_size for p in reversed(so_far) if p.batch_size is not None), None)
-        micro = next((p.micro_batch_size for p in reversed(so_far) if p.micro_batch_size is not None), None)
-        if batch is None and micro is None:
-            return
-        strategy: Any = trainer.strategy
+    def _divide(self, strategy: HybridStrategy, phase: Phase) -> None:
+        """Batches of the sizes that hold."""
         control = self._control = strategy.control_batches()
-        batch = batch or control.global_batch_size
-        limits = control.limits(micro or control.first.micro_batch_size, 1)
+        batch = phase.batch_size or control.global_batch_size
+        limits = control.limits(phase.micro_batch_size or control.first.micro_batch_size, 1)
         division = divide(batch, limits)
         if division is None:
             raise PartitionError(

@@ -19,7 +19,7 @@ from lightning_hybrid.execute.probing.probe import MemoryProbe, ProbeResult
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.token_budget import TokenBudget
 from lightning_hybrid.observe.memory import allocation_retries
-from lightning_hybrid.plan.stages import choose_microbatches, divides_into
+from lightning_hybrid.plan.stages import divides_into
 from lightning_hybrid.spec.errors import PartitionError
 
 if TYPE_CHECKING:
@@ -90,10 +90,7 @@ class BatchControl:
                 f"{type(self._loader).__name__} without one. Give the DataLoader a `batch_size`, or remove the "
                 "callback."
             )
-        layout, plan = self._runner.mesh.layout, self._runner.partition.plan
-        count = 1
-        if layout.pp > 1 and self._runner.microbatches != 1:
-            count = choose_microbatches(size, self._runner.microbatches, layout.pp, plan.schedule)
+        count = self._runner.microbatches_of(size)
         return BatchDivision(batch_size=size, accumulate=self._accumulate, microbatches=count)
 
     # ---- what there is

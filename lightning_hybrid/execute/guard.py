@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,7 @@ from lightning_hybrid._torch_private import norms_of
 from lightning_hybrid.execute.gradient_noise import GradientNoise
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.execute.ranks.preemption import Preemption
+from lightning_hybrid.execute.sharing import gather_objects
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.spec.errors import NonFiniteError
 
@@ -154,9 +155,7 @@ class Guard:
             rank, stage, replica = dist.get_rank(), self._mesh.rank("pp"), self._mesh.replica
             text = None if math.isfinite(value) else str(value)
             own = _Finding(rank, stage, replica, text, parameters[:_NAMED], len(parameters))
-        findings: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(findings, own)
-        return [f for f in findings if f is not None]
+        return [f for f in gather_objects(own) if f is not None]
 
 
 def gradient_norms_of(optimizer: Optimizer) -> dict[int, Tensor]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from lightning_hybrid.adapt.expert_placement import imbalance, place_experts
 from lightning_hybrid.adapt.shares import share_by_speed
 from lightning_hybrid.adapt.stage_cuts import StageTime, best_cuts, fit_costs, step_seconds
 from lightning_hybrid.execute.clocks import Clocks
+from lightning_hybrid.execute.sharing import gather_objects
 from lightning_hybrid.plan.stages import stages_per_rank
 
 if TYPE_CHECKING:
@@ -38,25 +37,23 @@ class Load:
     """
 
     def __init__(self, strategy: HybridStrategy) -> None:
-        self.strategy = self._strategy = strategy
-        self._samples = self._batches = 0
-        self._clocks = Clocks(strategy.root_device)
+        self.strategy = strategy
         self.follow()
 
     def follow(self) -> None:
         """The layout has changed: what has been measured is forgotten."""
-        self._clocks = Clocks(self._strategy.root_device)
-        self._strategy.runner.time_computation(self._clocks)
-        self._samples = self._batches = 0
-        self._strategy.expert_loads()
+        self._samples = 0
+        self._clocks = Clocks(self.strategy.root_device)
+        self.strategy.runner.time_computation(self._clocks)
+        self.strategy.expert_loads()
 
     def release(self) -> None:
         """Nothing is measured any more."""
-        self._strategy.runner.time_computation(None)
+        self.strategy.runner.time_computation(None)
 
     def count(self, samples: int) -> None:
         """A batch of so many samples of this replica has been run."""
-        self._samples, self._batches = self._samples + samples, self._batches + 1
+        self._samples += samples
 
     def end_step(self) -> None:
         """The optimizer has made a step."""
@@ -64,16 +61,14 @@ class Load:
 
     def take(self, steps: int) -> Observation:
         """What has been measured in the last `steps` steps. Collective."""
-        runner = self._strategy.runner
+        runner = self.strategy.runner
         mesh, plan, pipeline = runner.mesh, runner.partition.plan, runner.pipeline
         stages, step = self._clocks.take(pipeline.parts if pipeline is not None else 1)
         own = (stages, step * steps / max(self._samples, 1))
-        self._samples = self._batches = 0
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, own)
+        self._samples = 0
         slowest: dict[int, float] = {}
         replicas = [0.0] * mesh.layout.replicas
-        for place, (of_rank, seconds) in zip(mesh.places, told, strict=True):
+        for place, (of_rank, seconds) in zip(mesh.places, gather_objects(own), strict=True):
             for stage, found in of_rank.items():
                 slowest[stage] = max(found, slowest.get(stage, 0.0))
             replica = place.replica(mesh.layout)
@@ -83,7 +78,7 @@ class Load:
             for s in plan.stages
             if s.index in slowest
         ]
-        loads = {name: tuple(found.tolist()) for name, found in self._strategy.expert_loads().items()}
+        loads = {name: tuple(found.tolist()) for name, found in self.strategy.expert_loads().items()}
         return Observation(stages=tuple(times), replicas=tuple(replicas), experts=loads)
 
     # ---- what would be better: the gain as a share of a step, and the new division
@@ -95,7 +90,7 @@ class Load:
             seen: All that has been measured of this model on these ranks.
             now: The present stages.
         """
-        runner = self._strategy.runner
+        runner = self.strategy.runner
         plan, pipeline = runner.partition.plan, runner.pipeline
         if pipeline is None or len(now) < len(plan.stages) or stages_per_rank(plan.schedule) > 1:
             return None
@@ -115,7 +110,7 @@ class Load:
             seconds: Of one sample, by replica.
             most: No replica gets more than so many times an equal share.
         """
-        runner, data = self._strategy.runner, self._strategy.data
+        runner, data = self.strategy.runner, self.strategy.data
         layout = runner.mesh.layout
         if layout.dp < 2 or layout.fsdp * layout.ep > 1 or not data.can_share or not all(seconds):
             return None
@@ -134,7 +129,7 @@ class Load:
         Args:
             loads: Tokens of each expert, by module.
         """
-        runner = self._strategy.runner
+        runner = self.strategy.runner
         ranks, plans = runner.mesh.layout.ep, runner.partition.expert_plans
         loads = {name: of_module for name, of_module in loads.items() if sum(of_module)}
         if ranks < 2 or not loads:
@@ -151,7 +146,7 @@ class Load:
 
     def expert_imbalance(self, loads: Mapping[str, Sequence[int]]) -> float:
         """The largest load of a rank over the mean, at present, added up over the modules of experts."""
-        plans, ranks = self._strategy.runner.partition.expert_plans, self._strategy.runner.mesh.layout.ep
+        plans, ranks = self.strategy.runner.partition.expert_plans, self.strategy.runner.mesh.layout.ep
         return sum(
             imbalance(of_module, [plans[name].part(rank, ranks) for rank in range(ranks)])
             for name, of_module in loads.items()

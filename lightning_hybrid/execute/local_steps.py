@@ -81,8 +81,7 @@ class LocalSteps:
         return {"steps": self._steps, "weights": weights, "outer": outer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on there; the parameters are those of the last agreement now, which have been loaded."""
-        self.begin()
+        """Goes on there, after `begin` with the weights of the last agreement."""
         self._steps = state["steps"]
         with torch.no_grad():
             for name, weight in state["weights"].items():

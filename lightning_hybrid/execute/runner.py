@@ -38,8 +38,10 @@ from lightning_hybrid.execute.random_streams import RandomStreams
 from lightning_hybrid.execute.records.logs import HookLogs, LogRecorder, leave_out, reduce_over_replicas, replay
 from lightning_hybrid.execute.records.metrics import Metrics
 from lightning_hybrid.execute.records.stage_logs import StageLogs
+from lightning_hybrid.execute.sharing import gather_objects
 from lightning_hybrid.partition.batch_norm import has_batch_norm
 from lightning_hybrid.partition.partition import Partition
+from lightning_hybrid.plan.stages import choose_microbatches
 
 
 class Runner:
@@ -97,8 +99,6 @@ class Runner:
         self.local_steps: LocalSteps | None = None
         """Where replicas step by themselves."""
         self._reduction = partition.reduction()
-        if partition.gradient_sync.kind == "hierarchical" and self._reduced:
-            partition.mesh.nested_groups(partition.gradient_sync.inner or self.mesh.neighbours)
         self._trained: list[bool] = []
         self._reducers: list[ReplicaReducer] = []
         self._follow_frozen()
@@ -178,6 +178,13 @@ class Runner:
         self.metrics.remove()
 
     # ---- the batch
+
+    def microbatches_of(self, samples: int) -> int:
+        """Into how many microbatches a training batch of so many samples of this replica is split."""
+        plan = self.partition.plan
+        if self.pipeline is None or self.microbatches == 1:
+            return 1
+        return choose_microbatches(samples, self.microbatches, plan.layout.pp, plan.schedule)
 
     def take_batch(self, uneven: Uneven | None, share: float = 1.0) -> None:
         """What is said of the next step's batch.
@@ -342,9 +349,7 @@ class Runner:
         names = {id(p): n for n, p in self.partition.parameters.held().items()}
         own = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups[len(known) :]]
         if own:
-            found: list[list[list[str]]] = [[]] * dist.get_world_size()
-            dist.all_gather_object(found, own)
-            for groups in zip(*found, strict=True):
+            for groups in zip(*gather_objects(own), strict=True):
                 members = set().union(*groups)
                 known.append([n for n in self.partition.parameters.names if n in members])
         return known

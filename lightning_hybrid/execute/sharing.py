@@ -20,6 +20,13 @@ def to_device(value: Any, device: torch.device) -> Any:
     return apply_to_collection(value, Tensor, lambda t: t.to(device))
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The `value` of every rank, by rank, on all of them; collective."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def share_object(value: Any, source: int, group: dist.ProcessGroup, device: torch.device) -> Any:
     """Gives every rank of `group` the `value` of its rank `source`, tensors on the receiver's device; collective."""
     own = dist.get_rank(group) == source

@@ -108,12 +108,17 @@ class HybridStrategy(ConnectedStrategy):
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {on_nonfinite!r}.")
         self._layout = Layout.parse(layout) if isinstance(layout, str) else layout
-        self._schedule, self._microbatches, self._tensor_plan = schedule, microbatches, tensor_plan
+        self._request = Request(
+            layout=self._layout or Layout(),
+            schedule=schedule,
+            microbatches=microbatches,
+            tensor_plan=tensor_plan,
+            gradient_sync=GradientSync.of(gradient_sync),
+        )
         self._compile, self._timeout = compile, timeout
         self._recompute: Recompute | None = recompute
         self._runner: Runner | None = None
         self.checkpoints = Checkpoints(checkpoints, timeout)
-        self._gradient_sync = GradientSync.of(gradient_sync)
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._steps: OptimizerSteps | None = None
         self._splits_data: bool | None = None
@@ -121,8 +126,6 @@ class HybridStrategy(ConnectedStrategy):
         """Samples of training batches are split into samples of this length; None: they are whole."""
         self.batch_controls: list[BatchControl] = []
         """Those that callbacks hold at present."""
-        self._cuts: tuple[int, ...] | None = None
-        self._expert_orders: Mapping[str, tuple[int, ...]] = {}
         self.moving = False
         """Whether weights are on their way to another layout; nothing can be saved then."""
         self._data: ReplicaData | None = None
@@ -138,15 +141,7 @@ class HybridStrategy(ConnectedStrategy):
     @property
     def request(self) -> Request:
         """The layout and what belongs to it, as they are asked for at present."""
-        return Request(
-            layout=self.layout,
-            schedule=self._schedule,
-            microbatches=self._microbatches,
-            tensor_plan=self._tensor_plan,
-            cuts=self._cuts,
-            expert_orders=self._expert_orders,
-            gradient_sync=self._gradient_sync,
-        )
+        return replace(self._request, layout=self.layout)
 
     @property
     def _wrappers(self) -> list[Any]:
@@ -221,9 +216,8 @@ class HybridStrategy(ConnectedStrategy):
     def _meet(self) -> None:
         if self.world_size == 1:
             return
-        arguments = {"layout": self.layout, "schedule": self._schedule, "microbatches": self._microbatches}
-        arguments |= {"tensor_plan": self._tensor_plan, "compile": self._compile, "recompute": self._recompute}
-        arguments |= {"on_nonfinite": self._on_nonfinite, "gradient_sync": self._gradient_sync}
+        arguments = vars(self.request) | {"compile": self._compile, "recompute": self._recompute}
+        arguments |= {"on_nonfinite": self._on_nonfinite}
         facts = agreement.facts_of(self._module.trainer, arguments)
         check = self._watch.check_children
         with self._watch.during("the meeting of the ranks"):
@@ -252,7 +246,7 @@ class HybridStrategy(ConnectedStrategy):
         if self.accelerator is not None:
             self.accelerator.setup(trainer)
         if self._runner is None or self._runner.root is not self.lightning_module:
-            self._cuts, self._expert_orders = None, {}
+            self._request = replace(self._request, cuts=None, expert_orders={})  # those of another module
             self.model = self.precision_plugin.convert_module(self._module)
             self._runner = start.partition(trainer, self, self.request, self._wrappers)
             limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
@@ -333,7 +327,10 @@ class HybridStrategy(ConnectedStrategy):
 
     def on_train_start(self) -> None:
         """Says what a step's gradients cost."""
-        if self._gradient_sync.kind != "exact":
+        self._log_sent_bytes()
+
+    def _log_sent_bytes(self) -> None:
+        if self._request.gradient_sync.kind != "exact":
             log_sent_bytes(self._module.trainer, self.runner.sent_bytes)
 
     def on_train_end(self) -> None:
@@ -421,12 +418,13 @@ class HybridStrategy(ConnectedStrategy):
         Raises:
             PartitionError: On all ranks, if it cannot be; training is in the old layout then.
         """
+        present = self._request
         wanted = replace(
-            self.request,
+            present,
             layout=Layout.parse(layout) if isinstance(layout, str) else layout,
-            schedule=schedule or self._schedule,
-            microbatches=microbatches or self._microbatches,
-            gradient_sync=self._gradient_sync if gradient_sync is None else GradientSync.of(gradient_sync),
+            schedule=schedule or present.schedule,
+            microbatches=microbatches or present.microbatches,
+            gradient_sync=present.gradient_sync if gradient_sync is None else GradientSync.of(gradient_sync),
             cuts=None if cuts is None else tuple(cuts),
             expert_orders={name: tuple(order) for name, order in (expert_orders or {}).items()},
         )
@@ -436,9 +434,7 @@ class HybridStrategy(ConnectedStrategy):
     def take_layout(self, request: Request, mesh: Mesh, runner: Runner) -> None:
         """For `Relayout`: everything of this strategy goes on with the module as it is partitioned now."""
         trainer, factor = self._module.trainer, self.steps.learning_rate_factor
-        self._layout, self._schedule, self._microbatches = request.layout, request.schedule, request.microbatches
-        self._cuts, self._expert_orders = request.cuts, request.expert_orders
-        self._gradient_sync = request.gradient_sync
+        self._layout, self._request = request.layout, request
         self._mesh, self._runner = mesh, runner
         runner.root.__dict__["_hybrid_partition"] = runner.partition
         limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
@@ -451,7 +447,7 @@ class HybridStrategy(ConnectedStrategy):
         self._steps.install()
         for control in self.batch_controls:
             control.follow()
-        self.on_train_start()
+        self._log_sent_bytes()
 
     # ---- state
 

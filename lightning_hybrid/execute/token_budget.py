@@ -13,7 +13,6 @@ from lightning_hybrid.execute.data.loader import users_loader
 from lightning_hybrid.execute.data.samples import SampleFlow
 from lightning_hybrid.execute.probing.probe import MemoryProbe
 from lightning_hybrid.execute.runner import Runner
-from lightning_hybrid.plan.stages import choose_microbatches
 
 
 @runtime_checkable
@@ -44,12 +43,8 @@ class TokenBudget:
 
     def __init__(self, trainer: pl.Trainer, runner: Runner, loader: Any, sampler: TokenBatches) -> None:
         self._trainer, self._loader, self._sampler = trainer, loader, sampler
-        plan = runner.partition.plan
-        self.microbatches = 1
+        self.microbatches = runner.microbatches_of(sampler.multiple_of)
         """Of a batch, under `pp`."""
-        if plan.layout.pp > 1 and runner.microbatches != 1:
-            requested, schedule = runner.microbatches, plan.schedule
-            self.microbatches = choose_microbatches(sampler.multiple_of, requested, plan.layout.pp, schedule)
 
     @classmethod
     def of(cls, trainer: pl.Trainer, runner: Runner, loader: Any) -> TokenBudget | None:

@@ -111,6 +111,8 @@ class Mesh:
 
     def nested_groups(self, inner: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """Of the ranks of `dp`: `inner` neighbours, and the ranks with the same place among theirs. Collective."""
+        if self.layout.dp == 1:
+            return default_group(), default_group()  # never used
         if inner not in self._nested:
             near, far = [], []
             for members in self.device_mesh.mesh.movedim(1, -1).reshape(-1, self.layout.dp).tolist():

@@ -151,10 +151,10 @@ class Partition:
                     module.set_custom_reduce_scatter(reduce_scatter)
 
     def reduction(self) -> Reduction:
-        """How whole gradients are added up over replicas. Collective the first time."""
+        """How whole gradients are added up over replicas. Collective."""
         sync = self.gradient_sync
         if sync.kind == "hierarchical":
-            return Hierarchical(lambda group: self.mesh.nested_groups(sync.inner or self.mesh.neighbours))
+            return Hierarchical(*self.mesh.nested_groups(sync.inner or self.mesh.neighbours))
         known = {"exact": Exact, "diloco": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
         return known[sync.kind]()
 

@@ -30,8 +30,13 @@ class Reduction(Protocol):
         ...
 
 
+def _ring_bytes(elements: int, itemsize: int, ranks: int) -> float:
+    """What a rank sends in a ring that adds up and spreads a tensor: 2 (n - 1) / n of it."""
+    return 2 * (ranks - 1) / ranks * elements * itemsize
+
+
 class Exact:
-    """As the backend does it: a ring sends 2 (n - 1) / n of the tensor."""
+    """As the backend does it."""
 
     def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
         """See `Reduction`."""
@@ -40,7 +45,7 @@ class Exact:
 
     def sent_bytes(self, elements: int, itemsize: int, ranks: int) -> float:
         """See `Reduction`."""
-        return 2 * (ranks - 1) / ranks * elements * itemsize
+        return _ring_bytes(elements, itemsize, ranks)
 
 
 class InBfloat16:
@@ -59,7 +64,7 @@ class InBfloat16:
 
     def sent_bytes(self, elements: int, itemsize: int, ranks: int) -> float:
         """See `Reduction`."""
-        return 2 * (ranks - 1) / ranks * elements * 2
+        return _ring_bytes(elements, 2, ranks)
 
 
 class InBfloat16AddedExactly:
@@ -83,7 +88,7 @@ class InBfloat16AddedExactly:
 
     def sent_bytes(self, elements: int, itemsize: int, ranks: int) -> float:
         """See `Reduction`."""
-        return 2 * (ranks - 1) / ranks * elements * 2
+        return _ring_bytes(elements, 2, ranks)
 
 
 class Hierarchical:
@@ -92,15 +97,16 @@ class Hierarchical:
     The slow network between nodes carries 1 / inner of what a flat ring would send over it.
 
     Args:
-        inner: Makes the groups of neighbours, and those of equal places in them, of a group; by the group.
+        near: This rank's neighbours.
+        far: The ranks with the same place among theirs.
     """
 
-    def __init__(self, inner: Callable[[dist.ProcessGroup], tuple[dist.ProcessGroup, dist.ProcessGroup]]) -> None:
-        self._groups = inner
+    def __init__(self, near: dist.ProcessGroup, far: dist.ProcessGroup) -> None:
+        self._near, self._far = near, far
 
     def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
         """See `Reduction`."""
-        near, far = self._groups(group)
+        near, far = self._near, self._far
         ranks = near.size()
         padded = torch.zeros(-(-len(flat) // ranks) * ranks, dtype=flat.dtype, device=flat.device)
         padded[: len(flat)] = flat
@@ -117,7 +123,7 @@ class Hierarchical:
 
     def sent_bytes(self, elements: int, itemsize: int, ranks: int) -> float:
         """See `Reduction`; within and between nodes together."""
-        return 2 * (ranks - 1) / ranks * elements * itemsize
+        return _ring_bytes(elements, itemsize, ranks)
 
 
 class ShardedInBfloat16(ReduceScatter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_hybrid.spec.checks import check_at_least
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 
@@ -42,8 +43,7 @@ class GradientSync:
                 f"'{self.kind}'."
             )
 
-        if self.every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1. Got {self.every_n_steps}.")
+        check_at_least(self, 1, "every_n_steps")
         if not self.outer_learning_rate > 0:
             raise ValueError(f"`outer_learning_rate` must be above 0. Got {self.outer_learning_rate}.")
         if not 0 <= self.outer_momentum < 1:

@@ -25,7 +25,7 @@ def reduced(kind: str, elements: int, inner: int = 1, repetitions: int = 1) -> t
         trainer, _ = trainer_for("dp4")
         trainer.fit(Classifier(), DataLoader(Numbers(4), batch_size=1))
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    reduction = REDUCTIONS[kind]() if kind in REDUCTIONS else Hierarchical(lambda _: groups(inner))
+    reduction = REDUCTIONS[kind]() if kind in REDUCTIONS else Hierarchical(*groups(inner))
     found, error, whole = torch.zeros(()), 0.0, dist.group.WORLD
     if whole is None:
         raise RuntimeError("The processes are not connected.")

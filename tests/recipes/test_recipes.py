@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lightning_hybrid import Layout
 from lightning_hybrid.checkpoint.consolidate import consolidate
-from lightning_hybrid.execute.planning import Request, make_partition
+from lightning_hybrid.execute.planning import make_partition
 from lightning_hybrid.observe.table import plan_table
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.partition import Partition
@@ -85,10 +85,11 @@ def plan(recipe: str) -> Partition:
     module.trainer = cli.trainer
     data: Any = cli.datamodule
     tokens = torch.zeros(data.batch_size // layout.replicas, data.context_length, dtype=torch.long)
-    request = Request(layout=layout, schedule=strategy._schedule, microbatches=strategy._microbatches, tensor_plan=None)
     sample = ("training_step", ((tokens, tokens), 0))
     context = strategy.precision_plugin.forward_context
-    return make_partition(module, request, Mesh.create(layout, "cpu"), torch.device("cpu"), context, lambda: sample)
+    return make_partition(
+        module, strategy.request, Mesh.create(layout, "cpu"), torch.device("cpu"), context, lambda: sample
+    )
 
 
 def facts(recipe: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ more, which counts for nothing (see `Uneven`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -93,6 +94,43 @@ class Share(NamedTuple):
     """None where every replica has equally many."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ByShares:
+    """Replicas of different speed: each takes so many samples in a row."""
+
+    shares: tuple[int, ...]
+    """By replica."""
+    lengths: None = None
+    """Gradients are weighed by samples."""
+
+    def divide(self, keys: Sequence[Any], replicas: int) -> list[Sequence[int]]:
+        """Places in `keys`, by replica."""
+        ends = list(itertools.accumulate(self.shares))
+        return [range(end - share, end) for share, end in zip(self.shares, ends, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByLength:
+    """Sequences of different lengths, to be dealt so that all ranks have equally much to do."""
+
+    lengths: Sequence[int]
+    """Tokens of the sample with each key, by which gradients are weighed."""
+    width: int
+    """Of the model, h (see `adapt.shares.sequence_cost`)."""
+    parts: int = 1
+    """Microbatches of a replica's batch, which are balanced too."""
+
+    def divide(self, keys: Sequence[int], replicas: int) -> list[Sequence[int]]:
+        """Places in `keys`, by replica: equally many samples for each, one microbatch after the other."""
+        bins, size = replicas * self.parts, len(keys) // (replicas * self.parts)
+        packed = pack([sequence_cost(self.lengths[k], self.width) for k in keys], bins, size)
+        return [[i for b in packed[r * self.parts : (r + 1) * self.parts] for i in b] for r in range(replicas)]
+
+
+Division = ByShares | ByLength
+"""How a full global batch is divided among replicas, where not in turn."""
+
+
 def deal_samples(
     order: Iterable[Any],
     batch_size: int,
@@ -101,11 +139,9 @@ def deal_samples(
     *,
     drop_last: bool = False,
     first: int = 0,
-    shares: Sequence[int] | None = None,
+    division: Division | None = None,
 ) -> Iterator[Share]:
-    """Deals single samples: number i goes to replica i mod `replicas`.
-
-    With `shares` replica r takes `shares[r]` samples in a row of each full global batch.
+    """Deals single samples: number i goes to replica i mod `replicas`, or as `division` says.
 
     Args:
         order: Keys of the samples in the order of one process.
@@ -114,91 +150,39 @@ def deal_samples(
         replicas: How many there are.
         drop_last: Whether a last global batch that is not full is left out.
         first: Samples at the beginning that have been used already.
-        shares: Samples of each replica in a step, `batch_size * replicas` in all.
+        division: Of full global batches; one that is not full is dealt in turn.
     """
+    whole, lengths = batch_size * replicas, None if division is None else division.lengths
+    totals: tuple[int, ...] = ()
+    if lengths is not None:
+        order = list(order)
+        tokens = [lengths[key] for key in order[first:]]
+        totals = tuple(sum(tokens[i : i + whole]) for i in range(0, len(tokens), whole))
     keys = islice(order, first, None)
-    whole = batch_size * replicas
-    while chunk := list(islice(keys, whole)):
+    for number in itertools.count():
+        chunk = list(islice(keys, whole))
         size = len(chunk)
-        if size < whole and drop_last:
+        if not size or (size < whole and drop_last):
             return
-        uneven = None
-        own = range(replica, size, replicas)
-        if size % replicas:
-            counts = tuple(len(range(r, size, replicas)) for r in range(replicas))
-            uneven = Uneven(counts=counts, sizes=tuple(max(1, c) for c in counts))
-        places = own or range(1)
-        if shares is not None and size == whole:
-            begin = sum(shares[:replica])
-            places = range(begin, begin + shares[replica])
-            uneven = Uneven(counts=tuple(shares), sizes=tuple(shares)) if len(set(shares)) > 1 else None
-        yield Share([chunk[i] for i in places], [first + i for i in places], uneven)
+        places: list[Sequence[int]] = []  # of all replicas, where they are not simply equally many
+        if division is not None and size == whole:
+            places = division.divide(chunk, replicas)
+        elif size % replicas or lengths is not None:
+            places = [range(r, size, replicas) for r in range(replicas)]
+        own = (places[replica] if places else range(replica, size, replicas)) or range(1)
+        uneven = _uneven_of(places)
+        if lengths is not None:
+            by_replica = tuple(sum(lengths[chunk[i]] for i in of_replica) for of_replica in places)
+            of_own = tuple(lengths[chunk[i]] for i in own)
+            weights = Tokens(counts=by_replica, own=of_own, number=number, totals=totals)
+            uneven = replace(uneven or even(replicas, batch_size), tokens=weights)
+        yield Share([chunk[i] for i in own], [first + i for i in own], uneven)
         first += size
 
 
-@dataclass(frozen=True, kw_only=True)
-class ByLength:
-    """Sequences of different lengths, to be dealt so that all ranks have equally much to do."""
-
-    lengths: Sequence[int]
-    """Tokens of the sample with each key."""
-    width: int
-    """Of the model, h (see `adapt.shares.sequence_cost`)."""
-    parts: int = 1
-    """Microbatches of a replica's batch, which are balanced too."""
-
-    def divide(self, keys: Sequence[int], replicas: int) -> list[list[int]]:
-        """Places in `keys` by replica: equally many samples, and each replica's microbatch after microbatch."""
-        bins, size = replicas * self.parts, len(keys) // (replicas * self.parts)
-        packed = pack([sequence_cost(self.lengths[k], self.width) for k in keys], bins, size)
-        return [[i for b in packed[r * self.parts : (r + 1) * self.parts] for i in b] for r in range(replicas)]
-
-
-def deal_by_length(
-    order: Sequence[int],
-    batch_size: int,
-    replica: int,
-    replicas: int,
-    by_length: ByLength,
-    *,
-    drop_last: bool = False,
-    first: int = 0,
-) -> Iterator[Share]:
-    """Deals single samples of different lengths; which samples a global batch has is as in `deal_samples`.
-
-    Gradients are weighed by tokens. A last global batch that is not full is dealt in turn.
-
-    Args:
-        order: Keys of the samples in the order of one process.
-        batch_size: Samples of a replica in a step.
-        replica: The replica that asks.
-        replicas: How many there are.
-        by_length: The lengths, and what they cost.
-        drop_last: Whether a last global batch that is not full is left out.
-        first: Samples at the beginning that have been used already.
-    """
-    whole = batch_size * replicas
-    chunks = [order[i : i + whole] for i in range(first, len(order), whole)]
-    if drop_last and chunks and len(chunks[-1]) < whole:
-        chunks.pop()
-    totals = tuple(sum(by_length.lengths[k] for k in chunk) for chunk in chunks)
-    for number, chunk in enumerate(chunks):
-        full = len(chunk) == whole
-        places = (
-            by_length.divide(chunk, replicas) if full else [[*range(r, len(chunk), replicas)] for r in range(replicas)]
-        )
-        lengths = [[by_length.lengths[chunk[i]] for i in of_replica] for of_replica in places]
-        own = places[replica] or [0]
-        tokens = Tokens(
-            counts=tuple(map(sum, lengths)),
-            own=tuple(by_length.lengths[chunk[i]] for i in own),
-            number=number,
-            totals=totals,
-        )
-        counts = tuple(map(len, places))
-        uneven = Uneven(counts=counts, sizes=tuple(max(1, c) for c in counts), tokens=tokens)
-        yield Share([chunk[i] for i in own], [first + i for i in own], uneven)
-        first += len(chunk)
+def _uneven_of(places: Sequence[Sequence[int]]) -> Uneven | None:
+    counts = tuple(map(len, places))
+    return Uneven(counts=counts, sizes=tuple(max(1, c) for c in counts)) if len(set(counts)) > 1 else None
 
 
 def deal_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, *, first: int = 0) -> Iterator[Share]:

@@ -36,7 +36,7 @@ from lightning_hybrid._lightning_private import (
 )
 from lightning_hybrid.execute.data import dealing
 from lightning_hybrid.execute.data.agreement import CheckedFlow
-from lightning_hybrid.execute.data.dealing import ByLength, Uneven
+from lightning_hybrid.execute.data.dealing import ByShares, Division, Uneven
 from lightning_hybrid.execute.data.loader import BatchStream, ResumableStream, keeps_its_place, placed, users_loader
 from lightning_hybrid.execute.data.samples import DealtSampler, SampleFlow
 from lightning_hybrid.execute.data.stream import StreamFlow
@@ -266,23 +266,23 @@ class ReplicaData:
     def shares(self) -> tuple[int, ...]:
         """Samples of each replica in a batch, where `can_share`."""
         flow = training_loaders(self._trainer).flattened[0].flow
-        return flow.shares or (flow.batch_size,) * self._mesh.layout.replicas
+        if isinstance(flow.division, ByShares):
+            return flow.division.shares
+        return (flow.batch_size,) * self._mesh.layout.replicas
 
-    def share(self, shares: tuple[int, ...] | None) -> None:
-        """From the next batch on replica r has `shares[r]` samples of each global batch; None: all equally many.
+    def share(self, shares: tuple[int, ...]) -> None:
+        """From the next batch on replica r has `shares[r]` samples of each global batch.
 
         Called between two batches, on all ranks alike.
         """
-        flow = training_loaders(self._trainer).flattened[0].flow
-        if shares is not None and sum(shares) != self.global_batch_size:
+        if sum(shares) != self.global_batch_size:
             raise ValueError(f"`shares` must add up to {self.global_batch_size}. Got {shares}.")
-        flow.redeal(self._mesh.replica, self._mesh.layout.replicas, flow.batch_size, shares)
+        self.divide(ByShares(shares=shares))
 
-    def balance(self, by_length: ByLength | None) -> None:
-        """From the next batch on samples are dealt by their lengths. Called between two batches, on all ranks alike."""
+    def divide(self, division: Division) -> None:
+        """Global batches are divided like that from the next one on. Called between two batches, on all ranks alike."""
         flow = training_loaders(self._trainer).flattened[0].flow
-        flow.by_length = by_length
-        flow.redeal(self._mesh.replica, self._mesh.layout.replicas, flow.batch_size)
+        flow.redeal(self._mesh.replica, self._mesh.layout.replicas, flow.batch_size, division)
 
     # ---- predictions
 

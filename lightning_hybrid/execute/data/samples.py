@@ -22,7 +22,7 @@ from lightning_hybrid._lightning_private import (
 from lightning_hybrid.analyze.preserve import random_streams_kept
 from lightning_hybrid.execute.data import dealing
 from lightning_hybrid.execute.data import random_streams as streams
-from lightning_hybrid.execute.data.dealing import ByLength, Share, Uneven
+from lightning_hybrid.execute.data.dealing import ByShares, Division, Share, Uneven
 from lightning_hybrid.execute.data.loader import generators_of, keeps_its_place, lent
 from lightning_hybrid.execute.random_streams import mix
 
@@ -83,10 +83,8 @@ class SampleFlow:
     ) -> None:
         self._source, self._kind, self._replica, self._replicas = source, kind, replica, replicas
         self._batch_size, self._drop_last = batch_size, drop_last
-        self.shares: tuple[int, ...] | None = None
-        """Samples of each replica in a global batch, where they are not equally many."""
-        self.by_length: ByLength | None = None
-        """Where samples are dealt by their lengths."""
+        self.division: Division | None = None
+        """How global batches are divided among replicas; None: in turn."""
         self._trainer, self._limit, self._run_absent, self._on_yield = training, limit, run_absent, on_yield
         self.history: deque[Uneven | None] = deque(maxlen=8)
         self._pending: deque[Uneven | None] = deque()
@@ -223,7 +221,8 @@ class SampleFlow:
             < 1
         ):
             return False
-        self._batch_size, self.shares = batch_size, None
+        self._batch_size = batch_size
+        self._forget_shares()
         self._go_on_behind(used)
         return True
 
@@ -246,12 +245,21 @@ class SampleFlow:
         """Whether what is left of an epoch can be dealt to other replicas; samples only to another number of them."""
         return self._sized
 
-    def redeal(self, replica: int, replicas: int, batch_size: int, shares: tuple[int, ...] | None = None) -> None:
-        """From now on this rank reads for replica `replica` of `replicas`, in batches of `batch_size`, or by shares."""
+    def redeal(self, replica: int, replicas: int, batch_size: int, division: Division | None = None) -> None:
+        """From now on this rank reads for replica `replica` of `replicas`, in batches of `batch_size`.
+
+        Args:
+            replica: Its number.
+            replicas: How many there are.
+            batch_size: Samples of a replica in a batch.
+            division: How global batches are divided; None: in turn, or by length as before.
+        """
         each = self._batch_size if self._kind == "samples" else 1
         used = min(self._first + self._handed_out * self._replicas * each, len(self._source)) if self._begun else 0
         running = self._trainer is not None and self._begun and used < len(self._source)
-        self._replica, self._replicas, self._batch_size, self.shares = replica, replicas, batch_size, shares
+        self._replica, self._replicas, self._batch_size = replica, replicas, batch_size
+        self._forget_shares()
+        self.division = division or self.division
         self._other_length = True
         if running:
             self._go_on_behind(used)
@@ -260,7 +268,12 @@ class SampleFlow:
 
     def rebatch_next(self, batch_size: int) -> None:
         """The next epoch's batches have `batch_size` samples of each replica."""
-        self._batch_size, self._other_length, self.shares = batch_size, True, None
+        self._batch_size, self._other_length = batch_size, True
+        self._forget_shares()
+
+    def _forget_shares(self) -> None:
+        if isinstance(self.division, ByShares):
+            self.division = None
 
     def keys(self) -> Iterator[Any]:
         """This replica's keys, batch by batch; the order is drawn when the first is asked for."""
@@ -277,10 +290,7 @@ class SampleFlow:
     def _shares(self, order: Any) -> Iterator[Share]:
         place = (self._replica, self._replicas)
         if self._kind == "samples":
-            if self.by_length is not None:
-                deal = partial(dealing.deal_by_length, by_length=self.by_length, drop_last=self._drop_last)
-                return deal(list(order), self._batch_size, *place, first=self._first)
-            options: dict[str, Any] = {"drop_last": self._drop_last, "first": self._first, "shares": self.shares}
+            options: dict[str, Any] = {"drop_last": self._drop_last, "first": self._first, "division": self.division}
             return dealing.deal_samples(order, self._batch_size, *place, **options)
         batches = ([key] for key in order) if self._kind == "items" else order
         if self._limit is not None:

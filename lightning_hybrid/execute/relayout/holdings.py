@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,6 +15,7 @@ from lightning_hybrid.execute.averaging import HeldWeights
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.saving.state import optimizer_state, plain_optimizer
+from lightning_hybrid.execute.sharing import gather_objects
 from lightning_hybrid.partition.partition import Partition
 from lightning_hybrid.partition.placement import index_at, writes
 from lightning_hybrid.spec.errors import PartitionError
@@ -87,9 +87,7 @@ class Holdings:
 
     def _share(self) -> None:
         """Every rank knows of everything."""
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, ({key: part.dtype for key, part in self.parts.items()}, self.entries))
-        for dtypes, entries in told:
+        for dtypes, entries in gather_objects(({key: part.dtype for key, part in self.parts.items()}, self.entries)):
             self.dtypes.update(dtypes)
             self.entries.update(entries)
         self.dtypes = dict(sorted(self.dtypes.items()))
@@ -119,9 +117,7 @@ def places_of(partition: Partition, holdings: Holdings) -> Callable[[Key], tuple
 
 def share_whole(partition: Partition) -> None:
     """Every rank knows which weights `fsdp` has left whole on any rank. Collective."""
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, sorted(partition.whole))
-    partition.whole.update(*told)
+    partition.whole.update(*gather_objects(sorted(partition.whole)))
 
 
 class Target:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from lightning_hybrid.execute.planning import Request, check_trainer, make_parti
 from lightning_hybrid.execute.relayout.exchange import exchange
 from lightning_hybrid.execute.relayout.holdings import Holdings, Target, places_of, share_whole
 from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.execute.sharing import gather_objects
 from lightning_hybrid.partition.build import BlankTape
 from lightning_hybrid.partition.mesh import Mesh
 from lightning_hybrid.partition.partition import Partition
@@ -123,9 +124,7 @@ class Relayout:
     # ---- phase 1
 
     def _check(self) -> None:
-        problem = self._problem()
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (problem, str(self._request), self._trainer.global_step))
+        told = gather_objects((self._problem(), str(self._request), self._trainer.global_step))
         for rank, (found, *_) in enumerate(told):
             if found is not None:
                 raise PartitionError(found if len({t[0] for t in told}) == 1 else f"Rank {rank}: {found}")
@@ -212,6 +211,4 @@ class Relayout:
 
     def _agree(self, problem: str | None) -> str | None:
         """The first rank's problem, on all ranks. Collective."""
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, problem)
-        return next((p for p in told if p is not None), None)
+        return next((p for p in gather_objects(problem) if p is not None), None)

@@ -20,6 +20,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_hybrid.checkpoint.folder import candidates
 from lightning_hybrid.checkpoint.reader import HYPER_PARAMETERS, OPTIMIZER_STATES, SavedCheckpoint, newest_first, whole
 from lightning_hybrid.execute.data.random_streams import capture, restore
+from lightning_hybrid.execute.sharing import gather_objects
 from lightning_hybrid.spec.errors import CheckpointError
 from lightning_hybrid.spec.layout import Layout
 
@@ -83,9 +84,7 @@ def open_first(paths: Sequence[Path], trust_pickle: bool) -> SavedCheckpoint | d
     refused: list[str] = []
     for path in paths:
         opened, problems = _open(path, trust_pickle)
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, problems)
-        found = list(dict.fromkeys(p for problems in gathered for p in problems))
+        found = list(dict.fromkeys(p for of_rank in gather_objects(problems) for p in of_rank))
         if not found and opened is not None:
             if refused:
                 rank_zero_warn(f"{refused[0]} Going on from {path} instead, the newest checkpoint that is intact.")

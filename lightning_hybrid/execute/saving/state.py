@@ -20,6 +20,7 @@ from lightning_hybrid.checkpoint.content import Content, Part
 from lightning_hybrid.checkpoint.reader import SavedTensor
 from lightning_hybrid.execute.gradients import local
 from lightning_hybrid.execute.runner import Runner
+from lightning_hybrid.execute.sharing import gather_objects
 from lightning_hybrid.partition.mesh import AXES
 from lightning_hybrid.partition.placement import index_of, writes
 from lightning_hybrid.spec.errors import CheckpointError
@@ -210,8 +211,7 @@ def load_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool) -> N
 
 def _check_names(runner: Runner, missing: set[str], unexpected: set[str]) -> None:
     """Each rank knows what it needs itself; all of them raise the same. Collective."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (missing, unexpected))
+    found = gather_objects((missing, unexpected))
     missing, unexpected = set().union(*(m for m, _ in found)), set().union(*(u for _, u in found))
     if missing or unexpected:
         raise RuntimeError(

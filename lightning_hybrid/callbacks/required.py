@@ -1,0 +1,22 @@
+"""What callbacks need of the Trainer."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lightning_hybrid.execute.strategy import HybridStrategy
+from lightning_hybrid.spec.errors import PartitionError
+
+
+def hybrid_strategy(trainer: pl.Trainer, callback: Callback) -> HybridStrategy:
+    """The trainer's strategy.
+
+    Raises:
+        PartitionError: If it is another one.
+    """
+    if not isinstance(trainer.strategy, HybridStrategy):
+        raise PartitionError(
+            f"`{type(callback).__name__}` needs `strategy=HybridStrategy(...)`. Got {type(trainer.strategy).__name__}."
+        )
+    return trainer.strategy
