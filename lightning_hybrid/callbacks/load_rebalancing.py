@@ -21,7 +21,7 @@ from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.execute.batches import count_samples
 from lightning_hybrid.execute.data.dealing import ByLength
 from lightning_hybrid.execute.load import Load, Observation
-from lightning_hybrid.execute.strategy import HybridStrategy
+from lightning_hybrid.execute.partitioned import PartitionedStrategy
 from lightning_hybrid.spec.errors import PartitionError
 
 Kind = Literal["stages", "experts", "replicas"]
@@ -113,7 +113,7 @@ class LoadRebalancing(Callback):
         self._load = Load(strategy)
         self._wall, self._last, self._steps = [], None, 0
 
-    def _deal_by_length(self, strategy: HybridStrategy, lengths: Sequence[int]) -> None:
+    def _deal_by_length(self, strategy: PartitionedStrategy, lengths: Sequence[int]) -> None:
         data, runner = strategy.data, strategy.runner
         if not data.can_share:
             raise PartitionError(
@@ -223,7 +223,7 @@ class LoadRebalancing(Callback):
         what = "taken back" if back else f"a step should become {gain:.0%} shorter"
         rank_zero_info(f"LoadRebalancing: {kind} {_shown(division)}: {what}.")
 
-    def _division(self, strategy: HybridStrategy) -> dict[str, Any]:
+    def _division(self, strategy: PartitionedStrategy) -> dict[str, Any]:
         """How load is divided at present."""
         request, data = strategy.request, strategy.data
         return {
@@ -232,7 +232,7 @@ class LoadRebalancing(Callback):
             "replicas": data.shares if data.can_share else None,
         }
 
-    def _apply(self, strategy: HybridStrategy, kind: str, division: Any) -> None:
+    def _apply(self, strategy: PartitionedStrategy, kind: str, division: Any) -> None:
         request = strategy.request
         if kind == "replicas":
             strategy.data.share(division)

@@ -23,7 +23,7 @@ from lightning_hybrid.plan.stages import divides_into
 from lightning_hybrid.spec.errors import PartitionError
 
 if TYPE_CHECKING:
-    from lightning_hybrid.execute.strategy import HybridStrategy
+    from lightning_hybrid.execute.partitioned import PartitionedStrategy
 
 MICROBATCHES_PER_RANK = 8
 """A batch is made of at most so many microbatches for each pipeline rank, where memory does not grow with them: a
@@ -38,7 +38,7 @@ class BatchControl:
         strategy: Its strategy, whose runner is there.
     """
 
-    def __init__(self, trainer: pl.Trainer, strategy: HybridStrategy) -> None:
+    def __init__(self, trainer: pl.Trainer, strategy: PartitionedStrategy) -> None:
         self._trainer, self._strategy = trainer, strategy
         runner = self._runner
         self._loader = training_loaders(trainer).flattened[0]

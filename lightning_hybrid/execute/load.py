@@ -14,7 +14,7 @@ from lightning_hybrid.execute.sharing import gather_objects
 from lightning_hybrid.plan.stages import stages_per_rank
 
 if TYPE_CHECKING:
-    from lightning_hybrid.execute.strategy import HybridStrategy
+    from lightning_hybrid.execute.partitioned import PartitionedStrategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Load:
         strategy: The strategy, whose runner is there.
     """
 
-    def __init__(self, strategy: HybridStrategy) -> None:
+    def __init__(self, strategy: PartitionedStrategy) -> None:
         self.strategy = strategy
         self.follow()
 

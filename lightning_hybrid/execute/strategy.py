@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -21,30 +21,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hybrid._lightning_private import evaluation_batch, running_batch
+from lightning_hybrid._lightning_private import evaluation_batch
 from lightning_hybrid._torch_private import limit_waiting
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.execute import start
-from lightning_hybrid.execute.averaging import follow_copies, follow_partition
-from lightning_hybrid.execute.batch_control import BatchControl
+from lightning_hybrid.execute.averaging import follow_partition
 from lightning_hybrid.execute.batches import split_sequences
 from lightning_hybrid.execute.callback_views import follow_callbacks
 from lightning_hybrid.execute.data.dealing import Uneven
 from lightning_hybrid.execute.data.random_streams import agree
 from lightning_hybrid.execute.data.replica import ReplicaData
-from lightning_hybrid.execute.gradient_norms import gradient_norms
 from lightning_hybrid.execute.gradients import seen_after_backward
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
+from lightning_hybrid.execute.partitioned import PartitionedStrategy, Schedule
 from lightning_hybrid.execute.planning import Request
 from lightning_hybrid.execute.ranks import agreement
-from lightning_hybrid.execute.ranks.connected import ConnectedStrategy
 from lightning_hybrid.execute.ranks.launcher import HybridLauncher
-from lightning_hybrid.execute.ranks.preemption import Preemption
 from lightning_hybrid.execute.ranks.processes import DEFAULT_TIMEOUT, meet
 from lightning_hybrid.execute.ranks.watch import Watch
-from lightning_hybrid.execute.records.loggers import log_sent_bytes
-from lightning_hybrid.execute.relayout.relayout import Moved, Relayout
-from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.saving import state
 from lightning_hybrid.execute.saving.checkpoints import Checkpoints
 from lightning_hybrid.partition.mesh import Mesh
@@ -53,10 +47,8 @@ from lightning_hybrid.plan.stages import SCHEDULES
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 
-Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"]
 
-
-class HybridStrategy(ConnectedStrategy):
+class HybridStrategy(PartitionedStrategy):
     """Trains any LightningModule, unmodified, under a layout: replicas, sharding, experts, tensors, a pipeline.
 
     Args:
@@ -98,7 +90,6 @@ class HybridStrategy(ConnectedStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
-        super().__init__(process_group_backend, Watch(timeout or DEFAULT_TIMEOUT))
         if schedule not in SCHEDULES:
             raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}. Got {schedule!r}.")
         if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
@@ -107,68 +98,30 @@ class HybridStrategy(ConnectedStrategy):
             raise ValueError(f"`recompute` must be None, 'selective' or 'full'. Got {recompute!r}.")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {on_nonfinite!r}.")
-        self._layout = Layout.parse(layout) if isinstance(layout, str) else layout
-        self._request = Request(
-            layout=self._layout or Layout(),
+        given = Layout.parse(layout) if isinstance(layout, str) else layout
+        request = Request(
+            layout=given or Layout(),
             schedule=schedule,
             microbatches=microbatches,
             tensor_plan=tensor_plan,
             gradient_sync=GradientSync.of(gradient_sync),
         )
-        self._compile, self._timeout = compile, timeout
+        super().__init__(
+            process_group_backend, Watch(timeout or DEFAULT_TIMEOUT), given, request, on_nonfinite, timeout
+        )
+        self._compile = compile
         self._recompute: Recompute | None = recompute
-        self._runner: Runner | None = None
         self.checkpoints = Checkpoints(checkpoints, timeout)
-        self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
-        self._steps: OptimizerSteps | None = None
         self._splits_data: bool | None = None
-        self.sequence_length: int | None = None
-        """Samples of training batches are split into samples of this length; None: they are whole."""
-        self.batch_controls: list[BatchControl] = []
-        """Those that callbacks hold at present."""
-        self.moving = False
-        """Whether weights are on their way to another layout; nothing can be saved then."""
-        self._data: ReplicaData | None = None
-        self._preemption = Preemption(lambda wanted: self.reduce_boolean_decision(wanted, all=False))
 
     # ---- what Lightning asks about
 
     @property
-    def layout(self) -> Layout:
-        """The layout; with none given, `fsdp` over all devices."""
-        return self._layout or Layout(fsdp=self.num_nodes * self.num_processes)
-
-    @property
-    def request(self) -> Request:
-        """The layout and what belongs to it, as they are asked for at present."""
-        return replace(self._request, layout=self.layout)
-
-    @property
+    @override
     def _wrappers(self) -> list[Any]:
         """What calls of blocks go through."""
         wrappers: list[Any] = [partial(recomputed, how=self._recompute)] if self._recompute is not None else []
         return wrappers + ([torch.compile] if self._compile else [])
-
-    @property
-    def runner(self) -> Runner:
-        """The partitioned module, once it is set up."""
-        if self._runner is None:
-            raise RuntimeError("`strategy.runner` is there only after the strategy has been set up (Trainer.fit).")
-        return self._runner
-
-    @property
-    def steps(self) -> OptimizerSteps:
-        """What surrounds optimizer steps, once it is set up."""
-        if self._steps is None:
-            raise RuntimeError("`strategy.steps` is there only after the strategy has been set up (Trainer.fit).")
-        return self._steps
-
-    @property
-    def data(self) -> ReplicaData:
-        """The data of this rank's replica, once the processes are connected."""
-        if self._data is None:
-            raise RuntimeError("`strategy.data` is there only after the processes have been connected (Trainer.fit).")
-        return self._data
 
     @property
     @override
@@ -316,10 +269,6 @@ class HybridStrategy(ConnectedStrategy):
             self._preemption.agree(trainer)
             return out
 
-    def _during(self, operation: str) -> AbstractContextManager:
-        trainer = self._module.trainer
-        return self._watch.during(operation, running_batch(trainer), trainer.global_step)
-
     def _run_absent(self, batch: Any, uneven: Uneven) -> None:
         self.runner.take_batch(uneven)
         self.runner.evaluation_step("predict_step", *start.prediction_arguments(self._module.trainer, batch))
@@ -328,10 +277,6 @@ class HybridStrategy(ConnectedStrategy):
     def on_train_start(self) -> None:
         """Says what a step's gradients cost."""
         self._log_sent_bytes()
-
-    def _log_sent_bytes(self) -> None:
-        if self._request.gradient_sync.kind != "exact":
-            log_sent_bytes(self._module.trainer, self.runner.sent_bytes)
 
     def on_train_end(self) -> None:
         """Replicas that have stepped by themselves agree on the weights."""
@@ -360,100 +305,7 @@ class HybridStrategy(ConnectedStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         return self.steps.step(super().optimizer_step, optimizer, closure, model, **kwargs)
 
-    def gradient_norms(self) -> dict[str, Tensor]:
-        """What `lightning.pytorch.utilities.grad_norm(module, 2)` gives in one process. Collective.
-
-        That function itself sees this rank's parts only. In `on_before_optimizer_step`:
-        `self.log_dict(self.trainer.strategy.gradient_norms())`.
-        """
-        return gradient_norms(self.runner)
-
-    def control_batches(self) -> BatchControl:
-        """For callbacks that change the batch size while training goes on, from `on_train_start` on."""
-        control = BatchControl(self._module.trainer, self)
-        self.batch_controls.append(control)
-        return control
-
-    def expert_loads(self) -> dict[str, Tensor]:
-        """Tokens that went to each expert in training since the last call, on all ranks. Collective.
-
-        Returns:
-            By name of the module of experts, of those that `ep` divides: counts of shape `(experts,)`.
-        """
-        return self.runner.expert_loads()
-
-    # ---- another layout
-
-    def relayout(
-        self,
-        layout: str | Layout,
-        *,
-        schedule: Schedule | None = None,
-        microbatches: int | Literal["auto"] | None = None,
-        gradient_sync: str | GradientSync | None = None,
-        cuts: Sequence[int] | None = None,
-        expert_orders: Mapping[str, Sequence[int]] | None = None,
-        edit: Callable[[], None] | None = None,
-    ) -> Moved:
-        """Changes the layout while training goes on: the same module, optimizers, schedulers, loggers and data.
-
-        Between two steps of the optimizer, in a hook that all ranks run (`on_train_batch_end`, `on_train_epoch_start`).
-        Weights, optimizer state and buffers move by name, and only what a rank lacks is sent. The global batch stays,
-        so training goes on as it would have in the old layout. Collective over all ranks.
-
-        Args:
-            layout: Another layout of the same ranks.
-            schedule: The pipeline schedule from now on; None: as before.
-            microbatches: The microbatches from now on; None: as before.
-            gradient_sync: How replicas agree on gradients from now on; None: as before.
-            cuts: Where pipeline stages begin, by number of the call in `runner.partition.plan`; None: by FLOPs.
-            expert_orders: By name of a module of experts, which expert stands at each place over the ranks of `ep`;
-                None: in their own order.
-            edit: Adds modules with new weights to the LightningModule, on all ranks alike; called while the weights
-                are on their way. The optimizers take the new ones into the groups that `configure_optimizers` would.
-
-        Returns:
-            What was moved.
-
-        Raises:
-            PartitionError: On all ranks, if it cannot be; training is in the old layout then.
-        """
-        present = self._request
-        wanted = replace(
-            present,
-            layout=Layout.parse(layout) if isinstance(layout, str) else layout,
-            schedule=schedule or present.schedule,
-            microbatches=microbatches or present.microbatches,
-            gradient_sync=present.gradient_sync if gradient_sync is None else GradientSync.of(gradient_sync),
-            cuts=None if cuts is None else tuple(cuts),
-            expert_orders={name: tuple(order) for name, order in (expert_orders or {}).items()},
-        )
-        with self._during("relayout"):
-            return Relayout(self, wanted, self._wrappers, edit).run()
-
-    def take_layout(self, request: Request, mesh: Mesh, runner: Runner) -> None:
-        """For `Relayout`: everything of this strategy goes on with the module as it is partitioned now."""
-        trainer, factor = self._module.trainer, self.steps.learning_rate_factor
-        self._layout, self._request = request.layout, request
-        self._mesh, self._runner = mesh, runner
-        runner.root.__dict__["_hybrid_partition"] = runner.partition
-        limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
-        runner.take_logs()
-        follow_copies(runner)
-        follow_callbacks(trainer, runner)
-        runner.gradients_are_seen = self.reduce_boolean_decision(seen_after_backward(trainer), all=False)
-        self._steps = OptimizerSteps(runner, self.precision_plugin, self._on_nonfinite, self._preemption)
-        self._steps.learning_rate_factor = factor
-        self._steps.install()
-        for control in self.batch_controls:
-            control.follow()
-        self._log_sent_bytes()
-
     # ---- state
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """All weights and buffers under their original names, on the CPU of rank 0; `{}` on other ranks. Collective."""
-        return state.full_state_dict(self.runner)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -52,6 +52,11 @@ def whole_state(trainer: L.Trainer) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in found.items()}
 
 
+def layout_of(trainer: L.Trainer) -> str:
+    strategy: Any = trainer.strategy
+    return str(strategy.layout)
+
+
 class Switches(L.Callback):
     """Changes the layout after given steps, and compares everything before and after."""
 
@@ -127,7 +132,7 @@ def train(
         "changed": switches.changed,
         "objects": len(switches.objects),
         "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
-        "layout": str(trainer.strategy.layout),  # type: ignore[attr-defined]
+        "layout": layout_of(trainer),
     }
 
 
@@ -198,4 +203,4 @@ def refused(
     else:
         given = DataLoader(data, batch_size=batch // replicas)
     trainer.fit(module, given)
-    return {"error": tries.error, "layout": str(trainer.strategy.layout), "steps": trainer.global_step}  # type: ignore[attr-defined]
+    return {"error": tries.error, "layout": layout_of(trainer), "steps": trainer.global_step}

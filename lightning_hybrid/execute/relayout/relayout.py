@@ -39,7 +39,7 @@ from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 
 if TYPE_CHECKING:
-    from lightning_hybrid.execute.strategy import HybridStrategy
+    from lightning_hybrid.execute.partitioned import PartitionedStrategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Relayout:
 
     def __init__(
         self,
-        strategy: HybridStrategy,
+        strategy: PartitionedStrategy,
         request: Request,
         wrappers: Sequence[Callable],
         edit: Callable[[], None] | None = None,
