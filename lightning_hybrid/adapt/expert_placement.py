@@ -10,6 +10,7 @@ then pack greedily. Unlike it, no rank gets an expert twice.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -125,7 +126,7 @@ def _best_swap(
 ) -> tuple[int, int, int] | None:
     """The exchange with one of the lightest ranks that lowers the larger of both sums most."""
     best, least = None, total[worst] * (1 - 1e-9)
-    for other in sorted(range(len(found)), key=lambda r: (total[r], r))[:4]:
+    for other in sorted(range(len(found)), key=lambda r: (total[r], r))[:2]:
         if other == worst:
             continue
         for mine in sorted(found[worst] - found[other]):
@@ -135,6 +136,70 @@ def _best_swap(
                 if change > 0 and larger < least:
                     best, least = (mine, other, theirs), larger
     return best
+
+
+def kept_in_place(placement: Sequence[Sequence[int]], present: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same groups of experts, given to the ranks that have most of them already, so that few move.
+
+    Args:
+        placement: Groups of experts, one for each rank, whichever.
+        present: By rank, the experts that it has.
+    """
+    owner = {expert: rank for rank, own in enumerate(present) for expert in own}
+    common = Counter((g, owner[expert]) for g, group in enumerate(placement) for expert in group)
+    taken: dict[int, int] = {}
+    left = dict.fromkeys(range(len(placement)))
+    for (g, rank), _ in sorted(common.items(), key=lambda item: (-item[1], item[0])):
+        if g in left and rank not in taken:
+            taken[rank] = g
+            del left[g]
+    rest = iter(left)
+    return [sorted(placement[taken[rank] if rank in taken else next(rest)]) for rank in range(len(present))]
+
+
+def owners(hosts: Sequence[Sequence[int]], present: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Which rank has the weights of which expert: equally many each, as many as can be of experts that it computes.
+
+    An expert stays where it is if that rank computes it and no other one has to go there. A maximum matching by
+    augmenting paths; what cannot be matched goes to any rank with a place left.
+
+    Args:
+        hosts: By rank, the experts that it computes; every expert on some rank.
+        present: By rank, the experts that it has now, equally many each.
+
+    Returns:
+        By rank, the experts that it has from now on, ascending.
+    """
+    size, ranks = len(present[0]), range(len(present))
+    computed = map(set, hosts)
+    found = [[e for e in own if e in hosted] for own, hosted in zip(present, computed, strict=True)]
+    of_expert: dict[int, list[int]] = {e: [] for own in present for e in own}
+    for rank, hosted in enumerate(hosts):
+        for expert in hosted:
+            of_expert[expert].append(rank)
+
+    def settle(expert: int, seen: set[int]) -> bool:
+        """Gives it to one of its hosts, from which another expert goes elsewhere if it has to."""
+        for rank in of_expert[expert]:
+            if len(found[rank]) < size:
+                found[rank].append(expert)
+                return True
+        for rank in of_expert[expert]:
+            if rank in seen:
+                continue
+            seen.add(rank)
+            other = next((e for e in list(found[rank]) if settle(e, seen)), None)
+            if other is not None:
+                found[rank].remove(other)
+                found[rank].append(expert)
+                return True
+        return False
+
+    kept = {e for own in found for e in own}
+    rest = sorted(of_expert.keys() - kept, key=lambda e: (len(of_expert[e]), e))
+    for expert in [e for e in rest if not settle(e, set())]:
+        found[min(ranks, key=lambda r: len(found[r]))].append(expert)
+    return [sorted(own) for own in found]
 
 
 def imbalance(loads: Sequence[float], placement: Sequence[Sequence[int]]) -> float:

@@ -41,7 +41,8 @@ class LoadRebalancing(Callback):
 
     - stages, under `pp` with one stage a rank: the cuts with the smallest step time by measured times of the stages, on
       ranks that may differ in speed.
-    - experts, under `ep`: equally many on each rank, packed by the tokens that went to them.
+    - experts, under `ep`: equally many on each rank, packed by the tokens that went to them. With `expert_copies`, hot
+      ones are computed on several ranks, which share their tokens; weights of copies are sent in every forward pass.
     - sequences, with `lengths`: the samples of each global batch are dealt to replicas and microbatches so that all
       have equally much to do, by 6 h L + L^2 for a sequence of L tokens; gradients are weighed by tokens. For collate
       functions that do not pad.
@@ -53,6 +54,7 @@ class LoadRebalancing(Callback):
         kinds: What may be moved.
         lengths: Tokens of every sample of the training dataset, by its index.
         width: Width of the model, h, in the cost of a sequence.
+        expert_copies: How many experts a rank of `ep` computes beside as many as it has.
         max_share: No replica gets more than so many times an equal share of a batch; memory has to suffice for it.
         rules: How readily.
 
@@ -66,6 +68,7 @@ class LoadRebalancing(Callback):
         *,
         lengths: Sequence[int] | None = None,
         width: int = 1024,
+        expert_copies: int = 0,
         max_share: float = 2.0,
         rules: RebalancingRules = RebalancingRules(),  # noqa: B008 -- frozen
     ) -> None:
@@ -75,9 +78,11 @@ class LoadRebalancing(Callback):
             raise ValueError(f"`max_share` must be at least 1. Got {max_share}.")
         if width < 1:
             raise ValueError(f"`width` must be at least 1. Got {width}.")
+        if expert_copies < 0:
+            raise ValueError(f"`expert_copies` must be at least 0. Got {expert_copies}.")
         if lengths is not None and "replicas" in kinds:
             kinds = tuple(kind for kind in kinds if kind != "replicas")  # whose shares are counted in samples
-        self._lengths, self._width = lengths, width
+        self._lengths, self._width, self._copies = lengths, width, expert_copies
         self._kinds, self._max_share, self._rules = tuple(kinds), max_share, rules
         self._watches = {kind: Watch() for kind in self._kinds}
         self._seen: list[StageTime] = []
@@ -199,7 +204,7 @@ class LoadRebalancing(Callback):
         if kind == "stages":
             return load.better_cuts(self._seen, seen.stages)
         if kind == "experts":
-            return load.better_experts(seen.experts)
+            return load.better_experts(seen.experts, self._copies)
         return load.better_shares(seen.replicas, self._max_share)
 
     def _steps_left(self, trainer: pl.Trainer) -> int:
@@ -228,7 +233,7 @@ class LoadRebalancing(Callback):
         request, data = strategy.request, strategy.data
         return {
             "stages": request.cuts,
-            "experts": dict(request.expert_orders),
+            "experts": {"orders": dict(request.expert_orders), "hosts": dict(request.expert_hosts)},
             "replicas": data.shares if data.can_share else None,
         }
 
@@ -236,10 +241,13 @@ class LoadRebalancing(Callback):
         request = strategy.request
         if kind == "replicas":
             strategy.data.share(division)
-        elif kind == "stages":
-            strategy.relayout(request.layout, cuts=division, expert_orders=request.expert_orders)
         else:
-            strategy.relayout(request.layout, cuts=request.cuts, expert_orders=division)
+            cuts, experts = request.cuts, self._division(strategy)["experts"]
+            if kind == "stages":
+                cuts = division
+            else:
+                experts = division
+            strategy.relayout(request.layout, cuts=cuts, expert_orders=experts["orders"], expert_hosts=experts["hosts"])
 
     # ---- end, and checkpoints
 
@@ -277,5 +285,5 @@ class LoadRebalancing(Callback):
 
 def _shown(division: Any) -> str:
     if isinstance(division, Mapping):
-        return f"of {len(division)} modules"
+        return f"of {len(division['orders'])} modules"
     return "as before" if division is None else f"at {division}"

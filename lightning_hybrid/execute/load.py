@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning_hybrid.adapt.expert_placement import imbalance, place_experts
+from lightning_hybrid.adapt.expert_placement import imbalance, kept_in_place, owners, place_experts
 from lightning_hybrid.adapt.shares import share_by_speed
 from lightning_hybrid.adapt.stage_cuts import StageTime, best_cuts, fit_costs, step_seconds
 from lightning_hybrid.execute.clocks import Clocks
@@ -123,44 +123,38 @@ class Load:
         old = max(n * t for n, t in zip(data.shares, seconds, strict=True))
         return 1 - max(n * t for n, t in zip(shares, seconds, strict=True)) / old, shares
 
-    def better_experts(self, loads: Mapping[str, Sequence[int]]) -> tuple[float, dict[str, tuple[int, ...]]] | None:
+    def better_experts(
+        self, loads: Mapping[str, Sequence[int]], copies: int
+    ) -> tuple[float, dict[str, dict[str, Any]]] | None:
         """Of experts on the ranks of `ep`; the gain is that of the most loaded rank, summed over the model.
 
         Args:
             loads: Tokens of each expert, by module.
+            copies: How many experts a rank computes beside as many as it has.
         """
         runner = self.strategy.runner
         ranks, plans = runner.mesh.layout.ep, runner.partition.expert_plans
         loads = {name: of_module for name, of_module in loads.items() if sum(of_module)}
         if ranks < 2 or not loads:
             return None
-        orders, old, new = {}, 0.0, 0.0
+        orders, hosts, old, new = {}, {}, 0.0, 0.0
         for name, of_module in loads.items():
-            placement = place_experts(of_module, ranks)
-            present = [list(plans[name].part(rank, ranks)) for rank in range(ranks)]
-            placement = _kept_in_place(placement, present)
-            orders[name] = tuple(expert for experts in placement for expert in experts)
-            old += imbalance(of_module, present)
-            new += imbalance(of_module, placement)
-        return 1 - new / old, orders
+            plan = plans[name]
+            own = [plan.part(rank, ranks) for rank in range(ranks)]
+            most = plan.experts - plan.experts // ranks  # more would be an expert twice
+            hosted = kept_in_place(place_experts(of_module, ranks, ranks * min(copies, most)), own)
+            orders[name] = tuple(expert for part in owners(hosted, own) for expert in part)
+            if copies:
+                hosts[name] = tuple(map(tuple, hosted))
+            old += self._imbalance(name, of_module)
+            new += imbalance(of_module, hosted)
+        return 1 - new / old, {"orders": orders, "hosts": hosts}
 
     def expert_imbalance(self, loads: Mapping[str, Sequence[int]]) -> float:
         """The largest load of a rank over the mean, at present, added up over the modules of experts."""
-        plans, ranks = self.strategy.runner.partition.expert_plans, self.strategy.runner.mesh.layout.ep
-        return sum(
-            imbalance(of_module, [plans[name].part(rank, ranks) for rank in range(ranks)])
-            for name, of_module in loads.items()
-        )
+        return sum(self._imbalance(name, of_module) for name, of_module in loads.items())
 
-
-def _kept_in_place(placement: Sequence[Sequence[int]], present: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The same groups of experts, given to the ranks that have most of them already, so that few move."""
-    left, taken = dict(enumerate(placement)), {}
-    pairs = sorted(
-        ((len(set(group) & set(own)), -g, -r) for g, group in enumerate(placement) for r, own in enumerate(present)),
-        reverse=True,
-    )
-    for _, g, r in pairs:
-        if -g in left and -r not in taken:
-            taken[-r] = sorted(left.pop(-g))
-    return [taken[rank] for rank in range(len(present))]
+    def _imbalance(self, name: str, loads: Sequence[int]) -> float:
+        runner = self.strategy.runner
+        plan, ranks = runner.partition.expert_plans[name], runner.mesh.layout.ep
+        return imbalance(loads, [plan.computed(rank, ranks) for rank in range(ranks)])

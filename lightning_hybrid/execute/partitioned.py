@@ -150,6 +150,7 @@ class PartitionedStrategy(ConnectedStrategy):
         gradient_sync: str | GradientSync | None = None,
         cuts: Sequence[int] | None = None,
         expert_orders: Mapping[str, Sequence[int]] | None = None,
+        expert_hosts: Mapping[str, Sequence[Sequence[int]]] | None = None,
         edit: Callable[[], None] | None = None,
     ) -> Moved:
         """Changes the layout while training goes on: the same module, optimizers, schedulers, loggers and data.
@@ -166,6 +167,9 @@ class PartitionedStrategy(ConnectedStrategy):
             cuts: Where pipeline stages begin, by number of the call in `runner.partition.plan`; None: by FLOPs.
             expert_orders: By name of a module of experts, which expert stands at each place over the ranks of `ep`;
                 None: in their own order.
+            expert_hosts: By name of a module of experts, for each rank of `ep` the experts that it computes; those of
+                several ranks share their tokens. Weights that a rank does not have are sent to it in every forward
+                pass, and their gradients back. None: each rank computes those that it has.
             edit: Adds modules with new weights to the LightningModule, on all ranks alike; called while the weights
                 are on their way. The optimizers take the new ones into the groups that `configure_optimizers` would.
 
@@ -184,6 +188,7 @@ class PartitionedStrategy(ConnectedStrategy):
             gradient_sync=present.gradient_sync if gradient_sync is None else GradientSync.of(gradient_sync),
             cuts=None if cuts is None else tuple(cuts),
             expert_orders={name: tuple(order) for name, order in (expert_orders or {}).items()},
+            expert_hosts={name: tuple(map(tuple, hosts)) for name, hosts in (expert_hosts or {}).items()},
         )
         with self._during("relayout"):
             return Relayout(self, wanted, self._wrappers, edit).run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +34,7 @@ from lightning_hybrid.partition.partition import Partition, StepModule
 from lightning_hybrid.plan.plan import Plan, StagePlan, plan_stages
 from lightning_hybrid.plan.stages import choose_microbatches
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.expert_plan import ExpertPlan
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 
@@ -52,6 +53,8 @@ class Request:
     """How replicas agree on gradients."""
     expert_orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """By name of a module of experts: which expert stands at each place over the ranks of `ep`; else in their order."""
+    expert_hosts: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """By name of a module of experts: the experts that each rank of `ep` computes; else those that it has."""
 
 
 def make_partition(
@@ -88,6 +91,7 @@ def make_partition(
     switch.install()
     try:
         if layout.pp == layout.tp == layout.ep == 1:
+            _check_experts(request, ())
             plan = _whole_plan(layout, parameters, units)
             partition = Partition(root, mesh, plan, None, switch, parameters, StepModule(root))
             partition.gradient_sync = request.gradient_sync
@@ -113,7 +117,8 @@ def make_partition(
         with silent(root):
             if layout.ep > 1:
                 plans = plan_experts(root, fused, expert_calls, layout)
-                partition.expert_plans = {n: replace(p, order=request.expert_orders.get(n)) for n, p in plans.items()}
+                partition.expert_plans = {n: _placed(n, p, request) for n, p in plans.items()}
+            _check_experts(request, partition.expert_plans)
             if layout.tp > 1:
                 partition.tensor_plan = infer_tensor_plan(root, trace.calls, layout.tp, request.tensor_plan, trace.use)
         trace.release()
@@ -121,6 +126,22 @@ def make_partition(
     except BaseException:
         switch.remove()
         raise
+
+
+def _check_experts(request: Request, known: Collection[str]) -> None:
+    for argument, named in (("expert_orders", request.expert_orders), ("expert_hosts", request.expert_hosts)):
+        unknown = sorted(set(named) - set(known))
+        if unknown:
+            raise PartitionError(
+                f"`{argument}` must name modules of experts that `layout='{request.layout}'` divides: "
+                f"{', '.join(sorted(known)) or 'there are none'}. Got {', '.join(unknown)}."
+            )
+
+
+def _placed(name: str, plan: ExpertPlan, request: Request) -> ExpertPlan:
+    placed = replace(plan, order=request.expert_orders.get(name), hosts=request.expert_hosts.get(name))
+    placed.check(name, request.layout.ep)
+    return placed
 
 
 def _move_buffers(root: pl.LightningModule, device: torch.device) -> None:

@@ -199,7 +199,8 @@ class HybridStrategy(PartitionedStrategy):
         if self.accelerator is not None:
             self.accelerator.setup(trainer)
         if self._runner is None or self._runner.root is not self.lightning_module:
-            self._request = replace(self._request, cuts=None, expert_orders={})  # those of another module
+            # what belongs to another module
+            self._request = replace(self._request, cuts=None, expert_orders={}, expert_hosts={})
             self.model = self.precision_plugin.convert_module(self._module)
             self._runner = start.partition(trainer, self, self.request, self._wrappers)
             limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made

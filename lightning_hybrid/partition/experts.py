@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hybrid._torch_private import in_backward
+from lightning_hybrid.partition.all_to_all import exchange_rows
+from lightning_hybrid.partition.expert_copies import ExpertCopies
 from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
 from lightning_hybrid.spec.tensor_plan import Path
 
@@ -36,6 +38,7 @@ class DividedExperts:
         self._module, self._plan, self._group = module, plan, group
         self._whole_forward: Callable[..., Any] = module.forward
         self._local = plan.experts // group.size()
+        self._copies = None if plan.hosts is None else ExpertCopies(plan, plan.hosts, group)
         self._order: Tensor | None = None
         """Of the experts by place; on the device of the tokens, once there are some."""
         self._attributes = {key: module.__dict__[key] for key in plan.attributes}
@@ -51,26 +54,27 @@ class DividedExperts:
         """The module's `forward`, computed on the ranks that hold the experts."""
         plan = self._plan
         x_ND, index_NA, weights_NA = (_argument(p, args, kwargs) for p in (plan.tokens, plan.index, plan.weights))
-        place_M, order_M = self._places(index_NA).flatten().sort(stable=True)
-        counts_E = torch.bincount(place_M, minlength=plan.experts)  # by place
         if torch.is_grad_enabled() and not in_backward():  # where the block is computed again
-            load_E = counts_E if self._order is None else counts_E[self._order.argsort()]
+            load_E = torch.bincount(index_NA.flatten(), minlength=plan.experts)
             self.load = load_E if self.load is None else self.load + load_E
-        received_RE, sent, received = self._exchange_counts(counts_E)
+        place_M, order_M = self._places(index_NA.flatten()).sort(stable=True)
+        received_RP, sent, received = self._exchange_counts(place_M)
         x_MD = x_ND[order_M // index_NA.shape[1]]
-        arrived_MD = _exchange(x_MD, sent, received, self._group)
-        y_MD = _exchange(self._compute(arrived_MD, received_RE, args, kwargs), received, sent, self._group)
+        arrived_MD = exchange_rows(x_MD, sent, received, self._group)
+        y_MD = exchange_rows(self._compute(arrived_MD, received_RP, args, kwargs), received, sent, self._group)
         y_MD = y_MD * weights_NA.flatten()[order_M, None]
         y_NAD = torch.zeros_like(y_MD).index_copy(0, order_M, y_MD).unflatten(0, index_NA.shape)
         return y_NAD.sum(dim=1).to(x_ND.dtype)
 
-    def _places(self, index_NA: Tensor) -> Tensor:
+    def _places(self, index_M: Tensor) -> Tensor:
         """The places at which the chosen experts stand."""
+        if self._copies is not None:
+            return self._copies.choose(index_M)
         if self._plan.order is None:
-            return index_NA
+            return index_M
         if self._order is None:
-            self._order = torch.tensor(self._plan.order, device=index_NA.device)
-        return self._order.argsort()[index_NA]
+            self._order = torch.tensor(self._plan.order, device=index_M.device)
+        return self._order.argsort()[index_M]
 
     def dry(self, *args: Any, **kwargs: Any) -> Any:
         """The module's `forward` in a dry run, where shapes count: every token goes to an expert of this rank."""
@@ -78,19 +82,21 @@ class DividedExperts:
         args, kwargs = _with_argument(self._plan.index, index_NA % self._local, args, kwargs)
         return self._whole_forward(*args, **kwargs)
 
-    def _exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """How many tokens come from each rank for each expert here; how many go to and come from each rank."""
-        received_E = torch.empty_like(counts_E)
-        dist.all_to_all_single(received_E, counts_E, group=self._group)
-        received_RE = received_E.view(-1, self._local)
-        both_2R = torch.stack([counts_E.view(-1, self._local).sum(dim=1), received_RE.sum(dim=1)])
+    def _exchange_counts(self, place_M: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """How many tokens come from each rank for each place here; how many go to and come from each rank."""
+        places = self._local if self._copies is None else self._copies.places
+        counts_P = torch.bincount(place_M, minlength=places * self._group.size())
+        received_P = torch.empty_like(counts_P)
+        dist.all_to_all_single(received_P, counts_P, group=self._group)
+        received_RP = received_P.view(-1, places)
+        both_2R = torch.stack([counts_P.view(-1, places).sum(dim=1), received_RP.sum(dim=1)])
         sent, received = both_2R.tolist()
-        return received_RE, sent, received
+        return received_RP, sent, received
 
-    def _compute(self, x_MD: Tensor, received_RE: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _compute(self, x_MD: Tensor, received_RP: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The module on the tokens that have arrived, with one expert for each."""
-        experts_RE = torch.arange(self._local, device=x_MD.device).expand_as(received_RE)
-        index_M1 = experts_RE.flatten().repeat_interleave(received_RE.flatten())[:, None]
+        experts_RP = torch.arange(received_RP.shape[1], device=x_MD.device).expand_as(received_RP)
+        index_M1 = experts_RP.flatten().repeat_interleave(received_RP.flatten())[:, None]
         rows = len(x_MD)
         if not rows:  # so that the backward pass comes by here on every rank
             x_MD, index_M1 = torch.cat([x_MD, x_MD.new_zeros(1, x_MD.shape[1])]), index_M1.new_zeros(1, 1)
@@ -101,7 +107,10 @@ class DividedExperts:
             (self._plan.weights, weights.new_ones(len(x_MD), 1)),
         ):
             args, kwargs = _with_argument(path, value, args, kwargs)
-        return self._whole_forward(*args, **kwargs)[:rows]
+        if self._copies is None:
+            return self._whole_forward(*args, **kwargs)[:rows]
+        with self._copies.brought(self._module, self._plan.attributes):
+            return self._whole_forward(*args, **kwargs)[:rows]
 
 
 class ExpertParallel:
@@ -181,24 +190,6 @@ class ExpertParallel:
             if divided.load is not None:
                 loads[name], divided.load = divided.load, None
         return loads
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        arrived = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
-        return arrived
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _AllToAll.apply(gradients[0], ctx.received, ctx.sent, ctx.group), None, None, None
-
-
-def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Any:
-    """Sends the first rows to the first rank, and so on; gives the rows that have arrived, in order of rank."""
-    return _AllToAll.apply(rows, sent, received, group)
 
 
 def _argument(path: Path, args: tuple, kwargs: Mapping[str, Any]) -> Any:

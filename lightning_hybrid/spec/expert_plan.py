@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import Path
 
 
@@ -28,6 +29,34 @@ class ExpertPlan:
     """Integer attributes of the module that hold the number of experts."""
     order: tuple[int, ...] | None = None
     """Which expert stands at each place, places being shared out in order; None: each at the place of its number."""
+
+    hosts: tuple[tuple[int, ...], ...] | None = None
+    """By rank, the experts that it computes; an expert of several ranks has copies, which share its tokens. None: each
+    rank computes those that it holds."""
+
+    def check(self, name: str, ranks: int) -> None:
+        """Refuses an order or hosts that do not belong to this module on so many ranks.
+
+        Raises:
+            PartitionError: If so.
+        """
+        if self.order is not None and sorted(self.order) != list(range(self.experts)):
+            raise PartitionError(
+                f"`expert_orders` must have each of the {self.experts} experts of `{name}` once. Got {self.order}."
+            )
+        if self.hosts is None:
+            return
+        everywhere = {expert for hosted in self.hosts for expert in hosted}
+        twice = any(len(set(hosted)) < len(hosted) for hosted in self.hosts)
+        if len(self.hosts) != ranks or twice or everywhere != set(range(self.experts)):
+            raise PartitionError(
+                f"`expert_hosts` must have, for each of the {ranks} ranks of `ep`, the experts of `{name}` that it "
+                f"computes, none twice, and each of the {self.experts} on some rank. Got {self.hosts}."
+            )
+
+    def computed(self, rank: int, ranks: int) -> Sequence[int]:
+        """The experts that `rank` of `ranks` computes."""
+        return self.part(rank, ranks) if self.hosts is None else self.hosts[rank]
 
     def part(self, rank: int, ranks: int) -> Sequence[int]:
         """The experts that `rank` of `ranks` holds, in the order of their places."""

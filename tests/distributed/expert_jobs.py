@@ -41,15 +41,31 @@ class Coupled(UserExperts):
         return super().forward(chosen, x - x.mean(0), share=share)
 
 
+class Counting(UserExperts):
+    """Counts what comes to this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.came = 0
+
+    def forward(self, chosen, x, *, share):
+        if torch.is_grad_enabled():
+            self.came += len(x)
+        return super().forward(chosen, x, share=share)
+
+
 class MixtureBlock(nn.Module):
-    def __init__(self, experts: type[UserExperts]) -> None:
+    def __init__(self, experts: type[UserExperts], chosen: int) -> None:
         super().__init__()
         self.router = nn.Linear(WIDTH, EXPERTS)
-        self.experts = experts()
+        self.experts, self.chosen = experts(), chosen
 
     def forward(self, x):
-        share, chosen = self.router(x).softmax(-1).topk(CHOSEN, dim=-1)
+        share, chosen = self.router(x).softmax(-1).topk(self.chosen, dim=-1)
         return x + self.experts(chosen, x, share=share)
+
+
+_EXPERTS: dict[str, type[UserExperts]] = {"UserExperts": UserExperts, "Coupled": Coupled, "Counting": Counting}
 
 
 class Mixture(L.LightningModule):
@@ -61,6 +77,8 @@ class Mixture(L.LightningModule):
         experts: The class of the experts.
         adamw: AdamW instead of SGD.
         blocks: Number of blocks.
+        manual: Manual optimization.
+        chosen: Experts of each token.
     """
 
     stem: Any
@@ -75,20 +93,21 @@ class Mixture(L.LightningModule):
         adamw: bool = False,
         blocks: int = 4,
         manual: bool = False,
+        chosen: int = CHOSEN,
     ) -> None:
         super().__init__()
-        self.stem, self._options = None, (favourite, {"UserExperts": UserExperts, "Coupled": Coupled}[experts], blocks)
+        self.stem, self._options = None, (favourite, _EXPERTS[experts], blocks, chosen)
         self.adamw, self.automatic_optimization = adamw, not manual
         if not lazy:
             self._build()
 
     def _build(self) -> None:
-        favourite, experts, blocks = self._options
+        favourite, experts, blocks, chosen = self._options
         self.stem = nn.Linear(WIDTH, WIDTH)
-        self.blocks = nn.ModuleList(MixtureBlock(experts) for _ in range(blocks))
+        self.blocks = nn.ModuleList(MixtureBlock(experts, chosen) for _ in range(blocks))
         self.head = nn.Linear(WIDTH, 4)
         for block in self.blocks if favourite else ():
-            nn.init.constant_(block.router.bias[:CHOSEN], 20.0)
+            nn.init.constant_(block.router.bias[:chosen], 20.0)
 
     def configure_model(self):
         if self.stem is None:

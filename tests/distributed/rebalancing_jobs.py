@@ -98,12 +98,14 @@ def train(
     save_at: int = 0,
     ckpt_path: str | None = None,
     options: Mapping[str, Any] | None = None,
+    module_options: Mapping[str, Any] | None = None,
     **trainer_options: Any,
 ) -> dict[str, Any]:
     """A run, and what was moved in it."""
     quiet()
     L.seed_everything(7, verbose=False)
-    module: Any = Mixture(adamw=True, favourite=True) if experts else Sleeper(blocks, seconds, slow or {}, by_sample)
+    mixture = {"adamw": True, "favourite": True, **(module_options or {})}
+    module: Any = Mixture(**mixture) if experts else Sleeper(blocks, seconds, slow or {}, by_sample)
     chosen = RebalancingRules(**{"every_n_steps": 3, "rest_looks": 1, "horizon_steps": 10**6, **(rules or {})})
     rebalancing = LoadRebalancing(rules=chosen, **(options or {}))
     watching = Watching()

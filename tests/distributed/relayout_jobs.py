@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_hybrid.execute.relayout.relayout import Moved
 from lightning_hybrid.spec.errors import PartitionError
-from tests.distributed.expert_jobs import Mixture
+from tests.distributed.expert_jobs import Counting, Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 
 MODULES = {"Classifier": Classifier, "Mixture": Mixture}
@@ -147,6 +147,39 @@ def saved(folder: str, layouts: Mapping[int, str]) -> tuple[list[float], list[st
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     found = train("dp4", layouts, compare=False, steps=20, callbacks=[saver], enable_checkpointing=True)
     return found["losses"], sorted(p.name for p in Path(folder).iterdir())
+
+
+def copied(layout: str, hosts: Sequence[Sequence[int]], **options: Any) -> dict[str, Any]:
+    """A run in which the ranks compute these experts of every block, from the first step on; and the tokens of each."""
+    named = {f"blocks.{i}.experts": hosts for i in range(4)}
+    module_options = {"experts": "Counting", "adamw": True, "favourite": True, **options.pop("module_options", {})}
+    counter = Came()
+    found = train(
+        layout,
+        {0: layout},
+        kind="Mixture",
+        steps=6,
+        relayout_options={"expert_hosts": named},
+        module_options=module_options,
+        callbacks=[counter],
+        **options,
+    )
+    return {**found, "came": counter.came}
+
+
+class Came(L.Callback):
+    """Tokens that have come to the experts of this rank in training."""
+
+    def __init__(self) -> None:
+        self.came = 0
+
+    def on_train_start(self, trainer, pl_module):
+        self._experts = [m for m in pl_module.modules() if isinstance(m, Counting)]
+        for module in self._experts:
+            module.came = 0
+
+    def on_train_end(self, trainer, pl_module):
+        self.came = sum(module.came for module in self._experts)
 
 
 class Tries(L.Callback):

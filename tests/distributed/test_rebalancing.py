@@ -50,10 +50,23 @@ def test_hot_experts_are_separated(ranks4: RankGroup) -> None:
     found = ranks4.call(jobs.train, "dp2-ep2", True, experts=True, steps=24)[0]
     (move,) = found["moves"]
     assert move["kind"] == "experts"
-    assert all({0, 1} <= {order[0], order[2]} for order in move["division"].values())
+    assert all({0, 1} <= {order[0], order[2]} for order in move["division"]["orders"].values())
     assert move["gain"] == pytest.approx(0.5)
     assert found["logged"]["rebalancing/experts_gain"] == pytest.approx(0.0)
     check(found, ranks4.call(jobs.train, "dp2-ep2", False, experts=True, steps=24)[0])
+
+
+def test_hot_experts_get_copies(ranks4: RankGroup) -> None:
+    """All tokens go to one expert: no placement without copies helps."""
+    options: dict[str, Any] = {"experts": True, "steps": 24, "module_options": {"chosen": 1}}
+    found = ranks4.call(jobs.train, "dp2-ep2", True, options={"expert_copies": 1}, **options)[0]
+    (move,) = found["moves"]
+    assert all({0} <= set(hosted) for hosts in move["division"]["hosts"].values() for hosted in hosts)
+    assert move["gain"] == pytest.approx(0.5)
+    assert found["logged"]["rebalancing/experts_gain"] == pytest.approx(0.0)
+    expected = ranks4.call(jobs.train, "dp2-ep2", True, **options)[0]
+    assert expected["moves"] == []
+    check(found, expected)
 
 
 @pytest.mark.slow

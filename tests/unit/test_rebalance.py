@@ -9,7 +9,14 @@ import time
 
 import pytest
 
-from lightning_hybrid.adapt.expert_placement import imbalance, least_imbalance, place_experts, replica_counts
+from lightning_hybrid.adapt.expert_placement import (
+    imbalance,
+    kept_in_place,
+    least_imbalance,
+    owners,
+    place_experts,
+    replica_counts,
+)
 from lightning_hybrid.adapt.rebalance import RebalancingRules, Watch, judge, look
 from lightning_hybrid.adapt.shares import pack, sequence_cost, share_by_speed
 from lightning_hybrid.adapt.stage_cuts import StageTime, best_cuts, fit_costs, step_seconds
@@ -120,6 +127,26 @@ def test_places_that_cannot_be() -> None:
         place_experts([1.0] * 8, 4, 1)
     with pytest.raises(ValueError, match="`places` must be between the number of experts, 2, and 2 times it"):
         replica_counts([1.0, 1.0], 5, 2)
+
+
+@pytest.mark.parametrize(("experts", "ranks", "spare"), [(256, 32, 32), (64, 8, 16), (16, 4, 4), (8, 4, 0)])
+def test_owners_compute_what_they_have(experts: int, ranks: int, spare: int) -> None:
+    rng = random.Random(experts)
+    loads = [1000.0 / (1 + i) for i in range(experts)]
+    rng.shuffle(loads)
+    each = experts // ranks
+    present = [list(range(r * each, (r + 1) * each)) for r in range(ranks)]
+    placement = place_experts(loads, ranks, spare)
+    hosts = kept_in_place(placement, present)
+    assert sorted(hosts) == sorted(placement)
+    found = owners(hosts, present)
+    assert sorted(e for own in found for e in own) == list(range(experts))
+    assert {len(own) for own in found} == {each}
+    elsewhere = sum(len(set(own) - set(hosted)) for own, hosted in zip(found, hosts, strict=True))
+    assert elsewhere <= max(1, 0.03 * experts)
+    if not spare:
+        assert found == [sorted(hosted) for hosted in hosts]
+    assert owners([[*own, (own[-1] + 1) % experts] for own in present], present) == present, "nothing has to move"
 
 
 @pytest.mark.parametrize("seed", range(20))
