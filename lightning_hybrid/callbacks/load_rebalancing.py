@@ -46,7 +46,7 @@ class LoadRebalancing(Callback):
     - sequences, with `lengths`: the samples of each global batch are dealt to replicas and microbatches so that all
       have equally much to do, by 6 h L + L^2 for a sequence of L tokens; gradients are weighed by tokens. For collate
       functions that do not pad.
-    - replicas, under `dp` without `fsdp` and `ep`: samples of each global batch, by the speed of the replicas.
+    - replicas, under `dp` and `fsdp` without `ep`: samples of each global batch, by the speed of the replicas.
 
     Logs `rebalancing/<kind>_gain`, the share of a step that a better balance would save, and `rebalancing/moves`.
 
@@ -118,6 +118,15 @@ class LoadRebalancing(Callback):
         self._load = Load(strategy)
         self._wall, self._last, self._steps = [], None, 0
 
+    def _follow_layout(self, strategy: PartitionedStrategy, load: Load) -> None:
+        """Somebody else has changed the layout: what was measured and divided belonged to the other one."""
+        if self._lengths is not None:
+            self._deal_by_length(strategy, self._lengths)
+        self._watches = {kind: Watch() for kind in self._kinds}
+        self._seen, self._before = [], {}
+        self._wall, self._last = [], None
+        load.follow()
+
     def _deal_by_length(self, strategy: PartitionedStrategy, lengths: Sequence[int]) -> None:
         data, runner = strategy.data, strategy.runner
         if not data.can_share:
@@ -136,6 +145,9 @@ class LoadRebalancing(Callback):
     ) -> None:
         strategy = hybrid_strategy(trainer, self)
         if self._load is None:
+            return
+        if not self._load.is_current:
+            self._follow_layout(strategy, self._load)
             return
         self._load.count(0 if strategy.runner.absent else count_samples(batch))
         if not steps_after_batch(trainer):

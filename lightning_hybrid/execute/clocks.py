@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Stopwatch:
@@ -50,6 +52,31 @@ class Clocks:
         self._stages: dict[int, list[list[tuple[Any, Any]]]] = defaultdict(list)
         self._steps: list[list[tuple[Any, Any]]] = [[]]
         self._begun: Any = None
+        self._calls: list[Any] = []
+        self._handles: list[RemovableHandle] = []
+
+    def time_calls(self, modules: Iterable[nn.Module]) -> None:
+        """A step is from now on the forward passes of these modules: for shards, which wait for others in between.
+
+        What `fully_shard` gathers before a call and frees after it is not counted.
+        """
+        enter, leave = (cast(Any, torch.compiler.disable(hook)) for hook in (self._enter, self._leave))
+        for module in modules:
+            self._handles.append(module.register_forward_pre_hook(enter))
+            self._handles.append(module.register_forward_hook(leave, prepend=True))
+
+    def release(self) -> None:
+        """No calls are timed any more."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self._calls.append(self._watch.now())
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        if torch.is_grad_enabled():
+            self._steps[-1].append((self._calls.pop(), self._watch.now()))
 
     @contextmanager
     def stage(self, stage: int) -> Iterator[None]:
@@ -67,7 +94,8 @@ class Clocks:
     def end_batch(self) -> None:
         """Its gradients are there; what comes is the exchange with other ranks. Later calls do not count."""
         if self._begun is not None:
-            self._steps[-1].append((self._begun, self._watch.now()))
+            if not self._handles:
+                self._steps[-1].append((self._begun, self._watch.now()))
             self._begun = None
 
     @contextmanager

@@ -24,7 +24,7 @@ class Observation:
     stages: tuple[StageTime, ...]
     """Of the pipeline's stages, the slowest rank of each."""
     replicas: tuple[float, ...]
-    """Seconds that each replica computes for one sample."""
+    """Seconds that each replica computes for one sample; under `fsdp`, in the forward passes of its blocks."""
     experts: Mapping[str, tuple[int, ...]]
     """Tokens of each expert, by module of experts."""
 
@@ -38,18 +38,27 @@ class Load:
 
     def __init__(self, strategy: PartitionedStrategy) -> None:
         self.strategy = strategy
+        self._clocks = Clocks(strategy.root_device)
         self.follow()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what is measured belongs to the present layout."""
+        return self._runner is self.strategy.runner
 
     def follow(self) -> None:
         """The layout has changed: what has been measured is forgotten."""
         self._samples = 0
+        self._clocks.release()
         self._clocks = Clocks(self.strategy.root_device)
-        self.strategy.runner.time_computation(self._clocks)
+        self._runner = self.strategy.runner
+        self._runner.time_computation(self._clocks)
         self.strategy.expert_loads()
 
     def release(self) -> None:
         """Nothing is measured any more."""
-        self.strategy.runner.time_computation(None)
+        self._clocks.release()
+        self._runner.time_computation(None)
 
     def count(self, samples: int) -> None:
         """A batch of so many samples of this replica has been run."""
@@ -112,7 +121,7 @@ class Load:
         """
         runner, data = self.strategy.runner, self.strategy.data
         layout = runner.mesh.layout
-        if layout.dp < 2 or layout.fsdp * layout.ep > 1 or not data.can_share or not all(seconds):
+        if layout.replicas < 2 or layout.ep > 1 or not data.can_share or not all(seconds):
             return None
         size = runner.pipeline.parts if runner.pipeline is not None else 1
         parts, rest = divmod(data.global_batch_size, size)

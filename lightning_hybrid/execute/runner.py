@@ -150,6 +150,8 @@ class Runner:
     def time_computation(self, clocks: Clocks | None) -> None:
         """From now on these clocks run; None: none."""
         self.clocks = clocks
+        if clocks is not None:
+            clocks.time_calls(self.partition.sharded_blocks())
         if self.pipeline is not None:
             self.pipeline.clocks = clocks
 

@@ -239,6 +239,11 @@ class Partition:
             self.experts.remove()
         self.switch.remove()
 
+    def sharded_blocks(self) -> list[nn.Module]:
+        """The modules that `fsdp` gathers one by one, of which none has another one inside."""
+        sharded = [m for m in self.root.modules() if isinstance(m, FSDPModule)]
+        return [m for m in sharded if not any(isinstance(c, FSDPModule) for c in m.modules() if c is not m)]
+
     def reshard(self) -> None:
         """Frees what `fsdp` has gathered for evaluation, so that parameters are the sharded ones again."""
         for module in [self.step_module, *self.root.modules()]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_hybrid.callbacks import LoadRebalancing, RebalancingRules
+from lightning_hybrid.callbacks import LoadRebalancing, Phase, PhaseSchedule, RebalancingRules
 from tests.distributed.expert_jobs import Mixture
 from tests.distributed.jobs import WIDTH, Block, Numbers, quiet, trainer_for, weights
 
@@ -99,6 +99,7 @@ def train(
     ckpt_path: str | None = None,
     options: Mapping[str, Any] | None = None,
     module_options: Mapping[str, Any] | None = None,
+    phases: Sequence[Phase] = (),
     **trainer_options: Any,
 ) -> dict[str, Any]:
     """A run, and what was moved in it."""
@@ -109,7 +110,11 @@ def train(
     chosen = RebalancingRules(**{"every_n_steps": 3, "rest_looks": 1, "horizon_steps": 10**6, **(rules or {})})
     rebalancing = LoadRebalancing(rules=chosen, **(options or {}))
     watching = Watching()
-    callbacks: list[L.Callback] = [watching, *([rebalancing] if rebalances else [])]
+    callbacks: list[L.Callback] = [
+        watching,
+        *([PhaseSchedule(phases)] if phases else []),
+        *([rebalancing] if rebalances else []),
+    ]
     if save is not None:
         from tests.distributed.adaptive_jobs import SaveAt
 

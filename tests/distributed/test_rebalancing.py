@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_hybrid.callbacks import Phase
 from tests.distributed import rebalancing_jobs as jobs
 from tests.harness import RankError, RankGroup
 
@@ -35,14 +36,27 @@ def test_blocks_leave_a_slow_stage(ranks4: RankGroup) -> None:
     check(found, ranks4.call(jobs.train, "pp4", False, **STAGES | {"seconds": 0.0})[0])
 
 
-def test_a_slow_replica_gets_fewer_samples(ranks4: RankGroup) -> None:
-    found = ranks4.call(jobs.train, "dp4", True, slow=SLOW, **SHARES)[0]
+@pytest.mark.parametrize("layout", ["dp4", "fsdp4", pytest.param("dp2-fsdp2", marks=pytest.mark.slow)])
+def test_a_slow_replica_gets_fewer_samples(ranks4: RankGroup, layout: str) -> None:
+    found = ranks4.call(jobs.train, layout, True, slow=SLOW, **SHARES)[0]
     (move,) = found["moves"]
     assert move["kind"] == "replicas"
     assert sum(move["division"]) == 32
     assert move["division"][2] in (4, 5)
     assert found["last"] < 0.85 * found["first"]
-    check(found, ranks4.call(jobs.train, "dp4", False, **SHARES | {"seconds": 0.0})[0])
+    check(found, ranks4.call(jobs.train, layout, False, **SHARES | {"seconds": 0.0})[0])
+
+
+@pytest.mark.slow
+def test_another_layout_is_balanced_anew(ranks4: RankGroup) -> None:
+    phases = [Phase(), Phase(at_step=10, layout="dp2-pp2", microbatches=4)]
+    options = SHARES | {"options": {"kinds": ("replicas",)}, "phases": phases, "steps": 22}
+    found = ranks4.call(jobs.train, "dp4", True, slow=SLOW, **options)[0]
+    first, second = found["moves"]
+    assert first["step"] < 10 < second["step"]
+    assert len(first["division"]) == 4
+    assert second["division"][0] < second["division"][1], "ranks 0 and 2 are the first replica now"
+    check(found, ranks4.call(jobs.train, "dp4", False, steps=22, **SHARES | {"seconds": 0.0})[0])
 
 
 def test_hot_experts_are_separated(ranks4: RankGroup) -> None:
