@@ -35,9 +35,9 @@ from lightning_hybrid.callbacks.micro_batch import LADDER, Memory, find_samples,
 from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.execute.batch_control import BatchControl
 from lightning_hybrid.execute.batches import count_tokens
+from lightning_hybrid.execute.planning import Request
 from lightning_hybrid.execute.probing.probe import is_out_of_memory
 from lightning_hybrid.execute.schedulers_by_samples import SchedulersBySamples
-from lightning_hybrid.observe.memory import device_name
 from lightning_hybrid.spec.errors import PartitionError
 
 
@@ -179,7 +179,7 @@ class AdaptiveBatchSize(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = hybrid_strategy(trainer, self)
-        control = self._control = strategy.control_batches()
+        control = self._control = strategy.control_batches(self)
         self._check_optimizer(trainer.optimizers[0])
         if control.budget is not None:
             self._start_with_tokens(control, strategy.root_device)
@@ -188,15 +188,12 @@ class AdaptiveBatchSize(Callback):
             if self._schedule is not None:
                 first = self._schedule.batch_size(0)
             self._state = BatchSizeState(batch_size=first, first_batch_size=first)
-        on = f"{strategy.layout} on {device_name(strategy.root_device)}"
+        on = control.measured_on
         if on != self._measured_on:
             self._times, self._measured_on, self._micro_batch_size = StepTimes(), on, None
         if self._memory is not None and self._micro_batch_size is None and control.budget is None:
             batches = self._possible_batches(control, self._state.batch_size)
             self._micro_batch_size = find_samples(control, self._memory, strategy.root_device, batches)
-        if self._max_micro_batch_size is not None and control.budget is None:
-            found = self._micro_batch_size or control.first.micro_batch_size
-            self._micro_batch_size = min(found, self._max_micro_batch_size)
         control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
         self._schedulers = SchedulersBySamples(trainer, self._state.first_batch_size)
         if self._statistics is not None:
@@ -236,25 +233,45 @@ class AdaptiveBatchSize(Callback):
             batches.append(batches[-1] * self._rules.factor)
         return batches
 
-    def _division(self, control: BatchControl, batch_size: int) -> BatchDivision | None:
-        first = control.first
+    def _division(self, control: BatchControl, batch_size: int, request: Request | None = None) -> BatchDivision | None:
+        request = request or control.request
+        first, replicas = control.first_under(request), request.layout.replicas
         min_parts = 2 if self._statistics is not None else 1
-        if self._micro_batch_size is not None:
-            return divide(batch_size, control.limits(self._micro_batch_size, min_parts))
-        if batch_size == control.replicas * first.per_replica and (
-            control.replicas * first.accumulate * first.microbatches >= min_parts
-        ):
+        micro = self._micro_batch_size or first.micro_batch_size
+        if self._max_micro_batch_size is not None and control.budget is None:
+            micro = min(micro, self._max_micro_batch_size)
+        stays = self._micro_batch_size is None and first.micro_batch_size == micro
+        parts = replicas * first.accumulate * first.microbatches
+        if stays and parts >= min_parts and batch_size == replicas * first.per_replica:
             return first
-        return divide(batch_size, control.limits(first.micro_batch_size, min_parts))
+        return divide(batch_size, control.limits(micro, min_parts, request))
 
-    def _refuse(self, control: BatchControl, state: BatchSizeState) -> BatchDivision:
+    def _refuse(self, control: BatchControl, state: BatchSizeState, request: Request | None = None) -> BatchDivision:
         fixed = "" if control.can_rebatch else f" in batches of {control.first.batch_size}, which cannot be changed"
         unit = "samples" if control.budget is None else "tokens"
         parts = ", and of at least two parts, whose gradients `statistics` compares" if self._statistics else ""
+        replicas = (request or control.request).layout.replicas
         raise PartitionError(
-            f"A global batch of {state.batch_size} {unit} must be made of equal batches of {control.replicas} "
+            f"A global batch of {state.batch_size} {unit} must be made of equal batches of {replicas} "
             f"replicas{fixed}{parts}. Choose another `batch_size`, `accumulate_grad_batches` or `layout`."
         )
+
+    # ---- another layout
+
+    def division_under(self, request: Request) -> BatchDivision:
+        """For `BatchControl`: how the present global batch is divided in another layout."""
+        control, state = self._batches, self._present
+        if self._memory is not None and request.layout != control.request.layout:
+            raise PartitionError(
+                f"`memory` of `AdaptiveBatchSize` has found what fits under '{control.request.layout}', and it looks "
+                f"before training only. Change to `layout='{request.layout}'` between two runs, or give "
+                "`max_micro_batch_size` instead of `memory`."
+            )
+        return self._division(control, state.batch_size, request) or self._refuse(control, state, request)
+
+    def layout_changed(self) -> None:
+        """For `BatchControl`: times are measured anew."""
+        self._times, self._measured_on = StepTimes(), self._batches.measured_on
 
     # ---- steps
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -15,11 +16,12 @@ from lightning_hybrid.execute.batches import count_samples, sample_batch
 from lightning_hybrid.execute.data.samples import SampleFlow
 from lightning_hybrid.execute.gradient_noise import GradientNoise
 from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
+from lightning_hybrid.execute.planning import Request
 from lightning_hybrid.execute.probing.probe import MemoryProbe, ProbeResult
 from lightning_hybrid.execute.runner import Runner
 from lightning_hybrid.execute.token_budget import TokenBudget
-from lightning_hybrid.observe.memory import allocation_retries
-from lightning_hybrid.plan.stages import divides_into
+from lightning_hybrid.observe.memory import allocation_retries, device_name
+from lightning_hybrid.plan.stages import choose_microbatches, divides_into
 from lightning_hybrid.spec.errors import PartitionError
 
 if TYPE_CHECKING:
@@ -28,6 +30,26 @@ if TYPE_CHECKING:
 MICROBATCHES_PER_RANK = 8
 """A batch is made of at most so many microbatches for each pipeline rank, where memory does not grow with them: a
 bubble of a ninth (see `plan.stages.bubble`), and batches that stay small."""
+_NO_NOISE = (
+    "`statistics` compares the gradients of replicas with their mean, which `gradient_sync='diloco'` does not take. "
+    "Set `statistics=None`, or use another `gradient_sync`."
+)
+
+
+class Divider(Protocol):
+    """Who decides on batch sizes, asked where the layout changes."""
+
+    def division_under(self, request: Request) -> BatchDivision:
+        """How the present global batch is divided in another layout.
+
+        Raises:
+            PartitionError: If it cannot be.
+        """
+        ...
+
+    def layout_changed(self) -> None:
+        """What was measured belonged to another layout."""
+        ...
 
 
 class BatchControl:
@@ -36,16 +58,18 @@ class BatchControl:
     Args:
         trainer: The trainer, whose training loaders are set up.
         strategy: Its strategy, whose runner is there.
+        divider: Who decides; None: batches stay as they are divided where the layout changes.
     """
 
-    def __init__(self, trainer: pl.Trainer, strategy: PartitionedStrategy) -> None:
-        self._trainer, self._strategy = trainer, strategy
+    def __init__(self, trainer: pl.Trainer, strategy: PartitionedStrategy, divider: Divider | None = None) -> None:
+        self._trainer, self._strategy, self._divider = trainer, strategy, divider
         runner = self._runner
         self._loader = training_loaders(trainer).flattened[0]
         self._flow = self._find_flow()
         self.budget = TokenBudget.of(trainer, runner, self._loader)
         """Where the loader's batches have a budget of tokens; then sizes are in tokens, not in samples."""
         self._next_budget: int | None = None
+        self._layout = strategy.layout
         self._accumulate = trainer.accumulate_grad_batches
         self._microbatches = runner.microbatches
         self.division = self.first = self._present()
@@ -64,11 +88,53 @@ class BatchControl:
     def _steps(self) -> OptimizerSteps:
         return self._strategy.steps
 
-    def follow(self) -> None:
-        """Blocks or experts have moved, in the same layout; the statistics go on with the weights that are here now."""
+    # ---- another layout
+
+    def first_under(self, request: Request) -> BatchDivision:
+        """How the first global batch would have been divided in another layout."""
+        layout = request.layout
+        if self.budget is not None:
+            return self.first
+        size = self.first.batch_size * self.replicas // layout.replicas
+        if layout == self._strategy.layout or self._runner.one_microbatch or layout.pp == 1:
+            count = self.first.microbatches if layout == self._strategy.layout else 1
+        else:
+            count = choose_microbatches(size, request.microbatches, layout.pp, request.schedule)
+        return replace(self.first, batch_size=size, microbatches=count)
+
+    def check_layout(self, request: Request) -> None:
+        """Whether batches can be divided in another layout.
+
+        Raises:
+            PartitionError: If not.
+        """
+        if request.gradient_sync.kind == "diloco" and self.noise is not None:
+            raise PartitionError(_NO_NOISE)
+        if self._divider is not None:
+            self._divider.division_under(request)
+
+    def follow(self, first: BatchDivision) -> None:
+        """The layout has changed, or blocks or experts have moved in the same; data and steps have followed already.
+
+        Args:
+            first: What `first_under` has said of it.
+        """
         if self.noise is not None:
             self.noise = None
             self.measure_noise()
+        self._microbatches, self._due = self._runner.microbatches, True
+        if self.budget is not None:
+            self.budget = TokenBudget.of(self._trainer, self._runner, self._loader)
+        layout, self._layout = self._layout, self._strategy.layout
+        if layout == self._layout:
+            return
+        self.first = first
+        if self.budget is None:
+            size = first.batch_size if self._flow is None else self._flow.batch_size
+            self.division = replace(self.division, batch_size=size, microbatches=self._runner.microbatches_of(size))
+        if self._divider is not None:
+            self.change(self._divider.division_under(self.request))
+            self._divider.layout_changed()
 
     def _find_flow(self) -> SampleFlow | None:
         loaders = training_loaders(self._trainer).flattened
@@ -96,6 +162,16 @@ class BatchControl:
     # ---- what there is
 
     @property
+    def request(self) -> Request:
+        """The present layout, and what belongs to it."""
+        return self._strategy.request
+
+    @property
+    def measured_on(self) -> str:
+        """What measured times and memory belong to."""
+        return f"{self._strategy.layout} on {device_name(self._runner.device)}"
+
+    @property
     def replicas(self) -> int:
         """Replicas that share a global batch."""
         return self._runner.mesh.layout.replicas
@@ -115,23 +191,25 @@ class BatchControl:
         """Samples of an epoch, where that is known."""
         return self._flow.samples if self._flow is not None else None
 
-    def limits(self, micro_batch_size: int, min_parts: int) -> DivisionLimits:
+    def limits(self, micro_batch_size: int, min_parts: int, request: Request | None = None) -> DivisionLimits:
         """What a division of a global batch has to keep to.
 
         Args:
             micro_batch_size: The largest micro-batch, in samples.
             min_parts: Parts with a gradient of their own that a step must have.
+            request: In this layout; None: in the present one.
         """
-        plan = self._runner.partition.plan
-        count, ranks = self.first.microbatches, plan.layout.pp
-        if ranks > 1 and not self._runner.one_microbatch and plan.schedule != "GPipe":  # which keeps all of them
+        request = request or self.request
+        first, ranks, schedule = self.first_under(request), request.layout.pp, request.schedule
+        count = first.microbatches
+        if ranks > 1 and not self._runner.one_microbatch and schedule != "GPipe":  # which keeps all of them
             count = max(count, MICROBATCHES_PER_RANK * ranks)
         return DivisionLimits(
-            replicas=self.replicas,
+            replicas=request.layout.replicas,
             micro_batch_size=micro_batch_size,
             max_microbatches=count,
-            runs=lambda parts: divides_into(plan.schedule, ranks, parts),
-            batch_size=None if self.can_rebatch else self.first.batch_size,
+            runs=lambda parts: divides_into(schedule, ranks, parts),
+            batch_size=None if self.can_rebatch else first.batch_size,
             min_parts=min_parts,
         )
 
@@ -272,10 +350,7 @@ class BatchControl:
             PartitionError: If replicas step by themselves.
         """
         if self._runner.local_steps is not None:
-            raise PartitionError(
-                "`statistics` compares the gradients of replicas with their mean, which `gradient_sync='diloco'` does "
-                "not take. Set `statistics=None`, or use another `gradient_sync`."
-            )
+            raise PartitionError(_NO_NOISE)
         if self.noise is None:
             runner = self._runner
             self.noise = GradientNoise(

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_hybrid._lightning_private import running_batch
 from lightning_hybrid._torch_private import limit_waiting
 from lightning_hybrid.execute.averaging import follow_copies
-from lightning_hybrid.execute.batch_control import BatchControl
+from lightning_hybrid.execute.batch_control import BatchControl, Divider
 from lightning_hybrid.execute.callback_views import follow_callbacks
 from lightning_hybrid.execute.data.replica import ReplicaData
 from lightning_hybrid.execute.gradient_norms import gradient_norms
@@ -121,9 +121,13 @@ class PartitionedStrategy(ConnectedStrategy):
         """
         return gradient_norms(self.runner)
 
-    def control_batches(self) -> BatchControl:
-        """For callbacks that change the batch size while training goes on, from `on_train_start` on."""
-        control = BatchControl(self._module.trainer, self)
+    def control_batches(self, divider: Divider | None = None) -> BatchControl:
+        """For callbacks that change the batch size while training goes on, from `on_train_start` on.
+
+        Args:
+            divider: Says how batches are divided where the layout changes.
+        """
+        control = BatchControl(self._module.trainer, self, divider)
         self.batch_controls.append(control)
         return control
 
@@ -196,6 +200,7 @@ class PartitionedStrategy(ConnectedStrategy):
     def take_layout(self, request: Request, mesh: Mesh, runner: Runner) -> None:
         """For `Relayout`: everything of this strategy goes on with the module as it is partitioned now."""
         trainer, factor = self._module.trainer, self.steps.learning_rate_factor
+        firsts = [control.first_under(request) for control in self.batch_controls]
         self._layout, self._request = request.layout, request
         self._mesh, self._runner = mesh, runner
         runner.root.__dict__["_hybrid_partition"] = runner.partition
@@ -207,8 +212,9 @@ class PartitionedStrategy(ConnectedStrategy):
         self._steps = OptimizerSteps(runner, self.precision_plugin, self._on_nonfinite, self._preemption)
         self._steps.learning_rate_factor = factor
         self._steps.install()
-        for control in self.batch_controls:
-            control.follow()
+        self.data.follow_layout(mesh)
+        for control, first in zip(self.batch_controls, firsts, strict=True):
+            control.follow(first)
         self._log_sent_bytes()
 
     def _log_sent_bytes(self) -> None:

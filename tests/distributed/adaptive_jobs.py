@@ -288,9 +288,24 @@ class Course(L.Callback):
         self.division = self._adaptive.division
 
 
+class Switch(L.Callback):
+    """Another layout after some steps of the optimizer."""
+
+    def __init__(self, layouts: Mapping[int, str], **options: Any) -> None:
+        self._layouts, self._options = dict(layouts), options
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        layout = self._layouts.pop(trainer.global_step, None)
+        if layout is not None:
+            strategy: Any = trainer.strategy
+            strategy.relayout(layout, **self._options)
+
+
 def adapt(
     layout: str,
     *,
+    layouts: Mapping[int, str] | None = None,
+    relayout_options: dict[str, Any] | None = None,
     batch: int = 16,
     samples: int = 6400,
     shuffle: bool = False,
@@ -316,6 +331,8 @@ def adapt(
     adaptive = AdaptiveBatchSize(rules=decisions, **{"learning_rate": "sqrt", **(options or {})})
     course = Course(adaptive, module)
     callbacks: list[L.Callback] = [adaptive, course]
+    if layouts is not None:
+        callbacks.append(Switch(layouts, **(relayout_options or {})))
     if save is not None:
         callbacks.append(SaveAt(save, save_at))
     if short_of_memory_at:

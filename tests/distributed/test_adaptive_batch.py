@@ -133,6 +133,50 @@ def test_run_is_that_of_a_plain_loop(request: pytest.FixtureRequest, layout: str
         torch.testing.assert_close(value, expected["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("layouts", "options"),
+    [
+        ({10: "tp2-pp2", 40: "fsdp4", 60: "dp2-pp2"}, {}),
+        pytest.param(
+            {10: "pp4", 20: "dp2-fsdp2"},
+            {"optimizer": "sgd", "options": {"learning_rate": "adascale"}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({20: "dp2-fsdp2"}, {"options": {"max_micro_batch_size": 2}}, marks=pytest.mark.slow),
+    ],
+    ids=["adam", "adascale", "small micro-batches"],
+)
+def test_run_in_several_layouts_is_that_of_a_plain_loop(
+    ranks4: RankGroup, layouts: dict[int, str], options: dict[str, Any]
+) -> None:
+    found = ranks4.call(jobs.adapt, "dp4", layouts=layouts, samples=4800, **options)[0]
+    growth = [e["step"] for e in found["events"]]
+    assert growth[0] < min(layouts) < growth[-1], "batches grow before and after"
+    if "optimizer" not in options:
+        expected = jobs.replayed(found["events"], 4800)
+        assert found["rates"] == pytest.approx(expected["rates"], rel=1e-6)
+        for name, value in found["weights"].items():
+            torch.testing.assert_close(value, expected["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
+    if "max_micro_batch_size" in options.get("options", {}):
+        assert found["division"][0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "relayout_options", "message"),
+    [
+        ({"options": {"memory": 2**30}}, {}, "`memory` of `AdaptiveBatchSize` has found what fits under 'dp2'"),
+        ({}, {"gradient_sync": "diloco"}, "`statistics` compares the gradients of replicas with their mean"),
+    ],
+    ids=["memory", "diloco"],
+)
+def test_layouts_that_it_refuses(
+    ranks2: RankGroup, options: dict[str, Any], relayout_options: dict[str, Any], message: str
+) -> None:
+    to = "dp2" if relayout_options else "pp2"
+    with pytest.raises(RankError, match=message):
+        ranks2.call(jobs.adapt, "dp2", layouts={3: to}, relayout_options=relayout_options, samples=640, **options)
+
+
 def test_layouts_with_equal_parts_decide_alike(ranks2: RankGroup) -> None:
     options = {"accumulate_grad_batches": 2, "batch": 8, "samples": 3200}
     events = [ranks2.call(jobs.adapt, layout, **options)[0]["events"] for layout in ("dp2", "fsdp2")]

@@ -112,7 +112,6 @@ class Relayout:
         self._strategy.take_layout(self._request, partition.mesh, runner)
         renew_averages(self._trainer, averages)
         runner.metrics.take_states(metrics)
-        self._strategy.data.follow_layout(partition.mesh)
         self._agree(None)
         self._strategy.moving = False
         if problem is not None:
@@ -150,12 +149,6 @@ class Relayout:
                 "`relayout` must be called between two steps of the optimizer: in `on_train_batch_end` after the last "
                 f"of `accumulate_grad_batches={trainer.accumulate_grad_batches}` batches, or in `on_train_epoch_start`."
             )
-        if self._strategy.batch_controls and layout != self._strategy.layout:
-            return (
-                f"`relayout` to '{layout}' beside `AdaptiveBatchSize`, which has found a micro-batch for "
-                f"'{self._strategy.layout}': only blocks and experts can move in the same layout. Remove the callback, "
-                "or change the layout between two runs."
-            )
         if (metric := self._old.metrics.unmovable(layout)) is not None:
             return (
                 f"`relayout` cannot divide what the metric `{metric}` has seen in this epoch among replicas: one of "
@@ -166,6 +159,8 @@ class Relayout:
             self._request.gradient_sync.check(layout)
             check_trainer(layout, trainer)
             self._strategy.steps.check_optimizers(self._strategy.optimizers, layout)
+            for control in self._strategy.batch_controls:
+                control.check_layout(self._request)
         except (ValueError, PartitionError) as error:
             return str(error)
         return None
