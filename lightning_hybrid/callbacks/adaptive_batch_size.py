@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -31,7 +30,7 @@ from lightning_hybrid.adapt.batch_size import (
 )
 from lightning_hybrid.adapt.division import BatchDivision, divide
 from lightning_hybrid.adapt.gradient_noise import NoiseScale, estimate
-from lightning_hybrid.callbacks.micro_batch import LADDER, Memory, find_samples, find_tokens, warn_of_memory
+from lightning_hybrid.callbacks.micro_batch import LADDER, Memory, MicroBatch, warn_of_memory
 from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.execute.batch_control import BatchControl
 from lightning_hybrid.execute.batches import count_tokens
@@ -88,9 +87,6 @@ class AdaptiveBatchSize(Callback):
         max_tokens: int | None = None,
         rules: DecisionRules = DecisionRules(),  # noqa: B008 -- frozen
     ) -> None:
-        wrong = isinstance(memory, int) and memory < 1 or isinstance(memory, float) and not 0 < memory <= 1
-        if wrong or not (memory in ("device", None) or isinstance(memory, int | float)):
-            raise ValueError(f"`memory` must be bytes, a share up to 1.0, 'device' or None. Got {memory!r}.")
         if statistics not in ("norm", "time", None):
             raise ValueError(f"`statistics` must be 'norm', 'time' or None. Got {statistics!r}.")
         if learning_rate not in ("auto", "sqrt", "adascale", "none"):
@@ -107,9 +103,9 @@ class AdaptiveBatchSize(Callback):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {value}.")
-        self._memory: Memory | None = memory
+        self._micro_batch = MicroBatch(memory, max_micro_batch_size)
         self._statistics: Statistics | None = statistics
-        self._max_micro_batch_size, self._max_batch_size = max_micro_batch_size, max_batch_size
+        self._max_batch_size = max_batch_size
         self._schedule = schedule
         self._rule: LearningRateRule = learning_rate
         self._max_samples, self._max_tokens, self._rules = max_samples, max_tokens, rules
@@ -120,9 +116,6 @@ class AdaptiveBatchSize(Callback):
         self._noise = NoiseScale(half_life_steps=rules.half_life_steps)
         self._times = StepTimes()
         self._measured_on = ""
-        self._micro_batch_size: int | None = None
-        self._token_budget: int | None = None
-        self._short_steps = 0
         self._samples = self._tokens = 0
         self._seconds, self._begun = 0.0, 0.0
         self.events: list[dict[str, Any]] = []
@@ -190,10 +183,10 @@ class AdaptiveBatchSize(Callback):
             self._state = BatchSizeState(batch_size=first, first_batch_size=first)
         on = control.measured_on
         if on != self._measured_on:
-            self._times, self._measured_on, self._micro_batch_size = StepTimes(), on, None
-        if self._memory is not None and self._micro_batch_size is None and control.budget is None:
+            self._times, self._measured_on, self._micro_batch.samples = StepTimes(), on, None
+        if control.budget is None:
             batches = self._possible_batches(control, self._state.batch_size)
-            self._micro_batch_size = find_samples(control, self._memory, strategy.root_device, batches)
+            self._micro_batch.find(control, strategy.root_device, batches)
         control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
         self._schedulers = SchedulersBySamples(trainer, self._state.first_batch_size)
         if self._statistics is not None:
@@ -217,12 +210,7 @@ class AdaptiveBatchSize(Callback):
                     f"`{name}` must be None with batches of a token budget, whose numbers of samples and tokens differ "
                     f"from part to part. Got {value!r}. Only `memory` adapts them."
                 )
-        if self._token_budget is None and self._memory is not None:
-            self._token_budget = find_tokens(control, self._memory, device, self._max_batch_size)
-        budget = min(self._token_budget or control.first.batch_size, self._max_micro_batch_size or sys.maxsize)
-        if budget != control.first.batch_size:
-            self._token_budget = budget
-            control.change_budget(budget)
+        self._micro_batch.find_budget(control, device, self._max_batch_size)
 
     def _possible_batches(self, control: BatchControl, first: int) -> list[int]:
         limit = self._max_batch_size or control.epoch_samples or LADDER * first
@@ -237,10 +225,8 @@ class AdaptiveBatchSize(Callback):
         request = request or control.request
         first, replicas = control.first_under(request), request.layout.replicas
         min_parts = 2 if self._statistics is not None else 1
-        micro = self._micro_batch_size or first.micro_batch_size
-        if self._max_micro_batch_size is not None and control.budget is None:
-            micro = min(micro, self._max_micro_batch_size)
-        stays = self._micro_batch_size is None and first.micro_batch_size == micro
+        micro = first.micro_batch_size if control.budget is not None else self._micro_batch.within(first)
+        stays = self._micro_batch.samples is None and first.micro_batch_size == micro
         parts = replicas * first.accumulate * first.microbatches
         if stays and parts >= min_parts and batch_size == replicas * first.per_replica:
             return first
@@ -261,7 +247,7 @@ class AdaptiveBatchSize(Callback):
     def division_under(self, request: Request) -> BatchDivision:
         """For `BatchControl`: how the present global batch is divided in another layout."""
         control, state = self._batches, self._present
-        if self._memory is not None and request.layout != control.request.layout:
+        if self._micro_batch.memory is not None and request.layout != control.request.layout:
             raise PartitionError(
                 f"`memory` of `AdaptiveBatchSize` has found what fits under '{control.request.layout}', and it looks "
                 f"before training only. Change to `layout='{request.layout}'` between two runs, or give "
@@ -327,8 +313,8 @@ class AdaptiveBatchSize(Callback):
         self._forget_step()
         if self._spent(state):
             trainer.should_stop = True
-        if self._memory is not None:
-            self._watch_memory(control)
+        if self._micro_batch.halve_if_short(control):
+            self._divide_finer(control)
         if self._schedule is not None:
             self._follow_schedule(pl_module, self._schedule, state)
         elif self._statistics is not None and state.steps % self._rules.every_n_steps == 0:
@@ -342,19 +328,7 @@ class AdaptiveBatchSize(Callback):
         self._samples = self._tokens = 0
         self._seconds = 0.0
 
-    def _watch_memory(self, control: BatchControl) -> None:
-        """Two steps in a row that ran short of memory halve the micro-batch, before one fails."""
-        self._short_steps = self._short_steps + 1 if control.memory_is_short() else 0
-        micro = control.division.micro_batch_size
-        if self._short_steps < 2 or micro < 2:
-            return
-        self._short_steps = 0
-        if control.budget is not None:
-            self._token_budget = micro // 2
-            rank_zero_warn("AdaptiveBatchSize: memory was short in two steps, so batches are halved in the next epoch.")
-            control.change_budget_later(self._token_budget)
-            return
-        self._micro_batch_size = micro // 2
+    def _divide_finer(self, control: BatchControl) -> None:
         division = self._division(control, self.batch_size)
         if division is not None:
             rank_zero_warn(
@@ -428,8 +402,8 @@ class AdaptiveBatchSize(Callback):
             "noise": asdict(self._noise),
             "times": asdict(self._times),
             "measured_on": self._measured_on,
-            "micro_batch_size": self._micro_batch_size,
-            "token_budget": self._token_budget,
+            "micro_batch_size": self._micro_batch.samples,
+            "token_budget": self._micro_batch.tokens,
             "events": list(self.events),
         }
 
@@ -441,6 +415,6 @@ class AdaptiveBatchSize(Callback):
         self._state = BatchSizeState(**{**state, "votes": Votes(**state["votes"])})
         self._noise = NoiseScale(**state_dict["noise"])
         self._times, self._measured_on = StepTimes(**state_dict["times"]), state_dict["measured_on"]
-        self._micro_batch_size = state_dict["micro_batch_size"]
-        self._token_budget = state_dict.get("token_budget")
+        self._micro_batch.samples = state_dict["micro_batch_size"]
+        self._micro_batch.tokens = state_dict.get("token_budget")
         self.events = list(state_dict["events"])

@@ -1,15 +1,16 @@
-"""For `AdaptiveBatchSize`: what a rank runs at once, in samples or in tokens, found before training."""
+"""For `AdaptiveBatchSize`: what a rank runs at once, in samples or in tokens; found before training, halved in it."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_hybrid.adapt.division import micro_batch_sizes
+from lightning_hybrid.adapt.division import BatchDivision, micro_batch_sizes
 from lightning_hybrid.execute.batch_control import BatchControl
 from lightning_hybrid.observe.memory import share_of_memory
 
@@ -26,39 +27,90 @@ def budget_of(memory: Memory, device: torch.device) -> int | None:
     return None if isinstance(memory, str) else memory
 
 
-def find_samples(control: BatchControl, memory: Memory, device: torch.device, batches: Sequence[int]) -> int:
-    """The largest micro-batch that fits on all ranks and that one of these global batches can be made of. Collective.
+class MicroBatch:
+    """The largest part that a rank runs at once.
 
     Args:
-        control: Of the batches.
-        memory: What a rank may use (see `AdaptiveBatchSize`).
-        device: This rank's.
-        batches: Global batch sizes, in samples.
+        memory: What a rank may use to find it (see `AdaptiveBatchSize`); None: what the user's batches have.
+        most: It is no larger, in samples, or in tokens of a budget.
+
+    Raises:
+        ValueError: If `memory` is none.
     """
-    sizes = micro_batch_sizes(batches, control.limits(max(batches), 1))
-    found = control.find_micro_batch(sizes, budget_of(memory, device))
-    rank_zero_info(
-        f"AdaptiveBatchSize: micro-batches of up to {found.size} samples fit; rank {found.limited_by} has no "
-        f"memory for more. Peak on rank 0: {found.measured_bytes / 2**20:.0f} MiB."
-    )
-    return found.size
 
+    def __init__(self, memory: Memory | None, most: int | None) -> None:
+        wrong = isinstance(memory, int) and memory < 1 or isinstance(memory, float) and not 0 < memory <= 1
+        if wrong or not (memory in ("device", None) or isinstance(memory, int | float)):
+            raise ValueError(f"`memory` must be bytes, a share up to 1.0, 'device' or None. Got {memory!r}.")
+        self.memory: Memory | None = memory
+        self._most = most
+        self.samples: int | None = None
+        """As found, or halved since; None: that of the user's batches."""
+        self.tokens: int | None = None
+        """The same of a replica's batch with a token budget."""
+        self._short_steps = 0
 
-def find_tokens(control: BatchControl, memory: Memory, device: torch.device, max_batch_size: int | None) -> int:
-    """The largest token budget of a replica's batch that fits on all ranks. Collective.
+    def find(self, control: BatchControl, device: torch.device, batches: Sequence[int]) -> None:
+        """The largest that fits on all ranks and that one of these global batches can be made of. Collective.
 
-    Args:
-        control: Of batches that have a budget.
-        memory: What a rank may use.
-        device: This rank's.
-        max_batch_size: The limit of a global batch, in tokens.
-    """
-    limit = LADDER * control.first.batch_size
-    if max_batch_size is not None:
-        limit = max_batch_size // (control.replicas * control.division.accumulate)
-    tokens = control.find_token_budget(limit, budget_of(memory, device))
-    rank_zero_info(f"AdaptiveBatchSize: batches of up to {tokens} tokens fit.")
-    return tokens
+        Args:
+            control: Of the batches.
+            device: This rank's.
+            batches: Global batch sizes, in samples.
+        """
+        if self.memory is None or self.samples is not None:
+            return
+        sizes = micro_batch_sizes(batches, control.limits(max(batches), 1))
+        found = control.find_micro_batch(sizes, budget_of(self.memory, device))
+        rank_zero_info(
+            f"AdaptiveBatchSize: micro-batches of up to {found.size} samples fit; rank {found.limited_by} has no "
+            f"memory for more. Peak on rank 0: {found.measured_bytes / 2**20:.0f} MiB."
+        )
+        self.samples = found.size
+
+    def find_budget(self, control: BatchControl, device: torch.device, max_batch_size: int | None) -> None:
+        """Gives the batches the largest token budget that fits on all ranks. Collective.
+
+        Args:
+            control: Of batches that have a budget.
+            device: This rank's.
+            max_batch_size: The limit of a global batch, in tokens.
+        """
+        if self.tokens is None and self.memory is not None:
+            limit = LADDER * control.first.batch_size
+            if max_batch_size is not None:
+                limit = max_batch_size // (control.replicas * control.division.accumulate)
+            self.tokens = control.find_token_budget(limit, budget_of(self.memory, device))
+            rank_zero_info(f"AdaptiveBatchSize: batches of up to {self.tokens} tokens fit.")
+        budget = min(self.tokens or control.first.batch_size, self._most or sys.maxsize)
+        if budget != control.first.batch_size:
+            self.tokens = budget
+            control.change_budget(budget)
+
+    def within(self, first: BatchDivision) -> int:
+        """The largest there may be, in samples, where the user's batches are divided like `first`."""
+        return min(self.samples or first.micro_batch_size, self._most or sys.maxsize)
+
+    def halve_if_short(self, control: BatchControl) -> bool:
+        """After two steps in a row that ran short of memory: half of it, before one fails. Collective.
+
+        Returns:
+            Whether batches of samples have to be divided anew; those of tokens are halved in the next epoch.
+        """
+        if self.memory is None:
+            return False
+        self._short_steps = self._short_steps + 1 if control.memory_is_short() else 0
+        micro = control.division.micro_batch_size
+        if self._short_steps < 2 or micro < 2:
+            return False
+        self._short_steps = 0
+        if control.budget is None:
+            self.samples = micro // 2
+            return True
+        self.tokens = micro // 2
+        rank_zero_warn("AdaptiveBatchSize: memory was short in two steps, so batches are halved in the next epoch.")
+        control.change_budget_later(self.tokens)
+        return False
 
 
 def warn_of_memory(control: BatchControl, rank: int) -> None:

@@ -345,7 +345,7 @@ def adapt(
     trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
     division: Any = course.division
     return {
-        "micro_batch_size": adaptive._micro_batch_size,
+        "micro_batch_size": adaptive._micro_batch.samples,
         "division": (division.batch_size, division.accumulate, division.microbatches),
         "events": adaptive.events,
         "steps": course.steps,

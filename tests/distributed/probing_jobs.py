@@ -250,6 +250,7 @@ class ProbeUnderLimit(ProbeAtStart):
 
     @contextmanager
     def _limited(self):
+        gc.collect()  # what it would free later is not free now
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + self.free_bytes, hard))
         try:

@@ -86,6 +86,11 @@ def train(layout: str, sync: Any = "exact", to: Any = None, **options: Any) -> d
     }
 
 
+def fifty(layout: str, sync: Any) -> list[float]:
+    """The last weights' sum of 50 runs in a row."""
+    return [sum(float(w.double().sum()) for w in train(layout, sync)["weights"].values()) for _ in range(50)]
+
+
 class Logged(DummyLogger):
     """What was said of the bytes, by step."""
 

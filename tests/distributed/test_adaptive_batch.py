@@ -177,6 +177,7 @@ def test_layouts_that_it_refuses(
         ranks2.call(jobs.adapt, "dp2", layouts={3: to}, relayout_options=relayout_options, samples=640, **options)
 
 
+@pytest.mark.slow
 def test_layouts_with_equal_parts_decide_alike(ranks2: RankGroup) -> None:
     options = {"accumulate_grad_batches": 2, "batch": 8, "samples": 3200}
     events = [ranks2.call(jobs.adapt, layout, **options)[0]["events"] for layout in ("dp2", "fsdp2")]

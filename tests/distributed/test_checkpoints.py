@@ -54,6 +54,7 @@ def test_the_same_product_goes_on_bit_for_bit(ranks4: RankGroup, tmp_path: Path,
     assert_goes_on(ranks4.call(jobs.run, layout, ckpt_path=str(tmp_path / "step=3.ckpt")), whole, 3)
 
 
+@pytest.mark.slow
 def test_with_workers_that_prefetch(ranks2: RankGroup, tmp_path: Path):
     whole = ranks2.call(jobs.run, "dp2", str(tmp_path), workers=2)
     assert whole[0]["losses"] == ranks2.call(jobs.run, "dp2")[0]["losses"]

@@ -17,6 +17,10 @@ HOSTS = ((0, 1, 2), (0, 1, 3))
 """All tokens go to the first two experts, which both ranks compute."""
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def plain(ranks2: RankGroup) -> dict[str, Any]:
     return ranks2.call(jobs.train, "dp2", **MIXTURE)[0]
@@ -33,11 +37,11 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
     ("layout", "options"),
     [
         ("ep2", {}),
-        ("ep2", {"strategy_options": {"recompute": "full"}}),
+        slow("ep2", {"strategy_options": {"recompute": "full"}}),
         ("fsdp2-ep2", {}),
-        ("dp2-ep2", {"accumulate_grad_batches": 2}),
+        slow("dp2-ep2", {"accumulate_grad_batches": 2}),
         ("ep2-pp2", {}),
-        ("ep2-pp2", {"strategy_options": {"schedule": "ZBVZeroBubble"}}),
+        slow("ep2-pp2", {"strategy_options": {"schedule": "ZBVZeroBubble"}}),
         ("ep2-tp2", {}),
     ],
     ids=["ep", "recomputed", "sharded", "accumulated", "pipeline", "zero bubble", "tensor"],

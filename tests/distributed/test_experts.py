@@ -72,7 +72,8 @@ def test_stream(request: pytest.FixtureRequest, layout: str) -> None:
     check(group_of(request, layout).call(jobs.fit, layout, stream=True)[0], jobs.fit(None, stream=True))
 
 
-@pytest.mark.parametrize("layout", quick(["ep2", "ep2-pp2"], "ep2"))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ep2", "ep2-pp2"])
 def test_compiled_blocks(request: pytest.FixtureRequest, layout: str) -> None:
     results = group_of(request, layout).call(
         jobs.fit, layout, strategy_options={"compile": True}, timeout_seconds=150.0

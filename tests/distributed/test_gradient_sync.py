@@ -67,6 +67,24 @@ def test_another_way_from_a_step_on(ranks2: RankGroup) -> None:
 
 
 @pytest.mark.feature(FEATURE)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "sync"),
+    [
+        ("dp4", "exact"),
+        ("dp4", "bf16"),
+        ("fsdp4", "bf16_fp32acc"),
+        ("dp4", GradientSync(kind="hierarchical", inner=2)),
+        ("dp4", GradientSync(kind="diloco", every_n_steps=2)),
+    ],
+    ids=lambda value: getattr(value, "kind", value),
+)
+def test_fifty_runs_end_alike(ranks4: RankGroup, layout: str, sync: Any) -> None:
+    found = ranks4.call(jobs.fifty, layout, sync, timeout_seconds=300.0)[0]
+    assert len(found) == 50
+    assert set(found) == {found[0]}
+
+
 @pytest.mark.parametrize("layout", ["dp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dp2-tp2", "dp2-pp2"))])
 def test_replicas_that_step_by_themselves(request: pytest.FixtureRequest, layout: str) -> None:
     """12 steps, of which the last two make a short round, over an epoch's end."""

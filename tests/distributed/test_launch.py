@@ -15,6 +15,7 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("train_script.py")
 TIMEOUT_SECONDS = 90.0
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+LAUNCHERS = [pytest.param([], id="lightning"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow)]
 
 
 def _run(*command: str) -> tuple[int, str]:
@@ -54,7 +55,7 @@ def test_registry_name(tmp_path: Path) -> None:
     _check(_results(tmp_path, code, output))
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["lightning", "torchrun"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_plan_is_printed_once(launcher: list[str], tmp_path: Path) -> None:
     code, output = _run(*launcher, str(SCRIPT), "--layout", "pp2", "--out", str(tmp_path))
     assert code == 0, output
@@ -62,7 +63,7 @@ def test_plan_is_printed_once(launcher: list[str], tmp_path: Path) -> None:
     assert "blocks.1" in output, output
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["lightning", "torchrun"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_error_is_shown_once(launcher: list[str], tmp_path: Path) -> None:
     """Every rank ends, and the message stands once in the output of the ranks."""
     code, output = _run(*launcher, str(SCRIPT), "--layout", "dp2-pp2", "--out", str(tmp_path))

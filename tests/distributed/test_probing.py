@@ -133,7 +133,7 @@ def test_arguments(ranks2: RankGroup, options: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(("layout", "microbatches"), [("dp2", 1), ("fsdp2", 1), ("pp2", 4)])
 def test_one_rank_runs_out_of_real_memory(layout: str, microbatches: int) -> None:
     """The address space of rank 1 is limited, so that the allocator itself fails."""
-    ladder, free = [64 * 2**i for i in range(8)], 150 * 2**20
+    ladder, free = [64 * 2**i for i in range(9)], 150 * 2**20
     with RankGroup(2) as ranks:
         found = ranks.call(jobs.probe_under_limit, layout, ladder, 1, free, microbatches=microbatches)
         (first, losses, changed), (second, others, other_changed) = found
@@ -146,7 +146,14 @@ def test_one_rank_runs_out_of_real_memory(layout: str, microbatches: int) -> Non
         assert all(map(math.isfinite, [*losses, *others]))
 
 
-@pytest.mark.parametrize(("layout", "microbatches"), [("dp2", 1), ("fsdp2", 1), ("pp2", 4)])
+@pytest.mark.parametrize(
+    ("layout", "microbatches"),
+    [
+        pytest.param("dp2", 1, marks=pytest.mark.slow),
+        pytest.param("fsdp2", 1, marks=pytest.mark.slow),
+        ("pp2", 4),
+    ],
+)
 def test_training_takes_the_memory_that_was_predicted(layout: str, microbatches: int) -> None:
     """Resident memory of a real run with the micro-batch that was found, in processes that have done nothing else."""
     with RankGroup(2) as ranks:

@@ -65,6 +65,7 @@ def test_between_accumulated_steps_and_epochs(ranks4: RankGroup) -> None:
     check(ranks4.call(jobs.train, "fsdp4", {0: "pp4", 5: "tp2-pp2", 6: "dp4", 12: "dp2-fsdp2"}, **options)[0], expected)
 
 
+@pytest.mark.slow
 def test_cuts_that_are_chosen(ranks4: RankGroup, plain: dict[str, Any]) -> None:
     found = ranks4.call(jobs.train, "dp4", {4: "pp4"}, relayout_options={"cuts": (2, 3, 5)})[0]
     check(found, plain)
@@ -79,6 +80,7 @@ def test_averages_move(ranks4: RankGroup) -> None:
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=2e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_checkpoints_have_the_same_names(ranks4: RankGroup, tmp_path: Path) -> None:
     """And a run goes on from one that was saved in another layout than it began with."""
     whole, names = ranks4.call(jobs.saved, str(tmp_path / "a"), {4: "tp2-pp2", 9: "fsdp4"})[0]

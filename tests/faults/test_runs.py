@@ -46,7 +46,7 @@ def _seen(folder: Path, rank: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("layout", "devices", "rank", "place", "step", "launcher"),
     [
-        ("dp2", 2, 0, "callback", 5, "lightning"),
+        _slow("dp2", 2, 0, "callback", 5, "lightning"),
         ("pp2", 2, 1, "training_step", 5, "lightning"),
         ("dp2", 2, 1, "worker", 57, "lightning"),
         _slow("dp2", 2, 1, "setup", None, "lightning"),
@@ -82,7 +82,7 @@ def test_exception(
 @pytest.mark.parametrize(
     ("layout", "devices", "rank", "launcher"),
     [
-        ("dp2", 2, 1, "lightning"),
+        _slow("dp2", 2, 1, "lightning"),
         ("pp2", 2, 0, "lightning"),
         ("pp2", 2, 1, "torchrun"),
         _slow("dp2", 2, 0, "torchrun"),
@@ -212,6 +212,7 @@ def test_missing_rank(tmp_path: Path) -> None:
     assert outcome.output.count("rank 1 has not come within 0:00:10") == 1, outcome.output
 
 
+@pytest.mark.slow
 def test_rank_that_ends_before_the_meeting(tmp_path: Path) -> None:
     outcome = run(tmp_path, 2, "--layout", "dp2", "--kind", "exception", "--place", "start", "--rank", "1")
     _check_end(outcome)
@@ -222,7 +223,7 @@ def test_rank_that_ends_before_the_meeting(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("differs", "patterns"),
     [
-        ("schedule", [r"`schedule` of the strategy is 1F1B on rank 0 and GPipe on rank 1"]),
+        _slow("schedule", [r"`schedule` of the strategy is 1F1B on rank 0 and GPipe on rank 1"]),
         ("width", [r"Parameter `\w*stem.weight` is \(16, 16\).* on rank 0 and \(24, 16\).* on rank 1"]),
     ],
 )

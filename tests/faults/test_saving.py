@@ -20,12 +20,12 @@ BOUND_SECONDS = 15.0
 
 CASES = [
     # layout, phase, rank, at which batch or which call in a save, the step to go on from, workers
-    pytest.param("dp2", "step", 1, 3, 2, 2, id="killed in a step, shuffled, with workers"),
+    pytest.param("dp2", "step", 1, 3, 2, 2, id="killed in a step, shuffled, with workers", marks=pytest.mark.slow),
     pytest.param("pp2", "step", 0, 3, 2, 0, id="rank 0 killed in a step of a pipeline", marks=pytest.mark.slow),
     pytest.param("fsdp2", "writing", 1, 5, 4, 0, id="killed while writing the third time"),
     pytest.param("fsdp2", "writing", 1, 1, 0, 0, id="killed in the first save", marks=pytest.mark.slow),
     pytest.param("tp2", "manifest", 0, 5, 4, 0, id="killed before the manifest", marks=pytest.mark.slow),
-    pytest.param("fsdp2", "rename", 0, 4, 4, 0, id="killed between the renames of last.ckpt"),
+    pytest.param("fsdp2", "rename", 0, 4, 4, 0, id="killed between the renames of last.ckpt", marks=pytest.mark.slow),
 ]
 
 

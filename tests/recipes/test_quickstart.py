@@ -94,7 +94,7 @@ def test_recipe_shows_plan_progress_and_sample(run: RunRecipe) -> None:
     assert quickstart.train_losses[-1] < quickstart.train_losses[0]
 
 
-@pytest.mark.parametrize(("layout", "devices"), [("dp2-pp2", 4), ("tp2-pp2", 4)])
+@pytest.mark.parametrize(("layout", "devices"), [("dp2-pp2", 4), pytest.param("tp2-pp2", 4, marks=pytest.mark.slow)])
 def test_layout_does_not_change_the_losses(run: RunRecipe, layout: str, devices: int) -> None:
     alone, together = run("dp1", 1), run(layout, devices)
     assert together.train_losses == pytest.approx(alone.train_losses, rel=1e-5)

@@ -40,6 +40,7 @@ def fit(recipe: str, directory: Path, *arguments: str) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_streams_follow_the_dense_model(tmp_path: Path) -> None:
     fit("pretrain_dense", tmp_path)
     consolidate(tmp_path / "runs/pretrain_dense/final.ckpt", tmp_path / "runs/pretrain_dense/plain.ckpt")
