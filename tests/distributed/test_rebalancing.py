@@ -14,7 +14,7 @@ from tests.harness import RankError, RankGroup
 
 pytestmark = pytest.mark.distributed
 
-STAGES: dict[str, Any] = {"blocks": 16, "seconds": 0.004, "strategy_options": {"microbatches": 8}}
+STAGES: dict[str, Any] = {"blocks": 16, "seconds": 0.008, "strategy_options": {"microbatches": 8}}
 SHARES: dict[str, Any] = {"blocks": 2, "seconds": 0.003, "by_sample": True, "batch": 32}
 SLOW = {2: 2.0}
 
@@ -85,7 +85,7 @@ def test_hot_experts_get_copies(ranks4: RankGroup) -> None:
 
 @pytest.mark.slow
 def test_equal_ranks_are_left_alone(ranks4: RankGroup) -> None:
-    found = ranks4.call(jobs.train, "pp4", True, steps=18, **STAGES | {"seconds": 0.002})[0]
+    found = ranks4.call(jobs.train, "pp4", True, steps=18, **STAGES | {"seconds": 0.004})[0]
     assert found["moves"] == []
     assert abs(found["logged"]["rebalancing/stages_gain"]) < 0.05
 
