@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning_hybrid.spec.checks import check_at_least
+from lightning_hybrid.spec.gradient_sync import GradientSync, SyncKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Phase:
     """No more samples are run at once."""
     sequence_length: int | None = None
     """Samples of T tokens are split into T / this many samples. 0: they are whole again."""
-    gradient_sync: Literal["exact", "bf16", "bf16_fp32acc", "hierarchical", "diloco"] | None = None
+    gradient_sync: SyncKind | GradientSync | None = None
     """How replicas agree on gradients (see `HybridStrategy`)."""
     streams: int | None = None
     """Parallel streams that the module opens, by its method `open_streams(streams)`."""
