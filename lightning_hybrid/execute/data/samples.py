@@ -6,12 +6,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import SequentialSampler
 
 from lightning_hybrid._lightning_private import (
     place_in_epoch,
@@ -23,7 +22,8 @@ from lightning_hybrid.analyze.preserve import random_streams_kept
 from lightning_hybrid.execute.data import dealing
 from lightning_hybrid.execute.data import random_streams as streams
 from lightning_hybrid.execute.data.dealing import ByShares, Division, Share, Uneven
-from lightning_hybrid.execute.data.loader import generators_of, keeps_its_place, lent
+from lightning_hybrid.execute.data.loader import lent
+from lightning_hybrid.execute.data.order import Order
 from lightning_hybrid.execute.random_streams import mix
 
 _END: Any = object()
@@ -88,12 +88,10 @@ class SampleFlow:
         self._trainer, self._limit, self._run_absent, self._on_yield = training, limit, run_absent, on_yield
         self.history: deque[Uneven | None] = deque(maxlen=8)
         self._pending: deque[Uneven | None] = deque()
-        self._generators: list[torch.Generator] = []
+        self._order = Order(source)
         self._seed = 0
         self._passes = 0
         self._begun = False
-        self._drawn_from: dict[str, Any] | None = None
-        """The random streams and the sampler's state before the order of this pass was drawn."""
         self._first = 0
         """Samples, batches or items that were used before this pass began in the middle of an epoch."""
         self._steps_before = 0
@@ -105,21 +103,19 @@ class SampleFlow:
         self._resume: dict[str, Any] | None = None
         self._other_length = self._ended = self._followed = False
         self._owned_then: dict[str, Any] | None = None
-        self._before_start: dict[str, Any] | None = None
 
     # ---- one pass
 
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Begins a pass over the loader."""
-        self._generators = generators_of(loader)
-        streams.agree(self._generators)
+        self._order.agree(loader)
         self._followed = False
         resume = self._begin_pass(loader)
         if self._followed and loader.persistent_workers:
-            self._before_start = {"streams": streams.capture(), **self._owned()}
+            self._order.keep_for_workers()
         iterator = self._started(loader, start, kept=resume)
         if self._ended and self._owned_then is not None:
-            self._set_owned(self._owned_then)  # beginning has drawn from the loader's generator
+            self._order.set_owned(self._owned_then)  # beginning has drawn from the loader's generator
         return self._batches(iterator, partial(self._started_again, loader, start))
 
     def _started(self, loader: Any, start: Callable[[], Iterator[Any]], *, kept: bool) -> Iterator[Any]:
@@ -136,11 +132,8 @@ class SampleFlow:
     def _started_again(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """In the same pass, for another batch size."""
         self._again = False
-        states = [g.get_state() for g in self._generators]
-        iterator = self._started(loader, start, kept=True)
-        for generator, state in zip(self._generators, states, strict=True):
-            generator.set_state(state)
-        return iterator
+        with self._order.generators_kept():
+            return self._started(loader, start, kept=True)
 
     def _begin_pass(self, loader: Any) -> bool:
         resume, self._resume = self._resume, None
@@ -157,7 +150,7 @@ class SampleFlow:
         if trainer is not None:
             set_epoch(loader, trainer, new_epoch)
         self._pending.clear()
-        self._begun, self._again, self._drawn_from, self._handed_out = True, False, None, 0
+        self._begun, self._again, self._order.drawn_from, self._handed_out = True, False, None, 0
         if resume is None:
             self._first = 0
             self._steps_before = place.fetched if place is not None and place.ready else 0
@@ -170,7 +163,7 @@ class SampleFlow:
             return False
         self._steps_before = place.processed if place is not None else 0
         self._first, self._seed, self._passes = resume["used"], resume["seed"], resume["passes"]
-        self._drawn_from = resume["drawn_from"]
+        self._order.drawn_from = resume["drawn_from"]
         return True
 
     def _follow(self, ended: dict[str, Any] | None) -> None:
@@ -178,7 +171,7 @@ class SampleFlow:
         if ended and ended["kind"] == self._kind:
             self._followed, self._owned_then = True, ended["owned"]
             self._passes = ended["passes"]
-            self._set_owned(ended["owned"])
+            self._order.set_owned(ended["owned"])
 
     def _batches(self, iterator: Iterator[Any], started_again: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         while True:
@@ -201,7 +194,7 @@ class SampleFlow:
     @property
     def can_rebatch(self) -> bool:
         """Whether the batch size can change in the middle of an epoch."""
-        return self._kind == "samples" and self._sized and self._trainer is not None
+        return self._kind == "samples" and self._order.sized and self._trainer is not None
 
     @property
     def samples(self) -> int:
@@ -243,7 +236,7 @@ class SampleFlow:
     @property
     def can_redeal(self) -> bool:
         """Whether what is left of an epoch can be dealt to other replicas; samples only to another number of them."""
-        return self._sized
+        return self._order.sized
 
     def redeal(self, replica: int, replicas: int, batch_size: int, division: Division | None = None) -> None:
         """From now on this rank reads for replica `replica` of `replicas`, in batches of `batch_size`.
@@ -279,7 +272,7 @@ class SampleFlow:
         """This replica's keys, batch by batch; the order is drawn when the first is asked for."""
         if self._ended:
             return
-        order = self._order()
+        order = self._order.draw(self._first)
         for share in self._shares(order):
             self._pending.append(share.uneven)
             if self._kind == "items":
@@ -296,56 +289,6 @@ class SampleFlow:
         if self._limit is not None:
             batches = islice(batches, self._cap())
         return dealing.deal_batches(batches, *place, first=self._first)
-
-    def _order(self) -> Any:
-        if self._before_start is not None:
-            # without the interruption the workers would be there, and no seed have been drawn for them
-            streams.restore(self._before_start["streams"])
-            self._set_owned(self._before_start)
-            self._before_start = None
-        if type(self._source) is SequentialSampler:
-            return range(len(self._source))
-        if self._drawn_from is None:
-            self._drawn_from = {"streams": streams.capture(), **self._owned()}
-            return self._materialized()
-        with random_streams_kept():
-            streams.restore(self._drawn_from["streams"])
-            self._set_owned(self._drawn_from)
-            return self._materialized() if self._sized else self._drawn_again(self._drawn_from["streams"])
-
-    def _drawn_again(self, drawn_from: dict[str, Any]) -> Any:
-        keys = iter(self._source)
-        used = list(islice(keys, self._first))
-        if not streams.same(drawn_from, streams.capture()):
-            raise ValueError(
-                f"The sampler {type(self._source).__name__} has no length and draws from the global random streams, so "
-                "a run cannot go on in the middle of its order. Give it a `torch.Generator` of its own, or a `__len__`."
-            )
-        return chain(used, keys)
-
-    @property
-    def _sized(self) -> bool:
-        return hasattr(self._source, "__len__")
-
-    def _owned(self) -> dict[str, list[Any]]:
-        """The states of what the loader owns."""
-        return {
-            "generators": [g.get_state() for g in self._generators],
-            "samplers": [s.state_dict() for s in self._stateful()],
-        }
-
-    def _set_owned(self, states: dict[str, Any]) -> None:
-        for generator, state in zip(self._generators, states["generators"], strict=False):
-            generator.set_state(torch.as_tensor(state))
-        for sampler, state in zip(self._stateful(), states["samplers"], strict=False):
-            sampler.load_state_dict(state)
-
-    def _materialized(self) -> Any:
-        # at once, so that what happens between steps cannot change it; an endless sampler is read as it goes
-        return list(self._source) if self._sized else iter(self._source)
-
-    def _stateful(self) -> list[Any]:
-        return [s for s in (self._source, getattr(self._source, "sampler", None)) if keeps_its_place(s)]
 
     # ---- lengths
 
@@ -391,7 +334,7 @@ class SampleFlow:
         steps = max(0, place.processed - self._steps_before)
         used = self._first + steps * self._replicas * (self._batch_size if self._kind == "samples" else 1)
         complete = self._first + steps > 0 and place.processed >= self._trainer.num_training_batches
-        if self._sized:
+        if self._order.sized:
             used = min(used, len(self._source))
             complete = complete or self._steps(used) <= 0
         return {
@@ -400,8 +343,8 @@ class SampleFlow:
             "complete": complete,
             "seed": self._seed,
             "passes": self._passes,
-            "drawn_from": self._drawn_from,
-            "owned": self._owned(),
+            "drawn_from": self._order.drawn_from,
+            "owned": self._order.owned(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -410,8 +353,7 @@ class SampleFlow:
         Raises:
             ValueError: If the loader is of another kind than the one whose state it is.
         """
-        sequential = type(self._source) is SequentialSampler
-        if not state or (state.get("drawn_from") is None and not sequential):
+        if not state or (state.get("drawn_from") is None and not self._order.sequential):
             return  # saved before the first batch
         if state.get("kind") != self._kind:
             raise ValueError(
@@ -419,7 +361,7 @@ class SampleFlow:
                 f"{state.get('kind')}. Resume with a loader like the one that was saved."
             )
         self._resume = {**state, "used": int(state["used"])}
-        if self._sized and self._trainer is not None and not state["complete"]:
+        if self._order.sized and self._trainer is not None and not state["complete"]:
             length = self.steps_in_all()
             if length != self._steps(0):  # the global batch is another one than before
                 self._other_length = True
