@@ -184,7 +184,7 @@ class AdaptiveBatchSize(Callback):
         on = control.measured_on
         if on != self._measured_on:
             self._times, self._measured_on, self._micro_batch.samples = StepTimes(), on, None
-        if control.budget is None:
+        if control.budget is None and self._micro_batch.is_sought:
             batches = self._possible_batches(control, self._state.batch_size)
             self._micro_batch.find(control, strategy.root_device, batches)
         control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
@@ -225,7 +225,7 @@ class AdaptiveBatchSize(Callback):
         request = request or control.request
         first, replicas = control.first_under(request), request.layout.replicas
         min_parts = 2 if self._statistics is not None else 1
-        micro = first.micro_batch_size if control.budget is not None else self._micro_batch.within(first)
+        micro = self._micro_batch.within(first)
         stays = self._micro_batch.samples is None and first.micro_batch_size == micro
         parts = replicas * first.accumulate * first.microbatches
         if stays and parts >= min_parts and batch_size == replicas * first.per_replica:

@@ -113,19 +113,17 @@ class LoadRebalancing(Callback):
             for kind in self._kinds:
                 if restored["division"].get(kind) != present[kind]:
                     self._apply(strategy, kind, restored["division"][kind])
-        if self._lengths is not None:
-            self._deal_by_length(strategy, self._lengths)
-        self._load = Load(strategy)
-        self._wall, self._last, self._steps = [], None, 0
+        self._steps = 0
+        self._begin(strategy)
 
-    def _follow_layout(self, strategy: PartitionedStrategy, load: Load) -> None:
-        """Somebody else has changed the layout: what was measured and divided belonged to the other one."""
+    def _begin(self, strategy: PartitionedStrategy) -> None:
+        """Divides and measures in the present layout."""
         if self._lengths is not None:
             self._deal_by_length(strategy, self._lengths)
-        self._watches = {kind: Watch() for kind in self._kinds}
-        self._seen, self._before = [], {}
+        if self._load is not None:
+            self._load.release()
+        self._load = Load(strategy)
         self._wall, self._last = [], None
-        load.follow()
 
     def _deal_by_length(self, strategy: PartitionedStrategy, lengths: Sequence[int]) -> None:
         data, runner = strategy.data, strategy.runner
@@ -146,8 +144,10 @@ class LoadRebalancing(Callback):
         strategy = hybrid_strategy(trainer, self)
         if self._load is None:
             return
-        if not self._load.is_current:
-            self._follow_layout(strategy, self._load)
+        if not self._load.is_current:  # somebody else has changed the layout
+            self._watches = {kind: Watch() for kind in self._kinds}
+            self._seen, self._before = [], {}
+            self._begin(strategy)
             return
         self._load.count(0 if strategy.runner.absent else count_samples(batch))
         if not steps_after_batch(trainer):
@@ -254,12 +254,10 @@ class LoadRebalancing(Callback):
         if kind == "replicas":
             strategy.data.share(division)
         else:
-            cuts, experts = request.cuts, self._division(strategy)["experts"]
-            if kind == "stages":
-                cuts = division
-            else:
-                experts = division
-            strategy.relayout(request.layout, cuts=cuts, expert_orders=experts["orders"], expert_hosts=experts["hosts"])
+            stages, experts = ({**self._division(strategy), kind: division}[k] for k in ("stages", "experts"))
+            strategy.relayout(
+                request.layout, cuts=stages, expert_orders=experts["orders"], expert_hosts=experts["hosts"]
+            )
 
     # ---- end, and checkpoints
 

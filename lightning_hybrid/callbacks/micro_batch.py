@@ -20,13 +20,6 @@ LADDER = 64
 Memory = int | float | Literal["device"]
 
 
-def budget_of(memory: Memory, device: torch.device) -> int | None:
-    """Bytes that a rank may use; None: what the device has."""
-    if isinstance(memory, float):
-        return share_of_memory(device, memory)
-    return None if isinstance(memory, str) else memory
-
-
 class MicroBatch:
     """The largest part that a rank runs at once.
 
@@ -50,6 +43,11 @@ class MicroBatch:
         """The same of a replica's batch with a token budget."""
         self._short_steps = 0
 
+    @property
+    def is_sought(self) -> bool:
+        """Whether it is to be found in samples."""
+        return self.memory is not None and self.samples is None
+
     def find(self, control: BatchControl, device: torch.device, batches: Sequence[int]) -> None:
         """The largest that fits on all ranks and that one of these global batches can be made of. Collective.
 
@@ -58,10 +56,8 @@ class MicroBatch:
             device: This rank's.
             batches: Global batch sizes, in samples.
         """
-        if self.memory is None or self.samples is not None:
-            return
         sizes = micro_batch_sizes(batches, control.limits(max(batches), 1))
-        found = control.find_micro_batch(sizes, budget_of(self.memory, device))
+        found = control.find_micro_batch(sizes, self._bytes_on(device))
         rank_zero_info(
             f"AdaptiveBatchSize: micro-batches of up to {found.size} samples fit; rank {found.limited_by} has no "
             f"memory for more. Peak on rank 0: {found.measured_bytes / 2**20:.0f} MiB."
@@ -80,12 +76,18 @@ class MicroBatch:
             limit = LADDER * control.first.batch_size
             if max_batch_size is not None:
                 limit = max_batch_size // (control.replicas * control.division.accumulate)
-            self.tokens = control.find_token_budget(limit, budget_of(self.memory, device))
+            self.tokens = control.find_token_budget(limit, self._bytes_on(device))
             rank_zero_info(f"AdaptiveBatchSize: batches of up to {self.tokens} tokens fit.")
         budget = min(self.tokens or control.first.batch_size, self._most or sys.maxsize)
         if budget != control.first.batch_size:
             self.tokens = budget
             control.change_budget(budget)
+
+    def _bytes_on(self, device: torch.device) -> int | None:
+        """That a rank may use; None: what the device has."""
+        if isinstance(self.memory, float):
+            return share_of_memory(device, self.memory)
+        return None if isinstance(self.memory, str) else self.memory
 
     def within(self, first: BatchDivision) -> int:
         """The largest there may be, in samples, where the user's batches are divided like `first`."""

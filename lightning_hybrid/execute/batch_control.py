@@ -69,7 +69,6 @@ class BatchControl:
         self.budget = TokenBudget.of(trainer, runner, self._loader)
         """Where the loader's batches have a budget of tokens; then sizes are in tokens, not in samples."""
         self._next_budget: int | None = None
-        self._layout = strategy.layout
         self._accumulate = trainer.accumulate_grad_batches
         self._microbatches = runner.microbatches
         self.division = self.first = self._present()
@@ -92,13 +91,11 @@ class BatchControl:
 
     def first_under(self, request: Request) -> BatchDivision:
         """How the first global batch would have been divided in another layout."""
-        layout = request.layout
-        if self.budget is not None:
+        layout, count = request.layout, 1
+        if self.budget is not None or layout == self._strategy.layout:
             return self.first
         size = self.first.batch_size * self.replicas // layout.replicas
-        if layout == self._strategy.layout or self._runner.one_microbatch or layout.pp == 1:
-            count = self.first.microbatches if layout == self._strategy.layout else 1
-        else:
+        if layout.pp > 1 and not self._runner.one_microbatch:
             count = choose_microbatches(size, request.microbatches, layout.pp, request.schedule)
         return replace(self.first, batch_size=size, microbatches=count)
 
@@ -113,11 +110,11 @@ class BatchControl:
         if self._divider is not None:
             self._divider.division_under(request)
 
-    def follow(self, first: BatchDivision) -> None:
+    def follow(self, first: BatchDivision | None) -> None:
         """The layout has changed, or blocks or experts have moved in the same; data and steps have followed already.
 
         Args:
-            first: What `first_under` has said of it.
+            first: What `first_under` has said of another layout; None: it is the same.
         """
         if self.noise is not None:
             self.noise = None
@@ -125,8 +122,7 @@ class BatchControl:
         self._microbatches, self._due = self._runner.microbatches, True
         if self.budget is not None:
             self.budget = TokenBudget.of(self._trainer, self._runner, self._loader)
-        layout, self._layout = self._layout, self._strategy.layout
-        if layout == self._layout:
+        if first is None:
             return
         self.first = first
         if self.budget is None:

@@ -38,7 +38,7 @@ class Load:
 
     def __init__(self, strategy: PartitionedStrategy) -> None:
         self.strategy = strategy
-        self._clocks = Clocks(strategy.root_device)
+        self._runner = strategy.runner
         self.follow()
 
     @property
@@ -49,7 +49,7 @@ class Load:
     def follow(self) -> None:
         """The layout has changed: what has been measured is forgotten."""
         self._samples = 0
-        self._clocks.release()
+        self.release()
         self._clocks = Clocks(self.strategy.root_device)
         self._runner = self.strategy.runner
         self._runner.time_computation(self._clocks)
@@ -57,7 +57,6 @@ class Load:
 
     def release(self) -> None:
         """Nothing is measured any more."""
-        self._clocks.release()
         self._runner.time_computation(None)
 
     def count(self, samples: int) -> None:

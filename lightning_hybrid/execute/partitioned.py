@@ -200,7 +200,8 @@ class PartitionedStrategy(ConnectedStrategy):
     def take_layout(self, request: Request, mesh: Mesh, runner: Runner) -> None:
         """For `Relayout`: everything of this strategy goes on with the module as it is partitioned now."""
         trainer, factor = self._module.trainer, self.steps.learning_rate_factor
-        firsts = [control.first_under(request) for control in self.batch_controls]
+        stays = request.layout == self.layout
+        firsts = [None if stays else control.first_under(request) for control in self.batch_controls]
         self._layout, self._request = request.layout, request
         self._mesh, self._runner = mesh, runner
         runner.root.__dict__["_hybrid_partition"] = runner.partition

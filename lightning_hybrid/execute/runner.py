@@ -149,6 +149,8 @@ class Runner:
 
     def time_computation(self, clocks: Clocks | None) -> None:
         """From now on these clocks run; None: none."""
+        if self.clocks is not None:
+            self.clocks.release()
         self.clocks = clocks
         if clocks is not None:
             clocks.time_calls(self.partition.sharded_blocks())

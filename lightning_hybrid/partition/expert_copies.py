@@ -57,18 +57,26 @@ class ExpertCopies:
         most = max(map(len, places))
         self._places_EC = torch.tensor([p + p[:1] * (most - len(p)) for p in places])
 
-    def choose(self, index_M: Tensor) -> Tensor:
-        """The place for each token of the experts chosen; the tokens of an expert are dealt to its places in turn."""
+    def choose(self, index_M: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the chosen experts are computed; the tokens of an expert are dealt to its places in turn.
+
+        Args:
+            index_M: The expert of each token.
+            counts_E: Tokens of each expert.
+
+        Returns:
+            The place for each token, and how many tokens go to each place of all ranks.
+        """
         if self._copies_E.device != index_M.device:
             self._copies_E, self._places_EC, self._given = (
                 t.to(index_M.device) for t in (self._copies_E, self._places_EC, self._given)
             )
         expert_M, order_M = index_M.sort(stable=True)
-        counts_E = torch.bincount(index_M, minlength=len(self._copies_E))
         turn_M = torch.arange(len(index_M), device=index_M.device) - (counts_E.cumsum(0) - counts_E)[expert_M]
         turn_M += self._group.rank()  # so that odd tokens of all ranks do not go to the same place
         place_M = self._places_EC[expert_M, turn_M % self._copies_E[expert_M]]
-        return torch.empty_like(index_M).index_copy(0, order_M, place_M)
+        counts_P = torch.bincount(place_M, minlength=self._group.size() * self.places)
+        return torch.empty_like(index_M).index_copy(0, order_M, place_M), counts_P
 
     @contextmanager
     def brought(self, module: nn.Module, attributes: tuple[str, ...]) -> Iterator[None]:

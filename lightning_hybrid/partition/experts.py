@@ -39,8 +39,8 @@ class DividedExperts:
         self._whole_forward: Callable[..., Any] = module.forward
         self._local = plan.experts // group.size()
         self._copies = None if plan.hosts is None else ExpertCopies(plan, plan.hosts, group)
-        self._order: Tensor | None = None
-        """Of the experts by place; on the device of the tokens, once there are some."""
+        self._order: tuple[Tensor, Tensor] | None = None
+        """The expert at each place, and the place of each expert; on the device of the tokens, once there are some."""
         self._attributes = {key: module.__dict__[key] for key in plan.attributes}
         module.__dict__.update(dict.fromkeys(plan.attributes, self._local))
         self.load: Tensor | None = None
@@ -54,11 +54,12 @@ class DividedExperts:
         """The module's `forward`, computed on the ranks that hold the experts."""
         plan = self._plan
         x_ND, index_NA, weights_NA = (_argument(p, args, kwargs) for p in (plan.tokens, plan.index, plan.weights))
+        counts_E = torch.bincount(index_NA.flatten(), minlength=plan.experts)
         if torch.is_grad_enabled() and not in_backward():  # where the block is computed again
-            load_E = torch.bincount(index_NA.flatten(), minlength=plan.experts)
-            self.load = load_E if self.load is None else self.load + load_E
-        place_M, order_M = self._places(index_NA.flatten()).sort(stable=True)
-        received_RP, sent, received = self._exchange_counts(place_M)
+            self.load = counts_E if self.load is None else self.load + counts_E
+        place_M, counts_P = self._places(index_NA.flatten(), counts_E)
+        order_M = place_M.argsort(stable=True)
+        received_RP, sent, received = self._exchange_counts(counts_P)
         x_MD = x_ND[order_M // index_NA.shape[1]]
         arrived_MD = exchange_rows(x_MD, sent, received, self._group)
         y_MD = exchange_rows(self._compute(arrived_MD, received_RP, args, kwargs), received, sent, self._group)
@@ -66,15 +67,17 @@ class DividedExperts:
         y_NAD = torch.zeros_like(y_MD).index_copy(0, order_M, y_MD).unflatten(0, index_NA.shape)
         return y_NAD.sum(dim=1).to(x_ND.dtype)
 
-    def _places(self, index_M: Tensor) -> Tensor:
-        """The places at which the chosen experts stand."""
+    def _places(self, index_M: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        """The places at which the chosen experts stand, and how many tokens go to each place of all ranks."""
         if self._copies is not None:
-            return self._copies.choose(index_M)
+            return self._copies.choose(index_M, counts_E)
         if self._plan.order is None:
-            return index_M
+            return index_M, counts_E
         if self._order is None:
-            self._order = torch.tensor(self._plan.order, device=index_M.device)
-        return self._order.argsort()[index_M]
+            expert_P = torch.tensor(self._plan.order, device=index_M.device)
+            self._order = expert_P, expert_P.argsort()
+        expert_P, place_E = self._order
+        return place_E[index_M], counts_E[expert_P]
 
     def dry(self, *args: Any, **kwargs: Any) -> Any:
         """The module's `forward` in a dry run, where shapes count: every token goes to an expert of this rank."""
@@ -82,14 +85,12 @@ class DividedExperts:
         args, kwargs = _with_argument(self._plan.index, index_NA % self._local, args, kwargs)
         return self._whole_forward(*args, **kwargs)
 
-    def _exchange_counts(self, place_M: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    def _exchange_counts(self, counts_P: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """How many tokens come from each rank for each place here; how many go to and come from each rank."""
-        places = self._local if self._copies is None else self._copies.places
-        counts_P = torch.bincount(place_M, minlength=places * self._group.size())
-        received_P = torch.empty_like(counts_P)
-        dist.all_to_all_single(received_P, counts_P, group=self._group)
-        received_RP = received_P.view(-1, places)
-        both_2R = torch.stack([counts_P.view(-1, places).sum(dim=1), received_RP.sum(dim=1)])
+        counts_RP = counts_P.view(self._group.size(), -1)
+        received_RP = torch.empty_like(counts_RP)
+        dist.all_to_all_single(received_RP, counts_RP, group=self._group)
+        both_2R = torch.stack([counts_RP.sum(dim=1), received_RP.sum(dim=1)])
         sent, received = both_2R.tolist()
         return received_RP, sent, received
 

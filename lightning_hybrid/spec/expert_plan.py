@@ -29,7 +29,6 @@ class ExpertPlan:
     """Integer attributes of the module that hold the number of experts."""
     order: tuple[int, ...] | None = None
     """Which expert stands at each place, places being shared out in order; None: each at the place of its number."""
-
     hosts: tuple[tuple[int, ...], ...] | None = None
     """By rank, the experts that it computes; an expert of several ranks has copies, which share its tokens. None: each
     rank computes those that it holds."""

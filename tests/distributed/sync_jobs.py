@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hybrid.partition.reduction import Exact, Hierarchical, InBfloat16, InBfloat16AddedExactly
 from lightning_hybrid.spec.gradient_sync import GradientSync
-from tests.distributed.adaptive_jobs import SaveAt
+from tests.distributed.adaptive_jobs import SaveAt, Switch
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 
 REDUCTIONS: dict[str, Any] = {"exact": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
@@ -71,7 +71,7 @@ def train(layout: str, sync: Any = "exact", to: Any = None, **options: Any) -> d
     quiet()
     L.seed_everything(7, verbose=False)
     module, seen = Classifier(), Gradients()
-    callbacks: list[L.Callback] = [seen, *([Changes(to)] if to is not None else [])]
+    callbacks: list[L.Callback] = [seen, *([Switch({3: layout}, gradient_sync=to)] if to is not None else [])]
     trainer, replicas = trainer_for(
         layout, callbacks=callbacks, strategy_options={"gradient_sync": sync}, max_steps=6, **options
     )
@@ -101,18 +101,6 @@ class Logged(DummyLogger):
     def log_metrics(self, metrics: Any, step: Any = None, **_: Any) -> None:
         if "gradient_sync/sent_mib_per_step" in metrics:
             self.found[step] = metrics["gradient_sync/sent_mib_per_step"] * 2**20
-
-
-class Changes(L.Callback):
-    """Another way from the third step on."""
-
-    def __init__(self, sync: Any) -> None:
-        self._sync = sync
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        strategy: Any = trainer.strategy
-        if trainer.global_step == 3:
-            strategy.relayout(strategy.layout, gradient_sync=self._sync)
 
 
 def diloco(

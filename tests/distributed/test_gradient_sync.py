@@ -66,7 +66,6 @@ def test_another_way_from_a_step_on(ranks2: RankGroup) -> None:
     assert not torch.equal(found[3], short[3])
 
 
-@pytest.mark.feature(FEATURE)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "sync"),
@@ -85,6 +84,7 @@ def test_fifty_runs_end_alike(ranks4: RankGroup, layout: str, sync: Any) -> None
     assert set(found) == {found[0]}
 
 
+@pytest.mark.feature(FEATURE)
 @pytest.mark.parametrize("layout", ["dp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dp2-tp2", "dp2-pp2"))])
 def test_replicas_that_step_by_themselves(request: pytest.FixtureRequest, layout: str) -> None:
     """12 steps, of which the last two make a short round, over an epoch's end."""
