@@ -41,7 +41,8 @@ class SleepingBlock(Block):
     def forward(self, x):
         seconds = self.seconds * (len(x) if self.by_sample else 1)
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return super().forward(_Sleep.apply(x, seconds * self.slow.get(rank, 1.0)))
+        # of the output: the input of the first block has no gradient, so nothing there would sleep in the backward pass
+        return _Sleep.apply(super().forward(x), seconds * self.slow.get(rank, 1.0))
 
 
 class Sleeper(L.LightningModule):
