@@ -3,11 +3,11 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_hybrid.checkpoint.options import CheckpointOptions
-from lightning_hybrid.execute.float8 import Float8Precision
-from lightning_hybrid.execute.start import warn_if_untested
-from lightning_hybrid.execute.strategy import HybridStrategy
+from lightning_hybrid.engine.start import warn_if_untested
+from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.spec.errors import CheckpointError, NonFiniteError, PartitionError, RankError
 from lightning_hybrid.spec.layout import Layout
+from lightning_hybrid.strategy import HybridStrategy
 
 __all__ = [
     "CheckpointError",

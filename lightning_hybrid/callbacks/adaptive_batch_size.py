@@ -30,14 +30,14 @@ from lightning_hybrid.adapt.batch_size import (
 )
 from lightning_hybrid.adapt.division import BatchDivision, divide
 from lightning_hybrid.adapt.gradient_noise import NoiseScale, estimate
+from lightning_hybrid.batches import count_tokens
 from lightning_hybrid.callbacks.micro_batch import LADDER, Memory, MicroBatch, warn_of_memory
 from lightning_hybrid.callbacks.required import hybrid_strategy
-from lightning_hybrid.execute.batch_control import BatchControl
-from lightning_hybrid.execute.batches import count_tokens
-from lightning_hybrid.execute.planning import Request
-from lightning_hybrid.execute.probing.probe import is_out_of_memory
-from lightning_hybrid.execute.schedulers_by_samples import SchedulersBySamples
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.request import Request
+from lightning_hybrid.tuning.batch_size import BatchControl
+from lightning_hybrid.tuning.memory_probe.probe import is_out_of_memory
+from lightning_hybrid.tuning.schedulers_by_samples import SchedulersBySamples
 
 
 class AdaptiveBatchSize(Callback):

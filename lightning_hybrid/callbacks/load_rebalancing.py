@@ -17,12 +17,12 @@ from typing_extensions import override
 from lightning_hybrid._lightning_private import steps_after_batch
 from lightning_hybrid.adapt.rebalance import RebalancingRules, Watch, judge, look
 from lightning_hybrid.adapt.stage_cuts import StageTime
+from lightning_hybrid.batches import count_samples
 from lightning_hybrid.callbacks.required import hybrid_strategy
-from lightning_hybrid.execute.batches import count_samples
-from lightning_hybrid.execute.data.dealing import ByLength
-from lightning_hybrid.execute.load import Load, Observation
-from lightning_hybrid.execute.partitioned import PartitionedStrategy
+from lightning_hybrid.dataloader.sharding import ByLength
+from lightning_hybrid.partitioned import PartitionedStrategy
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.tuning.workload import Load, Observation
 
 Kind = Literal["stages", "experts", "replicas"]
 KINDS: tuple[Kind, ...] = ("stages", "experts", "replicas")

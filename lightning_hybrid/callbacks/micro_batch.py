@@ -11,8 +11,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hybrid.adapt.division import BatchDivision, micro_batch_sizes
-from lightning_hybrid.execute.batch_control import BatchControl
-from lightning_hybrid.observe.memory import share_of_memory
+from lightning_hybrid.tuning.batch_size import BatchControl
+from lightning_hybrid.tuning.device_memory import share_of_memory
 
 LADDER = 64
 """Sizes are tried up to so many times the first one, where nothing else limits them."""

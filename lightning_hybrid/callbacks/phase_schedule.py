@@ -14,14 +14,14 @@ from typing_extensions import override
 from lightning_hybrid._lightning_private import checkpoint_of_run, steps_after_batch
 from lightning_hybrid.adapt.division import divide
 from lightning_hybrid.adapt.phases import Phase, PhaseState, check_phases, in_force
+from lightning_hybrid.batches import count_tokens
 from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.checkpoint.reader import saved_callback_state
-from lightning_hybrid.execute.batch_control import BatchControl, samples_of_all, sum_over_replicas
-from lightning_hybrid.execute.batches import count_tokens
-from lightning_hybrid.execute.strategy import HybridStrategy
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
+from lightning_hybrid.strategy import HybridStrategy
+from lightning_hybrid.tuning.batch_size import BatchControl, samples_of_all, sum_over_replicas
 
 
 class PhaseSchedule(Callback):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from lightning_hybrid.execute.strategy import HybridStrategy
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.strategy import HybridStrategy
 
 
 def hybrid_strategy(trainer: pl.Trainer, callback: Callback) -> HybridStrategy:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_hybrid.execute.batches import count_tokens
+from lightning_hybrid.batches import count_tokens
 
 
 class ThroughputMonitor(Callback):

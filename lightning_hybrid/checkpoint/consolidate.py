@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lightning_hybrid.checkpoint.folder import STAGED
+from lightning_hybrid.checkpoint.files import STAGED
 from lightning_hybrid.checkpoint.reader import OPTIMIZER_STATES, SavedCheckpoint, SavedTensor, whole
 from lightning_hybrid.spec.errors import CheckpointError
 

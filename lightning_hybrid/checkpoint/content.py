@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_hybrid.checkpoint.folder import file_names, sha256, sync, write_durably
+from lightning_hybrid.checkpoint.files import file_names, sha256, sync, write_durably
 from lightning_hybrid.checkpoint.plain import encode
 from lightning_hybrid.spec.tensor_index import Index
 

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_hybrid.checkpoint.folder import FILE_NAME, FORMAT, MANIFEST, REPLACED, STAGED, file_names, sha256
+from lightning_hybrid.checkpoint.files import FILE_NAME, FORMAT, MANIFEST, REPLACED, STAGED, file_names, sha256
+from lightning_hybrid.checkpoint.manifest import canonical
 from lightning_hybrid.checkpoint.plain import decode
-from lightning_hybrid.checkpoint.writer import canonical
 from lightning_hybrid.spec.errors import CheckpointError
 from lightning_hybrid.spec.tensor_index import Index, overlaps, shape_of, whole_index
 

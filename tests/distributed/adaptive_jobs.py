@@ -18,8 +18,8 @@ from lightning_hybrid.adapt.batch_size import DecisionRules
 from lightning_hybrid.adapt.division import BatchDivision
 from lightning_hybrid.adapt.gradient_noise import PartNorms, estimate
 from lightning_hybrid.callbacks import AdaptiveBatchSize, BatchSizeSchedule
-from lightning_hybrid.execute import batch_control
-from lightning_hybrid.execute.ranks.failures import RankFailed
+from lightning_hybrid.launch.failures import RankFailed
+from lightning_hybrid.tuning import batch_size as batch_control
 from tests.distributed.expert_jobs import Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 

@@ -106,7 +106,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains with a checkpoint every `every` steps, or goes on from one."""
     from lightning_hybrid import CheckpointOptions
-    from lightning_hybrid.execute.saving.checkpoints import Checkpoints
+    from lightning_hybrid.checkpoint.checkpoints import Checkpoints
 
     quiet()
     L.seed_everything(3, verbose=False)

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_hybrid.analyze.ghost import Ghost
-from lightning_hybrid.execute.ranks.failures import RankFailed
+from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.launch.failures import RankFailed
 from lightning_hybrid.spec.errors import NonFiniteError
 from tests.distributed.jobs import WIDTH, Classifier, Numbers, quiet, trainer_for, weights
 

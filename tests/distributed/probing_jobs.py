@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_hybrid.adapt.memory import MemoryFit
-from lightning_hybrid.execute.batches import sample_batch
-from lightning_hybrid.execute.probing.probe import MemoryProbe, ProbeError, ProbeResult
+from lightning_hybrid.dataloader.peek import sample_batch
+from lightning_hybrid.tuning.memory_probe.probe import MemoryProbe, ProbeError, ProbeResult
 from tests.distributed.expert_jobs import Mixture
 from tests.distributed.jobs import WIDTH, Classifier, Numbers, quiet, trainer_for
 

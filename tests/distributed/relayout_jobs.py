@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_hybrid.execute.relayout.relayout import Moved
+from lightning_hybrid.reshard.relayout import Moved
 from lightning_hybrid.spec.errors import PartitionError
 from tests.distributed.expert_jobs import Counting, Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights

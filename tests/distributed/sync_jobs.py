@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
-from lightning_hybrid.partition.reduction import Exact, Hierarchical, InBfloat16, InBfloat16AddedExactly
+from lightning_hybrid.replicas.reduction import Exact, Hierarchical, InBfloat16, InBfloat16AddedExactly
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from tests.distributed.adaptive_jobs import SaveAt, Switch
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights

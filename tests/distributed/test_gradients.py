@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_hybrid._torch_private import default_group
-from lightning_hybrid.execute import gradients
-from lightning_hybrid.execute.gradients import ReplicaReducer, sum_over_holders
-from lightning_hybrid.execute.records.logs import LogRecorder, reduce_over_replicas
-from lightning_hybrid.partition.mesh import Mesh
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.metrics.logs import LogRecorder, reduce_over_replicas
+from lightning_hybrid.replicas import reducer as gradients
+from lightning_hybrid.replicas.reducer import ReplicaReducer, sum_over_holders
 from lightning_hybrid.spec.layout import Layout
 from tests.harness import RankError, RankGroup
 

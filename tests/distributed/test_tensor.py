@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
-from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
-from lightning_hybrid.analyze.trace import UnitCall, trace_step
-from lightning_hybrid.analyze.units import CallSwitch, find_units
-from lightning_hybrid.partition.tensor import TensorParallel, apply_tensor_plan
+from lightning_hybrid.ghosts.trace import UnitCall, trace_step
+from lightning_hybrid.ghosts.units import CallSwitch, find_units
+from lightning_hybrid.tensor.flow import infer_tensor_plan
+from lightning_hybrid.tensor.plan import TensorParallel, apply_tensor_plan
 from tests.harness import RankGroup
 from tests.zoo.cases import CASES
 

@@ -18,9 +18,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_hybrid import HybridStrategy, Layout
-from lightning_hybrid.execute.optimizer_steps import OptimizerSteps
-from lightning_hybrid.execute.relayout import exchange, relayout
-from lightning_hybrid.partition.partition import Partition
+from lightning_hybrid.engine.optimizer import OptimizerSteps
+from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.reshard import exchange, relayout
 from lightning_hybrid.spec.errors import PartitionError
 from tests.distributed.jobs import Classifier, Numbers, quiet
 from tests.faults.inject import Fault

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lightning_hybrid.execute.ranks.agreement import check_facts
-from lightning_hybrid.execute.ranks.failures import Answer, Cause, Failure, choose_cause, failure_of, is_ripe, load
-from lightning_hybrid.execute.ranks.processes import exit_text, process_state
+from lightning_hybrid.launch.agreement import check_facts
+from lightning_hybrid.launch.failures import Answer, Cause, Failure, choose_cause, failure_of, is_ripe, load
+from lightning_hybrid.launch.processes import exit_text, process_state
 
 pytestmark = pytest.mark.unit
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from lightning_hybrid.execute.ranks.board import Board
-from lightning_hybrid.execute.ranks.failures import Cause, failure_of
-from lightning_hybrid.execute.ranks.lookout import Lookout
-from lightning_hybrid.execute.ranks.processes import Party, Process, this_process
+from lightning_hybrid.launch.failures import Cause, failure_of
+from lightning_hybrid.launch.peers import Lookout
+from lightning_hybrid.launch.processes import Party, Process, this_process
+from lightning_hybrid.launch.store import Board
 
 pytestmark = pytest.mark.unit
 

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from lightning_hybrid import Layout
 from lightning_hybrid.checkpoint.consolidate import consolidate
-from lightning_hybrid.execute.planning import make_partition
-from lightning_hybrid.observe.table import plan_table
-from lightning_hybrid.partition.mesh import Mesh
-from lightning_hybrid.partition.partition import Partition
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.metrics.table import plan_table
+from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.parallelize.plan import make_partition
 from tests.harness import RankGroup, run_python, start_fake_ranks
 
 pytestmark = [pytest.mark.recipes, pytest.mark.timeout(400)]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_hybrid.execute.batches import batch_size, first_batch, signature, split_batch
+from lightning_hybrid.batches import batch_size, signature, split_batch
+from lightning_hybrid.dataloader.peek import first_batch
 from lightning_hybrid.spec.errors import PartitionError
 
 

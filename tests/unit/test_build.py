@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hybrid.analyze.ghost import Ghost
-from lightning_hybrid.partition.build import built_on_tape
-from lightning_hybrid.partition.ownership import Parameters
+from lightning_hybrid.ghosts.deferred_init import built_on_tape
+from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.ghosts.parameters import Parameters
 
 
 def llama() -> nn.Module:

@@ -22,11 +22,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from lightning_hybrid.checkpoint import content as content_module
 from lightning_hybrid.checkpoint.consolidate import consolidate, verify
 from lightning_hybrid.checkpoint.content import Content, Part, RankFiles
-from lightning_hybrid.checkpoint.folder import MANIFEST, candidates, staged
+from lightning_hybrid.checkpoint.files import MANIFEST, candidates, staged
+from lightning_hybrid.checkpoint.manifest import Party, write_checkpoint, write_manifest
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.plain import decode, encode
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint, newest_first
-from lightning_hybrid.checkpoint.writer import Party, write_checkpoint, write_manifest
 from lightning_hybrid.spec.errors import CheckpointError
 from lightning_hybrid.spec.tensor_index import overlaps, runs_of, shape_of, whole_index
 
@@ -363,7 +363,7 @@ def test_a_run_killed_between_the_renames_has_both(path, monkeypatch):
             raise KeyboardInterrupt  # as good as a kill: nothing after this runs
         os.replace(source, target)
 
-    monkeypatch.setattr("lightning_hybrid.checkpoint.folder.os.rename", rename)
+    monkeypatch.setattr("lightning_hybrid.checkpoint.files.os.rename", rename)
     store = HashStore()
     party = Party(store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=10))
     files = RankFiles.of(Content(document={}))

@@ -13,7 +13,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lightning_hybrid.callbacks.save_config import redacted
 from lightning_hybrid.checkpoint.content import Content, Part, RankFiles
-from lightning_hybrid.checkpoint.writer import Party, write_checkpoint
+from lightning_hybrid.checkpoint.manifest import Party, write_checkpoint
 from lightning_hybrid.cli import main
 from lightning_hybrid.spec.tensor_index import whole_index
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hybrid.data import ByteWindows, StdlibText, read_bytes, stdlib_modules, stdlib_sources
 from lightning_hybrid.data.stdlib import TABLES
-from lightning_hybrid.execute.data.dealing import deal_samples
+from lightning_hybrid.dataloader.sharding import deal_samples
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from lightning_hybrid.analyze.experts import candidates, plan_experts, recorded_calls
+from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
 from lightning_hybrid.models.experts import Experts
 from lightning_hybrid.spec import Layout, PartitionError
 

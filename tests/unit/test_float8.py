@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hybrid import Float8Precision, PartitionError
-from lightning_hybrid.execute.float8 import float8_forward, float8_linears
+from lightning_hybrid.float8 import float8_forward, float8_linears
 from lightning_hybrid.models import CausalLM, TransformerConfig
 from tests.distributed.jobs import Classifier
 

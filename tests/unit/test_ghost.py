@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hybrid.analyze.ghost import Ghost, GhostReadError, GhostWriteError, ghost_like
+from lightning_hybrid.ghosts.ghost import Ghost, GhostReadError, GhostWriteError, ghost_like
 
 
 def ghost(*shape: int) -> Ghost:

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_hybrid.adapt.memory import MemoryFit, fit_peaks, fit_profiles, search_largest
-from lightning_hybrid.execute.batches import tiled_batch
-from lightning_hybrid.execute.probing.collectives import UnknownCollectiveError, without_peers
-from lightning_hybrid.execute.probing.probe import is_out_of_memory
-from lightning_hybrid.execute.probing.tracker import MemoryTracker
+from lightning_hybrid.batches import tiled_batch
+from lightning_hybrid.tuning.memory_probe.collectives import UnknownCollectiveError, without_peers
+from lightning_hybrid.tuning.memory_probe.probe import is_out_of_memory
+from lightning_hybrid.tuning.memory_probe.tracker import MemoryTracker
 from tests.harness import start_fake_ranks
 
 pytestmark = pytest.mark.unit

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_mean
 
-from lightning_hybrid.execute.records.metrics import combine
-from lightning_hybrid.execute.records.outputs import extras, join
+from lightning_hybrid.metrics.outputs import extras, join
+from lightning_hybrid.metrics.torchmetrics import combine
 from lightning_hybrid.spec.errors import PartitionError
 
 pytestmark = pytest.mark.unit

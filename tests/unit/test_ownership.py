@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_hybrid.analyze.ghost import Ghost
-from lightning_hybrid.partition.ownership import Parameters
+from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.ghosts.parameters import Parameters
 
 CPU = torch.device("cpu")
 

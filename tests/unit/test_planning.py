@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import (
     TransformerEnginePrecision,
 )
 
-from lightning_hybrid.execute.planning import check_precision
+from lightning_hybrid.parallelize.plan import check_precision
 from lightning_hybrid.spec.errors import PartitionError
 
 pytestmark = pytest.mark.unit

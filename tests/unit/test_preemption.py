@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_hybrid.execute.ranks.preemption import Preemption
+from lightning_hybrid.launch.preemption import Preemption
 
 
 class Ranks:

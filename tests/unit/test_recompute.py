@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_hybrid.models import ExpertsConfig, LatentConfig, TransformerConfig
 from lightning_hybrid.models.attention import rotary_table
 from lightning_hybrid.models.transformer import Block
-from lightning_hybrid.partition.recompute import recomputed
+from lightning_hybrid.parallelize.recompute import recomputed
 
 pytestmark = pytest.mark.unit
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hybrid.partition import reduction
-from lightning_hybrid.partition.reduction import InBfloat16, InBfloat16AddedExactly
+from lightning_hybrid.replicas import reduction
+from lightning_hybrid.replicas.reduction import InBfloat16, InBfloat16AddedExactly
 
 pytestmark = pytest.mark.unit
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lightning_hybrid.execute.data.dealing import (
+from lightning_hybrid.dataloader.sharding import (
     Share,
     Uneven,
     added,

@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 
-from lightning_hybrid.plan.plan import plan_stages
-from lightning_hybrid.plan.stages import (
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.layout import Layout
+from lightning_hybrid.spec.plan import plan_stages
+from lightning_hybrid.spec.stages import (
     SCHEDULES,
     balance,
     bubble,
@@ -14,8 +16,6 @@ from lightning_hybrid.plan.stages import (
     stage_ranks,
     stages_per_rank,
 )
-from lightning_hybrid.spec.errors import PartitionError
-from lightning_hybrid.spec.layout import Layout
 
 
 def worst(costs, cuts):

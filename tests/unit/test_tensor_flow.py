@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
 
-from lightning_hybrid.analyze.tensor_flow import infer_tensor_plan
-from lightning_hybrid.analyze.tensor_use import record_use
-from lightning_hybrid.analyze.trace import Trace, UnitCall, trace_step
-from lightning_hybrid.analyze.units import CallSwitch, find_units
+from lightning_hybrid.ghosts.trace import Trace, UnitCall, trace_step
+from lightning_hybrid.ghosts.units import CallSwitch, find_units
+from lightning_hybrid.ghosts.use import record_use
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import TensorPlan, UnitPlan
+from lightning_hybrid.tensor.flow import infer_tensor_plan
 from tests.zoo.cases import CASES
 
 pytestmark = pytest.mark.unit

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_hybrid.data import TokenBatch, TokenBatchSampler
-from lightning_hybrid.execute.data.dealing import Uneven, deal_batches
+from lightning_hybrid.dataloader.sharding import Uneven, deal_batches
 
 LENGTHS = [1 + (7 * i * i) % 61 for i in range(200)]
 

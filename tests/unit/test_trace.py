@@ -6,8 +6,8 @@ import torch
 import torchmetrics
 from torch import nn
 
-from lightning_hybrid.analyze.trace import Trace, trace_step
-from lightning_hybrid.analyze.units import CallSwitch, find_units
+from lightning_hybrid.ghosts.trace import Trace, trace_step
+from lightning_hybrid.ghosts.units import CallSwitch, find_units
 from lightning_hybrid.spec.errors import PartitionError
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from lightning_hybrid.plan.transfer import transfers
+from lightning_hybrid.reshard.transfer import transfers
 from lightning_hybrid.spec.tensor_index import Index, overlaps, runs_of, whole_index
 
 

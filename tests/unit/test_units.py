@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_hybrid.analyze.units import CallSwitch, find_units
+from lightning_hybrid.ghosts.units import CallSwitch, find_units
 
 
 class Layer(nn.Module):

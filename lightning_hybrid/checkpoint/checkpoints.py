@@ -1,0 +1,104 @@
+"""Saving and loading for the strategy: what goes in, where it goes, and which one is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+
+from lightning_hybrid._lightning_private import checkpoint_folders
+from lightning_hybrid.checkpoint import load as loading
+from lightning_hybrid.checkpoint import state
+from lightning_hybrid.checkpoint.options import CheckpointOptions
+from lightning_hybrid.checkpoint.reader import SavedCheckpoint
+from lightning_hybrid.checkpoint.save import Saver
+from lightning_hybrid.engine.step import Runner
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        options: The strategy's `checkpoints`.
+        timeout: How long one rank waits for another.
+    """
+
+    def __init__(self, options: CheckpointOptions, timeout: timedelta | None) -> None:
+        self._options, self._timeout = options, timeout
+        self._saver: Saver | None = None
+        self._older: list[Path] = []
+        self._streams: Mapping[str, Any] | None = None
+        self._local_steps: Mapping[str, Any] | None = None
+
+    @property
+    def saver(self) -> Saver:
+        """Writes them; there once the processes are connected."""
+        if self._saver is None:
+            self._saver = Saver(self._options, self._timeout)
+        return self._saver
+
+    def save(self, runner: Runner, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        """Saves Lightning's checkpoint dict, whose state is this rank's parts. Collective."""
+        streams = {**loading.random_streams(), **runner.streams.state_dict()}
+        more: dict[str, Any] = {"streams": streams}
+        if runner.local_steps is not None:
+            more["local_steps"] = {**runner.local_steps.state_dict(), "optimizers": state.own_optimizer_states(runner)}
+        content = state.content_of(runner, {**checkpoint, **more})
+        self.saver.save(path, content, loading.manifest_facts(checkpoint, runner.mesh.layout))
+
+    def find_last(self, trainer: pl.Trainer) -> str | None:
+        """What `ckpt_path="last"` means: the newest checkpoint of the callbacks' folders; older ones stand by."""
+        found = loading.valid_checkpoints([Path(folder) for folder in checkpoint_folders(trainer)])
+        self._older = found[1:]
+        return str(found[0]) if found else None
+
+    def load(self, runner: Runner, path: str | Path, trust_pickle: bool) -> dict[str, Any]:
+        """Lightning's checkpoint dict from `path`, or if that was found by `find_last`, from the newest intact one."""
+        self.saver.wait()
+        paths: list[Any] = [Path(path), *self._older]
+        box = [paths]
+        dist.broadcast_object_list(box, 0)
+        self._older = []
+        opened = loading.open_first(box[0], self._options.trust_pickle or trust_pickle)
+        if not isinstance(opened, SavedCheckpoint):
+            return opened
+        checkpoint = loading.as_lightning(opened, runner.root.trainer, runner.mesh.layout)
+        self._streams, self._local_steps = checkpoint.pop("streams"), checkpoint.pop("local_steps", None)
+        return checkpoint
+
+    def restore_streams(self, runner: Runner) -> None:
+        """Sets the random streams to what they were when the checkpoint was saved."""
+        if self._streams is not None:
+            loading.set_random_streams(self._streams)
+            runner.streams.load_state_dict(self._streams)
+
+    def restore_local_steps(self, runner: Runner) -> None:
+        """Replicas that step by themselves go on where each of them was, in the same layout; else where they agreed."""
+        saved, self._local_steps = self._local_steps, None
+        if runner.local_steps is None:
+            return
+        runner.local_steps.begin()
+        if saved is not None:
+            runner.local_steps.load_state_dict(saved)
+            state.load_own_optimizer_states(runner, saved["optimizers"])
+
+    def first_batch(self, trainer: pl.Trainer) -> None:
+        """Before the first training batch: starting the loader in the middle of an epoch has drawn from the streams."""
+        if self._streams is not None and trainer.training:
+            if trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
+                loading.set_random_streams(self._streams)
+            self._streams = None
+
+    def wait(self) -> None:
+        """Waits for what is being written."""
+        if self._saver is not None:
+            self._saver.wait()
+
+    def abandon(self) -> None:
+        """After an error of the run."""
+        if self._saver is not None:
+            self._saver.abandon()

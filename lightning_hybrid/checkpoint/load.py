@@ -1,0 +1,146 @@
+"""Loading checkpoints: found, checked by all ranks together, and given to Lightning in the form it knows."""
+
+from __future__ import annotations
+
+import pickle
+import platform
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_hybrid.checkpoint.files import candidates
+from lightning_hybrid.checkpoint.reader import HYPER_PARAMETERS, OPTIMIZER_STATES, SavedCheckpoint, newest_first, whole
+from lightning_hybrid.collectives import gather_objects
+from lightning_hybrid.rng.state import capture, restore
+from lightning_hybrid.spec.errors import CheckpointError
+from lightning_hybrid.spec.layout import Layout
+
+
+def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """What the manifest says of a checkpoint."""
+    return {
+        "step": checkpoint.get("global_step", 0),
+        "epoch": checkpoint.get("epoch", 0),
+        "layout": str(layout),
+        "seconds": time.time(),
+        "versions": {
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+# ---- random streams
+
+
+def random_streams() -> dict[str, Any]:
+    """The global random streams of this process."""
+    streams = capture()
+    if torch.cuda.is_available():
+        streams["cuda"] = torch.cuda.get_rng_state()
+    return streams
+
+
+def set_random_streams(streams: Mapping[str, Any]) -> None:
+    """The reverse of `random_streams`."""
+    restore(streams)
+    if "cuda" in streams and torch.cuda.is_available():
+        torch.cuda.set_rng_state(streams["cuda"])
+
+
+# ---- which one
+
+
+def valid_checkpoints(folders: Sequence[Path]) -> list[Path]:
+    """Checkpoints in `folders`, the newest first: ours by step, then plain files of Lightning by their time."""
+    found = [path for folder in folders for path in candidates(folder)]
+    folders_found = [path for path in found if path.is_dir()]
+    ours = newest_first(folders_found)
+    for path in set(folders_found) - set(ours):
+        rank_zero_warn(f"{path} is passed over: its manifest is damaged.")
+    plain = sorted((p for p in found if p.is_file()), key=lambda p: p.stat().st_mtime, reverse=True)
+    return [*ours, *plain]
+
+
+def open_first(paths: Sequence[Path], trust_pickle: bool) -> SavedCheckpoint | dict[str, Any]:
+    """The first of `paths` that is intact on all ranks, which check its files together; collective.
+
+    Returns:
+        A checkpoint of ours, or the content of a plain file of Lightning.
+
+    Raises:
+        CheckpointError: If none is, with what is wrong with the first.
+    """
+    refused: list[str] = []
+    for path in paths:
+        opened, problems = _open(path, trust_pickle)
+        found = list(dict.fromkeys(p for of_rank in gather_objects(problems) for p in of_rank))
+        if not found and opened is not None:
+            if refused:
+                rank_zero_warn(f"{refused[0]} Going on from {path} instead, the newest checkpoint that is intact.")
+            return opened
+        refused.append(" ".join(found))
+    raise CheckpointError(refused[0] if refused else "There is no checkpoint.")
+
+
+def _open(path: Path, trust_pickle: bool) -> tuple[SavedCheckpoint | dict[str, Any] | None, list[str]]:
+    try:
+        if path.is_file():
+            return _plain(path, trust_pickle), []
+        saved = SavedCheckpoint(path, trust_pickle)
+        names = sorted(saved.files)[dist.get_rank() :: dist.get_world_size()]
+        return saved, saved.problems(names)
+    except CheckpointError as error:
+        return None, [str(error)]
+
+
+def _plain(path: Path, trust_pickle: bool) -> dict[str, Any]:
+    """A checkpoint file of Lightning's own; its tensors stay on the disk until they are read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust_pickle)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is a pickle with more than plain data in it, and unpickling can run any code "
+            f"({str(error).splitlines()[0]}). If you trust the file, pass "
+            "`checkpoints=CheckpointOptions(trust_pickle=True)` to the strategy."
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+
+
+# ---- as Lightning's dict
+
+
+def as_lightning(saved: SavedCheckpoint, trainer: pl.Trainer, layout: Layout) -> dict[str, Any]:
+    """The checkpoint dict that Lightning restores from; weights stay on the disk, as `SavedTensor`s, until used.
+
+    Where a hook of the user or of a callback looks at the checkpoint, the model's weights are whole tensors in it.
+    """
+    checkpoint = saved.document(0, leave_out_pickles=HYPER_PARAMETERS)
+    same = saved.about["layout"] == str(layout) and saved.world_size == dist.get_world_size()
+    if same and dist.get_rank() > 0:
+        checkpoint |= saved.document(dist.get_rank())
+    elif not same:
+        checkpoint.pop("local_steps", None)
+    looked_at = is_overridden("on_load_checkpoint", trainer.lightning_module) or any(
+        type(callback).on_load_checkpoint is not pl.Callback.on_load_checkpoint
+        for callback in trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+    )
+    for group in saved.model_groups:
+        members = saved.group(group)
+        checkpoint[group] = {name: whole(value) for name, value in members.items()} if looked_at else members
+    for i, optimizer in enumerate(checkpoint.get(OPTIMIZER_STATES, [])):
+        optimizer["state"] = saved.optimizer_entries(i)
+    return checkpoint

@@ -1,0 +1,339 @@
+"""A partitioned module and its optimizers as the content of a checkpoint, and back: every rank its own parts.
+
+In a checkpoint on its way to the disk, `state_dict` and `optimizer_states` of a rank hold that rank's parts, under the
+user's names. On the way back they hold `SavedTensor`s, of which each rank reads its part, or whole tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_hybrid.checkpoint.content import Content, Part
+from lightning_hybrid.checkpoint.reader import SavedTensor
+from lightning_hybrid.collectives import gather_objects, local
+from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.mesh import AXES
+from lightning_hybrid.parallelize.placement import index_of, writes
+from lightning_hybrid.spec.errors import CheckpointError
+from lightning_hybrid.spec.tensor_index import Index, shape_of, whole_index
+
+EXTRA_STATE = "_extra_state"
+"""The name under which `nn.Module.state_dict` puts what `get_extra_state` returns."""
+
+# ---- out of the module
+
+
+def state_dict(runner: Runner) -> dict[str, Any]:
+    """This rank's parts of all weights, and the persistent buffers, under the user's names."""
+    runner.partition.reshard()
+    with runner.partition.parameters.all_visible():
+        shown = runner.root.state_dict()
+    found = {name: value for name, value in shown.items() if not isinstance(value, Ghost)}
+    if runner.local_steps is not None:  # what all replicas have agreed on
+        first = runner.partition.parameters.first_names
+        for name in found:
+            agreed = runner.local_steps.agreed(first.get(name, name))
+            found[name] = found[name] if agreed is None else agreed
+    return found
+
+
+def optimizer_state(runner: Runner, optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state of this rank's parameters, by name; the groups hold the names of all parameters."""
+    optimizer = plain_optimizer(optimizer)
+    names = runner.names_in(optimizer)
+    parameters = runner.partition.parameters
+    entries = {}
+    for name in (name for group in names for name in group):
+        entry = optimizer.state.get(parameters[name])  # none for a ghost
+        if entry:
+            entries[name] = {k: _laid_out(v, parameters[name]) for k, v in entry.items()}
+    groups = [
+        {**{k: v for k, v in group.items() if k != "params"}, "params": list(members)}
+        for group, members in zip(optimizer.param_groups, names, strict=True)
+    ]
+    return {"state": entries, "param_groups": groups}
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    """State of the parameter's shape stays divided as it is; what has another shape is made whole."""
+    if isinstance(value, DTensor) and value.shape != parameter.shape:
+        return value.full_tensor()
+    return value
+
+
+def content_of(runner: Runner, checkpoint: Mapping[str, Any]) -> Content:
+    """What this rank writes of Lightning's checkpoint dict.
+
+    Raises:
+        CheckpointError: If a tensor of the model's state has neither the whole shape nor that of this rank's part.
+    """
+    known = set(_shown_names(runner))
+    first = dist.get_rank() == 0
+    content = Content(document={})
+    document: dict[str, Any] = {}
+    for key, value in checkpoint.items():
+        if key == "optimizer_states":
+            for i, saved in enumerate(value):
+                _add_optimizer(runner, content, f"{key}/{i}", saved)
+            document[key] = [{k: v for k, v in saved.items() if k != "state"} for saved in value]
+        elif key == "state_dict" or (isinstance(value, Mapping) and value and known.issuperset(value)):
+            _add_group(runner, content, key, value)
+            document[key] = {}
+        else:
+            document[key] = value
+    document["names"] = _shown_names(runner)
+    document["aliases"] = {n: f for n, f in runner.partition.parameters.first_names.items() if n != f}
+    kept = document if first else {k: v for k, v in document.items() if k in PER_RANK}
+    return Content(parts=content.parts, values=content.values, document=kept)
+
+
+PER_RANK = ("loops", "streams", "local_steps")
+"""Keys of the checkpoint dict that every rank saves; everything else is rank 0's."""
+
+
+def _shown_names(runner: Runner) -> list[str]:
+    with runner.partition.parameters.all_visible():
+        return list(runner.root.state_dict())
+
+
+def _add_group(runner: Runner, content: Content, group: str, mapping: Mapping[str, Any]) -> None:
+    partition = runner.partition
+    held = partition.parameters.held()
+    for name, value in mapping.items():
+        first = partition.parameters.first_names.get(name, name)
+        if first != name and first in mapping:
+            continue  # the same weight under another name
+        if first in held and isinstance(value, Tensor):
+            part = _part(runner, group, first, value)
+            if part is not None:
+                content.parts.append(part)
+        elif _leads(runner, partition.buffer_rank(name)):
+            if isinstance(value, Tensor):
+                content.parts.append(_whole_part(group, first, value))
+            else:
+                content.values.setdefault(group, {})[name] = value
+
+
+def _add_optimizer(runner: Runner, content: Content, prefix: str, saved: Mapping[str, Any]) -> None:
+    partition = runner.partition
+    for name, entry in saved["state"].items():
+        for key, value in entry.items():
+            group = f"{prefix}/{key}"
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape == partition.parameters[name].shape:
+                part = _part(runner, group, name, value)
+                if part is not None:
+                    content.parts.append(part)
+            elif writes(partition, name, whole=True):
+                if isinstance(value, Tensor):
+                    content.parts.append(_whole_part(group, name, value))
+                else:
+                    content.values.setdefault(group, {})[name] = value
+
+
+def _part(runner: Runner, group: str, name: str, tensor: Tensor) -> Part | None:
+    """This rank's part of a tensor laid out like parameter `name`; None if another rank writes it."""
+    partition = runner.partition
+    shape, index = tuple(partition.shape_of(name)), index_of(partition, name)
+    own = local(tensor.detach())
+    if tuple(own.shape) == shape_of(index):
+        if not writes(partition, name):
+            return None
+    elif tuple(own.shape) == shape:
+        index = whole_index(shape)
+        if not writes(partition, name, whole=True):
+            return None
+    else:
+        raise CheckpointError(
+            f"`{group}['{name}']` has shape {tuple(own.shape)}: neither that of the weight, {shape}, nor that of this "
+            f"rank's part of it, {shape_of(index)}."
+        )
+    return Part(group=group, name=name, shape=shape, index=index, tensor=own)
+
+
+def _whole_part(group: str, name: str, tensor: Tensor) -> Part:
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return Part(
+        group=group, name=name, shape=tuple(tensor.shape), index=whole_index(tensor.shape), tensor=tensor.detach()
+    )
+
+
+def _leads(runner: Runner, pipeline_rank: int) -> bool:
+    """Whether this is the first rank of its kind on a pipeline rank."""
+    places = {axis: runner.mesh.rank(axis) for axis in AXES}
+    return places == {**dict.fromkeys(AXES, 0), "pp": pipeline_rank}
+
+
+def plain_optimizer(optimizer: Any) -> Optimizer:
+    """The user's optimizer; Lightning wraps optimizers."""
+    return getattr(optimizer, "_optimizer", optimizer)
+
+
+# ---- into the module
+
+
+def load_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool) -> None:
+    """Each rank takes its part of the weights in `state`, which are whole tensors or `SavedTensor`s. Collective.
+
+    Raises:
+        RuntimeError: If `strict` and the names differ, or a shape differs, as `nn.Module.load_state_dict` does.
+    """
+    partition = runner.partition
+    partition.reshard()
+    expected = _shown_names(runner)
+    held, buffers = partition.parameters.held(), dict(runner.root.named_buffers())
+    if strict:
+        needed = [n for n in expected if n in buffers or partition.parameters.first_names.get(n) in held]
+        _check_names(runner, set(needed) - set(state), set(state) - set(expected))
+    with torch.no_grad():
+        for name in expected:
+            first = partition.parameters.first_names.get(name, name)
+            if name not in state:
+                continue
+            if first in held:
+                _check_shape(runner, name, state[name], partition.shape_of(first))
+                local(held[first].detach()).copy_(read(state[name], index_of(partition, first)))
+            elif name in buffers:
+                _check_shape(runner, name, state[name], buffers[name].shape)
+                buffers[name].copy_(read(state[name]))
+            elif name.endswith(EXTRA_STATE):
+                owner = name.removesuffix(EXTRA_STATE).removesuffix(".")
+                runner.root.get_submodule(owner).set_extra_state(read(state[name]))
+
+
+def _check_names(runner: Runner, missing: set[str], unexpected: set[str]) -> None:
+    """Each rank knows what it needs itself; all of them raise the same. Collective."""
+    found = gather_objects((missing, unexpected))
+    missing, unexpected = set().union(*(m for m, _ in found)), set().union(*(u for _, u in found))
+    if missing or unexpected:
+        raise RuntimeError(
+            f"Error(s) in loading state_dict for {type(runner.root).__name__}: missing keys {sorted(missing)}, "
+            f"unexpected keys {sorted(unexpected)}."
+        )
+
+
+def _check_shape(runner: Runner, name: str, saved: Any, shape: torch.Size) -> None:
+    if tuple(saved.shape) != tuple(shape):
+        raise RuntimeError(
+            f"Error(s) in loading state_dict for {type(runner.root).__name__}: size mismatch for {name}: "
+            f"{tuple(saved.shape)} in the checkpoint, {tuple(shape)} in the model."
+        )
+
+
+def load_optimizer_state(runner: Runner, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Each rank takes its part of an optimizer's state, saved by name or, by one process, by number."""
+    optimizer = plain_optimizer(optimizer)
+    names = runner.names_in(optimizer)
+    order = [name for group in names for name in group]
+    if len(names) != len(saved["param_groups"]):
+        raise CheckpointError(
+            f"The checkpoint has {len(saved['param_groups'])} parameter groups of {type(optimizer).__name__}, the "
+            f"optimizer has {len(names)}."
+        )
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({k: v for k, v in saved_group.items() if k != "params"})
+    held = runner.partition.parameters.held()
+    for key, entry in saved["state"].items():
+        name = order[int(key)] if isinstance(key, int) else key
+        if name in held:
+            optimizer.state[held[name]] = dict(_own_entry(runner, name, held[name], entry))
+
+
+def own_optimizer_states(runner: Runner) -> list[dict[str, dict[str, Any]]]:
+    """For each optimizer, this rank's own parts of its state, by name: where replicas step by themselves."""
+    names = {id(p): n for n, p in runner.partition.parameters.held().items()}
+    found = []
+    for optimizer in map(plain_optimizer, runner.root.trainer.optimizers):
+        entries = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names}
+        found.append(
+            {n: {k: local(v) if isinstance(v, Tensor) else v for k, v in e.items()} for n, e in entries.items()}
+        )
+    return found
+
+
+def load_own_optimizer_states(runner: Runner, saved: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+    """The reverse of `own_optimizer_states`, over a state of the same form that has been loaded."""
+    held = runner.partition.parameters.held()
+    for optimizer, entries in zip(map(plain_optimizer, runner.root.trainer.optimizers), saved, strict=True):
+        for name, entry in entries.items():
+            state = optimizer.state[held[name]]
+            for key, value in entry.items():
+                if isinstance(value, Tensor):
+                    local(state[key]).copy_(value)
+                else:
+                    state[key] = value
+
+
+def _own_entry(runner: Runner, name: str, parameter: Tensor, entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in entry.items():
+        shape = tuple(runner.partition.shape_of(name))
+        if isinstance(value, Tensor | SavedTensor) and tuple(value.shape) == shape and value.shape:
+            own = torch.zeros_like(parameter, dtype=value.dtype).detach()
+            local(own).copy_(read(value, index_of(runner.partition, name)))
+            yield key, own
+        elif isinstance(value, Tensor | SavedTensor):
+            whole = read(value).clone()
+            # a step count stays where its optimizer wants it: on the CPU, unless it has been saved from a device
+            yield key, whole.to(parameter.device) if whole.ndim else whole
+        else:
+            yield key, value
+
+
+def read(value: Any, index: Index | None = None) -> Any:
+    """The part `index` (None: all) of a whole tensor or a `SavedTensor`; anything else as it is."""
+    if isinstance(value, SavedTensor):
+        return value.read(index)
+    if index is None or not isinstance(value, Tensor):
+        return value
+    for dim, runs in enumerate(index):
+        if runs != ((0, value.shape[dim]),):
+            pieces = [value.narrow(dim, start, stop - start) for start, stop in runs]
+            value = torch.cat(pieces, dim) if pieces else value.narrow(dim, 0, 0)
+    return value
+
+
+# ---- whole weights in memory
+
+
+def full_state_dict(runner: Runner) -> dict[str, Any]:
+    """All weights and persistent buffers on the CPU of rank 0, under the user's names; `{}` elsewhere. Collective."""
+    runner.partition.reshard()
+    parameters = runner.partition.parameters
+    with parameters.all_visible():
+        shown = runner.root.state_dict()
+    wholes: dict[str, Tensor | None] = {name: _parameter_to_rank_zero(runner, name) for name in parameters.names}
+    for name, buffer in runner.root.named_buffers():
+        if name in shown:
+            wholes[name] = _collect(
+                runner, runner.partition.buffer_rank(name), buffer.detach(), buffer.shape, buffer.dtype
+            )
+    if dist.get_rank() != 0:
+        return {}
+    return {key: wholes.get(parameters.first_names.get(key, key), value) for key, value in shown.items()}
+
+
+def _parameter_to_rank_zero(runner: Runner, name: str) -> Tensor | None:
+    source = runner.partition.plan.ranks_of(name)[0]
+    parameter = runner.partition.parameters[name]
+    if runner.mesh.rank("pp") != source:
+        return _collect(runner, source, None, parameter.shape, parameter.dtype)
+    whole = runner.partition.gathered(name, parameter.detach())
+    return _collect(runner, source, whole, whole.shape, whole.dtype)
+
+
+def _collect(runner: Runner, source: int, tensor: Tensor | None, shape: Any, dtype: torch.dtype) -> Tensor | None:
+    """Moves a tensor from the first rank of a pipeline rank to the CPU of rank 0."""
+    leader, rank = int(runner.mesh.device_mesh.mesh[source].flatten()[0]), dist.get_rank()
+    if rank == 0 and leader != 0:
+        tensor = torch.empty(shape, dtype=dtype, device=runner.device)
+        dist.recv(tensor, leader)
+    elif rank == leader != 0 and tensor is not None:
+        dist.send(tensor.to(runner.device).contiguous(), 0)
+    return tensor.detach().cpu().clone() if rank == 0 and tensor is not None else None

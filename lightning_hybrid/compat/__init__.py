@@ -1,0 +1,1 @@
+"""Lightning's own callbacks on a partitioned module."""

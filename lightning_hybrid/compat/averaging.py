@@ -1,0 +1,196 @@
+"""Averages of weights (Lightning's `StochasticWeightAveraging` and `WeightAveraging`) of a partitioned module.
+
+The callbacks copy the module before it is partitioned. An average is taken weight by weight, so each rank can keep that
+of its own parts: here their copies are replaced by such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_hybrid._lightning_private import (
+    averaged_once_per_epoch,
+    averaged_per_step,
+    forget_schedulers_before_averaging,
+)
+from lightning_hybrid.checkpoint.state import load_state_dict, read
+from lightning_hybrid.collectives import local
+from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.parallelize.placement import index_of
+from lightning_hybrid.spec.errors import PartitionError
+
+_DOT = "\N{MIDDLE DOT}"
+"""Stands for the dot in names, which a parameter's own name must not have."""
+
+
+def follow_partition(trainer: pl.Trainer, runner: Runner) -> None:
+    """After partitioning: averages are of this rank's parts from here on. Collective only when they are saved."""
+    root, partition = runner.root, runner.partition
+    follow_copies(runner)
+    for callback in averaged_once_per_epoch(trainer):
+        held = HeldWeights(root, partition, on_load=lambda c=callback: forget_schedulers_before_averaging(c, trainer))
+        held.saves_whole = True  # in the callback's own state, of which rank 0's is saved
+        callback._average_model = held
+    for callback in averaged_per_step(trainer):
+        average, options = callback._average_model, callback._kwargs
+        if not isinstance(average, HeldAverage):
+            callback._average_model = HeldAverage(root, partition, average.use_buffers, options)
+
+
+def follow_copies(runner: Runner) -> None:
+    """Copies of the module, and states that it is given, are of this rank's parts."""
+    root, partition = runner.root, runner.partition
+    root.__dict__["__deepcopy__"] = lambda memo: HeldWeights(root, partition)
+    root.__dict__["load_state_dict"] = lambda state, strict=True, assign=False: load_state_dict(runner, state, strict)
+
+
+def held_averages(trainer: pl.Trainer) -> list[HeldWeights]:
+    """What callbacks keep of the averages of a partitioned module, on this rank."""
+    per_step: list[Any] = [c._average_model for c in averaged_per_step(trainer)]
+    found: list[Any] = [c._average_model for c in averaged_once_per_epoch(trainer)]
+    return found + [a.module for a in per_step if isinstance(a, HeldAverage)]
+
+
+def renew_averages(trainer: pl.Trainer, averages: list[HeldWeights]) -> None:
+    """Puts others in the place of `held_averages`, in the same order."""
+    left = iter(averages)
+    for callback in averaged_once_per_epoch(trainer):
+        old, callback._average_model = callback._average_model, next(left)
+        callback._average_model.saves_whole = old.saves_whole
+        callback._average_model.__dict__["_on_load"] = old._on_load
+    for callback in averaged_per_step(trainer):
+        if isinstance(callback._average_model, HeldAverage):
+            callback._average_model._modules["module"] = next(left)
+
+
+def forget_partition(root: nn.Module) -> None:
+    """Undoes `follow_partition` for a module that is whole again."""
+    for key in ("__deepcopy__", "load_state_dict"):
+        root.__dict__.pop(key, None)
+
+
+class HeldWeights(nn.Module):
+    """Copies of the parameters and buffers of a partitioned module that this rank holds, in the module's order.
+
+    Args:
+        root: The LightningModule.
+        partition: Its partition.
+        on_load: Called when a state is loaded.
+    """
+
+    _partition: Partition
+    _on_load: Callable[[], None] | None
+
+    def __init__(self, root: nn.Module, partition: Partition, on_load: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self.__dict__.update(_partition=partition, _on_load=on_load)
+        self.saves_whole = False
+        partition.reshard()
+        for name, parameter in root.named_parameters():
+            copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            self.register_parameter(name.replace(".", _DOT), copy)
+        for name, buffer in root.named_buffers():
+            self.register_buffer(name.replace(".", _DOT), buffer.detach().clone())
+
+    def __deepcopy__(self, memo: dict) -> HeldWeights:
+        return HeldWeights(self, self._partition, self._on_load)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: these are weights without a model.
+
+        Raises:
+            PartitionError: Always.
+        """
+        raise PartitionError(
+            f"A copy of a module under `layout='{self._partition.plan.layout}'` has the weights that one rank holds "
+            "and can't be run. Run the module itself, or copy it before the Trainer gets it."
+        )
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As of any module; the partitioned one is made ready to be read beside it."""
+        self._partition.reshard()
+        return super().parameters(recurse)
+
+    def named_values(self) -> dict[str, Tensor]:
+        """Parameters and buffers under the module's names."""
+        values = [*self.named_parameters(), *self.named_buffers()]
+        return {name.replace(_DOT, "."): value.detach() for name, value in values}
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
+        """This rank's parts; or, collectively, all weights whole on the CPU of rank 0."""
+        values, partition = self.named_values(), self._partition
+        if not self.saves_whole:
+            return dict(values)
+        wholes: dict[str, Tensor | None] = {}
+        for name in partition.parameters.names:
+            whole = partition.whole_of(name, values.get(name))
+            wholes[name] = whole.cpu() if dist.get_rank() == 0 else None
+        return {**{n: v for n, v in values.items() if n not in wholes}, **wholes}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes this rank's part of each value, which is whole or a `SavedTensor`."""
+        if self._on_load is not None:
+            self._on_load()
+        partition = self._partition
+        with torch.no_grad():
+            for name, value in self.named_values().items():
+                first = partition.parameters.first_names.get(name)
+                if name in state_dict:
+                    index = index_of(partition, first) if first is not None else None
+                    local(value).copy_(read(state_dict[name], index))
+                elif strict:
+                    raise RuntimeError(f"The saved average has no `{name}`. It was taken of another module.")
+
+
+class HeldAverage(AveragedModel):
+    """The average of the weights that this rank holds.
+
+    Args:
+        root: The LightningModule.
+        partition: Its partition.
+        use_buffers: Whether buffers are averaged too.
+        options: Further arguments of `AveragedModel`.
+    """
+
+    def __init__(self, root: nn.Module, partition: Partition, use_buffers: bool, options: dict[str, Any]) -> None:
+        super().__init__(HeldWeights(root, partition), use_buffers=use_buffers, **options)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes the model's present weights into the average."""
+        held: nn.Module = self.module  # type: ignore[assignment]
+        parts = _Parts(held)  # reads the average first, which makes the model's parameters ready
+        self._modules["module"] = parts
+        try:
+            super().update_parameters(_Parts(model))
+        finally:
+            self._modules["module"] = held
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As of any AveragedModel, with this rank's parts."""
+        values = self.module.state_dict()  # type: ignore[operator]
+        return {"n_averaged": self.n_averaged, **{f"module.{n}": v for n, v in values.items()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes this rank's parts."""
+        self.n_averaged.copy_(state_dict["n_averaged"])
+        values = {n.removeprefix("module."): v for n, v in state_dict.items() if n.startswith("module.")}
+        self.module.load_state_dict(values, strict)  # type: ignore[operator]
+
+
+class _Parts(nn.Module):
+    """The local parts of a module's parameters and buffers, in the same memory: torch averages no mix of DTensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for i, parameter in enumerate(module.parameters()):
+            self.register_parameter(str(i), nn.Parameter(local(parameter.detach()), requires_grad=False))
+        for i, buffer in enumerate(module.buffers()):
+            self.register_buffer(f"buffer{i}", buffer)

@@ -1,0 +1,81 @@
+"""Callbacks that look for parameters in a partitioned module, and find all of them on every rank.
+
+While hooks of `BaseFinetuning` and `ModelSummary` run, parameters of other stages stand in their places. What the first
+freezes, or adds to an optimizer, is kept, and afterwards each optimizer has this rank's parameters only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary
+
+from lightning_hybrid._lightning_private import parameters_compared_by_identity
+from lightning_hybrid.checkpoint.state import plain_optimizer
+from lightning_hybrid.engine.step import Runner
+
+
+def follow_callbacks(trainer: pl.Trainer, runner: Runner) -> None:
+    """After partitioning: the hooks of these callbacks see all parameters."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+    for callback in callbacks:
+        if isinstance(callback, BaseFinetuning):
+            _follow_finetuning(callback, runner)
+        elif isinstance(callback, ModelSummary):
+            _follow_summary(callback, runner)
+
+
+def _follow_summary(callback: ModelSummary, runner: Runner) -> None:
+    kind = type(callback)
+
+    @wraps(kind.on_fit_start)
+    def on_fit_start(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        runner.partition.reshard()
+        with runner.partition.parameters.all_visible():
+            kind.on_fit_start(callback, trainer, pl_module)
+
+    callback.__dict__["on_fit_start"] = on_fit_start
+
+
+def _follow_finetuning(callback: BaseFinetuning, runner: Runner) -> None:
+    kind = type(callback)
+
+    @wraps(kind.on_train_epoch_start)
+    def on_train_epoch_start(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with optimizers_complete(runner, trainer):
+            kind.on_train_epoch_start(callback, trainer, pl_module)
+
+    @wraps(kind.load_state_dict)
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
+        kind.load_state_dict(callback, state_dict)
+        # a partitioned module gets its state after `on_fit_start`, where the callback would make the saved groups
+        trainer = runner.root.trainer
+        with optimizers_complete(runner, trainer):
+            kind.on_fit_start(callback, trainer, runner.root)
+
+    callback.__dict__.update(on_train_epoch_start=on_train_epoch_start, load_state_dict=load_state_dict)
+
+
+@contextmanager
+def optimizers_complete(runner: Runner, trainer: pl.Trainer) -> Iterator[None]:
+    """Inside, the module and its optimizers have all parameters; what is frozen or added is kept."""
+    runner.partition.reshard()
+    parameters = runner.partition.parameters
+    with parameters.all_visible() as ghosts, parameters_compared_by_identity():
+        optimizers = [plain_optimizer(o) for o in trainer.optimizers]
+        for optimizer in optimizers:
+            for group, names in zip(optimizer.param_groups, runner.names_in(optimizer), strict=True):
+                group["params"] = [parameters.visible(n) for n in names]
+        yield
+        named = {id(parameters.visible(n)): n for n in parameters.names}
+        for optimizer in optimizers:
+            groups = optimizer.param_groups
+            runner.optimizer_names[id(optimizer)] = [[named[id(p)] for p in group["params"]] for group in groups]
+            for group in groups:
+                group["params"] = [p for p in group["params"] if id(p) not in ghosts]
+        for name in parameters.names:
+            parameters.requires_grad[name] = parameters.visible(name).requires_grad

@@ -1,0 +1,1 @@
+"""Which samples each replica reads, in which order, with which random numbers."""

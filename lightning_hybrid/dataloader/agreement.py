@@ -1,0 +1,115 @@
+"""Whether ranks read the same data: checked on the first batch."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_hybrid.dataloader.sharding import Uneven
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.spec.errors import PartitionError
+
+
+def replicas_of(mesh: Mesh, by_rank: list[Any]) -> list[list[Any]]:
+    """Values by rank, sorted by replica."""
+    return [[by_rank[rank] for rank in members] for members in mesh.ranks_by_replica()]
+
+
+def all_read_the_same(own: int | None, mesh: Mesh) -> bool:
+    """Whether the first batches of all replicas are the same; collective.
+
+    Raises:
+        PartitionError: If the ranks of one replica have different ones.
+    """
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, own)
+    by_replica = replicas_of(mesh, digests)
+    for number, of_replica in enumerate(by_replica):
+        if len(set(of_replica)) > 1:
+            raise PartitionError(different_data(mesh, "different first batches", number))
+    return len(set(digests)) == 1
+
+
+def different_data(mesh: Mesh, what: str, number: int) -> str:
+    """The error for ranks of replica `number` that read `what`."""
+    ranks = replicas_of(mesh, list(range(dist.get_world_size())))[number]
+    return (
+        f"`layout='{mesh.layout}'`: the ranks {', '.join(map(str, ranks))} of one replica must read the same data, "
+        f"since `tp` and `pp` divide the model. They read {what}. Shard by "
+        "`trainer.strategy.distributed_sampler_kwargs`, "
+        "which has the number and the index of the replica, and not by the rank or the world size."
+    )
+
+
+def digest(batch: Any) -> int:
+    """A number that is equal for equal batches."""
+    code = 0
+    for part in _parts(batch):
+        code = zlib.crc32(part, code)
+    return code
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        yield f"{tuple(plain.shape)} {plain.dtype}".encode()
+        yield plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key).encode()
+            yield from _parts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _parts(getattr(value, field.name))
+    elif isinstance(value, str | bytes | int | float | complex | type(None)):
+        yield repr(value).encode()
+    else:
+        yield type(value).__name__.encode()
+
+
+class CheckedFlow:
+    """Leaves a loader alone, but for a look at the first batch: ranks of one replica must read the same.
+
+    Args:
+        mesh: The mesh.
+        on_yield: Told of every batch that is handed out.
+    """
+
+    def __init__(self, mesh: Mesh, on_yield: Callable[[Uneven | None], None]) -> None:
+        self._mesh, self._on_yield, self._checked = mesh, on_yield, False
+        self.history: deque[Uneven | None] = deque(maxlen=8)
+
+    def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Begins a pass over the loader."""
+        return self._batches(start())
+
+    def _batches(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for batch in iterator:
+            if not self._checked:
+                self._checked = True
+                if self._mesh.layout.devices > self._mesh.layout.replicas:
+                    all_read_the_same(digest(batch), self._mesh)
+            self.history.append(None)
+            self._on_yield(None)
+            yield batch
+
+    def length(self, loader: Any, own: Callable[[], int]) -> int:
+        """As the user's loader says."""
+        return own()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""

@@ -1,0 +1,379 @@
+"""Map-style datasets: the user's own sampler gives the order, and every replica reads its share of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from itertools import islice
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_hybrid._lightning_private import (
+    place_in_epoch,
+    set_epoch,
+    set_epoch_length,
+    state_left,
+)
+from lightning_hybrid.dataloader import seeding
+from lightning_hybrid.dataloader import sharding as dealing
+from lightning_hybrid.dataloader.order import Order
+from lightning_hybrid.dataloader.sharding import ByShares, Division, Share, Uneven
+from lightning_hybrid.dataloader.wrap import lent
+from lightning_hybrid.rng.dropout import mix
+from lightning_hybrid.rng.state import random_streams_kept
+
+_END: Any = object()
+
+Kind = Literal["samples", "batches", "items"]
+"""What is dealt: samples, in batches of the loader's size; the batches of a batch sampler; items without batches."""
+
+
+class DealtSampler:
+    """In the place of a loader's batch sampler, or of its sampler if it has no batches."""
+
+    def __init__(self, flow: SampleFlow, sampler: Any, batch_size: int | None, drop_last: bool) -> None:
+        self.flow, self.sampler, self.batch_size, self.drop_last = flow, sampler, batch_size, drop_last
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.flow.keys()
+
+    def __len__(self) -> int:
+        return self.flow.steps_in_all()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the user's sampler, if it asks for it."""
+        tell = getattr(self.sampler, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+
+
+class SampleFlow:
+    """Deals the samples, batches or items of a map-style loader.
+
+    Args:
+        source: The user's sampler, or for `batches` the batch sampler.
+        kind: What is dealt.
+        replica: Index of this rank's replica.
+        replicas: How many there are.
+        batch_size: Samples of a replica in a step.
+        drop_last: Whether a last batch that is not full is left out.
+        training: The trainer, if its training loop iterates this loader; its place then goes into checkpoints.
+        limit: For predictions: Lightning's limit, which is for the batches of one process.
+        run_absent: For predictions: runs a step on a batch whose result is not wanted.
+        on_yield: Told of every batch that is handed out.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        kind: Kind,
+        replica: int,
+        replicas: int,
+        *,
+        batch_size: int = 1,
+        drop_last: bool = False,
+        training: pl.Trainer | None = None,
+        limit: int | float | None = None,
+        run_absent: Callable[[Any, Uneven], None] | None = None,
+        on_yield: Callable[[Uneven | None], None] = lambda _: None,
+    ) -> None:
+        self._source, self._kind, self._replica, self._replicas = source, kind, replica, replicas
+        self._batch_size, self._drop_last = batch_size, drop_last
+        self.division: Division | None = None
+        """How global batches are divided among replicas; None: in turn."""
+        self._trainer, self._limit, self._run_absent, self._on_yield = training, limit, run_absent, on_yield
+        self.history: deque[Uneven | None] = deque(maxlen=8)
+        self._pending: deque[Uneven | None] = deque()
+        self._order = Order(source)
+        self._seed = 0
+        self._passes = 0
+        self._begun = False
+        self._first = 0
+        """Samples, batches or items that were used before this pass began in the middle of an epoch."""
+        self._steps_before = 0
+        """Steps of the epoch that were made before this pass began."""
+        self._handed_out = 0
+        """Batches of this pass, since the batch size changed last."""
+        self._again = False
+        """Whether the batches that were not handed out are to be put together anew."""
+        self._resume: dict[str, Any] | None = None
+        self._other_length = self._ended = self._followed = False
+        self._owned_then: dict[str, Any] | None = None
+
+    # ---- one pass
+
+    def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Begins a pass over the loader."""
+        self._order.agree(loader)
+        self._followed = False
+        resume = self._begin_pass(loader)
+        if self._followed and loader.persistent_workers:
+            self._order.keep_for_workers()
+        iterator = self._started(loader, start, kept=resume)
+        if self._ended and self._owned_then is not None:
+            self._order.set_owned(self._owned_then)  # beginning has drawn from the loader's generator
+        return self._batches(iterator, partial(self._started_again, loader, start))
+
+    def _started(self, loader: Any, start: Callable[[], Iterator[Any]], *, kept: bool) -> Iterator[Any]:
+        shared = seeding.Seeding()
+        parts = {
+            "dataset": seeding.SeededSamples(loader.dataset, shared),
+            "collate_fn": seeding.SeededCollate(loader.collate_fn, shared),
+            "worker_init_fn": seeding.WorkerInit(loader.worker_init_fn),
+        }
+        # beginning again in mid-epoch must not draw from the streams once more
+        with random_streams_kept() if kept else nullcontext(), lent(loader, **parts):
+            return start()
+
+    def _started_again(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """In the same pass, for another batch size."""
+        self._again = False
+        with self._order.generators_kept():
+            return self._started(loader, start, kept=True)
+
+    def _begin_pass(self, loader: Any) -> bool:
+        resume, self._resume = self._resume, None
+        trainer, new_epoch = self._trainer, 0
+        place = place_in_epoch(trainer) if trainer is not None else None
+        if resume is not None and resume["complete"] and place is not None and place.completed < place.processed:
+            self._follow(resume)
+            resume, new_epoch = None, 1  # saved at the end of the last batch: Lightning goes on with the next epoch
+        elif resume is not None and resume["complete"]:
+            self._follow(resume)  # Lightning asks for nothing more, and begins the next epoch anew
+        elif resume is None and trainer is not None:
+            self._follow(state_left(trainer, self))
+        self._ended = resume is not None and resume["complete"]
+        if trainer is not None:
+            set_epoch(loader, trainer, new_epoch)
+        self._pending.clear()
+        self._begun, self._again, self._order.drawn_from, self._handed_out = True, False, None, 0
+        if resume is None:
+            self._first = 0
+            self._steps_before = place.fetched if place is not None and place.ready else 0
+            # workers that persist draw no new seed for a pass
+            self._seed = mix(next_seed(loader), self._passes)
+            self._passes += 1
+            if self._other_length and trainer is not None:
+                self._other_length = False
+                set_epoch_length(trainer, self, self.steps_in_all())
+            return False
+        self._steps_before = place.processed if place is not None else 0
+        self._first, self._seed, self._passes = resume["used"], resume["seed"], resume["passes"]
+        self._order.drawn_from = resume["drawn_from"]
+        return True
+
+    def _follow(self, ended: dict[str, Any] | None) -> None:
+        """Goes on behind the epoch of that state."""
+        if ended and ended["kind"] == self._kind:
+            self._followed, self._owned_then = True, ended["owned"]
+            self._passes = ended["passes"]
+            self._order.set_owned(ended["owned"])
+
+    def _batches(self, iterator: Iterator[Any], started_again: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        while True:
+            if self._again:
+                iterator = started_again()
+            batch = next(iterator, _END)
+            if batch is _END:
+                return
+            uneven = self._pending.popleft()
+            if self._run_absent is not None and uneven is not None and uneven.absent(self._replica):
+                self._run_absent(batch, uneven)
+                return
+            self.history.append(uneven)
+            self._on_yield(uneven)
+            self._handed_out += 1
+            yield batch
+
+    # ---- another batch size
+
+    @property
+    def can_rebatch(self) -> bool:
+        """Whether the batch size can change in the middle of an epoch."""
+        return self._kind == "samples" and self._order.sized and self._trainer is not None
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch."""
+        return len(self._source)
+
+    def rebatch(self, batch_size: int) -> bool:
+        """The batches that are not handed out yet have `batch_size` samples of each replica; the order stays.
+
+        Returns:
+            Whether there is such a batch in this epoch. If not, nothing has changed; see `rebatch_next`.
+        """
+        whole = self._replicas * self._batch_size
+        used = min(self._first + self._handed_out * whole, len(self._source)) if self._begun else 0
+        if (
+            dealing.steps_of_samples(len(self._source) - used, batch_size, self._replicas, drop_last=self._drop_last)
+            < 1
+        ):
+            return False
+        self._batch_size = batch_size
+        self._forget_shares()
+        self._go_on_behind(used)
+        return True
+
+    def _go_on_behind(self, used: int) -> None:
+        trainer: Any = self._trainer
+        place = place_in_epoch(trainer)
+        self._first, self._handed_out = used, 0
+        self._steps_before = max(place.fetched, place.processed) if self._begun else 0
+        self._pending.clear()
+        self._again = self._other_length = True
+        set_epoch_length(trainer, self, self.steps_in_all())
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a replica in a batch."""
+        return self._batch_size
+
+    @property
+    def can_redeal(self) -> bool:
+        """Whether what is left of an epoch can be dealt to other replicas; samples only to another number of them."""
+        return self._order.sized
+
+    def redeal(self, replica: int, replicas: int, batch_size: int, division: Division | None = None) -> None:
+        """From now on this rank reads for replica `replica` of `replicas`, in batches of `batch_size`.
+
+        Args:
+            replica: Its number.
+            replicas: How many there are.
+            batch_size: Samples of a replica in a batch.
+            division: How global batches are divided; None: in turn, or by length as before.
+        """
+        each = self._batch_size if self._kind == "samples" else 1
+        used = min(self._first + self._handed_out * self._replicas * each, len(self._source)) if self._begun else 0
+        running = self._trainer is not None and self._begun and used < len(self._source)
+        self._replica, self._replicas, self._batch_size = replica, replicas, batch_size
+        self._forget_shares()
+        self.division = division or self.division
+        self._other_length = True
+        if running:
+            self._go_on_behind(used)
+        elif self._trainer is not None and not self._begun:
+            set_epoch_length(self._trainer, self, self.steps_in_all())
+
+    def rebatch_next(self, batch_size: int) -> None:
+        """The next epoch's batches have `batch_size` samples of each replica."""
+        self._batch_size, self._other_length = batch_size, True
+        self._forget_shares()
+
+    def _forget_shares(self) -> None:
+        if isinstance(self.division, ByShares):
+            self.division = None
+
+    def keys(self) -> Iterator[Any]:
+        """This replica's keys, batch by batch; the order is drawn when the first is asked for."""
+        if self._ended:
+            return
+        order = self._order.draw(self._first)
+        for share in self._shares(order):
+            self._pending.append(share.uneven)
+            if self._kind == "items":
+                yield seeding.Key(share.keys[0], share.positions[0], self._seed)
+            else:
+                yield seeding.Keys(share.keys, share.positions, self._seed)
+
+    def _shares(self, order: Any) -> Iterator[Share]:
+        place = (self._replica, self._replicas)
+        if self._kind == "samples":
+            options: dict[str, Any] = {"drop_last": self._drop_last, "first": self._first, "division": self.division}
+            return dealing.deal_samples(order, self._batch_size, *place, **options)
+        batches = ([key] for key in order) if self._kind == "items" else order
+        if self._limit is not None:
+            batches = islice(batches, self._cap())
+        return dealing.deal_batches(batches, *place, first=self._first)
+
+    # ---- lengths
+
+    def length(self, loader: Any, own: Callable[[], int]) -> int:
+        """Steps of an epoch."""
+        if self._limit is None:
+            return own()
+        if self._cap() == 0:
+            return len(self._source)  # Lightning raises its own error
+        return dealing.length_before_limit(own(), self._limit)
+
+    def _cap(self) -> int | None:
+        """How many batches are used at all."""
+        if isinstance(self._limit, float):
+            return int(len(self._source) * self._limit) if self._limit < 1.0 else None
+        return self._limit
+
+    def steps_in_all(self) -> int:
+        """Steps of the epoch, those before a resumption included."""
+        resumed = self._resume or ({"used": self._first} if self._first else None)
+        if resumed is None:
+            return self._steps(0)
+        before = self._steps_before
+        if self._resume is not None and self._trainer is not None:
+            before = place_in_epoch(self._trainer).processed
+        return before + self._steps(resumed["used"])
+
+    def _steps(self, used: int) -> int:
+        count = len(self._source)
+        if (cap := self._cap()) is not None:
+            count = min(count, cap)
+        if self._kind == "samples":
+            return dealing.steps_of_samples(count - used, self._batch_size, self._replicas, drop_last=self._drop_last)
+        return dealing.steps_of_batches(count - used, self._replicas)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """How much of the epoch is trained on, and what its order was drawn from; the same on every rank."""
+        if self._trainer is None or not self._begun:
+            return {}
+        place = place_in_epoch(self._trainer)
+        steps = max(0, place.processed - self._steps_before)
+        used = self._first + steps * self._replicas * (self._batch_size if self._kind == "samples" else 1)
+        complete = self._first + steps > 0 and place.processed >= self._trainer.num_training_batches
+        if self._order.sized:
+            used = min(used, len(self._source))
+            complete = complete or self._steps(used) <= 0
+        return {
+            "kind": self._kind,
+            "used": used,
+            "complete": complete,
+            "seed": self._seed,
+            "passes": self._passes,
+            "drawn_from": self._order.drawn_from,
+            "owned": self._order.owned(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next pass goes on behind the samples that were trained on, without reading them.
+
+        Raises:
+            ValueError: If the loader is of another kind than the one whose state it is.
+        """
+        if not state or (state.get("drawn_from") is None and not self._order.sequential):
+            return  # saved before the first batch
+        if state.get("kind") != self._kind:
+            raise ValueError(
+                f"The training loader deals {self._kind}, but the checkpoint has the place of one that deals "
+                f"{state.get('kind')}. Resume with a loader like the one that was saved."
+            )
+        self._resume = {**state, "used": int(state["used"])}
+        if self._order.sized and self._trainer is not None and not state["complete"]:
+            length = self.steps_in_all()
+            if length != self._steps(0):  # the global batch is another one than before
+                self._other_length = True
+                set_epoch_length(self._trainer, self, length)
+
+
+def next_seed(loader: Any) -> int:
+    """The seed that the loader is about to draw for its workers, without drawing it."""
+    generator = loader.generator
+    state = None if generator is None else generator.get_state()
+    with random_streams_kept():
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+    if generator is not None and state is not None:
+        generator.set_state(state)
+    return seed

@@ -1,0 +1,344 @@
+"""Which data a rank sees: those of its replica. Every layout has the global batches of one process.
+
+`SampleFlow` deals map-style datasets, `StreamFlow` everything without a sampler; `CheckedFlow` leaves a loader as it
+is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.data import has_iterable_dataset
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+
+from lightning_hybrid._lightning_private import (
+    IndexBatches,
+    batches_left_in_window,
+    behind_index_batches,
+    hands_out_its_iterator,
+    load_validation_anew,
+    loaders_of_running_batch,
+    prediction_loaders,
+    predictions_of,
+    takes_ahead,
+    training_loaders,
+)
+from lightning_hybrid.dataloader import sharding as dealing
+from lightning_hybrid.dataloader.agreement import CheckedFlow
+from lightning_hybrid.dataloader.map_shard import DealtSampler, SampleFlow
+from lightning_hybrid.dataloader.sharding import ByShares, Division, Uneven
+from lightning_hybrid.dataloader.stream_shard import StreamFlow
+from lightning_hybrid.dataloader.wrap import BatchStream, ResumableStream, keeps_its_place, placed, users_loader
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.spec.errors import PartitionError
+
+
+class ReplicaData:
+    """The data of this rank's replica.
+
+    Args:
+        trainer: The trainer.
+        mesh: The mesh.
+        device: This rank's device, for collectives.
+        split: Whether the user wants data to be split over the replicas (`use_distributed_sampler`).
+        run_absent: Runs a prediction step on a batch whose result is not wanted.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        split: bool,
+        run_absent: Callable[[Any, Uneven], None],
+    ) -> None:
+        self._trainer, self._mesh, self._device, self._split = trainer, mesh, device, split
+        self._run_absent = run_absent
+        self._handed_out: deque[Uneven | None] = deque(maxlen=16)
+        """Of all loaders."""
+        self._any_uneven = False
+        self._left_in_step = self._tokens_in_step = 0
+
+    # ---- loaders
+
+    def process(self, loader: object) -> object:
+        """The loader as this rank iterates it; collective over all ranks."""
+        loader = users_loader(loader)
+        if isinstance(loader, DataLoader):
+            return self._data_loader(loader)
+        if not self._split and self._mesh.layout.devices == self._mesh.layout.replicas:
+            return loader
+        flow = self._stream(loader) if self._split else CheckedFlow(self._mesh, self._note)
+        resumes = self._training is not None and (self._split or keeps_its_place(loader))
+        return (ResumableStream if resumes else BatchStream)(loader, flow)
+
+    def _data_loader(self, loader: DataLoader) -> DataLoader:
+        parts: dict[str, Any] = {}
+        if loader.worker_init_fn is None and int(os.environ.get("PL_SEED_WORKERS", "0")):
+            # Lightning would seed by rank; the ranks of a replica must read the same
+            parts["worker_init_fn"] = partial(pl_worker_init_function, rank=self._mesh.replica)
+        if not self._split or _is_distributed(loader):
+            return placed(loader, CheckedFlow(self._mesh, self._note), resumable=False, **parts)
+        resumes = self._training is not None and not keeps_its_place(loader)
+        if has_iterable_dataset(loader):
+            return placed(loader, self._stream(loader), resumable=resumes, **parts)
+        flow, own = self._samples(loader)
+        return placed(loader, flow, resumable=resumes, **own, **parts)
+
+    @property
+    def _predicting(self) -> bool:
+        return self._trainer.state.fn == TrainerFn.PREDICTING
+
+    @property
+    def _training(self) -> pl.Trainer | None:
+        """The trainer, while it sets up its training loader."""
+        fitting = self._trainer.state.fn == TrainerFn.FITTING
+        return self._trainer if fitting and self._trainer.training else None
+
+    def _stream(self, loader: Any) -> StreamFlow:
+        return StreamFlow(
+            loader,
+            self._mesh,
+            self._device,
+            training=self._training,
+            predicting=self._predicting,
+            limit=self._trainer.limit_predict_batches,
+            run_absent=self._run_absent if self._predicting else None,
+            on_yield=self._note,
+        )
+
+    def _samples(self, loader: DataLoader) -> tuple[SampleFlow, dict[str, Any]]:
+        batches: Any = behind_index_batches(loader.batch_sampler)
+        standard = type(batches) is BatchSampler and not self._predicting
+        options: dict[str, Any] = {"training": self._training, "on_yield": self._note}
+        if self._predicting:
+            options |= {"limit": self._trainer.limit_predict_batches, "run_absent": self._run_absent}
+        place = (self._mesh.replica, self._mesh.layout.replicas)
+        if batches is None:
+            flow = SampleFlow(loader.sampler, "items", *place, **options)
+            return flow, {"sampler": DealtSampler(flow, loader.sampler, None, False)}
+        if standard:
+            options |= {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
+        flow = SampleFlow(
+            batches.sampler if standard else batches, "samples" if standard else "batches", *place, **options
+        )
+        dealt = DealtSampler(
+            flow,
+            getattr(batches, "sampler", None),
+            getattr(batches, "batch_size", loader.batch_size),
+            getattr(batches, "drop_last", loader.drop_last),
+        )
+        return flow, {"batch_sampler": IndexBatches(dealt) if self._predicting else dealt}
+
+    # ---- the running step
+
+    def _note(self, uneven: Uneven | None) -> None:
+        self._handed_out.append(uneven)
+        if uneven is not None:
+            self._any_uneven = True
+            if hands_out_its_iterator(self._trainer):
+                raise PartitionError(
+                    "The step takes an iterator (`dataloader_iter`), so a batch of which the replicas have different "
+                    f"numbers of samples, {uneven.counts}, or of tokens, cannot be weighed. Set `drop_last=True`, or "
+                    "let the step take a batch."
+                )
+
+    def uneven(self) -> Uneven | None:
+        """Of the batch that the trainer is about to run a step on."""
+        if not self._any_uneven:
+            return None
+        loaders, ahead = loaders_of_running_batch(self._trainer)
+        if loaders is None:
+            return self._handed_out[-1 - ahead]
+        histories = [loader.flow.history for loader in loaders if hasattr(loader, "flow")]
+        found = [history[-1 - ahead] for history in histories if len(history) > ahead]
+        if len(found) < 2 or all(u is None for u in found):
+            return found[0] if found else None
+        if any(u is not None and u.tokens is not None for u in found):
+            raise PartitionError(
+                "Several training loaders are read together, and one of them has batches with `lengths`. Its tokens "
+                "cannot weigh the samples of the others. Use one loader, or batches without `lengths`."
+            )
+        rank_zero_warn(
+            "Several training loaders are read together, and one of them is used up within a global batch. The batch "
+            "is weighed by the samples of all loaders."
+        )
+        sizes = [getattr(loader, "batch_size", None) for loader in loaders if hasattr(loader, "flow")]
+        if any(u is None and n is None for u, n in zip(found, sizes, strict=True)):
+            raise PartitionError(
+                "Several training loaders are read together. One of them is used up within a global batch, and another "
+                "has no `batch_size`, so the batch cannot be weighed. Set `drop_last=True`, or give a `batch_size`."
+            )
+        replicas = self._mesh.layout.replicas
+        return dealing.added([u or dealing.even(replicas, n or 1) for u, n in zip(found, sizes, strict=True)])
+
+    def share_in_step(self, uneven: Uneven | None) -> float:
+        """The factor on the loss of the training batch that is about to run, among the batches of a step.
+
+        It is 1 where batches are not weighed by tokens: Lightning takes the mean over accumulated batches. Called for
+        every training batch.
+        """
+        if uneven is None or uneven.tokens is None:
+            return 1.0
+        tokens = uneven.tokens
+        if self._left_in_step == 0:
+            self._left_in_step = batches_left_in_window(self._trainer)
+            self._tokens_in_step = sum(tokens.totals[tokens.number : tokens.number + self._left_in_step])
+        self._left_in_step -= 1
+        return tokens.share(self._trainer.accumulate_grad_batches, self._tokens_in_step)
+
+    # ---- another layout
+
+    def check_layout(self, mesh: Mesh) -> None:
+        """Whether what is left of the epoch can be dealt to the replicas of another mesh.
+
+        Raises:
+            PartitionError: If not.
+        """
+        if mesh.replica_of_ranks == self._mesh.replica_of_ranks:
+            return
+        change = f"`layout='{mesh.layout}'`"
+        for loader in training_loaders(self._trainer).flattened:
+            flow = getattr(loader, "flow", None)
+            if not isinstance(flow, SampleFlow) or not flow.can_redeal:
+                raise PartitionError(
+                    f"{change} gives the data to other replicas, and a {type(users_loader(loader)).__name__} without "
+                    "a sampler that has a length, or with a distributed one, cannot be read by others. Use a "
+                    "map-style dataset, or a layout with the same replicas on the same ranks."
+                )
+            if mesh.layout.replicas == self._mesh.layout.replicas:
+                continue
+            if not flow.can_rebatch:
+                raise PartitionError(
+                    f"{change} has {mesh.layout.replicas} replicas instead of {self._mesh.layout.replicas}, and the "
+                    "batches of a batch sampler cannot be made larger or smaller, so the global batch would change. "
+                    "Give the DataLoader a `batch_size`, or use a layout with as many replicas."
+                )
+            whole = flow.batch_size * self._mesh.layout.replicas
+            if whole % mesh.layout.replicas:
+                raise PartitionError(
+                    f"{change}: a batch of {whole} samples cannot be shared by {mesh.layout.replicas} replicas. Use a "
+                    "`batch_size` that all layouts of the run can share, or another layout."
+                )
+
+    def batch_size_under(self, mesh: Mesh) -> int | None:
+        """Samples of a replica's batch under a mesh, if the global batch stays; None where batches stay as they are."""
+        flow = getattr(training_loaders(self._trainer).flattened[0], "flow", None)
+        if not isinstance(flow, SampleFlow) or not flow.can_rebatch:
+            return None
+        return flow.batch_size * self._mesh.layout.replicas // mesh.layout.replicas
+
+    def follow_layout(self, mesh: Mesh) -> None:
+        """From now on the data are dealt to the replicas of `mesh`; training goes on behind the last batch."""
+        before, self._mesh = self._mesh, mesh
+        self._left_in_step = 0
+        if mesh.replica_of_ranks == before.replica_of_ranks:
+            return
+        for loader in training_loaders(self._trainer).flattened:
+            size = loader.flow.batch_size * before.layout.replicas // mesh.layout.replicas
+            loader.flow.redeal(mesh.replica, mesh.layout.replicas, size)
+        load_validation_anew(self._trainer)
+
+    @property
+    def can_share(self) -> bool:
+        """Whether replicas can have different numbers of samples of a batch."""
+        flows = [getattr(loader, "flow", None) for loader in training_loaders(self._trainer).flattened]
+        return len(flows) == 1 and isinstance(flows[0], SampleFlow) and flows[0].can_rebatch
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of all replicas in a batch, where `can_share`."""
+        return training_loaders(self._trainer).flattened[0].flow.batch_size * self._mesh.layout.replicas
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Samples of each replica in a batch, where `can_share`."""
+        flow = training_loaders(self._trainer).flattened[0].flow
+        if isinstance(flow.division, ByShares):
+            return flow.division.shares
+        return (flow.batch_size,) * self._mesh.layout.replicas
+
+    def share(self, shares: tuple[int, ...]) -> None:
+        """From the next batch on replica r has `shares[r]` samples of each global batch.
+
+        Called between two batches, on all ranks alike.
+        """
+        if sum(shares) != self.global_batch_size:
+            raise ValueError(f"`shares` must add up to {self.global_batch_size}. Got {shares}.")
+        self.divide(ByShares(shares=shares))
+
+    def divide(self, division: Division) -> None:
+        """Global batches are divided like that from the next one on. Called between two batches, on all ranks alike."""
+        flow = training_loaders(self._trainer).flattened[0].flow
+        flow.redeal(self._mesh.replica, self._mesh.layout.replicas, flow.batch_size, division)
+
+    # ---- predictions
+
+    def numbered(self, args: tuple) -> tuple:
+        """The arguments of `predict_step`, with the batch's number in one process instead of on this replica."""
+        step = self._trainer.lightning_module.predict_step
+        if not is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            return args
+        if not all(self._is_dealt(loader) for loader in prediction_loaders(self._trainer)):
+            return args
+        batch, number, *rest = args
+        return (batch, number * self._mesh.layout.replicas + self._mesh.replica, *rest)
+
+    def check_predictions(self) -> None:
+        """Before predictions.
+
+        Raises:
+            PartitionError: If a stream is predicted on beside other loaders.
+        """
+        loaders = prediction_loaders(self._trainer)
+        streamed = [x for x in loaders if isinstance(getattr(x, "flow", None), StreamFlow)]
+        if streamed and len(loaders) > 1 and self._mesh.layout.replicas > 1:
+            raise PartitionError(
+                f"`layout='{self._mesh.layout}'`: {len(loaders)} loaders are predicted on, among them one without a "
+                "sampler, which replicas may end at different times. Call `trainer.predict` once for each loader."
+            )
+
+    def go_along(self) -> None:
+        """Takes part in the steps of other replicas, if this one has no batches left."""
+        for loader, limit in zip(
+            prediction_loaders(self._trainer), self._trainer.predict_loop.max_batches, strict=True
+        ):
+            if isinstance(getattr(loader, "flow", None), StreamFlow):
+                loader.flow.go_along(takes_ahead(self._trainer), limit)
+
+    def finish_predictions(self) -> None:
+        """Every rank has the predictions of all replicas, in the order of one process; collective.
+
+        The trainer's list is filled in place, after all hooks have run on this rank's own.
+        """
+        self.go_along()
+        own, loaders = predictions_of(self._trainer), prediction_loaders(self._trainer)
+        replicas = self._mesh.layout.replicas
+        if own is None or replicas == 1 or not all(self._is_dealt(loader) for loader in loaders):
+            return
+        gathered: list[Any] = [None] * replicas
+        dist.all_gather_object(gathered, own, group=self._mesh.replica_group)
+        for number, mine in enumerate(own):
+            parts = [of_replica[number] for of_replica in gathered]
+            steps = max(len(part) for part in parts)
+            mine[:] = [part[step] for step in range(steps) for part in parts if step < len(part)]
+
+    def _is_dealt(self, loader: Any) -> bool:
+        return isinstance(getattr(loader, "flow", None), SampleFlow | StreamFlow)
+
+
+def _is_distributed(loader: DataLoader) -> bool:
+    samplers_used = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers_used)

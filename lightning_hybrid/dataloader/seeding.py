@@ -1,0 +1,135 @@
+"""Seeds the random generators for every sample that is read.
+
+What `dataset[i]` and `collate_fn` draw (augmentations, masks) comes from generators that are seeded from the loader's
+seed of this epoch and the sample's place in the global order. So it does not depend on the layout, on the number of
+workers, or on where a run was resumed, and ranks of one replica read equal samples.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Subset, get_worker_info
+
+from lightning_hybrid.rng.dropout import mix
+from lightning_hybrid.rng.state import _put_back, seed_all
+
+_COLLATE = 1
+"""Sets the stream of `collate_fn` apart from that of the first sample."""
+
+
+class Keys(list):
+    """The keys of a batch, with their places in the global order and the seed of the epoch."""
+
+    def __init__(self, keys: Sequence[Any], positions: Sequence[int], seed: int) -> None:
+        super().__init__(keys)
+        self.positions, self.seed = positions, seed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Keys, (list(self), self.positions, self.seed)
+
+
+class Key(NamedTuple):
+    """The key of one sample, for loaders without batches."""
+
+    key: Any
+    position: int
+    seed: int
+
+
+class Seeding:
+    """What the two wrappers of a loader tell each other between reading samples and collating them."""
+
+    def __init__(self) -> None:
+        self.outside: tuple[Any, Any, torch.Tensor] | None = None
+        """The streams to put back after collating, in the main process."""
+
+    def begin(self) -> None:
+        """Samples are about to be read."""
+        if get_worker_info() is None:
+            self.outside = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def end(self) -> None:
+        """The batch is complete, or has failed."""
+        if self.outside is not None:
+            _put_back(self.outside)
+            self.outside = None
+
+
+class SeededSamples:
+    """A map-style dataset as the loader's fetcher sees it: each sample is read with streams of its own.
+
+    A dataset with `__getitems__` reads a batch at once, with the stream of its first sample.
+    """
+
+    def __init__(self, dataset: Any, seeding: Seeding) -> None:
+        self.dataset, self._seeding = dataset, seeding
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: Keys) -> Any:
+        self._seeding.begin()
+        try:
+            first = keys.positions[0] if keys.positions else 0
+            if _reads_together(self.dataset):
+                seed_all(mix(keys.seed, first))
+                samples = self.dataset.__getitems__(list(keys))
+            else:
+                samples = []
+                for key, position in zip(keys, keys.positions, strict=True):
+                    seed_all(mix(keys.seed, position))
+                    samples.append(self.dataset[key])
+            seed_all(mix(keys.seed, first, _COLLATE))
+        except BaseException:
+            self._seeding.end()
+            raise
+        return samples
+
+    def __getitem__(self, key: Key) -> Any:
+        self._seeding.begin()
+        try:
+            seed_all(mix(key.seed, key.position))
+            return self.dataset[key.key]
+        except BaseException:
+            self._seeding.end()
+            raise
+
+
+def _reads_together(dataset: Any) -> bool:
+    """Whether it reads a batch at once. A torch `Subset` does so only if the dataset behind it does."""
+    while isinstance(dataset, Subset) and type(dataset).__getitems__ is Subset.__getitems__:
+        dataset = dataset.dataset
+    return callable(getattr(dataset, "__getitems__", None))
+
+
+class SeededCollate:
+    """A loader's `collate_fn`, which draws from the stream that `SeededSamples` has left."""
+
+    def __init__(self, collate: Callable[[Any], Any], seeding: Seeding) -> None:
+        self._collate, self._seeding = collate, seeding
+
+    def __call__(self, samples: Any) -> Any:
+        """Returns what the user's function makes of the samples."""
+        try:
+            return self._collate(samples)
+        finally:
+            self._seeding.end()
+
+
+class WorkerInit:
+    """The user's `worker_init_fn`, for which `get_worker_info().dataset` is the user's own dataset."""
+
+    def __init__(self, user: Callable[[int], Any] | None) -> None:
+        self._user = user
+
+    def __call__(self, worker: int) -> None:
+        """Runs in the worker before it reads anything."""
+        info: Any = get_worker_info()
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # it is frozen, and in some releases has slots
+        if self._user is not None:
+            self._user(worker)

@@ -1,0 +1,359 @@
+"""Loaders without a sampler: iterable datasets, lists of batches, any other iterable.
+
+Whether the user's code shards such a stream over the replicas shows in the first batch. If all replicas read the same
+one, the stream is dealt to them here: replica r takes number r of every R, samples from an iterable dataset, batches
+from anything else. If they differ, the user shards it, and it is left alone. Lengths are not known, so in every step
+the ranks tell each other how many samples they have.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_hybrid._lightning_private import place_in_epoch
+from lightning_hybrid.batches import count_samples
+from lightning_hybrid.dataloader import seeding
+from lightning_hybrid.dataloader import sharding as dealing
+from lightning_hybrid.dataloader.agreement import all_read_the_same, different_data, digest, replicas_of
+from lightning_hybrid.dataloader.map_shard import next_seed
+from lightning_hybrid.dataloader.peek import place_kept
+from lightning_hybrid.dataloader.sharding import Uneven
+from lightning_hybrid.dataloader.wrap import generators_of, keeps_its_place, lent
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.rng import state as streams
+from lightning_hybrid.rng.dropout import mix
+from lightning_hybrid.rng.state import random_streams_kept
+from lightning_hybrid.spec.errors import PartitionError
+
+_END: Any = object()
+
+
+class EveryNth(IterableDataset):
+    """Number `index` of every `count` samples of a dataset; it reads all of them."""
+
+    def __init__(self, dataset: Any, index: int, count: int, before: list[Any]) -> None:
+        self.dataset, self._index, self._count, self._before = dataset, index, count, before
+
+    def __iter__(self) -> Iterator[Any]:
+        samples = chain(self._before, iter(self.dataset))
+        while group := list(islice(samples, self._count)):
+            if len(group) > self._index:
+                yield group[self._index]
+
+
+class StreamFlow:
+    """Iterates a loader without a sampler.
+
+    Args:
+        loader: The user's loader.
+        mesh: The mesh.
+        device: This rank's device, for collectives.
+        training: The trainer, if its training loop iterates this loader.
+        predicting: Whether it is predicted on: then it is dealt in batches, and read to the end.
+        limit: For predictions: Lightning's limit, which is for the batches of one process.
+        run_absent: Runs a step on a batch whose result is not wanted (predictions).
+        on_yield: Told of every batch that is handed out.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        training: pl.Trainer | None,
+        predicting: bool,
+        limit: int | float = 1.0,
+        run_absent: Callable[[Any, Uneven], None] | None = None,
+        on_yield: Callable[[Uneven | None], None] = lambda _: None,
+    ) -> None:
+        self._mesh, self._device, self._trainer = mesh, device, training
+        self._predicting, self._run_absent, self._on_yield = predicting, run_absent, on_yield
+        self._limit = limit
+        self._replicas, self._replica = mesh.layout.replicas, mesh.replica
+        self.history: deque[Uneven | None] = deque(maxlen=8)
+        is_dataset = isinstance(loader, DataLoader) and not predicting
+        self._by_samples = is_dataset and isinstance(loader.dataset, IterableDataset)
+        self._before: list[Any] = []
+        """Samples that were read to look at the first batch."""
+        self._started: Iterator[Any] | None = None
+        self._spare: Any = _END
+        """The batch that is run where there is none."""
+        self._dealt = self._decide(loader)
+        self._seed, self._passes, self._begun = 0, 0, False
+        self._begun_from: torch.Tensor | None = None
+        self._steps_before = self._skipped = self._yielded = 0
+        self._ended = False
+        self._resume: dict[str, Any] | None = None
+        self._places: deque[tuple[int, Any]] = deque(maxlen=4)
+        self._counts = [0] * self._replicas
+        self._others_go_on: Uneven | None = None
+
+    # ---- who shards
+
+    def _decide(self, loader: Any) -> bool:
+        """Whether the stream is to be dealt to the replicas here; collective."""
+        if dist.get_world_size() == 1:
+            return False
+        with random_streams_kept(), place_kept(loader), place_kept(getattr(loader, "dataset", None)):
+            streams.seed_all(0)
+            first = self._peek(loader)
+        same = all_read_the_same(None if first is _END else digest(first), self._mesh)
+        self._spare = first
+        if not same or self._replicas == 1:
+            return False
+        kind = "sample" if self._by_samples else "batch"
+        rank_zero_info(
+            f"All replicas read the same first batch from {_name(loader)}, so it is not sharded: replica r of "
+            f"{self._replicas} takes {kind} r, r + {self._replicas}, r + {2 * self._replicas}, ... of it."
+        )
+        return True
+
+    def _peek(self, loader: Any) -> Any:
+        if not self._by_samples:
+            iterator = iter(loader)
+            first = next(iterator, _END)
+            source = getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else loader
+            if isinstance(source, Iterator) and first is not _END:
+                self._started = chain([first], iterator)
+            return first
+        iterator = iter(loader.dataset)
+        samples = list(islice(iterator, loader.batch_size or 1))
+        if iterator is loader.dataset:  # it cannot be read again
+            self._before = samples
+        if not samples:
+            return _END
+        return loader.collate_fn(samples if loader.batch_size is not None else samples[0])
+
+    # ---- one pass
+
+    def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Begins a pass over the loader."""
+        generators = generators_of(loader)
+        streams.agree(generators)
+        resume = self._begin_pass(loader)
+        dataset = getattr(loader, "dataset", None)
+        parts: dict[str, Any] = {}
+        if self._by_samples:
+            index, count = (self._replica, self._replicas) if self._dealt else (0, 1)
+            parts["dataset"] = EveryNth(dataset, index, count, self._before)
+            user = loader.worker_init_fn
+            if isinstance(user, partial) and user.func is pl_worker_init_function:
+                # a stream that is dealt must be the same everywhere, as on the first of one process
+                user = partial(pl_worker_init_function, rank=0 if self._dealt else self._replica)
+            parts["worker_init_fn"] = seeding.WorkerInit(user)
+        with (
+            random_streams_kept() if resume is not None else nullcontext(),
+            lent(loader, **parts) if parts else nullcontext(),
+        ):
+            if resume is not None and resume["begun_from"] is not None:
+                torch.set_rng_state(torch.as_tensor(resume["begun_from"]))
+            iterator, self._started = self._started or start(), None
+        own = None
+        if self._by_samples and loader.num_workers == 0:
+            own = _OwnStreams(mix(self._seed, 0 if self._dealt else self._replica))
+        if self._predicting and self._dealt and not isinstance(self._limit, float):
+            iterator = islice(iterator, self._limit)
+        iterator = self._skip(dataset, iterator, own, resume)
+        self._before = []
+        return self._steps(iterator, dataset, own, bool(getattr(loader, "drop_last", False)))
+
+    def _begin_pass(self, loader: Any) -> dict[str, Any] | None:
+        resume, self._resume = self._resume, None
+        place = place_in_epoch(self._trainer) if self._trainer is not None else None
+        if resume is not None and resume["complete"] and place is not None and place.completed < place.processed:
+            resume = None
+        self._begun, self._ended, self._yielded = True, False, 0
+        self._places.clear()
+        if resume is not None:
+            self._steps_before = place.processed if place is not None else 0
+            self._skipped, self._seed, self._passes = resume["steps"], resume["seed"], resume["passes"]
+            self._begun_from = resume["begun_from"]
+            return resume
+        self._steps_before = place.fetched if place is not None and place.ready else 0
+        self._skipped = 0
+        if isinstance(loader, DataLoader):
+            self._begun_from = torch.get_rng_state()
+            self._seed = mix(next_seed(loader), self._passes)
+        self._passes += 1
+        return None
+
+    def _skip(self, dataset: Any, iterator: Iterator[Any], own: _OwnStreams | None, resume: Any) -> Iterator[Any]:
+        """What was used before is read again and dropped, unless the dataset itself can go on there."""
+        if own is not None:
+            iterator = own.around(iterator)
+        if resume is None:
+            return iterator
+        if resume["dataset"] is not None and own is not None and keeps_its_place(dataset):
+            state, own_streams = resume["dataset"]
+            dataset.load_state_dict(state)
+            own.set(own_streams)
+            return iterator
+        each = 1 if self._by_samples or not self._dealt else self._replicas
+        for _ in range(self._skipped * each):
+            next(iterator, None)
+        return iterator
+
+    def _read(self, iterator: Iterator[Any]) -> Any:
+        if not self._dealt or self._by_samples:
+            return next(iterator, _END)
+        group = list(islice(iterator, self._replicas))
+        return group[self._replica] if len(group) > self._replica else _END
+
+    def _steps(self, iterator: Iterator[Any], dataset: Any, own: _OwnStreams | None, drop_last: bool) -> Iterator[Any]:
+        to_the_end = self._predicting or (self._dealt and not drop_last)
+        keeps = own is not None and keeps_its_place(dataset) and (self._dealt or self._replicas == 1)
+        while True:
+            batch = self._read(iterator)
+            counts = self._exchange(-1 if batch is _END else count_samples(batch))
+            if max(counts) < 0 or (min(counts) < 0 and not to_the_end):
+                self._ended = True
+                self._warn_of_rest(counts, drop_last)
+                return
+            uneven = self._uneven(counts)
+            if batch is _END:
+                if self._predicting:
+                    self._others_go_on = uneven
+                    return
+                batch = self._spare
+            self._spare = batch
+            self._yielded += 1
+            if keeps and own is not None:
+                self._places.append((self._yielded, (dataset.state_dict(), own.get())))
+            self.history.append(uneven)
+            self._on_yield(uneven)
+            yield batch
+
+    def go_along(self, ahead: bool, limit: float) -> None:
+        """For predictions: runs steps for nothing, as long as other replicas have batches.
+
+        Args:
+            ahead: Whether Lightning takes the next batch before the present one is run, as it does where there is no
+                length. So this waits until the last own batch is done.
+            limit: How many steps Lightning makes at most; it does not ask whether there are more.
+        """
+        uneven, self._others_go_on = self._others_go_on, None
+        step = self._yielded
+        while uneven is not None and self._run_absent is not None:
+            step += 1
+            following = self._exchange(-1) if ahead and step < limit else []
+            self._run_absent(self._spare, uneven)
+            if not ahead and step < limit:
+                following = self._exchange(-1)
+            uneven = self._uneven(following) if following else None
+
+    def _exchange(self, count: int) -> list[int]:
+        """Samples of every replica in this step, -1 where there are none left; collective over all ranks."""
+        if dist.get_world_size() == 1:
+            return [count]
+        own = torch.tensor([count], device=self._device)
+        counts = torch.empty(dist.get_world_size(), dtype=own.dtype, device=self._device)
+        dist.all_gather_into_tensor(counts, own)
+        by_replica = replicas_of(self._mesh, counts.tolist())
+        for number, of_replica in enumerate(by_replica):
+            if len(set(of_replica)) > 1:
+                raise PartitionError(
+                    different_data(self._mesh, f"batches of {sorted(set(of_replica))} samples", number)
+                )
+        found = [of_replica[0] for of_replica in by_replica]
+        self._counts = [n + (c >= 0) for n, c in zip(self._counts, found, strict=True)]
+        return found
+
+    def _uneven(self, counts: list[int]) -> Uneven | None:
+        if len(set(counts)) == 1:
+            return None
+        return Uneven(counts=tuple(max(0, c) for c in counts), sizes=tuple(max(1, c) for c in counts))
+
+    def _warn_of_rest(self, counts: list[int], drop_last: bool) -> None:
+        if max(counts) < 0 or drop_last:
+            return
+        ended = [r for r, c in enumerate(counts) if c < 0]
+        rank_zero_warn(
+            f"The replicas have different numbers of batches: replica {', '.join(map(str, ended))} ended after "
+            f"{self._counts[ended[0]]}, others have at least {max(self._counts)}. All stop there, and the rest is not "
+            "used. Shard the data evenly, or leave it unsharded."
+        )
+
+    # ---- lengths and state
+
+    def length(self, loader: Any, own: Callable[[], int]) -> int:
+        """Steps of a pass, where the stream says how long it is."""
+        if not self._dealt:
+            return own()
+        if self._predicting:
+            limit = self._limit
+            batches = int(own() * limit) if isinstance(limit, float) else min(own(), limit)
+            steps = dealing.steps_of_batches(batches, self._replicas)
+            return dealing.length_before_limit(steps, limit) if steps else own()
+        if not self._by_samples or loader.batch_size is None:
+            return dealing.steps_of_batches(own(), self._replicas)
+        samples = len(loader.dataset)
+        return dealing.steps_of_samples(samples, loader.batch_size, self._replicas, drop_last=loader.drop_last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps of the pass are trained on."""
+        if self._trainer is None or not self._begun:
+            return {}
+        place = place_in_epoch(self._trainer)
+        done = max(0, place.processed - self._steps_before)
+        places = dict(self._places)
+        return {
+            "kind": "stream",
+            "steps": self._skipped + done,
+            "complete": (self._ended and done >= self._yielded)
+            or place.processed >= self._trainer.num_training_batches,
+            "seed": self._seed,
+            "passes": self._passes,
+            "begun_from": self._begun_from,
+            "dataset": places.get(done),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next pass goes on behind these steps."""
+        if state.get("kind") == "stream" and (state["steps"] or state["complete"]):
+            self._resume = dict(state)
+
+
+class _OwnStreams:
+    """Random streams of a dataset that is read in the main process, apart from those that all share."""
+
+    def __init__(self, seed: int) -> None:
+        with random_streams_kept():
+            streams.seed_all(seed)
+            self._states = streams.capture()
+
+    def around(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """What `iterator` draws comes from these streams."""
+        while True:
+            with random_streams_kept():
+                streams.restore(self._states)
+                item = next(iterator, _END)
+                self._states = streams.capture()
+            if item is _END:
+                return
+            yield item
+
+    def get(self) -> dict[str, Any]:
+        """Where they are."""
+        return self._states
+
+    def set(self, states: dict[str, Any]) -> None:
+        """Goes on there."""
+        self._states = states
+
+
+def _name(loader: Any) -> str:
+    dataset = getattr(loader, "dataset", None)
+    return type(loader).__name__ if dataset is None else f"the {type(dataset).__name__} of the {type(loader).__name__}"

@@ -1,0 +1,143 @@
+"""Squared norms of the gradients of a batch's parts, taken where each part's backward pass makes them.
+
+A part is what one replica runs at once: an accumulated batch, or a microbatch of a pipeline. Autograd hands every
+part's gradient to the hooks of a weight, under `fsdp` to those of the gathered one; nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_hybrid._torch_private import norms_of
+from lightning_hybrid.adapt.gradient_noise import PartNorms
+from lightning_hybrid.collectives import local
+from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.parallelize.placement import writes
+
+
+class GradientNoise:
+    """Measures a step's `PartNorms`, one of all weights outside of divided experts and one of those.
+
+    The gradient of an expert that `ep` divides is a sum over the tokens of all replicas of its group, so its parts are
+    larger. Weights that several pipeline ranks hold are left out: no rank has a part's whole gradient of them.
+
+    Args:
+        partition: The applied partition.
+        device: This rank's device.
+        scaler: The loss scaler of half precision.
+    """
+
+    numbers = 5
+    """How many numbers the ranks add up."""
+
+    def __init__(self, partition: Partition, device: torch.device, scaler: Any = None) -> None:
+        self._partition, self._device, self._scaler = partition, device, scaler
+        self._norms: tuple[list[Tensor], list[Tensor]] = [], []
+        self._handles: dict[int, RemovableHandle] = {}
+        self._sizes: list[tuple[int, int]] = []
+        self._even = True
+        self.measures = True
+        """Whether the present step is measured."""
+        self.accumulate = 1
+        """Batches that a complete step has."""
+        self.last: list[PartNorms] = []
+        """Of the last step; empty if its parts were of different sizes, or not all there."""
+        self.batch_size = 0
+        """Samples of all replicas in that step."""
+
+    # ---- in the backward pass
+
+    def install(self) -> None:
+        """Hooks every trainable weight that this rank counts; those that have a hook keep it."""
+        partition = self._partition
+        divided = partition.tensor_plan.parameters if partition.tensor_plan is not None else {}
+        for name, parameter in partition.parameters.held().items():
+            copied = name not in divided and partition.mesh.rank("tp") > 0
+            if copied or name in partition.shared_groups or not parameter.requires_grad:
+                continue
+            if id(parameter) not in self._handles:
+                kind = self._norms[partition.expert_plan_of(name) is not None]
+                self._handles[id(parameter)] = parameter.register_hook(self._noted_in(kind))
+
+    def remove(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self.forget()
+
+    def _noted_in(self, norms: list[Tensor]) -> Callable[[Tensor], None]:
+        def note(gradient: Tensor) -> None:
+            if not self.measures:
+                return
+            gradient = local(gradient)
+            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+            norms.append(norms_of([values.detach()])[0])
+
+        return note
+
+    def saw_batch(self, samples: int, parts: int, even: bool) -> None:
+        """A batch of this replica was run in `parts` parts; `even`: all replicas have equally many samples."""
+        self._sizes.append((samples, parts))
+        self._even = self._even and even
+
+    # ---- before the optimizer's step
+
+    def local_numbers(self, optimizer: Any, norms: Mapping[int, Tensor]) -> Tensor:
+        """This rank's share of the squared norms, of shape `(numbers,)`, to be summed over all ranks.
+
+        Sums over parts and of the whole, outside of experts and of experts; and whether this rank's parts are alike.
+
+        Args:
+            optimizer: The optimizer.
+            norms: Of its gradients, by the `id` of the parameter.
+        """
+        found = torch.zeros(self.numbers, dtype=torch.float64, device=self._device)
+        for i, (parts, whole) in enumerate(zip(self._norms, self._whole(norms), strict=True)):
+            if parts:
+                found[2 * i] = torch.stack(parts).double().square().sum()
+            if whole:
+                found[2 * i + 1] = torch.stack(whole).double().square().sum()
+        if self._scaler is not None:  # the parts' gradients are of the scaled loss
+            scale = self._scaler.get_scale() ** 2
+            found[0::2] /= scale
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                found[1::2] /= scale
+        found[4] = float(self._even and len(self._sizes) == self.accumulate and len(set(self._sizes)) == 1)
+        return found
+
+    def _whole(self, norms: Mapping[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        partition = self._partition
+        found: tuple[list[Tensor], list[Tensor]] = [], []
+        for name, parameter in partition.parameters.held().items():
+            norm = norms.get(id(parameter))
+            if norm is None or name in partition.shared_groups or not writes(partition, name):
+                continue
+            found[partition.expert_plan_of(name) is not None].append(norm)
+        return found
+
+    def take(self, numbers: list[float], ranks: int) -> None:
+        """The sums over all ranks."""
+        layout = self._partition.plan.layout
+        alike = round(numbers[4]) == ranks
+        parts = self.accumulate * self._sizes[0][1] if alike else 0
+        self.last = []
+        self.batch_size = layout.replicas * self.accumulate * self._sizes[0][0] if alike else 0
+        for i, group in enumerate((1, layout.ep)):
+            # a part's gradient is scaled by 1 / `parts`; those of experts are sums over a group's replicas
+            count = layout.replicas * parts // group
+            if alike and numbers[2 * i + 1] > 0:
+                square = numbers[2 * i] * (parts / group) ** 2 / count
+                self.last.append(PartNorms(parts=count, mean_of_squares=square, square_of_mean=numbers[2 * i + 1]))
+        self.forget()
+
+    def forget(self) -> None:
+        """A step begins."""
+        for norms in self._norms:
+            norms.clear()
+        self._sizes, self._even = [], True

@@ -1,0 +1,184 @@
+"""NaN and infinity: no rank updates its weights with a gradient or a loss that is not finite on any rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hybrid._torch_private import norms_of
+from lightning_hybrid.collectives import gather_objects, local
+from lightning_hybrid.engine.gradient_noise import GradientNoise
+from lightning_hybrid.launch.preemption import Preemption
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.spec.errors import NonFiniteError
+
+_NAMED = 3
+"""Parameters that a message names for a rank."""
+
+
+class SkipStep(Exception):  # noqa: N818 -- not an error: leaves `optimizer.step` before the update
+    """The optimizer's step is left out."""
+
+
+@dataclass
+class _Finding:
+    """What is not finite on one rank."""
+
+    rank: int
+    stage: int
+    replica: int
+    loss: str | None
+    parameters: list[str]
+    count: int
+
+    def __str__(self) -> str:
+        found = [] if self.loss is None else [f"the loss is {self.loss}"]
+        found += self.parameters
+        if self.count > len(self.parameters):
+            found.append(f"{self.count - len(self.parameters)} more parameters")
+        return f"rank {self.rank} (pipeline rank {self.stage}, replica {self.replica}): {', '.join(found)}"
+
+
+class Guard:
+    """Checks an optimizer's gradients on all ranks before its step.
+
+    The check is one norm of this rank's gradients and one all-reduce of two numbers, which are read once. Gradients are
+    synchronised and not yet clipped. Only what is not finite is looked at closer. The other number is whether a rank
+    was asked to stop: an all-reduce of its own would make the ranks wait for each other once more in every step.
+
+    Args:
+        mesh: The device mesh.
+        device: This rank's device.
+        parameters: Gives this rank's parameters by name.
+        on_nonfinite: `"raise"`: all ranks raise `NonFiniteError`. `"skip"`: all ranks leave out the step.
+        preemption: This rank's note of a SIGTERM; takes what the ranks tell each other.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device,
+        parameters: Callable[[], Mapping[str, nn.Parameter]],
+        on_nonfinite: Literal["raise", "skip"],
+        preemption: Preemption,
+    ) -> None:
+        self._preemption = preemption
+        self._mesh, self._device, self._parameters, self._mode = mesh, device, parameters, on_nonfinite
+        self._loss: Tensor | None = None
+        self.skipped = 0
+        """Steps left out so far."""
+        self.noise: GradientNoise | None = None
+        """Its numbers go along in the same all-reduce, where they are wanted."""
+
+    def saw_loss(self, loss: Tensor) -> None:
+        """A loss that the next step's gradients come from."""
+        loss = loss.detach().float()
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def check(self, optimizer: Optimizer, trainer: pl.Trainer) -> None:
+        """Checks what the optimizer is about to use; collective over all ranks.
+
+        Raises:
+            NonFiniteError: On all ranks, if anything is not finite on any of them.
+            SkipStep: Instead, with `"skip"`; the optimizer's gradients are gone then.
+        """
+        loss, self._loss = self._loss, None
+        norms = gradient_norms_of(optimizer)
+        total = torch.zeros((), device=self._device)
+        if norms:
+            total = torch.linalg.vector_norm(torch.stack([n.to(self._device) for n in norms.values()]))
+        if loss is not None:
+            total = total + loss
+        if not self._any_rank_suspects(~torch.isfinite(total), optimizer, norms):
+            return
+        findings = self._look_closer(optimizer, loss)
+        if not findings:  # a norm of finite gradients has overflowed
+            return
+        if self._mode == "raise":
+            raise NonFiniteError(
+                f"{_described(findings, trainer)} All ranks stop before the update: the weights are those of the step "
+                "before. Look for the cause there (a learning rate that is too high, a division by zero, the data), or "
+                "leave out such steps with `on_nonfinite='skip'`."
+            )
+        self.skipped += 1
+        rank_zero_warn(f"{_described(findings, trainer)} The step is left out, {self.skipped} so far.")
+        for logger in trainer.loggers:
+            logger.log_metrics({"skipped_steps": float(self.skipped)}, step=trainer.global_step)
+        optimizer.zero_grad()
+        raise SkipStep
+
+    def measure_noise(self, noise: GradientNoise, optimizer: Optimizer) -> None:
+        """For steps that are not checked, since a loss scaler does. Collective over all ranks."""
+        if not noise.measures:
+            return
+        numbers = noise.local_numbers(optimizer, gradient_norms_of(optimizer))
+        dist.all_reduce(numbers)
+        noise.take(numbers.tolist(), dist.get_world_size())
+
+    def _any_rank_suspects(self, suspect: Tensor, optimizer: Optimizer, norms: Mapping[int, Tensor]) -> bool:
+        ranks, noise = dist.get_world_size(), self.noise if self.noise is not None and self.noise.measures else None
+        if ranks == 1 and noise is None:
+            return bool(suspect)
+        told = torch.stack([suspect, torch.tensor(self._preemption.requested, device=self._device)]).float()
+        if noise is not None:
+            told = torch.cat([told.double(), noise.local_numbers(optimizer, norms)])
+        if ranks > 1:
+            dist.all_reduce(told)
+        suspects, requests, *numbers = told.tolist()
+        if ranks > 1:
+            self._preemption.hear(requests > 0)
+        if noise is not None:
+            noise.take(numbers, ranks)
+        return suspects > 0
+
+    def _look_closer(self, optimizer: Optimizer, loss: Tensor | None) -> list[_Finding]:
+        value = 0.0 if loss is None else float(loss)
+        names = {id(p): n for n, p in self._parameters().items()}
+        parameters = [
+            f"the gradient of `{names.get(id(p), 'a parameter')}` is {what}"
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None and (what := _not_finite(p.grad)) is not None
+        ]
+        own = None
+        if parameters or not math.isfinite(value):
+            rank, stage, replica = dist.get_rank(), self._mesh.rank("pp"), self._mesh.replica
+            text = None if math.isfinite(value) else str(value)
+            own = _Finding(rank, stage, replica, text, parameters[:_NAMED], len(parameters))
+        return [f for f in gather_objects(own) if f is not None]
+
+
+def gradient_norms_of(optimizer: Optimizer) -> dict[int, Tensor]:
+    """The norms of this rank's gradients, by the `id` of the parameter."""
+    gradients = {
+        id(p): local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    }
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients.values()]
+    return dict(zip(gradients, norms_of(values), strict=True))
+
+
+def _not_finite(gradient: Tensor) -> str | None:
+    values = local(gradient)
+    values = values.coalesce().values() if values.is_sparse else values
+    bad = int((~torch.isfinite(values)).sum())
+    if not bad:
+        return None
+    kind = "NaN" if bool(torch.isnan(values).any()) else "infinite"
+    return f"{kind} in {bad} of {values.numel()} elements"
+
+
+def _described(findings: Iterable[_Finding], trainer: pl.Trainer) -> str:
+    """Ranks whose own loss is not finite come first: others may have got theirs by synchronisation."""
+    ordered = sorted(findings, key=lambda f: (f.loss is None, f.rank))
+    others = len(ordered) - 1
+    more = f" Also on {others} other rank{'s' if others > 1 else ''}." if others else ""
+    return f"At global step {trainer.global_step}, gradients or the loss are not finite: {ordered[0]}.{more}"

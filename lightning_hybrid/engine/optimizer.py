@@ -1,0 +1,132 @@
+"""What surrounds an optimizer's step under any layout: the guard, clipping, the loss scale, closures of LBFGS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch.distributed as dist
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor
+from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
+
+from lightning_hybrid._torch_private import agree_on_overflow
+from lightning_hybrid.engine.clipping import clip_by_value
+from lightning_hybrid.engine.nonfinite import Guard, SkipStep
+from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.launch.preemption import Preemption
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.layout import Layout
+
+
+class OptimizerSteps:
+    """Put on Lightning's precision plugin, which every optimizer step goes through.
+
+    Args:
+        runner: The partitioned module.
+        precision: The plugin.
+        on_nonfinite: See `Guard`.
+        preemption: See `Guard`.
+    """
+
+    def __init__(
+        self, runner: Runner, precision: Precision, on_nonfinite: Literal["raise", "skip"], preemption: Preemption
+    ) -> None:
+        self.runner, self.precision, self._on_nonfinite = runner, precision, on_nonfinite
+        self.guard = Guard(runner.mesh, runner.device, runner.partition.parameters.held, on_nonfinite, preemption)
+        self._after_closure: Callable[..., None] = type(precision)._after_closure.__get__(precision)
+        self._scaler: Any = getattr(precision, "scaler", None)
+        self._undo: Callable[[], None] | None = None
+        self.learning_rate_factor = 1.0
+        """On the learning rates, in the update only: schedulers and checkpoints have those of the user."""
+
+    def install(self) -> None:
+        """Puts it on."""
+        plugin = self.precision.__dict__
+        plugin["_after_closure"] = self._checked
+        plugin["clip_grad_by_norm"] = self.runner.clip
+        plugin["clip_grad_by_value"] = clip_by_value
+        if self._scaler is not None and self._undo is None:
+            self._undo = agree_on_overflow(self._scaler, dist.all_reduce)
+
+    def remove(self) -> None:
+        """Takes it off."""
+        for key in ("_after_closure", "clip_grad_by_norm", "clip_grad_by_value"):
+            self.precision.__dict__.pop(key, None)
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def _checked(self, model: Any, optimizer: Any) -> None:
+        """Gradients are complete; hooks, clipping and the update come next."""
+        if self._scaler is None:  # with one, infinite gradients are usual: it leaves out the step on all ranks
+            self.guard.check(optimizer, model.trainer)
+        elif self.guard.noise is not None:
+            self.guard.measure_noise(self.guard.noise, optimizer)
+        self._after_closure(model, optimizer)
+        for group in optimizer.param_groups if self.learning_rate_factor != 1.0 else ():
+            group["lr"] = group["lr"] * self.learning_rate_factor
+
+    def step(
+        self, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Lightning's `optimizer_step`; a step that the guard leaves out returns None."""
+        if isinstance(optimizer, LBFGS) and self.runner.mesh.layout.replicas > 1:
+            closure = self._of_all_replicas(closure)
+        rates = [group["lr"] for group in optimizer.param_groups] if self.learning_rate_factor != 1.0 else []
+        try:
+            out = step(optimizer, closure, *args, **kwargs)
+            if self.runner.local_steps is not None:
+                self.runner.local_steps.after_step()
+            return out
+        except SkipStep:
+            return None
+        finally:
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate
+
+    def _of_all_replicas(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """LBFGS decides by the loss how often it calls the closure: all replicas must see the same."""
+
+        def mean() -> Any:
+            loss = closure()
+            if isinstance(loss, Tensor):
+                loss = loss.detach().clone()
+                dist.all_reduce(loss, group=self.runner.mesh.replica_group)
+                loss /= self.runner.mesh.layout.replicas
+            return loss
+
+        return mean
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer], layout: Layout | None = None) -> None:
+        """Refuses what cannot give the result of one process.
+
+        Args:
+            optimizers: All of them.
+            layout: None: the present one.
+
+        Raises:
+            PartitionError: If so.
+        """
+        layout = layout or self.runner.mesh.layout
+        divided = layout.fsdp > 1 or layout.tp > 1 or layout.ep > 1
+        for optimizer in optimizers:
+            fused = isinstance(optimizer, SGD | Adagrad) and any(g.get("fused") for g in optimizer.param_groups)
+            if divided and (fused or isinstance(optimizer, Adafactor)):
+                raise PartitionError(
+                    f"`configure_optimizers` returned {type(optimizer).__name__}{'(fused=True)' if fused else ''}, "
+                    f"which torch has not written for divided weights; `layout='{layout}'` divides them. Use "
+                    f"{'`fused=False`' if fused else 'AdamW'}, or a layout of `dp` and `pp`."
+                )
+            if not isinstance(optimizer, LBFGS):
+                continue
+            if layout.devices != layout.dp:
+                raise PartitionError(
+                    f"`configure_optimizers` returned LBFGS, which multiplies whole gradients with each other; "
+                    f"`layout='{layout}'` divides them among ranks. Use a layout of `dp` only, or another optimizer."
+                )
+            if self._on_nonfinite == "skip":
+                raise PartitionError(
+                    "`on_nonfinite='skip'` cannot leave out a step of LBFGS, which updates the weights several times "
+                    "in one. Use `on_nonfinite='raise'`."
+                )

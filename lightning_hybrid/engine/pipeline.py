@@ -1,0 +1,345 @@
+"""Running a step through pipeline stages: torch's schedules for training, one pass in stage order for evaluation."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from lightning_hybrid._torch_private import checkpoints_not_reentrant
+from lightning_hybrid.batches import batch_size, count_samples, signature, split_batch
+from lightning_hybrid.collectives import share_object
+from lightning_hybrid.dataloader.sharding import Tokens
+from lightning_hybrid.engine.clocks import Clocks
+from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
+from lightning_hybrid.ghosts.trace import CrossingValue, Trace, trace_step
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.metrics.logs import LogRecorder
+from lightning_hybrid.metrics.outputs import extras, join
+from lightning_hybrid.metrics.torchmetrics import Metrics
+from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.rng.dropout import RandomStreams
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.stages import choose_microbatches, runnable_schedule
+
+_KEPT_SHAPES = 8
+"""Stage buffers are kept for this many batch shapes; the least recently used go first."""
+
+
+@dataclass
+class _Prepared:
+    """Everything that depends on the shape of a batch."""
+
+    programs: dict[int, StageProgram]
+    schedule: Any = None
+
+
+class _StageModule(nn.Module):
+    """What torch's `PipelineStage` calls: one stage on one microbatch."""
+
+    def __init__(self, pipeline: Pipeline, stage: int, program: StageProgram) -> None:
+        super().__init__()
+        self._run, self._program, self._stage = pipeline.run_stage, program, stage
+
+    def forward(self, *received: Tensor, index: Tensor) -> Any:
+        out = self._run(self._stage, self._program, received if self._program.first else (), int(index))
+        return out if isinstance(out, Tensor) or len(out) > 1 else out[0]
+
+
+class _TimedStage(PipelineStage):
+    """Its passes are timed, while somebody looks."""
+
+    pipeline: Pipeline
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """One microbatch forward."""
+        with self._timed():
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """One microbatch backward."""
+        with self._timed():
+            return super().backward_one_chunk(*args, **kwargs)
+
+    def _timed(self) -> AbstractContextManager:
+        clocks = self.pipeline.clocks
+        return nullcontext() if clocks is None else clocks.stage(self.stage_index)
+
+
+class Pipeline:
+    """The stages of this rank.
+
+    Args:
+        root: The partitioned LightningModule.
+        partition: Its partition.
+        mesh: The device mesh.
+        device: This rank's device.
+        precision: Enters the precision of a step (autocast).
+        metrics: The metrics of the module.
+        streams: The random streams of a step.
+    """
+
+    def __init__(
+        self,
+        root: pl.LightningModule,
+        partition: Partition,
+        mesh: Mesh,
+        device: torch.device,
+        precision: Callable[[], AbstractContextManager],
+        metrics: Metrics,
+        streams: RandomStreams,
+    ) -> None:
+        self.root, self.partition, self.mesh, self.device, self.precision = root, partition, mesh, device, precision
+        self._metrics, self._streams = metrics, streams
+        self.local = [s.index for s in partition.plan.stages if s.rank == mesh.rank("pp")]
+        self.has_last = len(partition.plan.stages) - 1 in self.local
+        self.last_rank = partition.plan.stages[-1].rank
+        self._prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
+        self._step = _Step()
+        self.clocks: Clocks | None = None
+        """They run while they are here."""
+
+    @property
+    def parts(self) -> int:
+        """Microbatches of the step that ran last."""
+        return len(self._step.arguments)
+
+    # ---- training
+
+    def train(
+        self,
+        args: tuple,
+        scale: float | Tensor,
+        requested: int | str,
+        common: int | None = None,
+        tokens: Tokens | None = None,
+    ) -> tuple[Tensor | None, LogRecorder, dict[str, Any]]:
+        """Runs `training_step` forward and backward; gradients are added to `.grad`.
+
+        Args:
+            args: Arguments of `training_step`, the batch first.
+            scale: Factor on the loss in the backward pass (1 / accumulated batches, times the weight of the batch).
+            requested: Microbatches, or `"auto"`.
+            common: The largest number into which the batches of all replicas can be split, if it is not this batch's
+                size: replicas that share weights must run equally many microbatches.
+            tokens: Where microbatches are weighed by tokens.
+
+        Returns:
+            The mean loss where this rank holds the last stage, else None; what was logged; and there, what
+            `training_step` returned beside the loss.
+        """
+        size = (common or batch_size(args[0])) if requested != 1 else 1
+        plan = self.partition.plan
+        count = choose_microbatches(size, requested, plan.layout.pp, plan.schedule)
+        parts = split_batch(args[0], count)
+        prepared = self._prepare("training_step", (parts[0], *args[1:]), count)
+        recorder = LogRecorder(self.root)
+        samples = [count_samples(p) for p in parts]
+        self._step = _Step("training_step", [(p, *args[1:]) for p in parts], samples, recorder, scale / count)
+        if tokens is not None:
+            self._step.weights = tokens.weights(count)
+        losses: list[Tensor] = []
+        first = [torch.zeros(count)] if 0 in self.local else []
+        try:
+            prepared.schedule.step(
+                *first,
+                index=torch.arange(count),
+                target=torch.zeros(count) if self.has_last else None,
+                losses=losses if self.has_last else None,
+                return_outputs=False,
+            )
+        except RuntimeError as error:  # torch wraps what a stage raises
+            raise (error.__cause__ or error) from None
+        loss = torch.stack(self._step.losses).mean() if self.has_last else None
+        returned = [self._step.extras[i] for i in range(count)] if any(self._step.extras.values()) else []
+        return loss, recorder, join(returned, samples) if returned else {}
+
+    def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
+        """Runs one stage on microbatch `index`: what it sends, or for the last stage what the step returns."""
+        step = self._step
+        run = StageRun(program, inputs, self.device, self._metrics)
+        self._streams.begin(index)
+        method = getattr(self.root, step.name)
+        switch = self.partition.switch
+        recording = step.recorder.recording(step.samples[index], run, stage)
+        with recording, switch.handled_by(run), self.precision(), checkpoints_not_reentrant():
+            out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
+        if isinstance(out, _Stopped):
+            return out.values
+        if program.stop is not None:
+            raise PartitionError(
+                f"`{step.name}` ended before it reached `{program.trace.calls[program.stop].name}`, which it called in "
+                "the dry run. A pipeline needs the same modules to be called in every microbatch."
+            )
+        if step.name != "training_step":
+            return out
+        step.extras[index] = extras(out)
+        loss = self._loss(out, step)
+        if step.weights:
+            loss = loss * step.weights[index]
+        step.losses.append(loss.detach())
+        return loss
+
+    def _loss(self, out: Any, step: _Step) -> Tensor:
+        loss = out.get("loss") if isinstance(out, dict) else out
+        if not isinstance(loss, Tensor):
+            raise PartitionError(
+                f"`training_step` must return a loss under a layout with `pp`. Got {type(loss).__name__}. To skip a "
+                "batch, return a loss multiplied by 0."
+            )
+        return loss
+
+    # ---- evaluation
+
+    def evaluate(self, name: str, args: tuple) -> tuple[Any, LogRecorder]:
+        """Runs `validation_step`, `test_step` or `predict_step` on the whole batch, stage after stage.
+
+        Returns:
+            What the step returns, on every rank; and what was logged.
+        """
+        prepared = self._prepare(name, args, 1, train=False)
+        recorder = LogRecorder(self.root)
+        self._step = _Step(name, [args], [count_samples(args[0])], recorder, 1.0)
+        plan, group = self.partition.plan, self.mesh.group("pp")
+        values: tuple[Tensor, ...] = ()
+        out: Any = None
+        for stage in plan.stages:
+            if stage.index not in self.local:
+                continue
+            program = prepared.programs[stage.index]
+            if stage.index and plan.stages[stage.index - 1].index not in self.local:
+                values = tuple(self._receive(v, plan.stages[stage.index - 1].rank) for v in program.received)
+            result = self.run_stage(stage.index, program, values, 0)
+            if program.stop is None:
+                out = result
+                break
+            values = result
+            if stage.index + 1 not in self.local:
+                for value in values:
+                    dist.send(value, dist.get_global_rank(group, plan.stages[stage.index + 1].rank), group=group)
+        return share_object(out, self.last_rank, self.mesh.group("pp"), self.device), recorder
+
+    def _receive(self, value: CrossingValue, rank: int) -> Tensor:
+        group = self.mesh.group("pp")
+        tensor = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+        dist.recv(tensor, dist.get_global_rank(group, rank), group=group)
+        return tensor
+
+    # ---- preparation
+
+    def _prepare(self, name: str, args: tuple, count: int, train: bool = True) -> _Prepared:
+        key = (name, count, signature(args[0]))
+        if key in self._prepared:
+            self._prepared.move_to_end(key)
+            return self._prepared[key]
+        with self.partition.bare():
+            trace = trace_step(
+                self.root,
+                self.partition.switch,
+                getattr(self.root, name),
+                args,
+                device=self.device,
+                context=self.precision,
+            )
+        prepared = _Prepared(self._programs(name, trace))
+        if train:
+            prepared.schedule = self._build_schedule(prepared, count)
+        self._prepared[key] = prepared
+        if len(self._prepared) > _KEPT_SHAPES:
+            self._prepared.popitem(last=False)
+        return prepared
+
+    def _programs(self, name: str, trace: Trace) -> dict[int, StageProgram]:
+        bounds = self.partition.stage_bounds(name, trace)
+        count = len(bounds) - 1
+        return {
+            s: StageProgram(trace=trace, first=bounds[s], stop=bounds[s + 1] if s + 1 < count else None)
+            for s in self.local
+        }
+
+    def _build_schedule(self, prepared: _Prepared, count: int) -> Any:
+        plan, group = self.partition.plan, self.mesh.group("pp")
+        stages = []
+        for s in self.local:
+            program = prepared.programs[s]
+            module = _StageModule(self, s, program)
+            inputs = tuple(self._example(v) for v in program.received) if program.first else (torch.empty(1),)
+            outputs = tuple(self._example(v) for v in program.sent) or (torch.empty((), requires_grad=True),)
+            stages.append(
+                _TimedStage(
+                    module,
+                    s,
+                    len(plan.stages),
+                    self.device,
+                    input_args=inputs,
+                    output_args=outputs,
+                    group=group,
+                    dw_builder=_nothing_left,
+                )
+            )
+            stages[-1].pipeline = self
+        name = runnable_schedule(plan.schedule, plan.layout.pp, count)
+        single = len(stages) == 1
+        return get_schedule_class(name)(
+            stages[0] if single else stages,  # type: ignore[arg-type]
+            n_microbatches=count,
+            loss_fn=lambda loss, _: loss * self._step.scale,
+            scale_grads=False,
+        )
+
+    def _example(self, value: CrossingValue) -> Tensor:
+        floating = value.dtype.is_floating_point
+        return torch.empty(value.shape, dtype=value.dtype, device=self.device, requires_grad=floating)
+
+
+@dataclass
+class _Step:
+    """The step that is running."""
+
+    name: str = ""
+    arguments: list[tuple] = field(default_factory=list)
+    """By microbatch."""
+    samples: list[int] = field(default_factory=list)
+    """By microbatch."""
+    recorder: LogRecorder = None  # type: ignore[assignment]
+    scale: float | Tensor = 1.0
+    weights: list[float] = field(default_factory=list)
+    """On the losses of microbatches; none: they are equal."""
+    extras: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What the step returned beside the loss, by microbatch."""
+    losses: list[Tensor] = field(default_factory=list)
+    """Of the microbatches, as the user's step returned them, weighed."""
+
+
+def _nothing_left() -> Callable[[], None]:
+    """For `PipelineStage`: the first half of a split backward pass computes the weights' gradients too.
+
+    torch's own split finds the weights of the second half on paths from the stage's input. It misses weights that only
+    the batch leads to (a decoder's embedding), mixes up several inputs, and fails on some graphs (DeBERTa-v2).
+    """
+    return lambda: None
+
+
+class _Stopped(NamedTuple):  # a tuple, so that hooks of the step module find the tensors in it
+    values: tuple[Tensor, ...]
+
+
+def _catching_stop(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns `StopStage` into a return value inside the step module, whose own hooks must run to the end."""
+
+    def run(*args: Any) -> Any:
+        try:
+            return method(*args)
+        except StopStage as stop:
+            return _Stopped(stop.values)
+
+    return run

@@ -1,0 +1,176 @@
+"""One stage running the user's own step on one microbatch.
+
+The step starts at its first line on every stage. Units of earlier stages are skipped (their output is made of ghosts);
+at the entry of the stage's first unit what was received takes the place of the ghosts; at the entry of the next stage's
+first unit the step is left with `StopStage`, taking along what has to be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from lightning_hybrid._torch_private import is_view
+from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.ghosts.trace import CrossingValue, Trace
+from lightning_hybrid.metrics.torchmetrics import Metrics
+from lightning_hybrid.spec.errors import PartitionError
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None))
+"""Types of arguments that hold no ghost."""
+
+
+class StopStage(BaseException):
+    """Leaves the user's step where the next stage takes over. Not an `Exception`, so that user code lets it pass."""
+
+    def __init__(self, values: tuple[torch.Tensor, ...]) -> None:
+        super().__init__()
+        self.values = values
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProgram:
+    """What one stage does in one step function for one shape of microbatch."""
+
+    trace: Trace
+    first: int
+    """Index of its first unit call; 0 for the first stage."""
+    stop: int | None
+    """Index of the next stage's first unit call; None for the last stage."""
+
+    @property
+    def received(self) -> tuple[CrossingValue, ...]:
+        """What the previous stage sends."""
+        return self.trace.cuts[self.first].values if self.first else ()
+
+    @property
+    def sent(self) -> tuple[CrossingValue, ...]:
+        """What goes to the next stage."""
+        return self.trace.cuts[self.stop].values if self.stop is not None else ()
+
+
+@dataclass
+class StageRun:
+    """Takes the unit calls of one run of the step (see `CallSwitch`)."""
+
+    program: StageProgram
+    inputs: Sequence[torch.Tensor]
+    device: torch.device
+    metrics: Metrics
+    calls: int = 0
+    own: bool = False
+    """True from the entry of the stage's first unit on: what the user's code does now is this stage's to do."""
+    _outputs: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.own = self.program.first == 0
+        self._wanted = {v.source[1] for v in self.program.sent if v.source[0] == "out"}
+        self._wanted |= {v.source[1] for v in self.program.received if v.source[0] == "out"}
+
+    def metric_call(
+        self, metric: Any, kind: Literal["forward", "update"], call: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> Any:
+        """A metric is updated by the stage that computes its input; elsewhere the call does nothing."""
+        if self.own:
+            return self.metrics.call(metric, kind, call, args, kwargs)
+        return Ghost(torch.empty((), device="meta"), torch.device("cpu"))
+
+    def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Skips, runs or stops, by the position of this call."""
+        index, program = self.calls, self.program
+        recorded = program.trace.calls
+        if index >= len(recorded) or recorded[index].name != name:
+            expected = f"`{recorded[index].name}`" if index < len(recorded) else "no further module"
+            raise PartitionError(
+                f"A pipeline needs the same modules to be called in every microbatch. Call {index} was {expected} in "
+                f"the dry run and is `{name}` now. Use `tp`, `dp` or `fsdp`, which allow any control flow."
+            )
+        if index == program.first and index > 0:
+            args, kwargs = self._enter(args, kwargs)
+        if index == program.stop:
+            self._leave(args, kwargs)
+        self.calls += 1
+        if index > program.first > 0 and not all(type(x) in _PLAIN for x in (*args, *kwargs.values())):
+            # autograd functions of blocks take tensors only, not what stands for them
+            args, kwargs = tree_map(_received, (args, kwargs))
+        skips = index < program.first and recorded[index].skippable
+        out = self._skip(index, args, kwargs) if skips else call(*args, **kwargs)
+        if index in self._wanted:
+            for i, leaf in enumerate(tree_flatten(out)[0]):
+                self._outputs["out", index, i] = leaf
+        return out
+
+    def _skip(self, index: int, args: tuple, kwargs: dict) -> Any:
+        record = self.program.trace.calls[index]
+        flat = tree_flatten((args, kwargs))[0] if any(kind == "in" for kind, _ in record.leaves) else []
+        leaves: list[Any] = []
+        for kind, value in record.leaves:
+            if kind == "ghost":
+                leaves.append(Ghost(value, self.device))
+            else:
+                leaves.append(flat[value] if kind == "in" else value)
+        return tree_unflatten(leaves, record.spec)  # type: ignore[arg-type]
+
+    def _enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self.own = True
+        flat, spec = tree_flatten((args, kwargs))
+        for value, tensor in zip(self.program.received, self.inputs, strict=True):
+            if value.written:
+                tensor = tensor.clone()  # the received buffer is a leaf of the autograd graph
+            elif tensor.requires_grad:
+                tensor = _ContiguousGradient.apply(tensor)
+            kind, _, i = value.source
+            stand_in = flat[i] if kind == "arg" else self._outputs[value.source]
+            if isinstance(stand_in, Ghost):
+                stand_in.materialize(tensor)
+            if kind == "arg":
+                flat[i] = tensor
+        return tree_unflatten([_received(x) for x in flat], spec)
+
+    def _leave(self, args: tuple, kwargs: dict) -> None:
+        flat, _ = tree_flatten((args, kwargs))
+        values = []
+        for value in self.program.sent:
+            kind, _, i = value.source
+            tensor = flat[i] if kind == "arg" else self._outputs[value.source]
+            tensor = _received(tensor)
+            if isinstance(tensor, Ghost) or not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != value.shape:
+                got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
+                raise PartitionError(
+                    f"A pipeline needs equal shapes in every microbatch of a step. The tensor before "
+                    f"`{self.program.trace.calls[self.program.stop or 0].name}` had shape {value.shape} in the dry "
+                    f"run and is {got} now."
+                )
+            values.append(_to_send(tensor))
+        raise StopStage(tuple(values))
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity; what goes back to the previous stage must be contiguous to be sent."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0].contiguous()
+
+
+def _received(value: Any) -> Any:
+    """What a ghost stands for, once it is there."""
+    return value.received if isinstance(value, Ghost) and value.received is not None else value
+
+
+def _to_send(tensor: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled() or not tensor.is_floating_point():
+        return tensor.detach().contiguous()
+    if not tensor.requires_grad:
+        return tensor.detach().contiguous().requires_grad_()  # frozen so far; torch wants to hand back a gradient
+    tensor = tensor.contiguous()
+    # what was received and is passed on, and views, which torch cannot detach in place after use
+    return tensor.clone() if tensor.is_leaf or is_view(tensor) else tensor

@@ -1,1 +1,0 @@
-"""HybridStrategy and what its hooks hand over to."""

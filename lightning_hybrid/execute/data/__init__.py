@@ -1,1 +1,0 @@
-"""Which samples each rank reads, in which order, with which random numbers."""

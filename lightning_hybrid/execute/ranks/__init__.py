@@ -1,1 +1,0 @@
-"""The processes of a run: how they start, meet, stay in touch, and end."""

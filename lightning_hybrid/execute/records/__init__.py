@@ -1,1 +1,0 @@
-"""What a run tells: logged values, metrics, outputs of steps, the plan for loggers."""

@@ -1,1 +1,0 @@
-"""The layout changes while training goes on: what a rank holds moves by name, and everything around follows."""

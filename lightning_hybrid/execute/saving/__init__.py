@@ -1,1 +1,0 @@
-"""Checkpoints of a partitioned module and its optimizers."""

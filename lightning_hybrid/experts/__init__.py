@@ -1,0 +1,1 @@
+"""The `ep` axis: finds modules of experts, divides them over ranks, copies hot experts."""

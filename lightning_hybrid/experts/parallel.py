@@ -1,0 +1,204 @@
+"""Expert parallelism: each rank of the `ep` axis holds a part of the experts and computes them for all these ranks.
+
+A module of experts is called with this rank's tokens as ever. What it does then: tokens are sorted by expert and sent
+to the ranks that hold their experts (all-to-all, as many as there are: none is dropped); the module itself runs on what
+has arrived, as if it had only this rank's experts; the outputs go back the same way and are weighted and summed here.
+
+References:
+    Lepikhin et al., GShard, arXiv:2006.16668, section 3.1 (experts over data-parallel ranks).
+    DeepSeek-V3, arXiv:2412.19437, section 3.2 (dispatch and combine, no dropped token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_hybrid._torch_private import in_backward
+from lightning_hybrid.experts.all_to_all import exchange_rows
+from lightning_hybrid.experts.copies import ExpertCopies
+from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
+from lightning_hybrid.spec.tensor_plan import Path
+
+
+class DividedExperts:
+    """One module of experts; its `forward` takes the place of the module's.
+
+    Args:
+        module: The module; its parameters are this rank's part already.
+        plan: How it is divided.
+        group: The ranks of the `ep` axis.
+    """
+
+    def __init__(self, module: nn.Module, plan: ExpertPlan, group: dist.ProcessGroup) -> None:
+        self._module, self._plan, self._group = module, plan, group
+        self._whole_forward: Callable[..., Any] = module.forward
+        self._local = plan.experts // group.size()
+        self._copies = None if plan.hosts is None else ExpertCopies(plan, plan.hosts, group)
+        self._order: tuple[Tensor, Tensor] | None = None
+        """The expert at each place, and the place of each expert; on the device of the tokens, once there are some."""
+        self._attributes = {key: module.__dict__[key] for key in plan.attributes}
+        module.__dict__.update(dict.fromkeys(plan.attributes, self._local))
+        self.load: Tensor | None = None
+        """Tokens that this rank has sent to each expert in training since the load was last taken, shape `(E,)`."""
+
+    def restore(self) -> None:
+        """Gives the module its number of experts back."""
+        self._module.__dict__.update(self._attributes)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's `forward`, computed on the ranks that hold the experts."""
+        plan = self._plan
+        x_ND, index_NA, weights_NA = (_argument(p, args, kwargs) for p in (plan.tokens, plan.index, plan.weights))
+        counts_E = torch.bincount(index_NA.flatten(), minlength=plan.experts)
+        if torch.is_grad_enabled() and not in_backward():  # where the block is computed again
+            self.load = counts_E if self.load is None else self.load + counts_E
+        place_M, counts_P = self._places(index_NA.flatten(), counts_E)
+        order_M = place_M.argsort(stable=True)
+        received_RP, sent, received = self._exchange_counts(counts_P)
+        x_MD = x_ND[order_M // index_NA.shape[1]]
+        arrived_MD = exchange_rows(x_MD, sent, received, self._group)
+        y_MD = exchange_rows(self._compute(arrived_MD, received_RP, args, kwargs), received, sent, self._group)
+        y_MD = y_MD * weights_NA.flatten()[order_M, None]
+        y_NAD = torch.zeros_like(y_MD).index_copy(0, order_M, y_MD).unflatten(0, index_NA.shape)
+        return y_NAD.sum(dim=1).to(x_ND.dtype)
+
+    def _places(self, index_M: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        """The places at which the chosen experts stand, and how many tokens go to each place of all ranks."""
+        if self._copies is not None:
+            return self._copies.choose(index_M, counts_E)
+        if self._plan.order is None:
+            return index_M, counts_E
+        if self._order is None:
+            expert_P = torch.tensor(self._plan.order, device=index_M.device)
+            self._order = expert_P, expert_P.argsort()
+        expert_P, place_E = self._order
+        return place_E[index_M], counts_E[expert_P]
+
+    def dry(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's `forward` in a dry run, where shapes count: every token goes to an expert of this rank."""
+        index_NA = _argument(self._plan.index, args, kwargs)
+        args, kwargs = _with_argument(self._plan.index, index_NA % self._local, args, kwargs)
+        return self._whole_forward(*args, **kwargs)
+
+    def _exchange_counts(self, counts_P: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """How many tokens come from each rank for each place here; how many go to and come from each rank."""
+        counts_RP = counts_P.view(self._group.size(), -1)
+        received_RP = torch.empty_like(counts_RP)
+        dist.all_to_all_single(received_RP, counts_RP, group=self._group)
+        both_2R = torch.stack([counts_RP.sum(dim=1), received_RP.sum(dim=1)])
+        sent, received = both_2R.tolist()
+        return received_RP, sent, received
+
+    def _compute(self, x_MD: Tensor, received_RP: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The module on the tokens that have arrived, with one expert for each."""
+        experts_RP = torch.arange(received_RP.shape[1], device=x_MD.device).expand_as(received_RP)
+        index_M1 = experts_RP.flatten().repeat_interleave(received_RP.flatten())[:, None]
+        rows = len(x_MD)
+        if not rows:  # so that the backward pass comes by here on every rank
+            x_MD, index_M1 = torch.cat([x_MD, x_MD.new_zeros(1, x_MD.shape[1])]), index_M1.new_zeros(1, 1)
+        weights = _argument(self._plan.weights, args, kwargs)
+        for path, value in (
+            (self._plan.tokens, x_MD),
+            (self._plan.index, index_M1),
+            (self._plan.weights, weights.new_ones(len(x_MD), 1)),
+        ):
+            args, kwargs = _with_argument(path, value, args, kwargs)
+        if self._copies is None:
+            return self._whole_forward(*args, **kwargs)[:rows]
+        with self._copies.brought(self._module, self._plan.attributes):
+            return self._whole_forward(*args, **kwargs)[:rows]
+
+
+class ExpertParallel:
+    """The modules of experts of a model that are divided over `ep`.
+
+    Args:
+        root: The LightningModule.
+        plans: How each module is divided, by name.
+        group: The ranks of the `ep` axis.
+    """
+
+    def __init__(self, root: nn.Module, plans: Mapping[str, ExpertPlan], group: dist.ProcessGroup) -> None:
+        self.plans = plans
+        self.group = group
+        self._root = root
+        self._divided: dict[str, DividedExperts] = {}
+
+    def plan_of(self, parameter: str) -> ExpertPlan | None:
+        """The plan of the module that a parameter belongs to; None if it is no expert's."""
+        return plan_of(self.plans, parameter)
+
+    def part_of(self, parameter: str, whole: Tensor) -> Tensor:
+        """This rank's part of a parameter, as a copy; the whole of one that is no expert's."""
+        plan = self.plan_of(parameter)
+        if plan is None:
+            return whole
+        part = plan.part(self.group.rank(), self.group.size())
+        return whole[torch.tensor(list(part), device=whole.device)]
+
+    def whole_shape(self, parameter: str, shape: torch.Size) -> torch.Size:
+        """The shape of the whole parameter, of which a part has `shape`."""
+        return shape if self.plan_of(parameter) is None else torch.Size((shape[0] * self.group.size(), *shape[1:]))
+
+    def gathered(self, parameter: str, part: Tensor) -> Tensor:
+        """The whole of a tensor laid out like a parameter. Collective over `ep` for those of experts."""
+        if self.plan_of(parameter) is None:
+            return part
+        places = part.new_empty(self.whole_shape(parameter, part.shape))
+        dist.all_gather(list(places.chunk(self.group.size())), part.contiguous(), group=self.group)
+        order = self.plans[parameter.rpartition(".")[0]].order
+        return places if order is None else places[torch.tensor(order, device=part.device).argsort()]
+
+    def install(self, held: Callable[[str], bool]) -> list[tuple[nn.Module, Callable]]:
+        """Takes over the modules that this rank's stage holds; their parameters are this rank's parts by now.
+
+        Returns:
+            Modules with the `forward` that they were given.
+        """
+        overrides: list[tuple[nn.Module, Callable]] = []
+        for name, plan in self.plans.items():
+            module = self._root.get_submodule(name)
+            if any(held(f"{name}.{key}") for key in module._parameters):
+                divided = self._divided[name] = DividedExperts(module, plan, self.group)
+                # how many rows arrive is read in every call, which no compiled graph can do
+                forward = module.__dict__["forward"] = torch.compiler.disable(divided.forward)
+                overrides.append((module, forward))
+        return overrides
+
+    def remove(self) -> None:
+        """Ends it; the caller takes the `forward`s off."""
+        for divided in self._divided.values():
+            divided.restore()
+        self._divided.clear()
+
+    def modules(self) -> list[nn.Module]:
+        """The modules of experts on this rank."""
+        return [self._root.get_submodule(name) for name in self._divided]
+
+    def dry_forwards(self) -> list[tuple[nn.Module, Callable]]:
+        """What stands for `forward` in a dry run."""
+        return [(self._root.get_submodule(name), divided.dry) for name, divided in self._divided.items()]
+
+    def take_loads(self) -> dict[str, Tensor]:
+        """Tokens that this rank has sent to each expert in training since the last call, by module; those held here."""
+        loads = {}
+        for name, divided in self._divided.items():
+            if divided.load is not None:
+                loads[name], divided.load = divided.load, None
+        return loads
+
+
+def _argument(path: Path, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    return args[path[1]] if path[0] == "args" else kwargs[path[1]]  # type: ignore[index]
+
+
+def _with_argument(path: Path, value: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if path[0] == "kwargs":
+        return args, {**kwargs, path[1]: value}  # type: ignore[dict-item]
+    position = int(path[1])
+    return (*args[:position], value, *args[position + 1 :]), kwargs

@@ -1,0 +1,140 @@
+"""Which parameters a rank holds: the others stand in the module as ghosts, under the same names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lightning_hybrid.ghosts.ghost import Ghost, Slot, ghost_like, parameter_slots
+
+
+class Place(NamedTuple):
+    """Where a parameter stands in the module tree; unlike a `Slot` it does not keep the tensor alive."""
+
+    name: str
+    module: nn.Module
+    key: str
+
+
+class Parameters:
+    """All parameters of a module by name, held or not; a shared parameter has one entry, under its first name.
+
+    Ghosts stand in a module's `__dict__`, so `parameters()` and optimizers see the held ones only.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        shared: dict[int, list[Slot]] = defaultdict(list)
+        for slot in parameter_slots(root):
+            shared[id(slot.tensor)].append(slot)
+        self.slots: dict[str, tuple[Place, ...]] = {}
+        self.requires_grad: dict[str, bool] = {}
+        for same in shared.values():
+            first, value = same[0].name, same[0].tensor
+            self.slots[first] = tuple(Place(slot.name, slot.module, slot.key) for slot in same)
+            self.requires_grad[first] = value.requires_grad or (isinstance(value, Ghost) and value.wants_grad)
+        owned: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        for first, places in self.slots.items():
+            for place in places:
+                owned[id(place.module)].append((place.key, first))
+        modules = root.named_modules(remove_duplicate=False)  # a module may stand at several places itself
+        self.first_names = {
+            f"{path}.{key}" if path else key: first for path, module in modules for key, first in owned[id(module)]
+        }
+        """The first name of the parameter that stands at each name."""
+
+    @property
+    def names(self) -> list[str]:
+        """First names, in the order of `named_parameters`."""
+        return list(self.slots)
+
+    def inside(self, module: str) -> set[str]:
+        """First names of the parameters that stand inside the submodule `module`."""
+        return {n for n, places in self.slots.items() if any(slot.name.startswith(f"{module}.") for slot in places)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        slot = self.slots[name][0]
+        return slot.module.__dict__[slot.key] if slot.key in slot.module.__dict__ else self.visible(name)
+
+    def visible(self, name: str) -> torch.Tensor:
+        """The parameter or ghost that `parameters()` shows for `name` at present."""
+        slot = self.slots[name][0]
+        return slot.module._parameters[slot.key]  # type: ignore[return-value]
+
+    def held(self) -> dict[str, nn.Parameter]:
+        """The parameters that this rank holds, by first name."""
+        return {n: self[n] for n in self.slots if not isinstance(self[n], Ghost)}  # type: ignore[misc]
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Puts a parameter or a ghost at every place of `name`."""
+        for slot in self.slots[name]:
+            # FSDP and tensor parallelism replace the object under the name, so it is looked up anew each time
+            slot.module._parameters.pop(slot.key, None)
+            slot.module.__dict__.pop(slot.key, None)
+            if isinstance(value, Ghost):
+                slot.module.__dict__[slot.key] = value
+            else:
+                slot.module.register_parameter(slot.key, value)  # type: ignore[arg-type]
+
+    def release(self, names: Collection[str], device: torch.device) -> None:
+        """Replaces the parameters `names` by ghosts on `device`; their memory is free."""
+        for name in names:
+            ghost = ghost_like(self[name], device=device)
+            ghost.requires_grad_(False)
+            ghost.wants_grad = self.requires_grad[name]
+            self.put(name, ghost)
+
+    def make_ghosts(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
+        """Replaces every parameter by a ghost of the given shape, which stands among the parameters.
+
+        As in a module that was built on a `BuildTape`: it can be partitioned, and each rank makes its own part real.
+        """
+        modules = {slot.module: None for places in self.slots.values() for slot in places}
+        for name in self.names:
+            present = self[name]
+            meta = torch.empty(shapes[name], dtype=present.dtype, device="meta")
+            ghost = ghost_like(nn.Parameter(meta, requires_grad=False), device=device)
+            ghost.wants_grad = self.requires_grad[name]
+            self.put(name, ghost)
+            for slot in self.slots[name]:
+                slot.module._parameters[slot.key] = slot.module.__dict__.pop(slot.key)
+        self._sort(modules)
+
+    @contextmanager
+    def all_visible(self) -> Iterator[set[int]]:
+        """Inside, ghosts stand among the parameters, so that `configure_optimizers` finds every name and shape.
+
+        Yields:
+            The ids of the ghosts, to be taken out of the optimizers' groups.
+        """
+        ghosts = {n: self[n] for n in self.slots if isinstance(self[n], Ghost)}
+        orders = {slot.module: None for places in self.slots.values() for slot in places}
+        for name, ghost in ghosts.items():
+            ghost.requires_grad_(self.requires_grad[name])
+            for slot in self.slots[name]:
+                slot.module.__dict__.pop(slot.key)
+                slot.module._parameters[slot.key] = ghost  # type: ignore[assignment]
+        self._sort(orders)
+        try:
+            yield {id(g) for g in ghosts.values()}
+        finally:
+            for name, ghost in ghosts.items():
+                ghost.requires_grad_(False)
+                self.put(name, ghost)
+
+    def _sort(self, modules: Mapping[nn.Module, None]) -> None:
+        """Parameters of a module in their original order: optimizers number them by it."""
+        wanted: dict[nn.Module, list[str]] = {module: [] for module in modules}
+        for places in self.slots.values():
+            for slot in places:
+                wanted[slot.module].append(slot.key)
+        for module, keys in wanted.items():
+            present = dict(module._parameters)
+            module._parameters.clear()
+            for key in [*keys, *(k for k in present if k not in keys)]:
+                if key in present:
+                    module._parameters[key] = present[key]

@@ -1,0 +1,51 @@
+"""Running a user's step without leaving a trace: module state and random streams are put back afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_CONTAINERS = (dict, list, set, deque)
+
+
+@contextmanager
+def objects_kept(objects: Iterable[Any]) -> Iterator[None]:
+    """The attributes of objects, and the containers among them, are afterwards as they were before."""
+    attributes = [(obj, dict(vars(obj))) for obj in objects]
+    containers: list[tuple[Any, Any]] = [
+        (v, copy.copy(v)) for _, saved in attributes for v in saved.values() if isinstance(v, _CONTAINERS)
+    ]
+    try:
+        yield
+    finally:
+        for obj, saved in attributes:
+            vars(obj).clear()
+            vars(obj).update(saved)
+        for container, content in containers:
+            container.clear()
+            container.extend(content) if isinstance(content, list | deque) else container.update(content)
+
+
+@contextmanager
+def module_state_kept(root: nn.Module) -> Iterator[None]:
+    """Attributes, containers (one level deep) and tensors of every submodule are afterwards as they were before."""
+    tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+    for module in root.modules():
+        for tensor in [*module._buffers.values(), *module.__dict__.values()]:
+            # exact type: subclasses (ghosts, DTensors) have no plain storage, and parameters are not written by a step
+            if type(tensor) is torch.Tensor and id(tensor) not in tensors and not tensor.requires_grad:
+                tensors[id(tensor)] = (tensor, tensor._version, tensor.detach().clone())
+    try:
+        with objects_kept(root.modules()):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, version, saved in tensors.values():
+                if tensor._version != version:
+                    tensor.copy_(saved)

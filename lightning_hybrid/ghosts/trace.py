@@ -1,0 +1,389 @@
+"""The dry run: the user's step once, with every parameter a ghost, to learn its data flow and its cost.
+
+Time is counted in unit calls: **interval** k runs from the entry of unit call k to the entry of unit call k + 1, and
+interval -1 is what comes before the first call. Cutting at call c puts the intervals before c on one stage and the rest
+on the next; what crosses is every value made before c and consumed at or after it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from lightning_hybrid._torch_private import gradients_taken_by, user_location
+from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver, GhostWriteError, ghost_like, parameter_slots
+from lightning_hybrid.ghosts.manual import idle_optimizers, optimize_idly
+from lightning_hybrid.ghosts.preserve import module_state_kept
+from lightning_hybrid.ghosts.units import CallSwitch
+from lightning_hybrid.ghosts.use import StepUse, record_use
+from lightning_hybrid.rng.state import random_streams_kept
+from lightning_hybrid.spec.errors import PartitionError
+
+_DATA_DEPENDENT = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossingValue:
+    """A tensor that one stage computes and a later one uses."""
+
+    source: tuple[str, int, int]
+    """`("arg", c, i)`: leaf i of the arguments of call c; `("out", j, i)`: leaf i of what call j returned."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    written: bool
+    """Written in place after it crossed (a receiver must not use the received buffer itself)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """What crosses at the entry of one unit call, or why this is no place to cut."""
+
+    values: tuple[CrossingValue, ...] = ()
+    refusal: str | None = None
+
+
+@dataclass(kw_only=True)
+class UnitCall:
+    """One call of a unit in the step."""
+
+    name: str
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+    spec: TreeSpec | None = None
+    leaves: list[Any] = field(default_factory=list)
+    """How to make the output again without running the unit: `("in", i)`, `("ghost", meta)` or `("value", x)`."""
+    skippable: bool = True
+    """False where it returns real tensors made from the batch alone: stages that do not own it run it on ghosts."""
+    concrete: bool = False
+    """The unit's own control flow depends on values (routing), so it was run on random values instead of ghosts."""
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """The data flow of one step on one microbatch."""
+
+    calls: list[UnitCall]
+    cuts: dict[int, Cut]
+    """By the index of the call at whose entry the cut would be; 1 to len(calls) - 1."""
+    parameter_uses: dict[str, tuple[int, ...]]
+    """Intervals in which a parameter (by its first name) is used; absent: never used."""
+    flops: list[float]
+    """Forward FLOPs of interval -1 and of each call's interval, for this microbatch; length len(calls) + 1."""
+    takes_gradients: bool = False
+    """Whether the step calls `torch.autograd.grad`."""
+    use: StepUse | None = None
+    """How weights and results of units are used, if it was asked for."""
+
+    def release(self) -> None:
+        """Frees the ghosts and copies of the dry run, once plans have been made of them."""
+        for call in self.calls:
+            call.args, call.kwargs = (), {}
+        self.use = None
+
+
+@dataclass
+class _Value:
+    uid: int
+    birth: int
+    ghost_meta: torch.Tensor
+    inside_unit: bool
+    location: str
+    last_use: int = -2
+    last_write: int = -2
+
+
+class Tracer(GhostObserver):
+    """Records one step; see `trace_step`."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.calls: list[UnitCall] = []
+        self.values: dict[int, _Value] = {}
+        self.names: dict[int, tuple[str, int, int]] = {}
+        self.arg_leaves: list[dict[int, int]] = []
+        self.parameters: dict[int, str] = {}
+        self.uses: dict[str, set[int]] = defaultdict(set)
+        self.flops: dict[int, float] = defaultdict(float)
+        self.reads: list[tuple[int, str]] = []
+        self.ghosts: list[Ghost] = []
+        """The ghosts of parameters, kept so that their ids stay theirs."""
+        self.inside = self.takes_gradients = False
+
+    @property
+    def interval(self) -> int:
+        """The interval that the step is in."""
+        return len(self.calls) - 1
+
+    # ---- GhostObserver
+
+    # What these do is said in `GhostObserver` and `CallHandler`.
+
+    def used(self, func: Any, ghosts: list[Ghost]) -> None:  # noqa: D102
+        written = func._schema.is_mutable
+        for ghost in ghosts:
+            self.consume(ghost)
+            if written and ghost.uid in self.values and ghost is ghosts[0]:
+                self.values[ghost.uid].last_write = self.interval
+
+    def made(self, func: Any, args: tuple, kwargs: dict, out: Any, ghosts: list[Ghost]) -> None:  # noqa: D102
+        location = "" if self.inside else user_location()
+        for ghost in ghosts:
+            self.register(ghost, location)
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.flops[self.interval] += count(*args, **kwargs, out_val=out)
+        elif func.overloadpacket is torch.ops.aten._grouped_mm:
+            self.flops[self.interval] += 2 * args[0].numel() * args[1].shape[-1]  # each row goes to one group
+        elif func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            query, key = args[0], args[1]
+            self.flops[self.interval] += 4 * query.numel() * key.shape[-2]
+
+    def read(self, ghost: Ghost) -> Any:  # noqa: D102
+        self.consume(ghost)
+        if self.inside:
+            raise RuntimeError("data-dependent control flow inside a unit")
+        self.reads.append((self.interval, user_location()))
+        return False if ghost.dtype == torch.bool else 1.0 if ghost.dtype.is_floating_point else 1
+
+    def written(self, func: Any, target: torch.Tensor) -> None:  # noqa: D102
+        if self.inside:
+            return  # a buffer (running statistics): the owner of the unit keeps it
+        super().written(func, target)
+
+    # ---- bookkeeping
+
+    def register(self, ghost: Ghost, location: str = "") -> None:
+        """A new value has been made."""
+        ghost.uid = len(self.values)
+        self.values[ghost.uid] = _Value(ghost.uid, self.interval, ghost.meta, self.inside, location)
+
+    def consume(self, ghost: Ghost) -> None:
+        """A value or a parameter is used now."""
+        if ghost.uid in self.values:
+            self.values[ghost.uid].last_use = self.interval
+        elif id(ghost) in self.parameters:
+            self.uses[self.parameters[id(ghost)]].add(self.interval)
+
+    def consume_all(self, tree: Any) -> None:
+        """Marks every ghost in `tree` as used now (logged, returned, given to a metric)."""
+        tree_map(lambda x: self.consume(x) if isinstance(x, Ghost) else None, tree)
+
+    def gradients(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Ghost, ...]:
+        """Instead of `torch.autograd.grad`: a ghost for every gradient."""
+        self.takes_gradients = True
+        self.consume_all((outputs, inputs))
+        wanted = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+        ghosts = [Ghost(torch.empty_like(x, device="meta"), x.device, self) for x in wanted]
+        for ghost in ghosts:
+            self.register(ghost, user_location())
+        return tuple(ghosts)
+
+    # ---- CallHandler
+
+    def metric_call(  # noqa: D102
+        self, metric: Any, kind: str, call: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> Any:
+        self.consume_all((args, kwargs))
+        ghost = Ghost(torch.empty((), device="meta"), torch.device("cpu"), self)
+        self.register(ghost)
+        return ghost
+
+    def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:  # noqa: D102
+        if self.inside:
+            return call(*args, **kwargs)
+        flat, _ = tree_flatten((args, kwargs))
+        record = UnitCall(name=name, args=args, kwargs=kwargs)
+        self.calls.append(record)
+        self.arg_leaves.append({x.uid: i for i, x in reversed(list(enumerate(flat))) if isinstance(x, Ghost)})
+        pristine = _copy_objects((args, kwargs))
+        record.args, record.kwargs = pristine
+        self.inside = True
+        try:
+            try:
+                out = call(*args, **kwargs)
+            except _DATA_DEPENDENT:
+                copied = _copy_objects(pristine)
+                out = self._run_concrete(record, call, copied[0], copied[1], flat)
+        finally:
+            self.inside = False
+        self._remember_output(record, len(self.calls) - 1, flat, out)
+        return out
+
+    def _run_concrete(self, record: UnitCall, call: Callable[..., Any], args: Any, kwargs: Any, flat: list) -> Any:
+        """The unit reads values (as a router does): run it on random values of the right shapes instead."""
+        record.concrete = True
+        module = self.root.get_submodule(record.name)
+        real = {id(g): _random_like(g) for g in flat if isinstance(g, Ghost)}
+        back = {id(t): g for g in flat if isinstance(g, Ghost) for t in [real[id(g)]]}
+        with ExitStack() as stack:
+            for m in module.modules():
+                for key, value in list(m.__dict__.items()):
+                    if isinstance(value, Ghost):
+                        self.consume(value)
+                        m.__dict__.update({key: _random_like(value)})
+                        stack.callback(m.__dict__.__setitem__, key, value)
+            args, kwargs = tree_map(lambda x: real[id(x)] if isinstance(x, Ghost) else x, (args, kwargs))
+            for ghost in flat:
+                if isinstance(ghost, Ghost):
+                    self.consume(ghost)
+            counter = stack.enter_context(FlopCounterMode(display=False))
+            with torch.no_grad():
+                out = call(*args, **kwargs)
+        self.flops[self.interval] += counter.get_total_flops()
+        inputs = {id(x) for x in flat if isinstance(x, torch.Tensor)}
+
+        def to_ghost(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor) or id(x) in inputs:
+                return x
+            if id(x) in back:
+                return back[id(x)]
+            ghost = ghost_like(x.detach(), self)
+            self.register(ghost)
+            return ghost
+
+        return tree_map(to_ghost, out)
+
+    def _remember_output(self, record: UnitCall, index: int, flat: list, out: Any) -> None:
+        leaves, record.spec = tree_flatten(out)
+        positions = {id(x): i for i, x in enumerate(flat) if isinstance(x, torch.Tensor)}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and id(leaf) in positions:
+                record.leaves.append(("in", positions[id(leaf)]))
+            elif isinstance(leaf, Ghost):
+                record.leaves.append(("ghost", leaf.meta))
+                self.names.setdefault(leaf.uid, ("out", index, i))
+                if leaf.uid in self.values:
+                    self.values[leaf.uid].inside_unit = False
+            else:
+                record.skippable &= not isinstance(leaf, torch.Tensor)
+                record.leaves.append(("value", leaf))
+
+    # ---- result
+
+    def result(self, parameter_names: list[str]) -> Trace:
+        """The trace, once the step has ended."""
+        cuts = {c: self._cut(c) for c in range(1, len(self.calls))}
+        uses = {n: tuple(sorted(self.uses[n])) for n in parameter_names if n in self.uses}
+        flops = [self.flops[k] for k in range(-1, len(self.calls))]
+        return Trace(calls=self.calls, cuts=cuts, parameter_uses=uses, flops=flops)
+
+    def _cut(self, c: int) -> Cut:
+        for interval, where in self.reads:
+            if interval < c:
+                return Cut(refusal=f"{where} reads the value of a tensor before this point, which later stages cannot")
+        for call in self.calls[:c]:
+            if call.concrete and not call.skippable:
+                return Cut(refusal=f"`{call.name}` reads values and returns tensors that do not depend on its input")
+        values = []
+        for value in self.values.values():
+            if not value.birth < c <= value.last_use:
+                continue
+            if value.uid in self.arg_leaves[c]:
+                source = ("arg", c, self.arg_leaves[c][value.uid])
+            elif value.uid in self.names:
+                source = self.names[value.uid]
+            elif value.inside_unit:
+                name = self.calls[value.birth].name
+                return Cut(refusal=f"a tensor made inside `{name}` is used later other than through what it returns")
+            else:
+                return Cut(refusal=f"a tensor made at {value.location}, outside any module, is used after this point")
+            values.append(
+                CrossingValue(
+                    source=source,
+                    shape=tuple(value.ghost_meta.shape),
+                    dtype=value.ghost_meta.dtype,
+                    written=value.last_write >= c,
+                )
+            )
+        return Cut(values=tuple(values))
+
+
+def trace_step(
+    root: nn.Module,
+    switch: CallSwitch,
+    step: Callable[..., Any],
+    args: tuple,
+    *,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager] = nullcontext,
+    use_of: Collection[str] | None = None,
+) -> Trace:
+    """Runs `step(*args)` once on ghosts and returns its data flow.
+
+    Args:
+        root: The LightningModule; its parameters may be real, sharded or already ghosts. It is left as it was.
+        switch: The installed call switch of `root`.
+        step: A bound method of `root`, such as `root.training_step`.
+        args: Its arguments; tensors (the microbatch) are real.
+        device: The device of the parameters.
+        context: Entered around the step (autocast).
+        use_of: Names of units for which `Trace.use` is to be recorded.
+
+    Raises:
+        PartitionError: If the step cannot run on ghosts at all.
+    """
+    tracer = Tracer(root)
+    with ExitStack() as stack:
+        stack.enter_context(random_streams_kept(device))
+        stack.enter_context(module_state_kept(root))
+        idle = None if getattr(root, "automatic_optimization", True) else idle_optimizers(root)
+        names = _replace_parameters(root, tracer, device)
+        root.__dict__["log"] = lambda name, value, *a, **k: tracer.consume_all(value)
+        if idle is not None:
+            optimize_idly(root, idle, tracer.consume_all)
+        stack.enter_context(switch.handled_by(tracer))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(context())
+        stack.enter_context(gradients_taken_by(tracer.gradients))
+        use = stack.enter_context(record_use(root, use_of)) if use_of is not None else None
+        try:
+            out = step(*args)
+        except GhostWriteError as error:
+            raise PartitionError(f"`layout`: pipeline stages cannot be made of this module: {error}") from error
+        tracer.consume_all(_as_tree(out))
+    trace = tracer.result(names)
+    trace.use, trace.takes_gradients = use, tracer.takes_gradients
+    return trace
+
+
+def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -> list[str]:
+    """Every parameter of `root` becomes a ghost of `tracer`; shared parameters become one ghost."""
+    ghosts: dict[int, Ghost] = {}
+    names: list[str] = []
+    for name, module, key, parameter in list(parameter_slots(root)):
+        if id(parameter) not in ghosts:
+            ghost = ghost_like(parameter, tracer, device)
+            ghost.requires_grad_(False)
+            ghosts[id(parameter)] = ghost
+            names.append(name)
+            tracer.parameters[id(ghost)] = name
+        module._parameters.pop(key, None)
+        module.__dict__[key] = ghosts[id(parameter)]
+    tracer.ghosts = list(ghosts.values())
+    return names
+
+
+def _random_like(ghost: Ghost) -> torch.Tensor:
+    if ghost.dtype.is_floating_point:
+        return torch.randn(ghost.shape, dtype=ghost.dtype, device=ghost.device) * 0.02
+    return torch.zeros(ghost.shape, dtype=ghost.dtype, device=ghost.device)
+
+
+def _copy_objects(tree: Any) -> Any:
+    """Copies objects that a call may change (caches); tensors and plain values stay."""
+    flat, spec = tree_flatten(tree)
+    plain = (torch.Tensor, str, int, float, bool, type(None), nn.Module, torch.dtype, torch.device)
+    return tree_unflatten([x if isinstance(x, plain) or callable(x) else deepcopy(x) for x in flat], spec)
+
+
+def _as_tree(out: Any) -> Any:
+    return dict(out) if isinstance(out, dict) else out

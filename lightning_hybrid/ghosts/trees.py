@@ -1,0 +1,44 @@
+"""Tensors in nested arguments and results, and the parameter slots of a module in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_hybrid.ghosts.ghost import Slot, parameter_slots
+from lightning_hybrid.spec.tensor_plan import Path
+
+
+def sorted_slots(root: nn.Module) -> list[Slot]:
+    """The parameter slots of `root` by name, an order that does not depend on how it was built."""
+    return sorted(parameter_slots(root), key=lambda slot: slot.name)
+
+
+def map_tensors(function: Callable[[Path, torch.Tensor], Any], tree: Any, path: Path = ()) -> Any:
+    """`tree` (nested tuples, lists, dicts) with every tensor replaced by `function(path, tensor)`."""
+    if isinstance(tree, torch.Tensor):
+        return function(path, tree)
+    if isinstance(tree, dict):
+        mapped = {k: map_tensors(function, v, (*path, k)) for k, v in tree.items()}
+        return mapped if type(tree) is dict else _like_dict(tree, mapped)
+    if isinstance(tree, (list, tuple)):
+        items = [map_tensors(function, v, (*path, i)) for i, v in enumerate(tree)]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return tree
+
+
+def _like_dict(tree: dict, mapped: dict) -> Any:
+    try:
+        return type(tree)(**mapped)
+    except TypeError:
+        return mapped
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors of `tree`, in order."""
+    found: list[torch.Tensor] = []
+    map_tensors(lambda _, tensor: found.append(tensor), tree)
+    return found

@@ -1,0 +1,110 @@
+"""What a step does with weights and with the results of units, seen from outside the modules.
+
+A weight that code outside its own module computes with (`hidden @ self.embedding.weight.T`) must stay whole, and a
+result that nothing consumes (attention probabilities that the model drops) need not be right. Both are recorded while
+the step runs, for example during the dry run on ghosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+
+from lightning_hybrid.ghosts.trees import sorted_slots, tensors_of
+
+_METADATA = {"size", "dim", "stride", "numel", "ndimension", "element_size", "is_floating_point", "is_contiguous"}
+
+
+class StepUse(TorchFunctionMode):
+    """See the module docstring; made by `record_use`."""
+
+    def __init__(self, root: nn.Module, units: Collection[str]) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+        """Names of the modules whose forward ran."""
+        self.computing: dict[str, set[str]] = {}
+        """By parameter: the innermost modules in whose forward it was computed with ("" is the root)."""
+        self._names = {id(module): name for name, module in root.named_modules()}
+        self._units = {id(root.get_submodule(name)): name for name in units}
+        self._results: dict[int, tuple[str, int, torch.Tensor]] = {}
+        self._used: dict[str, set[int]] = {}
+        self._counts: dict[str, int] = {}
+        self._running: list[int] = []
+        self._parameters: dict[int, tuple[torch.Tensor, list[str]]] = {}
+        for slot in sorted_slots(root):
+            self._parameters.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(slot.name)
+
+    def unused_results(self, unit: str) -> set[int]:
+        """Which tensors of the result of `unit` nothing consumed, by position."""
+        used = self._used.get(unit)
+        return set(range(self._counts[unit])) - used if used else set()
+
+    def users(self, parameter: str, within: str) -> set[str]:
+        """Modules that compute with `parameter`, other than `within` and what it contains."""
+        found = self.computing.get(parameter, set())
+        return {user for user in found if within and user != within and not user.startswith(f"{within}.")}
+
+    def entered(self, module: nn.Module) -> None:
+        """A module's forward begins."""
+        self._running.append(id(module))
+        if id(module) in self._names:
+            self.called.add(self._names[id(module)])
+
+    def left(self, module: nn.Module, output: Any) -> None:
+        """A module's forward has ended."""
+        if id(module) in self._running:
+            while self._running.pop() != id(module):
+                continue
+        unit = self._units.get(id(module))
+        if unit is None:
+            return
+        results = tensors_of(output)
+        self._counts[unit] = max(len(results), self._counts.get(unit, 0))
+        for i, tensor in enumerate(results):
+            self._results[id(tensor)] = unit, i, tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if _is_metadata(func, out):
+            return out
+        current = self._running[-1] if self._running else None
+        for value in tree_flatten((args, kwargs))[0]:
+            if not isinstance(value, torch.Tensor):
+                continue
+            if id(value) in self._results:
+                unit, i, _ = self._results[id(value)]
+                self._used.setdefault(unit, set()).add(i)
+            if id(value) in self._parameters:
+                for name in self._parameters[id(value)][1]:
+                    self.computing.setdefault(name, set()).add(self._names.get(current or 0, ""))
+        return out
+
+
+def _is_metadata(func: Any, out: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in _METADATA or (name == "__get__" and not isinstance(out, torch.Tensor))
+
+
+@contextmanager
+def record_use(root: nn.Module, units: Collection[str]) -> Iterator[StepUse]:
+    """Records a step of `root` that runs inside the context; `units` are the names of its units.
+
+    The parameters must be those (real or ghost) that the step will compute with.
+    """
+    use = StepUse(root, units)
+    before = register_module_forward_pre_hook(lambda module, args: use.entered(module))
+    after = register_module_forward_hook(lambda module, args, output: use.left(module, output))
+    try:
+        with use:
+            yield use
+    finally:
+        before.remove()
+        after.remove()

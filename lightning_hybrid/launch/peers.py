@@ -1,0 +1,158 @@
+"""Looks at the processes of all ranks, and exchanges with the others what has gone wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from subprocess import Popen
+
+from lightning_hybrid._torch_private import main_thread_location
+from lightning_hybrid.launch.failures import Answer, Failure
+from lightning_hybrid.launch.processes import Party, State, exit_text
+from lightning_hybrid.launch.store import Board
+
+POLL_SECONDS = 0.5
+"""How often the watch looks."""
+_SILENT_POLLS, _SILENT_POLLS_ALONE = 10, 120
+"""After so many looks without a sign a rank on another machine counts as ended: if something failed, and if not."""
+
+
+class Lookout:
+    """What one rank knows of the failures of all.
+
+    Args:
+        party: The ranks.
+        children: Those of them that this process has started.
+        doing: What the main thread is doing.
+    """
+
+    def __init__(self, party: Party, children: Sequence[Popen], doing: Callable[[], str]) -> None:
+        self.party, self._children, self._doing = party, children, doing
+        self.board = Board(party.store, party.rank)
+        self.failures: list[Failure] = []
+        self.first_seen = 0.0
+        self.outbox: list[Failure] = []
+        """What is to be posted."""
+        self.is_alone = False
+        """Whether the store is gone, so that this rank cannot reach the others."""
+        self._told: set[tuple[int, bool]] = set()
+        self._beats: dict[int, tuple[str, int]] = {}
+        self._polls = 0
+        self._has_left = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.party.processes)
+
+    def states(self) -> dict[int, State]:
+        """The other ranks on this machine."""
+        processes = enumerate(self.party.processes)
+        return {r: process.state() for r, process in processes if process.is_local and r != self.party.rank}
+
+    def look(self) -> None:
+        """Looks once."""
+        self._polls += 1
+        states = self.states()
+        host = states.get(0) if self.party.rank0_has_store else None
+        if host == "gone" and self._has_left:
+            return
+        if self.is_alone or host == "stopped":  # it would answer when it goes on, or never
+            self._look_at_processes(states)
+            self._note(self.outbox)
+            self.outbox = []
+        elif host == "gone":  # asking it would make torch print a stack
+            self.lose_store()
+        else:
+            try:
+                self._exchange(states)
+            except (RuntimeError, OSError):
+                self.lose_store()
+
+    def _exchange(self, states: dict[int, State]) -> None:
+        board, before = self.board, bool(self.failures)
+        board.beat(self._doing())
+        self._note(board.new_failures())  # before the processes: one that has said why it ends is not missed
+        self._look_at_processes(states)
+        self._look_at_remote()
+        while self.outbox:
+            board.post(self.outbox[0])
+            self.outbox.pop(0)
+            self._note(board.new_failures())
+        if self.failures and not before:
+            where, waiting = main_thread_location()
+            board.answer(Answer(doing=self._doing(), where=where, waiting=waiting))
+
+    def everyone_knows(self) -> bool:
+        """Whether all ranks that live have seen the cause."""
+        return self.board.seen() >= self.world_size - len({f.rank for f in self.failures if f.kind == "ended"})
+
+    def _note(self, failures: Sequence[Failure]) -> None:
+        if failures and not self.failures:
+            self.first_seen = time.monotonic()
+        self.failures += failures
+
+    def lose_store(self) -> None:
+        """From now on this rank decides for itself."""
+        self.is_alone = True
+        if self.party.rank0_has_store:
+            self._ended(0, "its process is gone, and with it the store of the run")
+        self._note(self.outbox)
+        self.outbox = []
+
+    def is_first_alive(self) -> bool:
+        """Whether no rank before this one lives; ranks of other machines count as living."""
+        return all(p.is_local and p.state() != "running" for p in self.party.processes[: self.party.rank])
+
+    def leave(self) -> bool:
+        """Says that this rank's run is over; whether that of all others is, too."""
+        try:
+            if not self._has_left and not self.is_alone:
+                self.board.leave()
+                self._has_left = True
+            return self.is_alone or all(self.board.has_left(r) for r in range(self.world_size))
+        except (RuntimeError, OSError):
+            return True  # rank 0 has seen all others leave, and is gone with the store
+
+    # ---- other ranks
+
+    def _look_at_processes(self, states: dict[int, State]) -> None:
+        for rank, state in states.items():
+            if state == "gone":
+                self._ended(rank, f"its process (pid {self.party.processes[rank].pid}) is gone")
+        for local_rank, child in enumerate(self._children, 1):
+            code = child.poll()
+            if code is not None:
+                self._ended(self.party.rank + local_rank, f"its process (pid {child.pid}) {exit_text(code)}", sure=True)
+
+    def _look_at_remote(self) -> None:
+        """The neighbours in rank, if they are on other machines."""
+        for rank in {(self.party.rank + 1) % self.world_size, (self.party.rank - 1) % self.world_size}:
+            if self.party.processes[rank].is_local:
+                continue
+            beat = f"{self.board.beat_of(rank)}"
+            last, since = self._beats.get(rank, ("", self._polls))
+            if beat != last:
+                self._beats[rank] = (beat, self._polls)
+                continue
+            silent = self._polls - since
+            if silent > (_SILENT_POLLS if self.failures else _SILENT_POLLS_ALONE):
+                self._ended(rank, f"no sign of it for {silent * POLL_SECONDS:.0f} s")
+
+    def _ended(self, rank: int, how: str, *, sure: bool = False) -> None:
+        """Posts that a rank's process is gone, unless its run was over or it has said why.
+
+        Args:
+            rank: The rank.
+            how: What is known of it.
+            sure: Whether it is known from its parent, which adds the exit code to what others have posted.
+        """
+        if (rank, sure) in self._told or any(f.rank == rank and f.kind != "ended" for f in self.failures):
+            return
+        doing = ""
+        if not self.is_alone:
+            if self.board.has_left(rank):
+                return
+            doing = self.board.beat_of(rank) or ""
+        self._told.add((rank, sure))
+        self.outbox.append(Failure(rank=rank, kind="ended", text=how, doing=doing))

@@ -1,0 +1,194 @@
+"""The processes of a run: which rank is which process, whether it lives, and how it meets the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from lightning_hybrid._torch_private import store_client
+from lightning_hybrid.launch.failures import RankFailed
+from lightning_hybrid.spec.errors import RankError
+
+State = Literal["running", "stopped", "gone"]
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+"""That of torch for gloo."""
+
+_LOOK_SECONDS = 0.02
+"""How often a rank looks whether the others have come; at most for the length of the start."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where a rank runs."""
+
+    host: str
+    pid: int
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its process id means something here."""
+        return self.host == _this_host()
+
+    def state(self) -> State:
+        """Of a process on this machine."""
+        return process_state(self.pid)
+
+
+def this_process() -> Process:
+    """This rank's own."""
+    return Process(_this_host(), os.getpid())
+
+
+def _this_host() -> str:
+    """The machine and, in it, the namespace in which process ids count."""
+    try:
+        return f"{socket.gethostname()}:{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def process_state(pid: int) -> State:
+    """Whether a process of this machine lives; one that has ended and waits for its parent is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return _state_without_proc(pid)
+    return {"Z": "gone", "X": "gone", "T": "stopped"}.get(fields[0], "running")  # type: ignore[return-value]
+
+
+def _state_without_proc(pid: int) -> State:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "gone"
+    except PermissionError:
+        pass
+    return "running"
+
+
+def exit_text(code: int) -> str:
+    """What a return code of `subprocess` says."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "unknown"
+    hint = "; if nobody killed it, the system did, for memory: see the kernel's log" if -code == signal.SIGKILL else ""
+    return f"ended by signal {-code} ({name}{hint})"
+
+
+# ---- meeting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Party:
+    """The ranks of one run, which have met."""
+
+    store: Store
+    """This rank's own connection, with keys of this run only."""
+    rank: int
+    processes: list[Process]
+    facts: list[dict[str, str]]
+    """What each rank says of itself."""
+    rank0_has_store: bool
+    """Whether the store ends with rank 0; else an outer launcher has it."""
+
+
+def meet(
+    environment: ClusterEnvironment,
+    rank: int,
+    world_size: int,
+    timeout: timedelta | None,
+    facts: dict[str, str],
+    check: Callable[[], None],
+) -> Party:
+    """Waits until all ranks have come.
+
+    Args:
+        environment: Knows where rank 0 is.
+        rank: This rank.
+        world_size: How many are to come.
+        timeout: How long to wait.
+        facts: What this rank says of itself.
+        check: Called while waiting; raises if there is no hope.
+
+    Raises:
+        RankError: If ranks are missing after `timeout`; names them.
+    """
+    timeout = timeout or DEFAULT_TIMEOUT
+    deadline = time.monotonic() + timeout.total_seconds()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    base = f"lightning_hybrid/watch/{attempt}"
+    store = PrefixStore(base, _connect(environment, rank, world_size, timeout))
+    run = store.add(f"runs_of_rank/{rank}", 1)
+    store = PrefixStore(str(run), store)
+    own = this_process()
+    store.set(f"here/{rank}", json.dumps({"host": own.host, "pid": own.pid, "facts": facts}))
+    keys = [f"here/{r}" for r in range(world_size)]
+    while not store.check(keys):
+        check()
+        if time.monotonic() > deadline:
+            raise _missing(store, rank, world_size, timeout)
+        time.sleep(_LOOK_SECONDS)
+    said: list[dict[str, Any]] = [json.loads(text) for text in store.multi_get(keys)]
+    return Party(
+        store=store,
+        rank=rank,
+        processes=[Process(s["host"], s["pid"]) for s in said],
+        facts=[s["facts"] for s in said],
+        rank0_has_store=not _has_agent_store(),
+    )
+
+
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _connect(environment: ClusterEnvironment, rank: int, world_size: int, timeout: timedelta) -> Store:
+    if dist.is_initialized():
+        return store_client()
+    address, port = environment.main_address, environment.main_port
+    try:
+        return TCPStore(  # the process group's own comes later and shares the server
+            address,
+            port,
+            world_size,
+            rank == 0 and not _has_agent_store(),
+            timeout,
+            wait_for_workers=False,
+            multi_tenant=not _has_agent_store(),
+        )
+    except dist.DistNetworkError as error:  # type: ignore[attr-defined]
+        raise RankError(
+            f"Rank {rank} of {world_size} cannot reach rank 0 at {address}:{port} ({_first_line(error)}). Rank 0 has "
+            "not started, or MASTER_ADDR and MASTER_PORT are not its own, or a firewall is between them."
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].strip(" .") if str(error) else type(error).__name__
+
+
+def _missing(store: Store, rank: int, world_size: int, timeout: timedelta) -> BaseException:
+    here = [r for r in range(world_size) if store.check([f"here/{r}"])]
+    missing = [str(r) for r in range(world_size) if r not in here]
+    names = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(missing)} have"
+    message = (
+        f"The run cannot start: {names} not come within {timeout} (the strategy's `timeout`). Of {world_size} ranks "
+        f"{len(here)} are here. See the output of the missing ones, and whether their machines can reach rank 0."
+    )
+    return RankError(message) if rank == here[0] else RankFailed(message)

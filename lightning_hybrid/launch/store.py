@@ -1,0 +1,80 @@
+"""What the ranks tell each other when something fails, in the store with which they met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from lightning_hybrid.launch.failures import Answer, Cause, Failure, load
+
+
+class Board:
+    """One rank's view; each call is one or a few round trips to the store, of some 30 microseconds on one machine.
+
+    Args:
+        store: A connection of its own.
+        rank: This rank.
+    """
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store, self._rank = store, rank
+        self._read = 0
+
+    def beat(self, doing: str) -> None:
+        """Shows that this rank lives, and where it is."""
+        self._store.set(f"beat/{self._rank}", doing)
+
+    def beat_of(self, rank: int) -> str | None:
+        """The last sign of another rank."""
+        key = f"beat/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def leave(self) -> None:
+        """This rank's run is over, and it may end."""
+        self._store.set(f"left/{self._rank}", "")
+
+    def has_left(self, rank: int) -> bool:
+        """Whether a rank's run is over."""
+        return self._store.check([f"left/{rank}"])
+
+    def post(self, failure: Failure) -> None:
+        """Tells all ranks of a failure."""
+        self._store.set(f"failure/{self._store.add('failures', 1)}", failure.dump())
+
+    def new_failures(self) -> list[Failure]:
+        """Those that this rank has not read yet."""
+        found = []
+        while self._store.check([f"failure/{self._read + 1}"]):
+            self._read += 1
+            found.append(load(Failure, self._store.get(f"failure/{self._read}")))
+        return found
+
+    def answer(self, answer: Answer) -> None:
+        """Says where this rank's main thread is."""
+        self._store.set(f"answer/{self._rank}", answer.dump())
+
+    def answers(self, world_size: int) -> dict[int, Answer]:
+        """What the ranks have said so far."""
+        given = [r for r in range(world_size) if self._store.check([f"answer/{r}"])]
+        return {r: load(Answer, self._store.get(f"answer/{r}")) for r in given}
+
+    def decided(self) -> Cause | None:
+        """The cause that one of the ranks has decided on."""
+        return load(Cause, self._store.get("cause")) if self._store.check(["cause"]) else None
+
+    def decide(self, choose: Callable[[], Cause]) -> Cause:
+        """The cause, which is the choice of the first rank that asks; the same for all."""
+        return self.decided() or load(Cause, self._store.compare_set("cause", "", choose().dump()))
+
+    def claim_speech(self) -> bool:
+        """Whether this rank is the first to ask, and so the one to show the cause."""
+        return self._store.add("speaker", 1) == 1
+
+    def note_seen(self) -> None:
+        """This rank knows the cause."""
+        self._store.add("seen", 1)
+
+    def seen(self) -> int:
+        """How many ranks know the cause."""
+        return self._store.add("seen", 0)

@@ -1,0 +1,324 @@
+"""`self.log` under any layout: recorded during a step, reduced over microbatches and replicas, replayed on every rank.
+
+A step's `self.log` calls run once a microbatch, and on one stage only. They are collected here, so that Lightning sees
+each call once a step, on every rank, with the value that one process would have logged for the global batch. Calls in
+other hooks run on every rank already; their values are reduced over the replicas.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_hybrid._lightning_private import running_hook, samples_of_running_batch
+from lightning_hybrid.mesh import Mesh
+
+_SIGNATURE = inspect.signature(LightningModule.log)
+_OPTIONS = frozenset(_SIGNATURE.parameters) - {"self", "name", "value"}
+_SLOTS = 32
+"""Values that fit in the first all-reduce; a step that logs more needs a second one."""
+_NOT_REPLAYED = ("sync_dist", "sync_dist_group", "enable_graph")
+"""Options that have done their work once a value is recorded."""
+
+
+@dataclass
+class LogEntry:
+    """One `self.log` call of a step."""
+
+    name: str
+    options: dict[str, Any]
+    value: Any
+    """Sum of value x weight for means, else the reduced value; for torchmetrics objects the object's module name."""
+    weight: float
+    """Samples behind the value."""
+    reduction: str
+    """`mean`, `sum`, `max`, `min` or `metric`."""
+    place: tuple[int, int] = (0, 0)
+    """Stage, and position among the stage's calls: the order in which one process would have logged."""
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every replica logs it; not with `rank_zero_only`."""
+        return not self.options.get("rank_zero_only", False)
+
+
+def _by_name(root: pl.LightningModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `self.log` call by name."""
+    if len(args) == 2 and _OPTIONS.issuperset(kwargs):  # nearly all calls; binding would take most of their time
+        return {"name": args[0], "value": args[1], **kwargs}
+    bound = _SIGNATURE.bind(root, *args, **kwargs)
+    return {k: v for k, v in bound.arguments.items() if k != "self"}
+
+
+@dataclass
+class LogRecorder:
+    """Collects the `self.log` calls of one step."""
+
+    root: pl.LightningModule
+    calls: dict[tuple[int, str, int], LogEntry] = field(default_factory=dict)
+    """By stage, key, and how many calls of this microbatch had the key before."""
+
+    @property
+    def entries(self) -> list[LogEntry]:
+        """What was logged, in order."""
+        return sorted(self.calls.values(), key=lambda e: e.place)
+
+    @contextmanager
+    def recording(self, samples: int, owner: Any = None, stage: int = 0) -> Iterator[None]:
+        """Inside, `self.log` records; `samples` weigh a value with no `batch_size`; calls count while `owner.own`."""
+        seen: Counter[str] = Counter()
+
+        def log(*args: Any, **kwargs: Any) -> None:
+            if owner is None or owner.own:
+                options = _by_name(self.root, args, kwargs)
+                self.record(samples, (stage, options["name"], seen[options["name"]]), **options)
+                seen[options["name"]] += 1
+
+        before = self.root.__dict__.get("log")
+        self.root.__dict__["log"] = log
+        try:
+            yield
+        finally:
+            if before is None:
+                self.root.__dict__.pop("log", None)
+            else:
+                self.root.__dict__["log"] = before
+
+    def record(self, samples: int, call: tuple[int, str, int], /, name: str, value: Any, **options: Any) -> None:
+        """Adds one call of `self.log` for one microbatch."""
+        weight = float(options.pop("batch_size", None) or samples)
+        options = {k: v for k, v in options.items() if k not in _NOT_REPLAYED}
+        entry = self.calls.get(call)
+        place = (call[0], len(self.calls))
+        if isinstance(value, Metric):
+            if entry is None:
+                path = next(n for n, m in self.root.named_modules() if m is value)
+                self.calls[call] = LogEntry(name, options, path, weight, "metric", place)
+            else:
+                entry.weight += weight
+            return
+        if not isinstance(value, numbers.Number | Tensor):
+            LightningModule.log(self.root, name, value, **options)  # raises Lightning's own error
+        value = torch.as_tensor(value, dtype=torch.float64).detach()
+        if value.numel() != 1:
+            raise ValueError(
+                f"`self.log({name}, {value})` was called, but the tensor must have a single element. Got shape "
+                f"{tuple(value.shape)}. Reduce it, for example with `.mean()`."
+            )
+        value = value.reshape(())
+        reduction = _reduction(name, options.get("reduce_fx", "mean"))
+        scaled = value * weight if reduction == "mean" else value
+        if entry is None:
+            self.calls[call] = LogEntry(name, options, scaled, weight, reduction, place)
+            return
+        entry.weight += weight
+        if reduction in ("mean", "sum"):
+            entry.value = entry.value + scaled
+        else:
+            entry.value = (torch.maximum if reduction == "max" else torch.minimum)(entry.value, scaled)
+
+
+_REDUCTIONS = {torch.mean: "mean", torch.sum: "sum", sum: "sum", torch.max: "max", max: "max"}
+_REDUCTIONS |= {torch.min: "min", min: "min", "avg": "mean"} | {n: n for n in ("mean", "sum", "max", "min")}
+
+
+def _reduction(name: str, reduce_fx: Any) -> str:
+    """As Lightning reads `reduce_fx`."""
+    found = _REDUCTIONS.get(reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx)
+    if found is None:
+        raise ValueError(
+            f"`self.log({name!r}, reduce_fx=...)` takes only min, max, mean and sum, as Lightning does. Got "
+            f"{reduce_fx}. Log a `torchmetrics.Metric` for another reduction."
+        )
+    return found
+
+
+def leave_out(entries: list[LogEntry]) -> None:
+    """Makes entries of samples that do not count: the global batch is what the other replicas have."""
+    empty = {"mean": 0.0, "sum": 0.0, "max": -math.inf, "min": math.inf}
+    for entry in entries:
+        entry.weight = 0.0
+        if entry.reduction != "metric":
+            entry.value = torch.tensor(empty[entry.reduction], dtype=torch.float64)
+
+
+# ---- over replicas
+
+
+def reduce_over_replicas(entries: list[LogEntry], mesh: Mesh, device: torch.device, hook: str = "") -> None:
+    """Makes each entry that of the global batch; collective over the replicas, which must have logged the same keys.
+
+    Args:
+        entries: What this rank has logged, in order.
+        mesh: The mesh.
+        device: This rank's device.
+        hook: The hook that logged, if it was none of the steps.
+
+    Raises:
+        ValueError: On every replica, if the keys differ.
+    """
+    if mesh.layout.replicas == 1:
+        return
+    group, n = mesh.log_group, mesh.layout.replicas
+    entries = [e for e in entries if e.everywhere]
+    keys = [f"{hook}: {e.name}" if hook else e.name for e in entries]
+    text = "\n".join(f"{k} {e.reduction}" for k, e in zip(keys, entries, strict=True))
+    code = float(zlib.crc32(text.encode()) % 1_000_003)
+    head = torch.zeros(2 + 2 * _SLOTS, dtype=torch.float64, device=device)
+    head[:2] = torch.tensor([code, code * code], dtype=torch.float64)
+    summed = [e for e in entries if e.reduction in ("mean", "sum")]
+    for i, entry in enumerate(summed[:_SLOTS]):
+        head[2 + 2 * i] = entry.value
+        head[3 + 2 * i] = entry.weight
+    dist.all_reduce(head, group=group)
+    if head[0].item() != code * n or head[1].item() != code * code * n:
+        _raise_different_keys(keys, mesh)
+    if len(summed) > _SLOTS:
+        rest = torch.tensor([[float(e.value), e.weight] for e in summed[_SLOTS:]], dtype=torch.float64, device=device)
+        dist.all_reduce(rest, group=group)
+        for entry, (value, weight) in zip(summed[_SLOTS:], rest, strict=True):
+            entry.value, entry.weight = value, float(weight)
+    for i, entry in enumerate(summed[:_SLOTS]):
+        entry.value, entry.weight = head[2 + 2 * i].clone(), float(head[3 + 2 * i])
+    for entry in entries:
+        if entry.reduction in ("max", "min"):
+            entry.value = torch.as_tensor(entry.value, device=device).clone()
+            largest = entry.reduction == "max"
+            dist.all_reduce(entry.value, dist.ReduceOp.MAX if largest else dist.ReduceOp.MIN, group=group)
+        if entry.reduction in ("max", "min", "metric"):
+            entry.weight *= n
+
+
+def _raise_different_keys(keys: list[str], mesh: Mesh) -> None:
+    gathered: list[Any] = [None] * mesh.layout.replicas
+    dist.all_gather_object(gathered, keys, group=mesh.log_group)
+    raise ValueError(
+        f"`self.log` must be called with the same keys on every replica, in the same order. Got {gathered}. "
+        "Log a key on all of them or on none, or with `rank_zero_only=True`."
+    )
+
+
+# ---- on every rank
+
+
+def replay(
+    root: pl.LightningModule, entries: list[LogEntry], prepare_metric: Callable[[LogEntry], None] | None = None
+) -> None:
+    """Logs every entry once, in the same order on every rank.
+
+    Args:
+        root: The LightningModule.
+        entries: What to log.
+        prepare_metric: Called with the entry of a torchmetrics object before it is logged.
+    """
+    for entry in entries:
+        if entry.reduction == "metric":
+            if prepare_metric is not None:
+                prepare_metric(entry)
+            value: Any = root.get_submodule(entry.value)
+        else:
+            value = torch.as_tensor(entry.value, dtype=torch.float64)
+            value = (value / entry.weight if entry.reduction == "mean" else value).to(root.device, torch.float32)
+        LightningModule.log(root, entry.name, value, batch_size=max(1, round(entry.weight)), **entry.options)
+
+
+@contextmanager
+def silent(root: pl.LightningModule) -> Iterator[None]:
+    """Inside, `self.log` does nothing: modules are run on made-up numbers."""
+    kept = {key: root.__dict__[key] for key in ("log", "log_dict") if key in root.__dict__}
+    root.__dict__.update(log=_nothing, log_dict=_nothing)
+    try:
+        yield
+    finally:
+        for key in ("log", "log_dict"):
+            root.__dict__.pop(key)
+        root.__dict__.update(kept)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+class HookLogs:
+    """`self.log` and `self.log_dict` outside the steps, in hooks of the module and of callbacks.
+
+    Every rank calls them, as Lightning asks; their values are reduced over the replicas, whatever `sync_dist` says.
+    """
+
+    def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device) -> None:
+        self._root, self._mesh, self._device = root, mesh, device
+        self.absent = False
+        """Whether the samples of the running batch count for nothing."""
+
+    def install(self) -> None:
+        """Starts taking the calls of the LightningModule."""
+        if self._mesh.layout.replicas > 1:
+            self._root.__dict__.update(log=self._log, log_dict=self._log_dict)
+
+    def remove(self) -> None:
+        """Ends it."""
+        for key in ("log", "log_dict"):
+            self._root.__dict__.pop(key, None)
+
+    def _log(self, *args: Any, **kwargs: Any) -> None:
+        self._log_all([_by_name(self._root, args, kwargs)])
+
+    def _log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        calls: list[dict[str, Any]] = []
+        collector = _Collector(self._root, calls)
+        LightningModule.log_dict(collector, dictionary, *args, **kwargs)  # type: ignore[arg-type]
+        if "log" in self._root.__dict__ and self._root.__dict__["log"] != self._log:
+            for call in calls:  # inside a step, whose recorder takes them
+                self._root.log(**call)
+        else:
+            self._log_all(calls)
+
+    def _log_all(self, calls: list[dict[str, Any]]) -> None:
+        recorder = LogRecorder(self._root)
+        samples = samples_of_running_batch(self._root.trainer)
+        weighed = {}
+        for i, call in enumerate(calls):
+            if isinstance(call["value"], Metric) or call.get("rank_zero_only", False):
+                LightningModule.log(self._root, **{k: v for k, v in call.items() if k != "sync_dist"})
+                continue
+            weighed[0, call["name"], i] = samples is not None or call.get("batch_size") is not None
+            recorder.record(samples or 1, (0, call["name"], i), **call)
+        if self.absent and samples is not None:
+            leave_out(recorder.entries)
+        if not recorder.calls:
+            return
+        reduce_over_replicas(recorder.entries, self._mesh, self._device, running_hook(self._root) or "no hook")
+        for key, entry in recorder.calls.items():
+            if not weighed[key]:  # between batches each rank's value counts once, as in one process
+                entry.value = entry.value / entry.weight if entry.reduction == "mean" else entry.value
+                entry.weight = 1.0
+        replay(self._root, recorder.entries)
+
+
+@dataclass
+class _Collector:
+    """Stands in for a LightningModule while its `log_dict` takes a dictionary apart."""
+
+    root: pl.LightningModule
+    calls: list[dict[str, Any]]
+
+    @property
+    def _fabric(self) -> Any:
+        return self.root._fabric
+
+    def log(self, **call: Any) -> None:
+        self.calls.append(call)

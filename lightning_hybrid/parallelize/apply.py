@@ -1,0 +1,410 @@
+"""A LightningModule under a plan: what was put on, in which order, and taking it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_hybrid._torch_private import forget_fully_shard, hook_tables
+from lightning_hybrid.experts.parallel import ExpertParallel
+from lightning_hybrid.ghosts.deferred_init import Tape
+from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.ghosts.parameters import Parameters
+from lightning_hybrid.ghosts.trace import Trace
+from lightning_hybrid.ghosts.units import CallSwitch
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.replicas.batch_norm import global_batch_norm
+from lightning_hybrid.replicas.fsdp import shard_replicas
+from lightning_hybrid.replicas.gradient_hooks import GradientHooks
+from lightning_hybrid.replicas.reduction import (
+    Exact,
+    Hierarchical,
+    InBfloat16,
+    InBfloat16AddedExactly,
+    Reduction,
+    ShardedInBfloat16,
+)
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
+from lightning_hybrid.spec.gradient_sync import GradientSync
+from lightning_hybrid.spec.plan import Plan, stage_of
+from lightning_hybrid.spec.tensor_plan import TensorPlan
+from lightning_hybrid.tensor.plan import TensorParallel, apply_tensor_plan, part_of
+
+
+class StepModule(nn.Module):
+    """Runs a step of the LightningModule inside its own `forward`, so that hooks of `fully_shard` surround it."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.root = root
+        self.tensor: TensorParallel | None = None
+
+    def forward(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns `step(*args, **kwargs)`, where `step` is a bound method of the LightningModule."""
+        if self.tensor is None:
+            return step(*args, **kwargs)
+        with self.tensor.root_context():
+            return step(*args, **kwargs)
+
+
+@dataclass
+class Partition:
+    """Everything that `apply` put on a module."""
+
+    root: nn.Module
+    mesh: Mesh
+    plan: Plan
+    trace: Trace | None
+    switch: CallSwitch
+    parameters: Parameters
+    step_module: StepModule
+    tensor_plan: TensorPlan | None = None
+    tensor: TensorParallel | None = None
+    expert_plans: Mapping[str, ExpertPlan] = field(default_factory=dict)
+    """How modules of experts are divided over `ep`."""
+    experts: ExpertParallel | None = None
+    gradient_sync: GradientSync = GradientSync()
+    """How replicas agree on gradients."""
+    whole: set[str] = field(default_factory=set)
+    """Parameters that `fsdp` leaves whole (scalars)."""
+    shared_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+    """For each weight that several pipeline ranks hold, this one included: the group of its holders."""
+    absent: bool = False
+    """Whether what this replica runs at present counts for nothing (see `execute.data.dealing.Uneven`)."""
+    gradient_hooks: GradientHooks | None = None
+    on_remove: Callable[[], None] | None = None
+    """What is undone first when the partition is taken off."""
+    _overrides: list[tuple[nn.Module, Callable]] = field(default_factory=list)
+    _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
+
+    def apply(
+        self, device: torch.device, wrappers: Sequence[Callable[[Callable], Callable]], tape: Tape | None
+    ) -> None:
+        """Puts everything on. This is the one place where the order is written.
+
+        1. parameters of other stages become ghosts; 2. what stays becomes real, or goes to the device; 3. experts are
+        divided; 4. tensor parallelism; 5. common batch statistics; 6. recomputation and compilation of blocks;
+        7. sharded replicas; 8. groups for shared weights. A model that was built on a tape becomes real piece by piece,
+        each divided before the next.
+
+        Args:
+            device: This rank's device.
+            wrappers: What the calls of the blocks go through (recomputation, compilation), the innermost first.
+            tape: The tape on which the module was built, if it has no weights yet.
+        """
+        before = {m: [set(table) for table in hook_tables(m)] for m in self.root.modules()}
+        self.gradient_hooks = GradientHooks(self.parameters)
+        held = self._held_names()
+        layout = self.plan.layout
+        self.parameters.release([n for n in self.parameters.names if n not in held], device)
+        if self.expert_plans:
+            self.experts = ExpertParallel(self.root, self.expert_plans, self.mesh.group("ep"))
+        if tape is not None:
+            tape.make_buffers_real(self.root)
+            if self.tensor_plan is not None or layout.fsdp == 1:
+                self._make_real(tape, held, device)
+        self._divide_experts(held, tape is not None)
+        self.root.to(device)
+        if self.tensor_plan is not None:
+            mesh = self.mesh.device_mesh["tp"]
+            self.tensor = apply_tensor_plan(self.root, self.tensor_plan, mesh, held.__contains__, tape is not None)
+            self.step_module.tensor = self.tensor
+        if layout.replicas > 1:
+            self._share_batch_statistics()
+        units = self.switch.units
+        blocks = [b for b in units.blocks if held & self.parameters.inside(b)]
+        for wrapper in wrappers:
+            self.switch.wrap(blocks, wrapper)
+        if layout.fsdp > 1:
+            self._shard(held, blocks, tape, device)
+        self.gradient_hooks.attach()
+        self.gradient_hooks.pass_on([self.step_module, *self.root.modules()])
+        self._create_shared_groups()
+        self._hooks = self._new_hooks(before)
+
+    def _shard(self, held: set[str], blocks: list[str], tape: Tape | None, device: torch.device) -> None:
+        make_real = None if tape is None or self.tensor is not None else partial(self._make_real, tape, device=device)
+        step_module = self.step_module
+        if not getattr(self.root, "automatic_optimization", True):
+            # weights change within a step, so nothing may stay gathered for all of it: every unit by itself
+            step_module, blocks = None, [u for u in self.switch.units.names if held & self.parameters.inside(u)]
+        experts = [] if self.experts is None else self.experts.modules()
+        self.whole, overrides = shard_replicas(
+            self.root, step_module, blocks, experts, self.parameters, held, self.mesh, make_real
+        )
+        self._overrides += overrides
+        if self.gradient_sync.kind in ("bf16", "bf16_fp32acc"):
+            reduce_scatter = ShardedInBfloat16(self.gradient_sync.kind == "bf16_fp32acc")
+            for module in [self.step_module, *self.root.modules()]:
+                if isinstance(module, FSDPModule):
+                    module.set_custom_reduce_scatter(reduce_scatter)
+
+    def reduction(self) -> Reduction:
+        """How whole gradients are added up over replicas. Collective."""
+        sync = self.gradient_sync
+        if sync.kind == "hierarchical":
+            return Hierarchical(*self.mesh.nested_groups(sync.inner or self.mesh.neighbours))
+        known = {"exact": Exact, "diloco": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
+        return known[sync.kind]()
+
+    def _divide_experts(self, held: Collection[str], divided: bool) -> None:
+        """Cuts this rank's experts out, unless they are or will be made real as such; takes their modules over."""
+        experts = self.experts
+        if experts is None:
+            return
+        for name in [] if divided else [n for n in self.parameters.names if n in held and experts.plan_of(n)]:
+            part = experts.part_of(name, self.parameters[name].detach())
+            self.parameters.put(name, nn.Parameter(part, requires_grad=self.parameters.requires_grad[name]))
+        self._overrides += experts.install(held.__contains__)
+
+    def _make_real(self, tape: Tape, names: Collection[str], device: torch.device) -> None:
+        """Gives the parameters `names` their initial values, each divided as soon as it is there."""
+        plan = self.tensor_plan
+        for name in [n for n in self.parameters.names if n in names]:
+            present = self.parameters[name]
+            if isinstance(present, DTensor):
+                continue  # sharded by itself already, as experts are
+            real = tape.make_real(present) if isinstance(present, Ghost) else present.detach()
+            if self.experts is not None and self.experts.plan_of(name) is not None:
+                real = self.experts.part_of(name, real)
+            elif plan is not None and name in plan.parameters:
+                real = part_of(real, plan.parameters[name], self.mesh.rank("tp"), plan.size)
+            elif not isinstance(present, Ghost):
+                continue
+            wants = self.parameters.requires_grad[name]
+            self.parameters.put(name, nn.Parameter(real.to(device), requires_grad=wants))
+
+    def remove(self) -> None:
+        """Takes everything off. Collective; afterwards every rank has the user's module with all present weights."""
+        hooks = self._begin_removal()
+        wholes = {name: self.whole_parameter(name) for name in self.parameters.names}
+        if self.tensor is not None:
+            self.tensor.remove()
+        self._take_off_modules()
+        for name, whole in wholes.items():
+            present = self.parameters[name]
+            if self.tensor is None or isinstance(present, Ghost) or self.expert_plan_of(name) is not None:
+                self.parameters.put(name, nn.Parameter(whole, requires_grad=self.parameters.requires_grad[name]))
+        if hooks is not None:
+            hooks.attach()
+        self._share_buffers()
+
+    def take_off(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
+        """Takes everything off and leaves ghosts in the place of all parameters, to be partitioned anew.
+
+        No weight is gathered: the caller has kept this rank's parts.
+
+        Args:
+            shapes: Of the whole parameters, by name.
+            device: This rank's device.
+        """
+        hooks = self._begin_removal()
+        if self.tensor is not None:
+            self.tensor.take_off()
+        self._take_off_modules()
+        self.parameters.make_ghosts(shapes, device)
+        if hooks is not None:
+            hooks.attach()
+
+    def _begin_removal(self) -> GradientHooks | None:
+        if self.on_remove is not None:
+            self.on_remove()
+        self.reshard()
+        if self.gradient_hooks is not None:
+            self.gradient_hooks.collect()
+        return self.gradient_hooks
+
+    def _take_off_modules(self) -> None:
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                forget_fully_shard(module)
+        for module, ours in self._hooks.items():
+            for table, ids in zip(hook_tables(module), ours, strict=True):
+                for key in ids:
+                    table.pop(key, None)
+        for module, _ in self._overrides:
+            del module.__dict__["forward"]
+        if self.experts is not None:
+            self.experts.remove()
+        self.switch.remove()
+
+    def sharded_blocks(self) -> list[nn.Module]:
+        """The modules that `fsdp` gathers one by one, of which none has another one inside."""
+        sharded = [m for m in self.root.modules() if isinstance(m, FSDPModule)]
+        return [m for m in sharded if not any(isinstance(c, FSDPModule) for c in m.modules() if c is not m)]
+
+    def reshard(self) -> None:
+        """Frees what `fsdp` has gathered for evaluation, so that parameters are the sharded ones again."""
+        for module in [self.step_module, *self.root.modules()]:
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def whole_parameter(self, name: str) -> torch.Tensor:
+        """The whole of a parameter on every rank. Collective."""
+        return self.whole_of(name, self.parameters[name].detach())
+
+    def whole_of(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
+        """The whole of a tensor that is laid out like parameter `name`, on every rank. Collective.
+
+        Args:
+            name: A parameter's first name.
+            tensor: This rank's part; anything where the rank does not hold the parameter.
+        """
+        source = self.plan.ranks_of(name)[0]
+        present = self.parameters[name]
+        if self.mesh.rank("pp") == source and tensor is not None:
+            whole = self.gathered(name, tensor).clone(memory_format=torch.contiguous_format)
+        else:
+            whole = torch.empty(self.shape_of(name), dtype=present.dtype, device=present.device)
+        if self.plan.layout.pp > 1:
+            group = self.mesh.group("pp")
+            dist.broadcast(whole, dist.get_global_rank(group, source), group=group)
+        return whole
+
+    def gathered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole of a tensor that is laid out like parameter `name`. Collective over the ranks that hold it."""
+        if self.tensor is not None:
+            tensor = self.tensor.full_tensor(name, tensor)
+        elif isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        return tensor if self.experts is None else self.experts.gathered(name, tensor)
+
+    def expert_plan_of(self, name: str) -> ExpertPlan | None:
+        """How the parameter `name` is divided over `ep`; None if it is no expert's."""
+        return plan_of(self.expert_plans, name)
+
+    def shape_of(self, name: str) -> torch.Size:
+        """The shape of the whole of parameter `name`."""
+        present = self.parameters[name]
+        if self.experts is None or isinstance(present, Ghost):
+            return present.shape
+        return self.experts.whole_shape(name, present.shape)
+
+    def _share_buffers(self) -> None:
+        if self.plan.layout.pp == 1:
+            return
+        group = self.mesh.group("pp")
+        for name, buffer in self.root.named_buffers():
+            dist.broadcast(buffer, dist.get_global_rank(group, self.buffer_rank(name)), group=group)
+
+    def buffer_rank(self, name: str) -> int:
+        """The pipeline rank whose stage uses the buffer `name`."""
+        for stage in self.plan.stages:
+            if any(name.startswith(f"{unit}.") for unit in stage.units):
+                return stage.rank
+        return 0
+
+    def _held_names(self) -> set[str]:
+        rank = self.mesh.rank("pp")
+        return {n for n in self.parameters.names if rank in self.plan.ranks_of(n)}
+
+    def _share_batch_statistics(self) -> None:
+        for module in self.root.modules():
+            if isinstance(module, _BatchNorm):
+                forward = global_batch_norm(module, self.mesh.replica_group, lambda: self.absent)
+                self._overrides.append((module, forward))
+                module.__dict__["forward"] = forward
+
+    def _create_shared_groups(self) -> None:
+        """Groups of pipeline ranks that hold the same weight; every rank takes part in creating every group."""
+        shared = {n: self.plan.ranks_of(n) for n in self.parameters.names if len(self.plan.ranks_of(n)) > 1}
+        groups = {ranks: self.mesh.holder_group(ranks) for ranks in sorted(set(shared.values()))}
+        self.shared_groups = {n: group for n, ranks in shared.items() if (group := groups[ranks]) is not None}
+
+    # ---- the module as the user wrote it, for dry runs
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, calls of the module run without anything that was put on, as a dry run on ghosts needs it."""
+        with ExitStack() as stack:
+            for module, ours in self._hooks.items():
+                for table, ids in zip(hook_tables(module), ours, strict=True):
+                    kept = dict(table)
+                    stack.callback(_replace, table, kept)
+                    _replace(table, {k: v for k, v in kept.items() if k not in ids})
+            for module, forward in self._overrides:
+                del module.__dict__["forward"]
+                stack.callback(module.__dict__.__setitem__, "forward", forward)
+            for module, forward in () if self.experts is None else self.experts.dry_forwards():
+                module.__dict__["forward"] = forward
+            if self.tensor is not None:
+                stack.enter_context(self.tensor.disabled())
+            yield
+
+    def _new_hooks(self, before: dict[nn.Module, list[set]]) -> dict[nn.Module, list[set]]:
+        found = {
+            m: [set(t) - old for t, old in zip(hook_tables(m), before[m], strict=True)] for m in self.root.modules()
+        }
+        return {m: ours for m, ours in found.items() if any(ours)}
+
+    # ---- stages
+
+    def stage_bounds(self, name: str, trace: Trace) -> list[int]:
+        """Where the stages of the plan begin in the trace of a step function: one index a stage, and the end.
+
+        Raises:
+            PartitionError: If this step goes through the model in another order than the one that was planned with.
+        """
+        planned = {}
+        for key, index in _occurrences(self.trace or trace).items():
+            planned[key] = next(s.index for s in self.plan.stages if s.first <= index < s.stop)
+        bounds, stage = [0], 0
+        for key, index in _occurrences(trace).items():
+            target = planned.get(key, stage)
+            if target < stage:
+                raise PartitionError(
+                    f"`{name}` calls `{key[0]}` after modules of later stages, unlike the step that the stages were "
+                    "planned with. Use a layout without `pp`, or the same order of modules in every step."
+                )
+            bounds += [index] * (target - stage)
+            stage = target
+        bounds += [len(trace.calls)] * (len(self.plan.stages) - stage)
+        if stage < len(self.plan.stages) - 1 or len(set(bounds)) < len(bounds):
+            raise PartitionError(
+                f"`{name}` calls no module of stage {stage + 1}, so it cannot run through the pipeline. "
+                "Use a layout without `pp`."
+            )
+        self._check_cuts(name, trace, bounds)
+        return bounds
+
+    def _check_cuts(self, name: str, trace: Trace, bounds: list[int]) -> None:
+        for c in bounds[1:-1]:
+            if trace.cuts[c].refusal is not None:
+                raise PartitionError(
+                    f"`{name}` cannot be cut before `{trace.calls[c].name}`: {trace.cuts[c].refusal}. Use a layout "
+                    "without `pp`."
+                )
+        for parameter, intervals in trace.parameter_uses.items():
+            for interval in intervals:
+                stage = stage_of(interval, bounds)
+                if stage not in self.plan.holders[parameter]:
+                    raise PartitionError(
+                        f"`{name}` uses `{parameter}` on stage {stage}, which holds it on stage "
+                        f"{self.plan.holders[parameter][0]} only. Use a layout without `pp`."
+                    )
+
+
+def _occurrences(trace: Trace) -> dict[tuple[str, int], int]:
+    """(unit, how many calls of it came before) to the index of the call."""
+    seen: dict[str, int] = {}
+    result = {}
+    for index, call in enumerate(trace.calls):
+        result[call.name, seen.get(call.name, 0)] = index
+        seen[call.name] = seen.get(call.name, 0) + 1
+    return result
+
+
+def _replace(target: dict, content: dict) -> None:
+    target.clear()
+    target.update(content)

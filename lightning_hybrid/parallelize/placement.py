@@ -1,0 +1,72 @@
+"""Where the parts of a parameter are: which part a rank has, and which ranks have the same part."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from lightning_hybrid.mesh import Place
+from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.spec.tensor_index import Index, Run, runs_of, whole_index
+
+
+def index_of(partition: Partition, name: str) -> Index:
+    """Which part of parameter `name` this rank holds: divided over `ep` or `tp`, then over `fsdp` along dim 0."""
+    return index_at(partition, name, partition.shape_of(name), partition.mesh.place)
+
+
+def index_at(partition: Partition, name: str, shape: Sequence[int], place: Place) -> Index:
+    """Which part of parameter `name`, whose whole has `shape`, the rank at `place` holds, if it holds any."""
+    dims: list[tuple[Run, ...]] = list(whole_index(shape))
+    layout = partition.plan.layout
+    sharded = partition.tensor_plan.parameters.get(name) if partition.tensor_plan is not None else None
+    if sharded is not None:
+        dims[sharded.dim] = runs_of(sharded.part(place.tp, layout.tp))
+    experts = partition.expert_plan_of(name)
+    if experts is not None:
+        dims[0] = runs_of(experts.part(place.ep, layout.ep))
+    if layout.fsdp > 1 and name not in partition.whole:
+        shards, shard = (layout.shards, place.shard(layout)) if experts is None else (layout.fsdp, place.fsdp)
+        dims[0] = _chunk(dims[0], shards, shard)
+    return tuple(dims)
+
+
+def writes(partition: Partition, name: str, whole: bool = False) -> bool:
+    """Whether this rank, among those that hold the same part of `name`, is the one that writes it.
+
+    The parts of a model are spread over the replicas, so that all ranks write about equally much.
+
+    Args:
+        partition: The applied partition.
+        name: A parameter that this rank holds.
+        whole: Whether the question is of something that every holder has whole (a step count).
+    """
+    layout, mesh = partition.plan.layout, partition.mesh
+    holders = partition.plan.ranks_of(name)
+    places = [(holders.index(mesh.rank("pp")), len(holders)), (mesh.rank("dp"), layout.dp)]
+    sharded = not (whole or name in partition.whole or layout.fsdp == 1)
+    if not sharded:
+        places.append((mesh.rank("fsdp"), layout.fsdp))
+    if whole or (partition.expert_plan_of(name) is None and not sharded):
+        places.append((mesh.rank("ep"), layout.ep))
+    divided = partition.tensor_plan is not None and name in partition.tensor_plan.parameters
+    if whole or not divided:
+        places.append((mesh.rank("tp"), layout.tp))
+    own, copies = 0, 1
+    for position, count in places:
+        own, copies = own * count + position, copies * count
+    return own == zlib.crc32(name.encode()) % copies
+
+
+def _chunk(runs: tuple[Run, ...], count: int, position: int) -> tuple[Run, ...]:
+    """What `torch.chunk` gives a position: `fully_shard` splits dim 0 like that."""
+    length = sum(stop - start for start, stop in runs)
+    step = -(-length // count)
+    first, last = min(position * step, length), min((position + 1) * step, length)
+    chosen, offset = [], 0
+    for start, stop in runs:
+        a, b = max(first - offset, 0), min(last - offset, stop - start)
+        if a < b:
+            chosen.append((start + a, start + b))
+        offset += stop - start
+    return tuple(chosen)

@@ -1,1 +1,0 @@
-"""Applies a plan to a module and takes it off again."""

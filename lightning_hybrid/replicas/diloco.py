@@ -1,0 +1,97 @@
+"""DiLoCo: replicas step by themselves, and every H steps they agree on where to go on.
+
+With x the weights at the last agreement and x_r those of replica r after H steps of its own optimizer, the outer
+gradient is x - mean_r x_r, and an outer SGD with Nesterov momentum makes a step with it. Momentum 0 and learning rate 1
+is the mean of the replicas (local SGD).
+
+Reference: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", arXiv:2311.08105,
+algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_hybrid.collectives import local
+from lightning_hybrid.replicas.reducer import ReplicaReducer
+from lightning_hybrid.spec.gradient_sync import GradientSync
+
+
+class LocalSteps:
+    """The agreement of replicas that step by themselves.
+
+    Args:
+        parameters: This rank's trainable parameters, by name; equal on all replicas now.
+        group: The ranks that hold them too, one of each replica.
+        sync: How often, and the outer step.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup, sync: GradientSync) -> None:
+        self._parameters, self._every = dict(parameters), sync.every_n_steps
+        self._anchors = {n: nn.Parameter(local(p.detach()).clone()) for n, p in parameters.items()}
+        self._outer = torch.optim.SGD(
+            self._anchors.values(),
+            lr=sync.outer_learning_rate,
+            momentum=sync.outer_momentum,
+            nesterov=sync.outer_momentum > 0,
+        )
+        self._mean = ReplicaReducer(self._anchors.values(), group, group.size())
+        self._steps = 0
+
+    @property
+    def sent_bytes(self) -> float:
+        """What this rank sends, for one of the steps."""
+        return self._mean.sent_bytes / self._every
+
+    def after_step(self) -> None:
+        """The replica's optimizer has made a step. Collective over the group every H steps."""
+        self._steps += 1
+        if self._steps == self._every:
+            self.agree()
+
+    def agree(self) -> None:
+        """Makes the outer step now, unless there is nothing to agree on. Collective over the group."""
+        if self._steps == 0:
+            return
+        self._steps = 0
+        for name, anchor in self._anchors.items():
+            anchor.grad = anchor.detach() - local(self._parameters[name].detach())
+        self._mean.finish()
+        self._outer.step()
+        for name, anchor in self._anchors.items():
+            anchor.grad = None
+            local(self._parameters[name].detach()).copy_(anchor.detach())
+
+    def agreed(self, name: str) -> Tensor | None:
+        """The weight at the last agreement, laid out as the parameter is; None for one that is not trained."""
+        if name not in self._anchors:
+            return None
+        found = torch.empty_like(self._parameters[name]).detach()
+        local(found).copy_(self._anchors[name].detach())
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What only this replica has, and the outer momentum."""
+        outer = {n: self._outer.state[a]["momentum_buffer"] for n, a in self._anchors.items() if self._outer.state[a]}
+        weights = {n: local(p.detach()) for n, p in self._parameters.items()}
+        return {"steps": self._steps, "weights": weights, "outer": outer}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on there, after `begin` with the weights of the last agreement."""
+        self._steps = state["steps"]
+        with torch.no_grad():
+            for name, weight in state["weights"].items():
+                local(self._parameters[name].detach()).copy_(weight)
+            for name, buffer in state["outer"].items():
+                anchor = self._anchors[name]
+                self._outer.state[anchor]["momentum_buffer"] = buffer.to(anchor.device)
+
+    def begin(self) -> None:
+        """The present weights, equal on all replicas, are those of the last agreement."""
+        for name, anchor in self._anchors.items():
+            anchor.detach().copy_(local(self._parameters[name].detach()))

@@ -1,0 +1,269 @@
+"""Gradient synchronisation: the mean over replicas, and the sum over stages that share a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_hybrid._torch_private import after_this_backward, foreach_copy
+from lightning_hybrid.collectives import local
+from lightning_hybrid.replicas.reduction import Exact, Finish, Reduction
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.layout import Layout
+
+BUCKET_BYTES = 25 * 1024 * 1024
+"""As in DistributedDataParallel (Li et al., 2020, section 4.2: 25 MB is robust across models)."""
+
+
+class _Bucket:
+    """Gradients that are reduced together, as views into one flat buffer; the last elements flag the used ones."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        shards = [local(p.detach()) for p in parameters]
+        total = sum(s.numel() for s in shards)
+        self.flat = torch.zeros(total + len(parameters), dtype=shards[0].dtype, device=shards[0].device)
+        self.flags = self.flat[total:]
+        self.views: list[Tensor] = []
+        offset = 0
+        for shard in shards:
+            self.views.append(self.flat[offset : offset + shard.numel()].view(shard.shape))
+            offset += shard.numel()
+        self.ready = 0
+        self.finish: Finish | None = None
+
+    def launch(self, group: dist.ProcessGroup, scale: float, reduction: Reduction) -> None:
+        missing = [i for i, p in enumerate(self.parameters) if p.grad is None]
+        present = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        self.flags.fill_(1.0)
+        for i in missing:
+            self.views[i].zero_()
+            self.flags[i] = 0.0
+        grads = [local(self.parameters[i].grad) for i in present]  # type: ignore[arg-type]
+        moved = [
+            (self.views[i], g) for i, g in zip(present, grads, strict=True) if g.data_ptr() != self.views[i].data_ptr()
+        ]
+        if moved:
+            foreach_copy([v for v, _ in moved], [g for _, g in moved])
+        self.flat.mul_(scale)
+        if dist.get_world_size(group) > 1:
+            self.finish = reduction.begin(self.flat, group)
+
+    def collect(self) -> None:
+        if self.finish is not None:
+            self.finish()
+        self.finish, self.ready = None, 0
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                if self.flags[i].item() == 0.0:
+                    continue  # used on no replica
+                parameter.grad = torch.zeros_like(parameter)
+            if isinstance(parameter.grad, DTensor):
+                local(parameter.grad).copy_(self.views[i])
+            else:
+                parameter.grad = self.views[i]
+
+
+class ReplicaReducer:
+    """Averages gradients over replicas in buckets, overlapping with the backward pass.
+
+    Unlike DistributedDataParallel it takes DTensor parameters, parameters that some replicas do not use, and gradients
+    that a pipeline schedule has accumulated before; buckets are reduced in one fixed order, so replicas always match.
+
+    Args:
+        parameters: This rank's trainable parameters, in the order of the forward pass.
+        group: The ranks that hold them too.
+        replicas: The number of replicas whose mean is taken. More than the group has, where a rank's gradients are sums
+            over several replicas, as those of experts are.
+        reduction: How they are added up.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        group: dist.ProcessGroup,
+        replicas: int,
+        reduction: Reduction | None = None,
+    ) -> None:
+        self.group, self.enabled, self._reduction = group, True, reduction or Exact()
+        self.on_complete: Callable[[], None] = lambda: None
+        """Called when this rank has all gradients, before it waits."""
+        self._scale = 1.0 / replicas
+        self._buckets = [_Bucket(chunk) for chunk in _chunks(list(parameters)[::-1])]
+        self._bucket_of = {p: b for b in self._buckets for p in b.parameters}
+        self._next = 0
+        self._queued = False
+        self._hooks: list[RemovableHandle] = []
+
+    def overlap(self) -> None:
+        """Starts reducing a bucket as soon as its gradients are complete in the backward pass."""
+        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._bucket_of]  # type: ignore[attr-defined]
+
+    @property
+    def sent_bytes(self) -> float:
+        """What this rank sends for the gradients of a step."""
+        ranks = dist.get_world_size(self.group)
+        return sum(self._reduction.sent_bytes(len(b.flat), b.flat.element_size(), ranks) for b in self._buckets)
+
+    def release(self) -> None:
+        """Ends it; another reducer takes over."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if not self.enabled:
+            return
+        if not self._queued:
+            self._queued = True
+            after_this_backward(self.finish)
+        self._bucket_of[parameter].ready += 1  # type: ignore[index]
+        while self._next < len(self._buckets):
+            bucket = self._buckets[self._next]
+            if bucket.ready < len(bucket.parameters):
+                break
+            bucket.launch(self.group, self._scale, self._reduction)
+            self._next += 1
+
+    def finish(self) -> None:
+        """Reduces what has not been reduced yet and waits; afterwards every `.grad` is the mean over the replicas."""
+        if not self.enabled:
+            return
+        self.on_complete()
+        for bucket in self._buckets[self._next :]:
+            bucket.launch(self.group, self._scale, self._reduction)
+        self._next, self._queued = 0, False
+        for bucket in self._buckets:
+            bucket.collect()
+
+
+def _chunks(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    chunks: list[list[nn.Parameter]] = []
+    sizes: dict[tuple, int] = {}
+    open_chunk: dict[tuple, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kind = (parameter.dtype, parameter.device)
+        size = parameter.numel() * parameter.element_size()
+        if kind not in open_chunk or sizes[kind] + size > BUCKET_BYTES:
+            open_chunk[kind], sizes[kind] = [], 0
+            chunks.append(open_chunk[kind])
+        open_chunk[kind].append(parameter)
+        sizes[kind] += size
+    return chunks
+
+
+def sum_over_holders(
+    shared: Mapping[str, dist.ProcessGroup],
+    parameter: Callable[[str], Tensor],
+    summed: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Sums the gradients of weights that several pipeline ranks hold, so that all copies take the same update.
+
+    Args:
+        shared: The group of the holders of each of these weights.
+        parameter: Gives a weight by name.
+        summed: What of a weight's gradient is a sum over the holders already.
+    """
+    for name, group in shared.items():
+        weight = parameter(name)
+        if not weight.requires_grad:
+            continue
+        users = torch.tensor(float(weight.grad is not None), device=weight.device)
+        dist.all_reduce(users, group=group)
+        if weight.grad is None:
+            if users.item() == 0:  # as in one process: an optimizer would take a zero and decay the weight
+                continue
+            weight.grad = torch.zeros_like(weight)
+        gradient, earlier = local(weight.grad), summed.get(name)
+        if earlier is not None:
+            gradient -= earlier
+        dist.all_reduce(gradient, group=group)
+        if earlier is not None:
+            gradient += earlier
+
+
+def gradients_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of this rank's parts of the gradients that these weights have."""
+    return {name: local(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
+
+
+def seen_after_backward(trainer: pl.Trainer) -> bool:
+    """Whether user code sees, and may change, the gradients after every backward pass, so of every accumulated batch.
+
+    In one process they are complete there.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+    return any(is_overridden("on_after_backward", x) for x in (trainer.lightning_module, *callbacks))
+
+
+def refusal_of_gradients(layout: Layout) -> str:
+    """Why `torch.autograd.grad` cannot be called in a step."""
+    return (
+        f"`layout='{layout}'`: `training_step` calls `torch.autograd.grad`. Under `pp` no stage has the whole graph; "
+        "under `fsdp` the weights that a second pass through it needs are not there any more. Use a layout of `dp` or "
+        "`tp`."
+    )
+
+
+def refuse_gradients(layout: Layout) -> Callable[..., Any]:
+    """To stand for `torch.autograd.grad` where a later backward pass cannot go through the same graph again."""
+    take = torch.autograd.grad
+
+    def grad(*args: Any, create_graph: bool = False, retain_graph: bool | None = None, **kwargs: Any) -> Any:
+        if create_graph or retain_graph:
+            raise PartitionError(refusal_of_gradients(layout))
+        return take(*args, **kwargs)
+
+    return grad
+
+
+class SetAside:
+    """Gradients made inside `training_step` by a pipeline schedule, kept until Lightning calls `backward`.
+
+    Lightning's order is training_step, zero_grad, backward; without this, zero_grad would erase them.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._old = [p.grad for p in self._parameters]
+        self._new: list[Tensor | None] = []
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def keep(self) -> None:
+        """After the schedule: takes its gradients away and puts the earlier ones back."""
+        self._new = [p.grad for p in self._parameters]
+        for parameter, old in zip(self._parameters, self._old, strict=True):
+            parameter.grad = old
+        self._old = []
+
+    def add(self) -> None:
+        """In `backward`: adds them to what is there."""
+        for parameter, new in zip(self._parameters, self._new, strict=True):
+            if new is not None:
+                parameter.grad = new if parameter.grad is None else parameter.grad + new
+        self._new = []
+
+
+class GradientsOfPipeline(torch.autograd.Function):
+    """A loss whose backward pass runs `deliver`: the pipeline has already computed its gradients."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, loss: Tensor, deliver: Callable[[], None]) -> Tensor:  # type: ignore[override]
+        """Returns `loss`, attached to `anchor`, a scalar that requires a gradient."""
+        ctx.deliver = deliver
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[None, None, None]:
+        """Runs `deliver`."""
+        ctx.deliver()
+        return None, None, None

@@ -1,0 +1,1 @@
+"""Moves weights, optimizer state and buffers from one layout to another during training."""

@@ -1,0 +1,123 @@
+"""Parts of tensors go to the ranks that hold them in another layout; what a rank has already stays with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_hybrid.reshard.local_state import Key
+from lightning_hybrid.reshard.transfer import Transfer, transfers
+from lightning_hybrid.spec.tensor_index import Index, overlaps
+
+ROUND_BYTES = 256 * 2**20
+"""So much goes over the wire at once, of all ranks together: what a move needs of memory beside both layouts' parts."""
+
+Places = Callable[[Key], tuple[Index | None, ...]]
+
+
+def exchange(
+    parts: dict[Key, Tensor],
+    dtypes: Mapping[Key, torch.dtype],
+    before: Places,
+    after: Places,
+    target: Callable[[Key], Tensor | None],
+) -> int:
+    """Fills every rank's new parts. Collective.
+
+    Args:
+        parts: This rank's old parts; each is dropped as soon as it is not needed any more.
+        dtypes: Of all tensors, in the same order on all ranks.
+        before: Which part of a tensor each rank has.
+        after: Which part it is to have.
+        target: Gives this rank's new part of a tensor, to be filled; None where it is to have none.
+
+    Returns:
+        Bytes that were sent, of all ranks together.
+    """
+    rank, sent = dist.get_rank(), 0
+    for dtype, keys in groupby(sorted(dtypes, key=lambda k: str(dtypes[k])), key=lambda k: dtypes[k]):
+        for steps in _rounds(list(keys), dtype.itemsize, before, after):
+            _exchange_round(rank, steps, dtype, parts, before, after, target)
+            sent += sum(s.count * dtype.itemsize for _, of_key in steps for s in of_key if s.source != s.target)
+            for key, _ in steps:
+                parts.pop(key, None)
+    return sent
+
+
+_Steps = list[tuple[Key, tuple[Transfer, ...]]]
+
+
+def _rounds(keys: list[Key], itemsize: int, before: Places, after: Places) -> Iterator[_Steps]:
+    chosen: _Steps = []
+    size = 0
+    for key in keys:
+        steps = transfers(before(key), after(key))
+        moved = sum(s.count for s in steps if s.source != s.target) * itemsize
+        if chosen and size + moved > ROUND_BYTES:
+            yield chosen
+            chosen, size = [], 0
+        chosen.append((key, steps))
+        size += moved
+    if chosen:
+        yield chosen
+
+
+def _exchange_round(
+    rank: int,
+    steps: _Steps,
+    dtype: torch.dtype,
+    parts: Mapping[Key, Tensor],
+    before: Places,
+    after: Places,
+    target: Callable[[Key], Tensor | None],
+) -> None:
+    ranks = dist.get_world_size()
+    outgoing: list[list[Tensor]] = [[] for _ in range(ranks)]
+    incoming: list[list[Tensor]] = [[] for _ in range(ranks)]
+    anything = False
+    device = None
+    for key, of_key in steps:
+        new = target(key)
+        device = device if new is None else new.device
+        for step in of_key:
+            anything = anything or step.source != step.target
+            if step.source == rank:
+                values = _box(parts[key], before(key)[rank], step.box)
+                if step.target == rank and new is not None:
+                    _box(new, after(key)[rank], step.box).copy_(values)
+                else:
+                    outgoing[step.target].append(values)
+                    device = values.device
+            elif step.target == rank and new is not None:
+                incoming[step.source].append(_box(new, after(key)[rank], step.box))
+    if anything:
+        _send(outgoing, incoming, dtype, device or torch.device("cpu"))
+
+
+def _send(outgoing: list[list[Tensor]], incoming: list[list[Tensor]], dtype: torch.dtype, device: torch.device) -> None:
+    flat = [t.reshape(-1) for of_rank in outgoing for t in of_rank]
+    out = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
+    sizes_out, sizes_in = ([sum(t.numel() for t in of_rank) for of_rank in way] for way in (outgoing, incoming))
+    arrived = torch.empty(sum(sizes_in), dtype=dtype, device=device)
+    item = dtype.itemsize
+    # as bytes: not every backend sends every type
+    dist.all_to_all_single(
+        arrived.view(torch.uint8), out.view(torch.uint8), [n * item for n in sizes_in], [n * item for n in sizes_out]
+    )
+    offset = 0
+    for of_rank in incoming:
+        for box in of_rank:
+            box.copy_(arrived[offset : offset + box.numel()].view(box.shape))
+            offset += box.numel()
+
+
+def _box(part: Tensor, index: Index | None, box: Index) -> Tensor:
+    """The elements of a box of the whole tensor in a rank's part, as a view."""
+    if index is None:
+        raise ValueError(f"This rank has no part with {box}.")
+    (found,) = overlaps(index, box)
+    return part[found.target]

@@ -1,0 +1,206 @@
+"""Which weights and channels of a unit feed which others, found by gradient probing.
+
+The unit is run once on random numbers, with the autograd graph cut behind every linear module: the output of a linear
+becomes a leaf. The input of each linear is then a function of a few leaves only (outputs of earlier linears, other
+parameters, arguments, buffers), and a gradient that is exactly zero says that there is no dependency. A cotangent that
+is non-zero on some channels of the input only shows which channels of which leaves these depend on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from lightning_hybrid.ghosts.trees import map_tensors, tensors_of
+from lightning_hybrid.spec.tensor_plan import Path
+from lightning_hybrid.tensor.numbers import Numbers, is_float, shadowed
+
+FORWARD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+    ZeroDivisionError,
+)
+"""What a user's forward may raise when its tensors or attributes do not have the shapes that it expects."""
+
+
+LeafKind = Literal["linear", "opaque", "parameter", "buffer", "argument"]
+
+
+class Leaf(NamedTuple):
+    """Where the cut graph ends."""
+
+    kind: LeafKind
+    name: str | Path
+
+
+Reach = dict[Leaf, torch.Tensor]
+"""Boolean masks of what depends: of the last dim for linears and opaque modules, of the full shape for the rest."""
+
+
+def linear_dims(module: nn.Module) -> tuple[int, int] | None:
+    """(output dim, input dim) of the weight if `module` is a linear module that holds its own weight, else None."""
+    weight = module._parameters.get("weight", module.__dict__.get("weight"))
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        return None
+    if isinstance(module, nn.Linear):
+        return 0, 1
+    transposed = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    return (1, 0) if transposed else None
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether `module` computes with its children's weights itself and has its own tensor-parallel forward."""
+    return isinstance(module, nn.MultiheadAttention)
+
+
+@dataclass
+class Trial:
+    """One run of a unit, cut at every linear; tensors by name of the linear, one per call."""
+
+    numbers: Numbers
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    outputs: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    leaves: dict[Leaf, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    results: list[torch.Tensor] = field(default_factory=list)
+
+    unused_results: frozenset[int] = frozenset()
+
+    def drop_results(self, positions: Collection[int]) -> None:
+        """Leaves out tensors of the result that nothing consumes."""
+        self.unused_results = frozenset(positions)
+        self.results = self.consumed(self.results)
+
+    def consumed(self, results: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Those of the unit's results that something consumes."""
+        return [tensor for i, tensor in enumerate(results) if i not in self.unused_results]
+
+    def new_leaf(self, leaf: Leaf, value: torch.Tensor) -> torch.Tensor:
+        """A leaf of the graph, as the copy that the unit sees and may write in place."""
+        if not is_float(value):
+            return value.clone()
+        tensor = value.detach().requires_grad_()
+        self.leaves[leaf].append(tensor)
+        return tensor.clone()
+
+    def new_leaves(self, kind: LeafKind, values: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        """A leaf for each value; the same tensor under several names is one."""
+        made: dict[int, torch.Tensor] = {}
+        for name, value in values.items():
+            if id(value) not in made:
+                made[id(value)] = self.new_leaf(Leaf(kind, name), value)
+        return {name: made[id(value)] for name, value in values.items()}
+
+    def reach(self, targets: Iterable[torch.Tensor], part: tuple[int, int] | None = None) -> Reach:
+        """What `targets` depend on.
+
+        Args:
+            targets: Tensors of the cut graph.
+            part: `(rank, ranks)`: only that contiguous part of their last dim is probed.
+        """
+        targets = [t for t in targets if t.requires_grad]
+        if not targets:
+            return {}
+        generator = torch.Generator().manual_seed(1)
+        cotangents = []
+        for target in targets:
+            cotangent = torch.zeros_like(target)
+            length = target.shape[-1] // part[1] if part and target.ndim else 0
+            region = cotangent.narrow(-1, part[0] * length, length) if part and target.ndim else cotangent
+            region.uniform_(0.5, 1.5, generator=generator)
+            cotangents.append(cotangent)
+        flat = [(leaf, tensor) for leaf, tensors in self.leaves.items() for tensor in tensors]
+        gradients = torch.autograd.grad(targets, [t for _, t in flat], cotangents, retain_graph=True, allow_unused=True)
+        found: Reach = {}
+        for (leaf, _), gradient in zip(flat, gradients, strict=True):
+            if gradient is None:
+                continue
+            mask = gradient != 0  # also true where the gradient is NaN
+            if leaf.kind in ("linear", "opaque"):
+                mask = mask.reshape(-1, mask.shape[-1]).any(0) if mask.ndim else mask
+            if bool(mask.any()):
+                found[leaf] = found[leaf] | mask if leaf in found else mask
+        return found
+
+
+def run_trial(numbers: Numbers) -> Trial:
+    """Runs the unit once on `numbers`.
+
+    Raises:
+        FORWARD_ERRORS: If the unit cannot run on them.
+    """
+    trial = Trial(numbers)
+    names = {module: name for name, module in numbers.module.named_modules()}
+
+    def cut_linear(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+        name = names[module]
+        given = args[0] if args else kwargs["input"]
+        trial.inputs[name].append(given.clone())
+        trial.outputs[name].append(output.detach().clone())
+        return trial.new_leaf(Leaf("linear", name), output)
+
+    def cut_opaque(module: nn.Module, args: tuple, output: Any) -> Any:
+        return map_tensors(lambda _, tensor: trial.new_leaf(Leaf("opaque", names[module]), tensor), output)
+
+    parameters = trial.new_leaves("parameter", numbers.parameters)
+    buffers = trial.new_leaves("buffer", numbers.buffers)
+    arguments = trial.new_leaves("argument", numbers.arguments)
+    linears = [module for module in names if linear_dims(module) is not None]
+    handles = [module.register_forward_hook(cut_linear, with_kwargs=True) for module in linears]
+    handles += [module.register_forward_hook(cut_opaque) for module in names if is_opaque(module)]
+    try:
+        torch.manual_seed(0)
+        with shadowed(numbers.entries(parameters, buffers)):
+            trial.results = tensors_of(numbers.call(arguments))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trial
+
+
+class Probe:
+    """The data flow of one unit, over several trials (a channel that is dead in one is alive in another)."""
+
+    def __init__(self, trials: list[Trial]) -> None:
+        self.trials = trials
+        self.linears = list(trials[0].inputs)
+        """Linears in the order of their first call."""
+        self.outside = merge([trial.reach(trial.results) for trial in trials])
+        """What the result of the unit depends on, other than through linears."""
+        self._whole: dict[str, Reach] = {}
+        self._parts: dict[tuple[str, int], list[Reach]] = {}
+
+    def whole(self, linear: str) -> Reach:
+        """What the input of `linear` depends on."""
+        if linear not in self._whole:
+            self._whole[linear] = merge([trial.reach(trial.inputs[linear]) for trial in self.trials])
+        return self._whole[linear]
+
+    def parts(self, linear: str, ranks: int) -> list[Reach]:
+        """What each of `ranks` equal parts of the input of `linear` depends on."""
+        key = linear, ranks
+        if key not in self._parts:
+            self._parts[key] = [
+                merge([trial.reach(trial.inputs[linear], (rank, ranks)) for trial in self.trials])
+                for rank in range(ranks)
+            ]
+        return self._parts[key]
+
+
+def merge(reaches: list[Reach]) -> Reach:
+    """The union of several reaches."""
+    union: Reach = {}
+    for reach in reaches:
+        for leaf, mask in reach.items():
+            union[leaf] = union[leaf] | mask if leaf in union else mask
+    return union

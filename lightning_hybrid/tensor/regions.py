@@ -1,0 +1,248 @@
+"""Proposes tensor-parallel regions of a unit from its probed data flow.
+
+A **region** is opened by column linears (output channels divided), closed by row linears (input channels divided,
+output summed over the ranks), and between them every rank computes its own channels with no communication. Proposals
+are checked by numbers in `tensor_verify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+
+from lightning_hybrid.spec.tensor_plan import Path, ShardedParameter, SlicedArgument, UnitPlan
+from lightning_hybrid.tensor.numbers import Numbers
+from lightning_hybrid.tensor.probe import Leaf, Probe, Reach, linear_dims, merge
+
+
+class Rejection(Exception):
+    """A linear cannot close a region; says why."""
+
+
+@dataclass
+class Constraints:
+    """What the caller rules out; names are relative to the unit."""
+
+    replicated: Collection[str] = ()
+    """Linears that may be no part of a region's divided weights."""
+    used_elsewhere: Collection[str] = ()
+    """Parameters that are shared with, or used by, modules outside the unit: they stay whole."""
+    unused_results: Collection[int] = ()
+    """Tensors of the unit's result, by position, that nothing consumes."""
+
+
+@dataclass
+class Region:
+    """A proposal; the fields are those of `UnitPlan`."""
+
+    rows: list[str]
+    columns: dict[str, tuple[int, ...] | None]
+    shared_outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    selected_outputs: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    parameters: dict[str, ShardedParameter] = field(default_factory=dict)
+    buffers: dict[str, ShardedParameter] = field(default_factory=dict)
+    partial: list[str] = field(default_factory=list)
+    slices: list[SlicedArgument] = field(default_factory=list)
+    shared_arguments: list[Path] = field(default_factory=list)
+
+    def plan(self, numbers: Numbers, ranks: int) -> UnitPlan:
+        """With the weights of its linears filled in."""
+        parameters = dict(self.parameters)
+        attributes: dict[str, dict[str, int]] = {}
+        for name, order in self.columns.items():
+            module = numbers.module.get_submodule(name)
+            dims = linear_dims(module)
+            if dims is None:
+                continue
+            for key, value in own_parameters(numbers, name).items():
+                dim = dims[0] if key == "weight" else 0
+                parameters[f"{name}.{key}"] = ShardedParameter(dim=dim, size=value.shape[dim], order=order)
+            if "nf" in module.__dict__:  # transformers' Conv1D shapes its output by it
+                attributes[name] = {"nf": module.__dict__["nf"] // ranks}
+        for name in self.rows:
+            dims = linear_dims(numbers.module.get_submodule(name))
+            if dims is not None:
+                weight = numbers.parameters[f"{name}.weight"]
+                parameters[f"{name}.weight"] = ShardedParameter(dim=dims[1], size=weight.shape[dims[1]])
+        return UnitPlan(
+            rows=tuple(self.rows),
+            columns=tuple(self.columns),
+            regions=((*self.rows, *self.columns, *self.selected_outputs),),
+            shared_outputs=self.shared_outputs,
+            selected_outputs=self.selected_outputs,
+            parameters=parameters,
+            buffers=self.buffers,
+            attributes=attributes,
+            partial=tuple(self.partial),
+            slices=tuple(self.slices),
+            shared_arguments=tuple(self.shared_arguments),
+        )
+
+
+def own_parameters(numbers: Numbers, linear: str) -> dict[str, torch.Tensor]:
+    """Weight and bias of a linear."""
+    names = {key: f"{linear}.{key}" if linear else key for key in ("weight", "bias")}
+    return {key: numbers.parameters[name] for key, name in names.items() if name in numbers.parameters}
+
+
+def divide(masks: list[torch.Tensor]) -> ShardedParameter | None:
+    """How ranks that depend on `masks[rank]` divide one dim: disjoint parts of equal size that cover it, else None."""
+    size = masks[0].numel()
+    count = torch.stack(masks).sum(0)
+    if size % len(masks) or not bool((count == 1).all()) or any(int(m.sum()) != size // len(masks) for m in masks):
+        return None
+    order = tuple(int(i) for mask in masks for i in mask.nonzero().flatten())
+    return ShardedParameter(dim=0, size=size, order=None if order == tuple(range(size)) else order)
+
+
+def divide_any_dim(masks: list[torch.Tensor]) -> ShardedParameter | None:
+    """As `divide`, for the first dim of a tensor along which it works."""
+    for dim in range(masks[0].ndim):
+        others = [d for d in range(masks[0].ndim) if d != dim]
+        along = [m.amax(others) if others else m for m in masks]
+        if masks[0].shape[dim] >= len(masks) and (found := divide(along)) is not None:
+            return ShardedParameter(dim=dim, size=found.size, order=found.order)
+    return None
+
+
+def propose(row: str, probe: Probe, numbers: Numbers, ranks: int, constraints: Constraints) -> Region:
+    """The region that `row` closes, with whatever else must be in it.
+
+    Raises:
+        Rejection: If there is none.
+    """
+    rows = [row]
+    while True:
+        for name in rows:
+            _check_row(name, probe, numbers, ranks, constraints)
+        region = _classify(rows, probe, numbers, ranks, constraints)
+        divided = {Leaf("linear", n) for n in region.columns} | {Leaf("parameter", n) for n in region.parameters}
+        more = [n for n in probe.linears if n not in rows and divided & probe.whole(n).keys()]
+        if not more:
+            break
+        rows = [n for n in probe.linears if n in rows or n in more]
+    both = [n for n in rows if n in region.columns]
+    if both:
+        raise Rejection(f"`{both[0]}` would have to be column and row at once")
+    leaking = divided & probe.outside.keys()
+    if leaking:
+        raise Rejection(f"`{min(str(leaf.name) for leaf in leaking)}` is also part of what the unit returns")
+    _check_partial_gradients(region, probe, numbers, ranks)
+    return region
+
+
+def _check_row(name: str, probe: Probe, numbers: Numbers, ranks: int, constraints: Constraints) -> None:
+    width = probe.trials[0].inputs[name][0].shape[-1]
+    if width % ranks:
+        raise Rejection(f"its {width} input channels are not divisible by {ranks}")
+    if name in constraints.replicated:
+        raise Rejection("`tensor_plan` keeps it replicated")
+    if _weight_name(name) in constraints.used_elsewhere:
+        raise Rejection("its weight is also used outside its block")
+    for leaf in probe.whole(name):
+        if leaf.kind == "opaque":
+            raise Rejection(f"its input depends on the output of `{leaf.name}` directly")
+        derived = leaf.kind == "argument" and leaf.name in numbers.derived
+        if derived and _reached_outside(leaf, [name], probe) is not None:
+            raise Rejection("its input depends on an input of the block that is also used outside the region")
+
+
+def _weight_name(linear: str) -> str:
+    return f"{linear}.weight" if linear else "weight"
+
+
+def _classify(rows: list[str], probe: Probe, numbers: Numbers, ranks: int, constraints: Constraints) -> Region:
+    """Divides everything that the inputs of `rows` depend on."""
+    parts = [merge([probe.parts(row, ranks)[rank] for row in rows]) for rank in range(ranks)]
+    region = Region(rows=rows, columns={})
+    for leaf in sorted(merge(parts), key=str):
+        masks = _masks(leaf, parts)
+        if leaf.kind == "linear":
+            _classify_linear(str(leaf.name), masks, region, constraints)
+        elif isinstance(leaf.name, tuple):
+            _classify_argument(leaf.name, divide_any_dim(masks), region, numbers, ranks)
+        else:
+            whole = leaf.name in constraints.used_elsewhere
+            _classify_tensor(leaf, None if whole else divide_any_dim(masks), region)
+    if not region.columns and not region.selected_outputs:
+        upstream = sorted({str(leaf.name) for part in parts for leaf in part if leaf.kind == "linear"})
+        raise Rejection(
+            f"its input does not fall into {ranks} parts that depend on different output channels of linears"
+            + (f" (it depends on {', '.join(f'`{n}`' for n in upstream)})" if upstream else "")
+        )
+    region.columns = {n: region.columns[n] for n in probe.linears if n in region.columns}
+    return region
+
+
+def _masks(leaf: Leaf, parts: list[Reach]) -> list[torch.Tensor]:
+    some = next(part[leaf] for part in parts if leaf in part)
+    return [part.get(leaf, torch.zeros_like(some)) for part in parts]
+
+
+def _classify_linear(name: str, masks: list[torch.Tensor], region: Region, constraints: Constraints) -> None:
+    whole = name in constraints.replicated or _weight_name(name) in constraints.used_elsewhere
+    found = None if whole else divide(masks)
+    channels = tuple(tuple(int(i) for i in mask.nonzero().flatten()) for mask in masks)
+    if found is not None:
+        region.columns[name] = found.order
+    elif len(set(channels)) > 1 and len({len(part) for part in channels}) == 1:
+        region.selected_outputs[name] = channels
+    else:
+        region.shared_outputs[name] = tuple(sorted({i for part in channels for i in part}))
+
+
+def _classify_argument(
+    path: Path, found: ShardedParameter | None, region: Region, numbers: Numbers, ranks: int
+) -> None:
+    if found is not None:
+        region.slices.append(SlicedArgument(path=path, dim=found.dim, owners=_owners(found, ranks)))
+    elif path in numbers.derived:
+        region.shared_arguments.append(path)
+
+
+def _classify_tensor(leaf: Leaf, found: ShardedParameter | None, region: Region) -> None:
+    """A parameter or buffer."""
+    name = str(leaf.name)
+    if leaf.kind == "buffer":
+        region.buffers |= {} if found is None else {name: found}
+    elif found is not None:
+        region.parameters[name] = found
+    else:
+        region.partial.append(name)
+
+
+def _owners(found: ShardedParameter, ranks: int) -> tuple[int, ...]:
+    """Which rank uses index i, as the shortest period of the dim."""
+    owner = [0] * found.size
+    for rank in range(ranks):
+        for index in found.part(rank, ranks):
+            owner[index] = rank
+    for period in range(ranks, found.size + 1):
+        if found.size % period == 0 and all(owner[i] == owner[i % period] for i in range(found.size)):
+            return tuple(owner[:period])
+    return tuple(owner)
+
+
+def _reached_outside(leaf: Leaf, rows: list[str], probe: Probe) -> torch.Tensor | None:
+    """The part of `leaf` that something other than the inputs of `rows` depends on."""
+    reaches = [probe.whole(name) for name in probe.linears if name not in rows] + [probe.outside]
+    return merge(reaches).get(leaf)
+
+
+def _check_partial_gradients(region: Region, probe: Probe, numbers: Numbers, ranks: int) -> None:
+    """What is replicated but used inside the region has its gradient summed over the ranks: it feeds nothing else."""
+    for name, channels in region.shared_outputs.items():
+        outside = _reached_outside(Leaf("linear", name), region.rows, probe)
+        if outside is not None and bool(outside[list(channels)].any()):
+            raise Rejection(f"the output of `{name}` is used by all ranks, inside and outside the region")
+    for name in region.selected_outputs:
+        if _reached_outside(Leaf("linear", name), region.rows, probe) is not None:
+            raise Rejection(f"the output of `{name}` is used by all ranks, inside and outside the region")
+    for name in region.partial:
+        if _reached_outside(Leaf("parameter", name), region.rows, probe) is not None:
+            raise Rejection(f"`{name}` is used by all ranks, inside and outside the region")
+    for path in [*region.shared_arguments, *(s.path for s in region.slices)]:
+        if path in numbers.derived and _reached_outside(Leaf("argument", path), region.rows, probe) is not None:
+            raise Rejection("its input depends on an input of the block that is also used outside the region")

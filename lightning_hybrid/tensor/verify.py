@@ -1,0 +1,148 @@
+"""Proves a plan of one unit by numbers: the unit is run as each rank would run it, and compared with the whole.
+
+For every rank the divided weights are replaced by their parts and the unit is called on plain tensors. The input of
+each row linear must be that rank's part of the recorded input, the input of every other linear and the unit's result
+must be what they were, and the outputs of a row linear must add up over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_hybrid.ghosts.trees import tensors_of
+from lightning_hybrid.spec.tensor_plan import Path, ShardedParameter, UnitPlan
+from lightning_hybrid.tensor.attributes import attribute_entries
+from lightning_hybrid.tensor.numbers import Numbers, shadowed
+from lightning_hybrid.tensor.probe import FORWARD_ERRORS, Trial, linear_dims
+from lightning_hybrid.tensor.width import add_narrowing, widen
+
+_TOLERANCE = 1e-4
+"""Relative to the largest value of the tensor; sums in another order differ by about 1e-6, a wrong part by 1."""
+
+
+class Mismatch(Exception):
+    """A rank's numbers are not what they should be; says where."""
+
+
+def verify(candidates: Iterable[UnitPlan], trial: Trial, ranks: int) -> UnitPlan:
+    """Returns the first of `candidates` with which every rank's numbers are right.
+
+    Args:
+        candidates: Plans of the unit.
+        trial: The recorded run of the whole unit.
+        ranks: Number of ranks.
+
+    Raises:
+        Mismatch: If the numbers are wrong with every one; says what was wrong with the first.
+    """
+    first: Mismatch | None = None
+    for candidate in candidates:
+        try:
+            total = {name: [torch.zeros_like(t) for t in trial.outputs[name]] for name in candidate.rows}
+            for rank in range(ranks):
+                _run_rank(candidate, trial, rank, ranks, total)
+            for name, tensors in total.items():
+                _check_all(f"the sum of the outputs of `{name}`", tensors, trial.outputs[name])
+        except Mismatch as error:
+            first = first or error
+        else:
+            return candidate
+    raise first or Mismatch("nothing was tried")
+
+
+def part_of(tensor: torch.Tensor, sharded: ShardedParameter, rank: int, ranks: int) -> torch.Tensor:
+    """The part of a full tensor that belongs to `rank`."""
+    index = torch.tensor(sharded.part(rank, ranks), device=tensor.device)
+    return tensor.index_select(sharded.dim, index)
+
+
+def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[str, list[torch.Tensor]]) -> None:
+    """Runs the unit as `rank`; adds the outputs of its rows to `total`.
+
+    Raises:
+        Mismatch: If a number is wrong or the unit does not run.
+    """
+    numbers = trial.numbers
+    calls: dict[str, int] = {}
+    names = {module: name for name, module in numbers.module.named_modules()}
+
+    def check_linear(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+        name = names[module]
+        call = calls[name] = calls.get(name, -1) + 1
+        given = widen(args[0] if args else kwargs["input"])
+        if call >= len(trial.inputs[name]):
+            raise Mismatch(f"`{name}` is called more often on rank {rank}")
+        expected = trial.inputs[name][call]
+        if name in plan.rows:
+            expected = expected.chunk(ranks, -1)[rank]
+        _check(f"the input of `{name}`", given, expected)
+        if name in plan.selected_outputs:
+            return output.index_select(-1, torch.tensor(plan.selected_outputs[name][rank]))
+        if name not in plan.rows:
+            return None
+        total[name][call] += output.detach()
+        return trial.outputs[name][call].clone()
+
+    entries = numbers.entries(*_local_weights(plan, numbers, rank, ranks))
+    entries += attribute_entries(numbers.module, plan.attributes)
+    handles = [m.register_forward_hook(check_linear, with_kwargs=True) for m in names if linear_dims(m) is not None]
+    for name, width in plan.widths.items():
+        handles += add_narrowing(numbers.module.get_submodule(name), width, ranks)
+    try:
+        torch.manual_seed(0)
+        # Gradients stay on: without them some modules take other paths in evaluation mode.
+        with shadowed(entries):
+            result = tensors_of(numbers.call(_local_arguments(plan, numbers, rank, ranks)))
+    except FORWARD_ERRORS as error:
+        raise Mismatch(f"it does not run on a rank's part: {type(error).__name__}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    _check_all("the result of the block", trial.consumed(result), trial.results)
+
+
+def _local_weights(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) -> tuple[dict, dict]:
+    def local(values: dict[str, torch.Tensor], divided: dict[str, ShardedParameter]) -> dict[str, torch.Tensor]:
+        found = {n: part_of(v, divided[n], rank, ranks) if n in divided else v for n, v in values.items()}
+        return {n: v.detach().requires_grad_() if v.dtype.is_floating_point else v for n, v in found.items()}
+
+    parameters, buffers = local(numbers.parameters, plan.parameters), local(numbers.buffers, plan.buffers)
+    for name in plan.rows:
+        if f"{name}.bias" in parameters:
+            parameters[f"{name}.bias"] = parameters[f"{name}.bias"].detach() / ranks
+    return parameters, {n: v.detach() for n, v in buffers.items()}
+
+
+def _local_arguments(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) -> dict[Path, torch.Tensor]:
+    copies = {id(value): value.clone() for value in numbers.arguments.values()}  # the same object stays the same
+    arguments = {path: copies[id(value)] for path, value in numbers.arguments.items()}
+    for cut in plan.slices:
+        value = arguments[cut.path]
+        index = [i for i in range(value.shape[cut.dim]) if cut.owners[i % len(cut.owners)] == rank]
+        arguments[cut.path] = value.index_select(cut.dim, torch.tensor(index))
+    return arguments
+
+
+def _check_all(where: str, values: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    if len(values) != len(expected):
+        raise Mismatch(f"{where} has {len(values)} tensors instead of {len(expected)}")
+    for value, wanted in zip(values, expected, strict=True):
+        _check(where, value, wanted)
+
+
+def _check(where: str, value: Any, expected: torch.Tensor) -> None:
+    if value.shape != expected.shape:
+        raise Mismatch(f"{where} has shape {tuple(value.shape)} instead of {tuple(expected.shape)}")
+    value, expected = value.detach(), expected.detach()
+    if not value.dtype.is_floating_point:
+        if not torch.equal(value, expected):
+            raise Mismatch(f"{where} differs")
+        return
+    finite = expected[torch.isfinite(expected)]
+    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    if not torch.allclose(value, expected, rtol=_TOLERANCE, atol=_TOLERANCE * scale, equal_nan=True):
+        raise Mismatch(f"{where} differs")

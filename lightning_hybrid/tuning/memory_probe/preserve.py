@@ -1,0 +1,121 @@
+"""What a trial step changes, and is as before after it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from lightning_hybrid._torch_private import forget_sharded_step
+from lightning_hybrid.collectives import local
+from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.ghosts.preserve import module_state_kept, objects_kept
+from lightning_hybrid.rng.state import random_streams_kept
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+@contextmanager
+def step_undone(runner: Runner) -> Iterator[None]:
+    """Inside, a step runs, to its end or not; afterwards everything is as before, except for gradients and weights.
+
+    Modules with their buffers and metrics, random streams, and all objects of this package that the runner leads to:
+    its reducers, pipeline stages, records and counts.
+    """
+    scaler = getattr(runner.precision, "scaler", None)
+    step_module = runner.partition.step_module
+    with ExitStack() as stack:
+        stack.enter_context(random_streams_kept(runner.device))
+        stack.enter_context(objects_kept([*_objects_of(runner), *([] if scaler is None else [scaler])]))
+        stack.enter_context(module_state_kept(step_module))
+        if isinstance(step_module, FSDPModule):  # before its attributes are put back
+            stack.callback(forget_sharded_step, step_module)
+        yield
+
+
+@contextmanager
+def training_state_kept(parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Weights, gradients and optimizers are afterwards as before; inside there are no gradients at first."""
+    gradients = [p.grad for p in parameters]
+    tensors = [local(p.detach()) for p in parameters]
+    for optimizer in optimizers:
+        tensors += tensors_in(optimizer.state)
+    copies = [t.cpu().clone() for t in tensors]
+    with ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.enter_context(_optimizer_kept(optimizer))
+        drop_gradients(parameters)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, kept in zip(tensors, copies, strict=True):
+                    tensor.copy_(kept)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+
+
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sets all gradients to None."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
+@contextmanager
+def _optimizer_kept(optimizer: Optimizer) -> Iterator[None]:
+    """Options, counters and the structure of the state; its tensors are the caller's to restore."""
+    attributes = dict(vars(optimizer))
+    groups, state = [dict(group) for group in optimizer.param_groups], _structure(dict(optimizer.state))
+    try:
+        yield
+    finally:
+        vars(optimizer).clear()
+        vars(optimizer).update(attributes)
+        for group, options in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(options)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+
+
+def _structure(value: Any) -> Any:
+    """A copy of nested dicts and lists, with the same tensors in it."""
+    if isinstance(value, dict):
+        return {k: _structure(v) for k, v in value.items()}
+    return [_structure(v) for v in value] if isinstance(value, list) else value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """This rank's parts of the tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return [local(value.detach())]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in inside for tensor in tensors_in(item)]
+
+
+def _objects_of(start: Any) -> list[Any]:
+    """The objects of this package that attributes lead to from `start`, itself first; no modules, tensors or types."""
+    found: dict[int, Any] = {}
+    ahead = [start]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, dict):
+            ahead += value.values()
+        elif isinstance(value, list | tuple | set | deque):
+            ahead += value
+        elif _is_ours(value) and id(value) not in found:
+            found[id(value)] = value
+            ahead += vars(value).values()
+    return list(found.values())
+
+
+def _is_ours(value: Any) -> bool:
+    if isinstance(value, type | Tensor | nn.Module) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.partition(".")[0] == _PACKAGE

@@ -1,0 +1,91 @@
+"""Batches of a token budget: which budget fits, and how many microbatches such a batch has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+
+from lightning_hybrid._lightning_private import set_epoch_length
+from lightning_hybrid.dataloader.map_shard import SampleFlow
+from lightning_hybrid.dataloader.peek import batch_of
+from lightning_hybrid.dataloader.wrap import users_loader
+from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.tuning.memory_probe.probe import MemoryProbe
+
+
+@runtime_checkable
+class TokenBatches(Protocol):
+    """A batch sampler with a token budget, such as `data.TokenBatchSampler`."""
+
+    lengths: list[int]
+    """Tokens of each sample."""
+    max_tokens: int
+    """Tokens of a batch, padding included; can be set between two epochs."""
+    multiple_of: int
+    """Samples of a batch are a multiple of it."""
+
+    def extremes(self) -> tuple[int, int]:
+        """Indices of a longest and of a shortest sample."""
+        ...
+
+
+class TokenBudget:
+    """The token budget of a training loader's batches.
+
+    Args:
+        trainer: The trainer.
+        runner: The partitioned module.
+        loader: The training loader, as the ranks iterate it.
+        sampler: Its batch sampler.
+    """
+
+    def __init__(self, trainer: pl.Trainer, runner: Runner, loader: Any, sampler: TokenBatches) -> None:
+        self._trainer, self._loader, self._sampler = trainer, loader, sampler
+        self.microbatches = runner.microbatches_of(sampler.multiple_of)
+        """Of a batch, under `pp`."""
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer, runner: Runner, loader: Any) -> TokenBudget | None:
+        """None where the loader's batches have no token budget."""
+        sampler = getattr(users_loader(loader), "batch_sampler", None)
+        dealt = isinstance(getattr(loader, "flow", None), SampleFlow)
+        return cls(trainer, runner, loader, sampler) if dealt and isinstance(sampler, TokenBatches) else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a batch of one replica."""
+        return self._sampler.max_tokens
+
+    def change(self, tokens: int) -> None:
+        """The batches of the epoch that is about to begin have so many tokens, or what the longest sample needs."""
+        self._sampler.max_tokens = max(tokens, self._sampler.multiple_of * max(self._sampler.lengths))
+        flow = self._loader.flow
+        set_epoch_length(self._trainer, flow, flow.steps_in_all())
+
+    def find(self, limit: int, probe_for: Callable[[Any, int], MemoryProbe]) -> int:
+        """The largest budget up to `limit` that fits into the memory of all ranks. Collective.
+
+        With T tokens in b samples of length L, a step needs at most a + b T + c T L + d T / L bytes: what every token
+        needs, attention's squares, and what every sample needs. That is convex in L, so its maximum is at the longest
+        or at the shortest samples, and both are tried.
+
+        Args:
+            limit: Tokens.
+            probe_for: A probe that takes its samples from a batch, and their microbatches.
+        """
+        count, step = self.microbatches, self._sampler.multiple_of // self.microbatches
+        longest, shortest = (self._one(i) for i in self._sampler.extremes())
+        tokens = limit
+        for batch, length in (longest, shortest):
+            most = min(tokens // (length * count), -(-len(self._sampler.lengths) // count))
+            ladder = list(range(step, most + 1, step)) or [step]
+            size = probe_for(batch, count).find(ladder).size
+            if size < ladder[-1]:
+                tokens = min(tokens, size * count * length)
+        return max(tokens, count * step * longest[1])
+
+    def _one(self, index: int) -> tuple[Any, int]:
+        """A batch of one sample, and its length."""
+        return batch_of(self._loader, [index]), self._sampler.lengths[index]

@@ -1,0 +1,168 @@
+"""What the ranks have to do, as measured, and what would balance it: for callbacks that move load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_hybrid.adapt.expert_placement import imbalance, kept_in_place, owners, place_experts
+from lightning_hybrid.adapt.shares import share_by_speed
+from lightning_hybrid.adapt.stage_cuts import StageTime, best_cuts, fit_costs, step_seconds
+from lightning_hybrid.collectives import gather_objects
+from lightning_hybrid.engine.clocks import Clocks
+from lightning_hybrid.spec.stages import stages_per_rank
+
+if TYPE_CHECKING:
+    from lightning_hybrid.partitioned import PartitionedStrategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What all ranks have measured since the last look, the same on all of them."""
+
+    stages: tuple[StageTime, ...]
+    """Of the pipeline's stages, the slowest rank of each."""
+    replicas: tuple[float, ...]
+    """Seconds that each replica computes for one sample; under `fsdp`, in the forward passes of its blocks."""
+    experts: Mapping[str, tuple[int, ...]]
+    """Tokens of each expert, by module of experts."""
+
+
+class Load:
+    """The load of a running training.
+
+    Args:
+        strategy: The strategy, whose runner is there.
+    """
+
+    def __init__(self, strategy: PartitionedStrategy) -> None:
+        self.strategy = strategy
+        self._runner = strategy.runner
+        self.follow()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what is measured belongs to the present layout."""
+        return self._runner is self.strategy.runner
+
+    def follow(self) -> None:
+        """The layout has changed: what has been measured is forgotten."""
+        self._samples = 0
+        self.release()
+        self._clocks = Clocks(self.strategy.root_device)
+        self._runner = self.strategy.runner
+        self._runner.time_computation(self._clocks)
+        self.strategy.expert_loads()
+
+    def release(self) -> None:
+        """Nothing is measured any more."""
+        self._runner.time_computation(None)
+
+    def count(self, samples: int) -> None:
+        """A batch of so many samples of this replica has been run."""
+        self._samples += samples
+
+    def end_step(self) -> None:
+        """The optimizer has made a step."""
+        self._clocks.end_step()
+
+    def take(self, steps: int) -> Observation:
+        """What has been measured in the last `steps` steps. Collective."""
+        runner = self.strategy.runner
+        mesh, plan, pipeline = runner.mesh, runner.partition.plan, runner.pipeline
+        stages, step = self._clocks.take(pipeline.parts if pipeline is not None else 1)
+        own = (stages, step * steps / max(self._samples, 1))
+        self._samples = 0
+        slowest: dict[int, float] = {}
+        replicas = [0.0] * mesh.layout.replicas
+        for place, (of_rank, seconds) in zip(mesh.places, gather_objects(own), strict=True):
+            for stage, found in of_rank.items():
+                slowest[stage] = max(found, slowest.get(stage, 0.0))
+            replica = place.replica(mesh.layout)
+            replicas[replica] = max(replicas[replica], seconds)
+        times = [
+            StageTime(rank=s.rank, first=s.first, stop=s.stop, seconds=slowest[s.index])
+            for s in plan.stages
+            if s.index in slowest
+        ]
+        loads = {name: tuple(found.tolist()) for name, found in self.strategy.expert_loads().items()}
+        return Observation(stages=tuple(times), replicas=tuple(replicas), experts=loads)
+
+    # ---- what would be better: the gain as a share of a step, and the new division
+
+    def better_cuts(self, seen: Sequence[StageTime], now: Sequence[StageTime]) -> tuple[float, tuple[int, ...]] | None:
+        """Of the pipeline, by the formula of `adapt.stage_cuts`; None where it is not known.
+
+        Args:
+            seen: All that has been measured of this model on these ranks.
+            now: The present stages.
+        """
+        runner = self.strategy.runner
+        plan, pipeline = runner.partition.plan, runner.pipeline
+        if pipeline is None or len(now) < len(plan.stages) or stages_per_rank(plan.schedule) > 1:
+            return None
+        costs, speeds = fit_costs(plan.costs, seen, plan.layout.pp)
+        cuts = best_cuts(costs, speeds, pipeline.parts, plan.places)
+        if cuts is None:
+            return None
+        bounds = [0, *cuts, len(costs)]
+        better = [sum(costs[a:b]) * s for a, b, s in zip(bounds, bounds[1:], speeds, strict=False)]
+        present = step_seconds([t.seconds for t in now], pipeline.parts)
+        return 1 - step_seconds(better, pipeline.parts) / present, cuts
+
+    def better_shares(self, seconds: Sequence[float], most: float) -> tuple[float, tuple[int, ...]] | None:
+        """Of a global batch among replicas of different speed; None where they cannot have different shares.
+
+        Args:
+            seconds: Of one sample, by replica.
+            most: No replica gets more than so many times an equal share.
+        """
+        runner, data = self.strategy.runner, self.strategy.data
+        layout = runner.mesh.layout
+        if layout.replicas < 2 or layout.ep > 1 or not data.can_share or not all(seconds):
+            return None
+        size = runner.pipeline.parts if runner.pipeline is not None else 1
+        parts, rest = divmod(data.global_batch_size, size)
+        if rest or parts < layout.replicas:
+            return None
+        limit = int(most * parts / layout.replicas)
+        shares = tuple(n * size for n in share_by_speed(seconds, parts, max(limit, -(-parts // layout.replicas))))
+        old = max(n * t for n, t in zip(data.shares, seconds, strict=True))
+        return 1 - max(n * t for n, t in zip(shares, seconds, strict=True)) / old, shares
+
+    def better_experts(
+        self, loads: Mapping[str, Sequence[int]], copies: int
+    ) -> tuple[float, dict[str, dict[str, Any]]] | None:
+        """Of experts on the ranks of `ep`; the gain is that of the most loaded rank, summed over the model.
+
+        Args:
+            loads: Tokens of each expert, by module.
+            copies: How many experts a rank computes beside as many as it has.
+        """
+        runner = self.strategy.runner
+        ranks, plans = runner.mesh.layout.ep, runner.partition.expert_plans
+        loads = {name: of_module for name, of_module in loads.items() if sum(of_module)}
+        if ranks < 2 or not loads:
+            return None
+        orders, hosts, old, new = {}, {}, 0.0, 0.0
+        for name, of_module in loads.items():
+            plan = plans[name]
+            own = [plan.part(rank, ranks) for rank in range(ranks)]
+            most = plan.experts - plan.experts // ranks  # more would be an expert twice
+            hosted = kept_in_place(place_experts(of_module, ranks, ranks * min(copies, most)), own)
+            orders[name] = tuple(expert for part in owners(hosted, own) for expert in part)
+            if copies:
+                hosts[name] = tuple(map(tuple, hosted))
+            old += self._imbalance(name, of_module)
+            new += imbalance(of_module, hosted)
+        return 1 - new / old, {"orders": orders, "hosts": hosts}
+
+    def expert_imbalance(self, loads: Mapping[str, Sequence[int]]) -> float:
+        """The largest load of a rank over the mean, at present, added up over the modules of experts."""
+        return sum(self._imbalance(name, of_module) for name, of_module in loads.items())
+
+    def _imbalance(self, name: str, loads: Sequence[int]) -> float:
+        runner = self.strategy.runner
+        plan, ranks = runner.partition.expert_plans[name], runner.mesh.layout.ep
+        return imbalance(loads, [plan.computed(rank, ranks) for rank in range(ranks)])
