@@ -211,7 +211,7 @@ def state_left(trainer: pl.Trainer, flow: Any) -> dict[str, Any] | None:
     return None
 
 
-def takes_ahead(trainer: pl.Trainer) -> bool:
+def prefetches(trainer: pl.Trainer) -> bool:
     """Whether the loop takes a batch before the one before it is run, as without a length."""
     return trainer._active_loop._data_fetcher.length is None  # type: ignore[union-attr]
 
@@ -325,12 +325,12 @@ def set_received_sigterm(trainer: pl.Trainer) -> None:
 def parameters_compared_by_identity() -> Iterator[None]:
     """Inside, `BaseFinetuning` finds out by identity, not by value, whether an optimizer has a parameter."""
 
-    def absent(optimizer: Optimizer, params: Iterable[Any]) -> list[Any]:
+    def padding(optimizer: Optimizer, params: Iterable[Any]) -> list[Any]:
         present = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [p for p in params if id(p) not in present]
 
     original = BaseFinetuning.__dict__["filter_on_optimizer"]
-    BaseFinetuning.filter_on_optimizer = staticmethod(absent)  # type: ignore[method-assign]
+    BaseFinetuning.filter_on_optimizer = staticmethod(padding)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -36,6 +36,6 @@ def share_object(value: Any, source: int, group: dist.ProcessGroup, device: torc
     return value if own else to_device(box[0], device)
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

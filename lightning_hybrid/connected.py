@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_hybrid.launch.monitor import Watch
+from lightning_hybrid.launch.monitor import FailureMonitor
 from lightning_hybrid.mesh import Mesh
 
 
@@ -27,7 +27,7 @@ class ConnectedStrategy(ParallelStrategy):
         watch: Notices failures of ranks.
     """
 
-    def __init__(self, process_group_backend: str | None, watch: Watch) -> None:
+    def __init__(self, process_group_backend: str | None, watch: FailureMonitor) -> None:
         super().__init__()
         self._backend, self._watch = process_group_backend, watch
         self._mesh: Mesh | None = None

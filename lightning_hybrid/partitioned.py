@@ -18,9 +18,9 @@ from lightning_hybrid.compat.callbacks import follow_callbacks
 from lightning_hybrid.connected import ConnectedStrategy
 from lightning_hybrid.dataloader.replica import ReplicaData
 from lightning_hybrid.engine.norms import gradient_norms
-from lightning_hybrid.engine.optimizer import OptimizerSteps
-from lightning_hybrid.engine.step import Runner
-from lightning_hybrid.launch.monitor import Watch
+from lightning_hybrid.engine.optimizer import OptimizerWrapper
+from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.launch.monitor import FailureMonitor
 from lightning_hybrid.launch.preemption import Preemption
 from lightning_hybrid.launch.processes import DEFAULT_TIMEOUT
 from lightning_hybrid.mesh import Mesh
@@ -30,7 +30,7 @@ from lightning_hybrid.reshard.relayout import Moved, Relayout
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.request import Request
-from lightning_hybrid.tuning.batch_size import BatchControl, Divider
+from lightning_hybrid.tuning.batch_size import BatchSizeController, BatchSizePolicy
 
 Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"]
 
@@ -43,14 +43,14 @@ class PartitionedStrategy(ConnectedStrategy):
         watch: See `ConnectedStrategy`.
         layout: The layout that the user has given; None: `fsdp` over all devices.
         request: What belongs to the layout.
-        on_nonfinite: See `Guard`.
+        on_nonfinite: See `NonFiniteCheck`.
         timeout: How long one rank waits for another.
     """
 
     def __init__(
         self,
         process_group_backend: str | None,
-        watch: Watch,
+        watch: FailureMonitor,
         layout: Layout | None,
         request: Request,
         on_nonfinite: Literal["raise", "skip"],
@@ -60,13 +60,13 @@ class PartitionedStrategy(ConnectedStrategy):
         self._layout, self._request = layout, request
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._timeout = timeout
-        self._runner: Runner | None = None
-        self._steps: OptimizerSteps | None = None
+        self._runner: StepRunner | None = None
+        self._steps: OptimizerWrapper | None = None
         self._data: ReplicaData | None = None
         self._preemption = Preemption(lambda wanted: self.reduce_boolean_decision(wanted, all=False))
         self.sequence_length: int | None = None
         """Samples of training batches are split into samples of this length; None: they are whole."""
-        self.batch_controls: list[BatchControl] = []
+        self.batch_size_controllers: list[BatchSizeController] = []
         """Those that callbacks hold at present."""
         self.moving = False
         """Whether weights are on their way to another layout; nothing can be saved then."""
@@ -82,14 +82,14 @@ class PartitionedStrategy(ConnectedStrategy):
         return replace(self._request, layout=self.layout)
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> StepRunner:
         """The partitioned module, once it is set up."""
         if self._runner is None:
             raise RuntimeError("`strategy.runner` is there only after the strategy has been set up (Trainer.fit).")
         return self._runner
 
     @property
-    def steps(self) -> OptimizerSteps:
+    def steps(self) -> OptimizerWrapper:
         """What surrounds optimizer steps, once it is set up."""
         if self._steps is None:
             raise RuntimeError("`strategy.steps` is there only after the strategy has been set up (Trainer.fit).")
@@ -121,14 +121,14 @@ class PartitionedStrategy(ConnectedStrategy):
         """
         return gradient_norms(self.runner)
 
-    def control_batches(self, divider: Divider | None = None) -> BatchControl:
+    def control_batches(self, policy: BatchSizePolicy | None = None) -> BatchSizeController:
         """For callbacks that change the batch size while training goes on, from `on_train_start` on.
 
         Args:
-            divider: Says how batches are divided where the layout changes.
+            policy: Says how batches are divided where the layout changes.
         """
-        control = BatchControl(self._module.trainer, self, divider)
-        self.batch_controls.append(control)
+        control = BatchSizeController(self._module.trainer, self, policy)
+        self.batch_size_controllers.append(control)
         return control
 
     def expert_loads(self) -> dict[str, Tensor]:
@@ -197,24 +197,24 @@ class PartitionedStrategy(ConnectedStrategy):
         with self._during("relayout"):
             return Relayout(self, wanted, self._wrappers, edit).run()
 
-    def take_layout(self, request: Request, mesh: Mesh, runner: Runner) -> None:
+    def take_layout(self, request: Request, mesh: Mesh, runner: StepRunner) -> None:
         """For `Relayout`: everything of this strategy goes on with the module as it is partitioned now."""
         trainer, factor = self._module.trainer, self.steps.learning_rate_factor
         stays = request.layout == self.layout
-        firsts = [None if stays else control.first_under(request) for control in self.batch_controls]
+        firsts = [None if stays else control.first_under(request) for control in self.batch_size_controllers]
         self._layout, self._request = request.layout, request
         self._mesh, self._runner = mesh, runner
         runner.root.__dict__["_hybrid_partition"] = runner.partition
         limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
-        runner.take_logs()
+        runner.install_logs()
         follow_copies(runner)
         follow_callbacks(trainer, runner)
         runner.gradients_are_seen = self.reduce_boolean_decision(seen_after_backward(trainer), all=False)
-        self._steps = OptimizerSteps(runner, self.precision_plugin, self._on_nonfinite, self._preemption)
+        self._steps = OptimizerWrapper(runner, self.precision_plugin, self._on_nonfinite, self._preemption)
         self._steps.learning_rate_factor = factor
         self._steps.install()
         self.data.follow_layout(mesh)
-        for control, first in zip(self.batch_controls, firsts, strict=True):
+        for control, first in zip(self.batch_size_controllers, firsts, strict=True):
             control.follow(first)
         self._log_sent_bytes()
 

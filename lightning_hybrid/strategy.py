@@ -30,12 +30,12 @@ from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.compat.averaging import follow_partition
 from lightning_hybrid.compat.callbacks import follow_callbacks
 from lightning_hybrid.dataloader.replica import ReplicaData
-from lightning_hybrid.dataloader.sharding import Uneven
+from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.engine import start
-from lightning_hybrid.engine.optimizer import OptimizerSteps
+from lightning_hybrid.engine.optimizer import OptimizerWrapper
 from lightning_hybrid.launch import agreement
 from lightning_hybrid.launch.launcher import HybridLauncher
-from lightning_hybrid.launch.monitor import Watch
+from lightning_hybrid.launch.monitor import FailureMonitor
 from lightning_hybrid.launch.processes import DEFAULT_TIMEOUT, meet
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.parallelize.recompute import Recompute, recomputed
@@ -107,7 +107,7 @@ class HybridStrategy(PartitionedStrategy):
             gradient_sync=GradientSync.of(gradient_sync),
         )
         super().__init__(
-            process_group_backend, Watch(timeout or DEFAULT_TIMEOUT), given, request, on_nonfinite, timeout
+            process_group_backend, FailureMonitor(timeout or DEFAULT_TIMEOUT), given, request, on_nonfinite, timeout
         )
         self._compile = compile
         self._recompute: Recompute | None = recompute
@@ -163,7 +163,7 @@ class HybridStrategy(PartitionedStrategy):
             self._preemption.install(trainer)
         self._splits_data = start.prepare_trainer(trainer)
         self._data = ReplicaData(
-            trainer, self._mesh, self.root_device, split=self._splits_data, run_absent=self._run_absent
+            trainer, self._mesh, self.root_device, split=self._splits_data, run_padding=self._run_padding
         )
 
     def _meet(self) -> None:
@@ -204,7 +204,7 @@ class HybridStrategy(PartitionedStrategy):
             self.model = self.precision_plugin.convert_module(self._module)
             self._runner = start.partition(trainer, self, self.request, self._wrappers)
             limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
-        self._runner.take_logs()
+        self._runner.install_logs()
         follow_partition(trainer, self._runner)
         follow_callbacks(trainer, self._runner)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -212,7 +212,7 @@ class HybridStrategy(PartitionedStrategy):
             self._runner.gradients_are_seen = self.reduce_boolean_decision(seen_after_backward(trainer), all=False)
         self.setup_precision_plugin()
         if self._steps is None or self._steps.runner is not self._runner:
-            self._steps = OptimizerSteps(self.runner, self.precision_plugin, self._on_nonfinite, self._preemption)
+            self._steps = OptimizerWrapper(self.runner, self.precision_plugin, self._on_nonfinite, self._preemption)
         self._steps.check_optimizers(self.optimizers)
         self._steps.install()
 
@@ -231,8 +231,8 @@ class HybridStrategy(PartitionedStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        uneven = self.data.uneven()
-        self.runner.take_batch(uneven, self.data.share_in_step(uneven))
+        batch_weights = self.data.batch_weights()
+        self.runner.take_batch(batch_weights, self.data.share_in_step(batch_weights))
         if self.sequence_length is not None:
             args = (split_sequences(args[0], self.sequence_length), *args[1:])
         with self._during("training_step"):
@@ -240,7 +240,7 @@ class HybridStrategy(PartitionedStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        if self.runner.uneven is not None:
+        if self.runner.batch_weights is not None:
             closure_loss = closure_loss * self.runner.factor
         with self._during("backward"):
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
@@ -264,14 +264,14 @@ class HybridStrategy(PartitionedStrategy):
 
     def _evaluate(self, step: str, *args: Any, **kwargs: Any) -> Any:
         trainer = self._module.trainer
-        self.runner.take_batch(self.data.uneven())
+        self.runner.take_batch(self.data.batch_weights())
         with self._watch.during(step, evaluation_batch(trainer) - 1):
             out = self.runner.evaluation_step(step, *args, **kwargs)
             self._preemption.agree(trainer)
             return out
 
-    def _run_absent(self, batch: Any, uneven: Uneven) -> None:
-        self.runner.take_batch(uneven)
+    def _run_padding(self, batch: Any, batch_weights: BatchWeights) -> None:
+        self.runner.take_batch(batch_weights)
         self.runner.evaluation_step("predict_step", *start.prediction_arguments(self._module.trainer, batch))
         self.runner.take_batch(None)
 
@@ -281,8 +281,8 @@ class HybridStrategy(PartitionedStrategy):
 
     def on_train_end(self) -> None:
         """Replicas that have stepped by themselves agree on the weights."""
-        if self.runner.local_steps is not None:
-            self.runner.local_steps.agree()
+        if self.runner.diloco is not None:
+            self.runner.diloco.agree()
 
     def on_predict_start(self) -> None:
         """Refuses loaders on which predictions would not be complete."""
@@ -300,7 +300,7 @@ class HybridStrategy(PartitionedStrategy):
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
-        self.steps.guard.saw_loss(closure_loss)
+        self.steps.nonfinite.saw_loss(closure_loss)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -343,8 +343,8 @@ class HybridStrategy(PartitionedStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             state.load_optimizer_state(self.runner, optimizer, saved)
-        self.checkpoints.restore_streams(self.runner)
-        self.checkpoints.restore_local_steps(self.runner)
+        self.checkpoints.restore_rng(self.runner)
+        self.checkpoints.restore_diloco(self.runner)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -363,7 +363,7 @@ class HybridStrategy(PartitionedStrategy):
         if self._steps is not None:
             self._steps.remove()
         if self._runner is not None:
-            self._runner.release_logs()
+            self._runner.remove_logs()
         if self.lightning_module is not None and self._splits_data is not None:
             start.release_trainer(self.lightning_module.trainer, self._splits_data)
         self._environment.teardown()

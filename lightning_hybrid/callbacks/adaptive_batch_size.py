@@ -35,7 +35,7 @@ from lightning_hybrid.callbacks.micro_batch import LADDER, Memory, MicroBatch, w
 from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.request import Request
-from lightning_hybrid.tuning.batch_size import BatchControl
+from lightning_hybrid.tuning.batch_size import BatchSizeController
 from lightning_hybrid.tuning.memory_probe.probe import is_out_of_memory
 from lightning_hybrid.tuning.schedulers_by_samples import SchedulersBySamples
 
@@ -110,7 +110,7 @@ class AdaptiveBatchSize(Callback):
         self._rule: LearningRateRule = learning_rate
         self._max_samples, self._max_tokens, self._rules = max_samples, max_tokens, rules
         self._counts_tokens = max_tokens is not None or (schedule is not None and schedule.unit == "tokens")
-        self._control: BatchControl | None = None
+        self._control: BatchSizeController | None = None
         self._schedulers: SchedulersBySamples | None = None
         self._state: BatchSizeState | None = None
         self._noise = NoiseScale(half_life_steps=rules.half_life_steps)
@@ -145,7 +145,7 @@ class AdaptiveBatchSize(Callback):
         return self._state
 
     @property
-    def _batches(self) -> BatchControl:
+    def _batches(self) -> BatchSizeController:
         if self._control is None:
             raise RuntimeError("`AdaptiveBatchSize` divides batches only while `Trainer.fit` runs.")
         return self._control
@@ -203,7 +203,7 @@ class AdaptiveBatchSize(Callback):
         if self._rule == "auto":
             self._rule = "adascale" if isinstance(optimizer, SGD) and self._statistics is not None else "sqrt"
 
-    def _start_with_tokens(self, control: BatchControl, device: torch.device) -> None:
+    def _start_with_tokens(self, control: BatchSizeController, device: torch.device) -> None:
         for name, value in (("statistics", self._statistics), ("schedule", self._schedule)):
             if value is not None:
                 raise PartitionError(
@@ -212,7 +212,7 @@ class AdaptiveBatchSize(Callback):
                 )
         self._micro_batch.find_budget(control, device, self._max_batch_size)
 
-    def _possible_batches(self, control: BatchControl, first: int) -> list[int]:
+    def _possible_batches(self, control: BatchSizeController, first: int) -> list[int]:
         limit = self._max_batch_size or control.epoch_samples or LADDER * first
         batches = [first]
         if self._schedule is not None:
@@ -221,7 +221,9 @@ class AdaptiveBatchSize(Callback):
             batches.append(batches[-1] * self._rules.factor)
         return batches
 
-    def _division(self, control: BatchControl, batch_size: int, request: Request | None = None) -> BatchDivision | None:
+    def _division(
+        self, control: BatchSizeController, batch_size: int, request: Request | None = None
+    ) -> BatchDivision | None:
         request = request or control.request
         first, replicas = control.first_under(request), request.layout.replicas
         min_parts = 2 if self._statistics is not None else 1
@@ -232,7 +234,9 @@ class AdaptiveBatchSize(Callback):
             return first
         return divide(batch_size, control.limits(micro, min_parts, request))
 
-    def _refuse(self, control: BatchControl, state: BatchSizeState, request: Request | None = None) -> BatchDivision:
+    def _refuse(
+        self, control: BatchSizeController, state: BatchSizeState, request: Request | None = None
+    ) -> BatchDivision:
         fixed = "" if control.can_rebatch else f" in batches of {control.first.batch_size}, which cannot be changed"
         unit = "samples" if control.budget is None else "tokens"
         parts = ", and of at least two parts, whose gradients `statistics` compares" if self._statistics else ""
@@ -245,7 +249,7 @@ class AdaptiveBatchSize(Callback):
     # ---- another layout
 
     def division_under(self, request: Request) -> BatchDivision:
-        """For `BatchControl`: how the present global batch is divided in another layout."""
+        """For `BatchSizeController`: how the present global batch is divided in another layout."""
         control, state = self._batches, self._present
         if self._micro_batch.memory is not None and request.layout != control.request.layout:
             raise PartitionError(
@@ -256,7 +260,7 @@ class AdaptiveBatchSize(Callback):
         return self._division(control, state.batch_size, request) or self._refuse(control, state, request)
 
     def layout_changed(self) -> None:
-        """For `BatchControl`: times are measured anew."""
+        """For `BatchSizeController`: times are measured anew."""
         self._times, self._measured_on = StepTimes(), self._batches.measured_on
 
     # ---- steps
@@ -328,7 +332,7 @@ class AdaptiveBatchSize(Callback):
         self._samples = self._tokens = 0
         self._seconds = 0.0
 
-    def _divide_finer(self, control: BatchControl) -> None:
+    def _divide_finer(self, control: BatchSizeController) -> None:
         division = self._division(control, self.batch_size)
         if division is not None:
             rank_zero_warn(

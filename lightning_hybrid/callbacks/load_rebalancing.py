@@ -22,7 +22,7 @@ from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.dataloader.sharding import ByLength
 from lightning_hybrid.partitioned import PartitionedStrategy
 from lightning_hybrid.spec.errors import PartitionError
-from lightning_hybrid.tuning.workload import Load, Observation
+from lightning_hybrid.tuning.workload import Observation, Workload
 
 Kind = Literal["stages", "experts", "replicas"]
 KINDS: tuple[Kind, ...] = ("stages", "experts", "replicas")
@@ -92,7 +92,7 @@ class LoadRebalancing(Callback):
         self._last: float | None = None
         self._steps = 0
         self._move_seconds = 0.0
-        self._load: Load | None = None
+        self._load: Workload | None = None
         self._restored: dict[str, Any] = {}
         self.moves: list[dict[str, Any]] = []
         """Every move so far: global step, kind, the new division, predicted gain; and those that were taken back."""
@@ -119,13 +119,13 @@ class LoadRebalancing(Callback):
     def _begin(self, strategy: PartitionedStrategy) -> None:
         """Divides and measures in the present layout."""
         if self._lengths is not None:
-            self._deal_by_length(strategy, self._lengths)
+            self._shard_by_length(strategy, self._lengths)
         if self._load is not None:
             self._load.release()
-        self._load = Load(strategy)
+        self._load = Workload(strategy)
         self._wall, self._last = [], None
 
-    def _deal_by_length(self, strategy: PartitionedStrategy, lengths: Sequence[int]) -> None:
+    def _shard_by_length(self, strategy: PartitionedStrategy, lengths: Sequence[int]) -> None:
         data, runner = strategy.data, strategy.runner
         if not data.can_share:
             raise PartitionError(
@@ -149,7 +149,7 @@ class LoadRebalancing(Callback):
             self._seen, self._before = [], {}
             self._begin(strategy)
             return
-        self._load.count(0 if strategy.runner.absent else count_samples(batch))
+        self._load.count(0 if strategy.runner.padding else count_samples(batch))
         if not steps_after_batch(trainer):
             return
         self._load.end_step()
@@ -165,7 +165,7 @@ class LoadRebalancing(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last = None
 
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, load: Load) -> None:
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, load: Workload) -> None:
         strategy = hybrid_strategy(trainer, self)
         seen = load.take(self._rules.every_n_steps)
         self._note(seen)
@@ -188,7 +188,7 @@ class LoadRebalancing(Callback):
             self._seen.append(time_)
 
     def _decide(
-        self, load: Load, seen: Observation, seconds: float, steps_left: int
+        self, load: Workload, seen: Observation, seconds: float, steps_left: int
     ) -> tuple[Kind | None, Any, bool, dict[str, float], dict[Any, Watch]]:
         """What to move, the new division, whether that takes a move back, the gains that were seen, and the state."""
         watches = dict(self._watches)
@@ -212,7 +212,7 @@ class LoadRebalancing(Callback):
                 return kind, better[1], False, gains, watches
         return None, None, False, gains, watches
 
-    def _better(self, kind: Kind, load: Load, seen: Observation) -> tuple[float, Any] | None:
+    def _better(self, kind: Kind, load: Workload, seen: Observation) -> tuple[float, Any] | None:
         if kind == "stages":
             return load.better_cuts(self._seen, seen.stages)
         if kind == "experts":

@@ -11,7 +11,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hybrid.adapt.division import BatchDivision, micro_batch_sizes
-from lightning_hybrid.tuning.batch_size import BatchControl
+from lightning_hybrid.tuning.batch_size import BatchSizeController
 from lightning_hybrid.tuning.device_memory import share_of_memory
 
 LADDER = 64
@@ -48,7 +48,7 @@ class MicroBatch:
         """Whether it is to be found in samples."""
         return self.memory is not None and self.samples is None
 
-    def find(self, control: BatchControl, device: torch.device, batches: Sequence[int]) -> None:
+    def find(self, control: BatchSizeController, device: torch.device, batches: Sequence[int]) -> None:
         """The largest that fits on all ranks and that one of these global batches can be made of. Collective.
 
         Args:
@@ -64,7 +64,7 @@ class MicroBatch:
         )
         self.samples = found.size
 
-    def find_budget(self, control: BatchControl, device: torch.device, max_batch_size: int | None) -> None:
+    def find_budget(self, control: BatchSizeController, device: torch.device, max_batch_size: int | None) -> None:
         """Gives the batches the largest token budget that fits on all ranks. Collective.
 
         Args:
@@ -93,7 +93,7 @@ class MicroBatch:
         """The largest there may be, in samples, where the user's batches are divided like `first`."""
         return min(self.samples or first.micro_batch_size, self._most or sys.maxsize)
 
-    def halve_if_short(self, control: BatchControl) -> bool:
+    def halve_if_short(self, control: BatchSizeController) -> bool:
         """After two steps in a row that ran short of memory: half of it, before one fails. Collective.
 
         Returns:
@@ -115,7 +115,7 @@ class MicroBatch:
         return False
 
 
-def warn_of_memory(control: BatchControl, rank: int) -> None:
+def warn_of_memory(control: BatchSizeController, rank: int) -> None:
     """Says how a run that has ended without memory on this rank goes on."""
     size, unit = control.division.micro_batch_size, "samples" if control.budget is None else "tokens"
     warnings.warn(

@@ -21,7 +21,7 @@ from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.strategy import HybridStrategy
-from lightning_hybrid.tuning.batch_size import BatchControl, samples_of_all, sum_over_replicas
+from lightning_hybrid.tuning.batch_size import BatchSizeController, samples_of_all, sum_over_replicas
 
 
 class PhaseSchedule(Callback):
@@ -45,7 +45,7 @@ class PhaseSchedule(Callback):
         check_phases(phases)
         self.phases = tuple(phases)
         self._state = PhaseState()
-        self._control: BatchControl | None = None
+        self._control: BatchSizeController | None = None
         self._samples = self._tokens = 0
         self._counts_tokens = any(phase.at_tokens is not None for phase in phases)
 

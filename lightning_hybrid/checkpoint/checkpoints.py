@@ -16,7 +16,7 @@ from lightning_hybrid.checkpoint import state
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from lightning_hybrid.checkpoint.save import Saver
-from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.engine.step import StepRunner
 
 
 class Checkpoints:
@@ -41,12 +41,12 @@ class Checkpoints:
             self._saver = Saver(self._options, self._timeout)
         return self._saver
 
-    def save(self, runner: Runner, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    def save(self, runner: StepRunner, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """Saves Lightning's checkpoint dict, whose state is this rank's parts. Collective."""
-        streams = {**loading.random_streams(), **runner.streams.state_dict()}
+        streams = {**loading.rng_states(), **runner.streams.state_dict()}
         more: dict[str, Any] = {"streams": streams}
-        if runner.local_steps is not None:
-            more["local_steps"] = {**runner.local_steps.state_dict(), "optimizers": state.own_optimizer_states(runner)}
+        if runner.diloco is not None:
+            more["local_steps"] = {**runner.diloco.state_dict(), "optimizers": state.own_optimizer_states(runner)}
         content = state.content_of(runner, {**checkpoint, **more})
         self.saver.save(path, content, loading.manifest_facts(checkpoint, runner.mesh.layout))
 
@@ -56,7 +56,7 @@ class Checkpoints:
         self._older = found[1:]
         return str(found[0]) if found else None
 
-    def load(self, runner: Runner, path: str | Path, trust_pickle: bool) -> dict[str, Any]:
+    def load(self, runner: StepRunner, path: str | Path, trust_pickle: bool) -> dict[str, Any]:
         """Lightning's checkpoint dict from `path`, or if that was found by `find_last`, from the newest intact one."""
         self.saver.wait()
         paths: list[Any] = [Path(path), *self._older]
@@ -70,27 +70,27 @@ class Checkpoints:
         self._streams, self._local_steps = checkpoint.pop("streams"), checkpoint.pop("local_steps", None)
         return checkpoint
 
-    def restore_streams(self, runner: Runner) -> None:
+    def restore_rng(self, runner: StepRunner) -> None:
         """Sets the random streams to what they were when the checkpoint was saved."""
         if self._streams is not None:
-            loading.set_random_streams(self._streams)
+            loading.set_rng_states(self._streams)
             runner.streams.load_state_dict(self._streams)
 
-    def restore_local_steps(self, runner: Runner) -> None:
+    def restore_diloco(self, runner: StepRunner) -> None:
         """Replicas that step by themselves go on where each of them was, in the same layout; else where they agreed."""
         saved, self._local_steps = self._local_steps, None
-        if runner.local_steps is None:
+        if runner.diloco is None:
             return
-        runner.local_steps.begin()
+        runner.diloco.begin()
         if saved is not None:
-            runner.local_steps.load_state_dict(saved)
+            runner.diloco.load_state_dict(saved)
             state.load_own_optimizer_states(runner, saved["optimizers"])
 
     def first_batch(self, trainer: pl.Trainer) -> None:
         """Before the first training batch: starting the loader in the middle of an epoch has drawn from the streams."""
         if self._streams is not None and trainer.training:
             if trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
-                loading.set_random_streams(self._streams)
+                loading.set_rng_states(self._streams)
             self._streams = None
 
     def wait(self) -> None:

@@ -43,7 +43,7 @@ def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout) -> dict[str, A
 # ---- random streams
 
 
-def random_streams() -> dict[str, Any]:
+def rng_states() -> dict[str, Any]:
     """The global random streams of this process."""
     streams = capture()
     if torch.cuda.is_available():
@@ -51,8 +51,8 @@ def random_streams() -> dict[str, Any]:
     return streams
 
 
-def set_random_streams(streams: Mapping[str, Any]) -> None:
-    """The reverse of `random_streams`."""
+def set_rng_states(streams: Mapping[str, Any]) -> None:
+    """The reverse of `rng_states`."""
     restore(streams)
     if "cuda" in streams and torch.cuda.is_available():
         torch.cuda.set_rng_state(streams["cuda"])

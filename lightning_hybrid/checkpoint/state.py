@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from lightning_hybrid.checkpoint.content import Content, Part
 from lightning_hybrid.checkpoint.reader import SavedTensor
-from lightning_hybrid.collectives import gather_objects, local
-from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.collectives import gather_objects, to_local
+from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.mesh import AXES
 from lightning_hybrid.parallelize.placement import index_of, writes
@@ -31,21 +31,21 @@ EXTRA_STATE = "_extra_state"
 # ---- out of the module
 
 
-def state_dict(runner: Runner) -> dict[str, Any]:
+def state_dict(runner: StepRunner) -> dict[str, Any]:
     """This rank's parts of all weights, and the persistent buffers, under the user's names."""
     runner.partition.reshard()
     with runner.partition.parameters.all_visible():
         shown = runner.root.state_dict()
     found = {name: value for name, value in shown.items() if not isinstance(value, Ghost)}
-    if runner.local_steps is not None:  # what all replicas have agreed on
+    if runner.diloco is not None:  # what all replicas have agreed on
         first = runner.partition.parameters.first_names
         for name in found:
-            agreed = runner.local_steps.agreed(first.get(name, name))
+            agreed = runner.diloco.agreed(first.get(name, name))
             found[name] = found[name] if agreed is None else agreed
     return found
 
 
-def optimizer_state(runner: Runner, optimizer: Optimizer) -> dict[str, Any]:
+def optimizer_state(runner: StepRunner, optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state of this rank's parameters, by name; the groups hold the names of all parameters."""
     optimizer = plain_optimizer(optimizer)
     names = runner.names_in(optimizer)
@@ -69,7 +69,7 @@ def _laid_out(value: Any, parameter: Tensor) -> Any:
     return value
 
 
-def content_of(runner: Runner, checkpoint: Mapping[str, Any]) -> Content:
+def content_of(runner: StepRunner, checkpoint: Mapping[str, Any]) -> Content:
     """What this rank writes of Lightning's checkpoint dict.
 
     Raises:
@@ -99,19 +99,19 @@ PER_RANK = ("loops", "streams", "local_steps")
 """Keys of the checkpoint dict that every rank saves; everything else is rank 0's."""
 
 
-def _shown_names(runner: Runner) -> list[str]:
+def _shown_names(runner: StepRunner) -> list[str]:
     with runner.partition.parameters.all_visible():
         return list(runner.root.state_dict())
 
 
-def _add_group(runner: Runner, content: Content, group: str, mapping: Mapping[str, Any]) -> None:
+def _add_group(runner: StepRunner, content: Content, group: str, mapping: Mapping[str, Any]) -> None:
     partition = runner.partition
-    held = partition.parameters.held()
+    local = partition.parameters.local()
     for name, value in mapping.items():
         first = partition.parameters.first_names.get(name, name)
         if first != name and first in mapping:
             continue  # the same weight under another name
-        if first in held and isinstance(value, Tensor):
+        if first in local and isinstance(value, Tensor):
             part = _part(runner, group, first, value)
             if part is not None:
                 content.parts.append(part)
@@ -122,7 +122,7 @@ def _add_group(runner: Runner, content: Content, group: str, mapping: Mapping[st
                 content.values.setdefault(group, {})[name] = value
 
 
-def _add_optimizer(runner: Runner, content: Content, prefix: str, saved: Mapping[str, Any]) -> None:
+def _add_optimizer(runner: StepRunner, content: Content, prefix: str, saved: Mapping[str, Any]) -> None:
     partition = runner.partition
     for name, entry in saved["state"].items():
         for key, value in entry.items():
@@ -138,11 +138,11 @@ def _add_optimizer(runner: Runner, content: Content, prefix: str, saved: Mapping
                     content.values.setdefault(group, {})[name] = value
 
 
-def _part(runner: Runner, group: str, name: str, tensor: Tensor) -> Part | None:
+def _part(runner: StepRunner, group: str, name: str, tensor: Tensor) -> Part | None:
     """This rank's part of a tensor laid out like parameter `name`; None if another rank writes it."""
     partition = runner.partition
     shape, index = tuple(partition.shape_of(name)), index_of(partition, name)
-    own = local(tensor.detach())
+    own = to_local(tensor.detach())
     if tuple(own.shape) == shape_of(index):
         if not writes(partition, name):
             return None
@@ -165,7 +165,7 @@ def _whole_part(group: str, name: str, tensor: Tensor) -> Part:
     )
 
 
-def _leads(runner: Runner, pipeline_rank: int) -> bool:
+def _leads(runner: StepRunner, pipeline_rank: int) -> bool:
     """Whether this is the first rank of its kind on a pipeline rank."""
     places = {axis: runner.mesh.rank(axis) for axis in AXES}
     return places == {**dict.fromkeys(AXES, 0), "pp": pipeline_rank}
@@ -179,7 +179,7 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
 # ---- into the module
 
 
-def load_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool) -> None:
+def load_state_dict(runner: StepRunner, state: Mapping[str, Any], strict: bool) -> None:
     """Each rank takes its part of the weights in `state`, which are whole tensors or `SavedTensor`s. Collective.
 
     Raises:
@@ -188,18 +188,18 @@ def load_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool) -> N
     partition = runner.partition
     partition.reshard()
     expected = _shown_names(runner)
-    held, buffers = partition.parameters.held(), dict(runner.root.named_buffers())
+    local, buffers = partition.parameters.local(), dict(runner.root.named_buffers())
     if strict:
-        needed = [n for n in expected if n in buffers or partition.parameters.first_names.get(n) in held]
+        needed = [n for n in expected if n in buffers or partition.parameters.first_names.get(n) in local]
         _check_names(runner, set(needed) - set(state), set(state) - set(expected))
     with torch.no_grad():
         for name in expected:
             first = partition.parameters.first_names.get(name, name)
             if name not in state:
                 continue
-            if first in held:
+            if first in local:
                 _check_shape(runner, name, state[name], partition.shape_of(first))
-                local(held[first].detach()).copy_(read(state[name], index_of(partition, first)))
+                to_local(local[first].detach()).copy_(read(state[name], index_of(partition, first)))
             elif name in buffers:
                 _check_shape(runner, name, state[name], buffers[name].shape)
                 buffers[name].copy_(read(state[name]))
@@ -208,7 +208,7 @@ def load_state_dict(runner: Runner, state: Mapping[str, Any], strict: bool) -> N
                 runner.root.get_submodule(owner).set_extra_state(read(state[name]))
 
 
-def _check_names(runner: Runner, missing: set[str], unexpected: set[str]) -> None:
+def _check_names(runner: StepRunner, missing: set[str], unexpected: set[str]) -> None:
     """Each rank knows what it needs itself; all of them raise the same. Collective."""
     found = gather_objects((missing, unexpected))
     missing, unexpected = set().union(*(m for m, _ in found)), set().union(*(u for _, u in found))
@@ -219,7 +219,7 @@ def _check_names(runner: Runner, missing: set[str], unexpected: set[str]) -> Non
         )
 
 
-def _check_shape(runner: Runner, name: str, saved: Any, shape: torch.Size) -> None:
+def _check_shape(runner: StepRunner, name: str, saved: Any, shape: torch.Size) -> None:
     if tuple(saved.shape) != tuple(shape):
         raise RuntimeError(
             f"Error(s) in loading state_dict for {type(runner.root).__name__}: size mismatch for {name}: "
@@ -227,7 +227,7 @@ def _check_shape(runner: Runner, name: str, saved: Any, shape: torch.Size) -> No
         )
 
 
-def load_optimizer_state(runner: Runner, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+def load_optimizer_state(runner: StepRunner, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Each rank takes its part of an optimizer's state, saved by name or, by one process, by number."""
     optimizer = plain_optimizer(optimizer)
     names = runner.names_in(optimizer)
@@ -239,44 +239,44 @@ def load_optimizer_state(runner: Runner, optimizer: Optimizer, saved: Mapping[st
         )
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({k: v for k, v in saved_group.items() if k != "params"})
-    held = runner.partition.parameters.held()
+    local = runner.partition.parameters.local()
     for key, entry in saved["state"].items():
         name = order[int(key)] if isinstance(key, int) else key
-        if name in held:
-            optimizer.state[held[name]] = dict(_own_entry(runner, name, held[name], entry))
+        if name in local:
+            optimizer.state[local[name]] = dict(_own_entry(runner, name, local[name], entry))
 
 
-def own_optimizer_states(runner: Runner) -> list[dict[str, dict[str, Any]]]:
+def own_optimizer_states(runner: StepRunner) -> list[dict[str, dict[str, Any]]]:
     """For each optimizer, this rank's own parts of its state, by name: where replicas step by themselves."""
-    names = {id(p): n for n, p in runner.partition.parameters.held().items()}
+    names = {id(p): n for n, p in runner.partition.parameters.local().items()}
     found = []
     for optimizer in map(plain_optimizer, runner.root.trainer.optimizers):
         entries = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names}
         found.append(
-            {n: {k: local(v) if isinstance(v, Tensor) else v for k, v in e.items()} for n, e in entries.items()}
+            {n: {k: to_local(v) if isinstance(v, Tensor) else v for k, v in e.items()} for n, e in entries.items()}
         )
     return found
 
 
-def load_own_optimizer_states(runner: Runner, saved: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+def load_own_optimizer_states(runner: StepRunner, saved: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
     """The reverse of `own_optimizer_states`, over a state of the same form that has been loaded."""
-    held = runner.partition.parameters.held()
+    local = runner.partition.parameters.local()
     for optimizer, entries in zip(map(plain_optimizer, runner.root.trainer.optimizers), saved, strict=True):
         for name, entry in entries.items():
-            state = optimizer.state[held[name]]
+            state = optimizer.state[local[name]]
             for key, value in entry.items():
                 if isinstance(value, Tensor):
-                    local(state[key]).copy_(value)
+                    to_local(state[key]).copy_(value)
                 else:
                     state[key] = value
 
 
-def _own_entry(runner: Runner, name: str, parameter: Tensor, entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _own_entry(runner: StepRunner, name: str, parameter: Tensor, entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in entry.items():
         shape = tuple(runner.partition.shape_of(name))
         if isinstance(value, Tensor | SavedTensor) and tuple(value.shape) == shape and value.shape:
             own = torch.zeros_like(parameter, dtype=value.dtype).detach()
-            local(own).copy_(read(value, index_of(runner.partition, name)))
+            to_local(own).copy_(read(value, index_of(runner.partition, name)))
             yield key, own
         elif isinstance(value, Tensor | SavedTensor):
             whole = read(value).clone()
@@ -302,7 +302,7 @@ def read(value: Any, index: Index | None = None) -> Any:
 # ---- whole weights in memory
 
 
-def full_state_dict(runner: Runner) -> dict[str, Any]:
+def full_state_dict(runner: StepRunner) -> dict[str, Any]:
     """All weights and persistent buffers on the CPU of rank 0, under the user's names; `{}` elsewhere. Collective."""
     runner.partition.reshard()
     parameters = runner.partition.parameters
@@ -319,7 +319,7 @@ def full_state_dict(runner: Runner) -> dict[str, Any]:
     return {key: wholes.get(parameters.first_names.get(key, key), value) for key, value in shown.items()}
 
 
-def _parameter_to_rank_zero(runner: Runner, name: str) -> Tensor | None:
+def _parameter_to_rank_zero(runner: StepRunner, name: str) -> Tensor | None:
     source = runner.partition.plan.ranks_of(name)[0]
     parameter = runner.partition.parameters[name]
     if runner.mesh.rank("pp") != source:
@@ -328,7 +328,7 @@ def _parameter_to_rank_zero(runner: Runner, name: str) -> Tensor | None:
     return _collect(runner, source, whole, whole.shape, whole.dtype)
 
 
-def _collect(runner: Runner, source: int, tensor: Tensor | None, shape: Any, dtype: torch.dtype) -> Tensor | None:
+def _collect(runner: StepRunner, source: int, tensor: Tensor | None, shape: Any, dtype: torch.dtype) -> Tensor | None:
     """Moves a tensor from the first rank of a pipeline rank to the CPU of rank 0."""
     leader, rank = int(runner.mesh.device_mesh.mesh[source].flatten()[0]), dist.get_rank()
     if rank == 0 and leader != 0:

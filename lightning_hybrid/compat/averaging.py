@@ -21,8 +21,8 @@ from lightning_hybrid._lightning_private import (
     forget_schedulers_before_averaging,
 )
 from lightning_hybrid.checkpoint.state import load_state_dict, read
-from lightning_hybrid.collectives import local
-from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.collectives import to_local
+from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.placement import index_of
 from lightning_hybrid.spec.errors import PartitionError
@@ -31,43 +31,43 @@ _DOT = "\N{MIDDLE DOT}"
 """Stands for the dot in names, which a parameter's own name must not have."""
 
 
-def follow_partition(trainer: pl.Trainer, runner: Runner) -> None:
+def follow_partition(trainer: pl.Trainer, runner: StepRunner) -> None:
     """After partitioning: averages are of this rank's parts from here on. Collective only when they are saved."""
     root, partition = runner.root, runner.partition
     follow_copies(runner)
     for callback in averaged_once_per_epoch(trainer):
-        held = HeldWeights(root, partition, on_load=lambda c=callback: forget_schedulers_before_averaging(c, trainer))
-        held.saves_whole = True  # in the callback's own state, of which rank 0's is saved
-        callback._average_model = held
+        local = LocalWeights(root, partition, on_load=lambda c=callback: forget_schedulers_before_averaging(c, trainer))
+        local.saves_whole = True  # in the callback's own state, of which rank 0's is saved
+        callback._average_model = local
     for callback in averaged_per_step(trainer):
         average, options = callback._average_model, callback._kwargs
-        if not isinstance(average, HeldAverage):
-            callback._average_model = HeldAverage(root, partition, average.use_buffers, options)
+        if not isinstance(average, LocalAverage):
+            callback._average_model = LocalAverage(root, partition, average.use_buffers, options)
 
 
-def follow_copies(runner: Runner) -> None:
+def follow_copies(runner: StepRunner) -> None:
     """Copies of the module, and states that it is given, are of this rank's parts."""
     root, partition = runner.root, runner.partition
-    root.__dict__["__deepcopy__"] = lambda memo: HeldWeights(root, partition)
+    root.__dict__["__deepcopy__"] = lambda memo: LocalWeights(root, partition)
     root.__dict__["load_state_dict"] = lambda state, strict=True, assign=False: load_state_dict(runner, state, strict)
 
 
-def held_averages(trainer: pl.Trainer) -> list[HeldWeights]:
+def local_averages(trainer: pl.Trainer) -> list[LocalWeights]:
     """What callbacks keep of the averages of a partitioned module, on this rank."""
     per_step: list[Any] = [c._average_model for c in averaged_per_step(trainer)]
     found: list[Any] = [c._average_model for c in averaged_once_per_epoch(trainer)]
-    return found + [a.module for a in per_step if isinstance(a, HeldAverage)]
+    return found + [a.module for a in per_step if isinstance(a, LocalAverage)]
 
 
-def renew_averages(trainer: pl.Trainer, averages: list[HeldWeights]) -> None:
-    """Puts others in the place of `held_averages`, in the same order."""
+def renew_averages(trainer: pl.Trainer, averages: list[LocalWeights]) -> None:
+    """Puts others in the place of `local_averages`, in the same order."""
     left = iter(averages)
     for callback in averaged_once_per_epoch(trainer):
         old, callback._average_model = callback._average_model, next(left)
         callback._average_model.saves_whole = old.saves_whole
         callback._average_model.__dict__["_on_load"] = old._on_load
     for callback in averaged_per_step(trainer):
-        if isinstance(callback._average_model, HeldAverage):
+        if isinstance(callback._average_model, LocalAverage):
             callback._average_model._modules["module"] = next(left)
 
 
@@ -77,7 +77,7 @@ def forget_partition(root: nn.Module) -> None:
         root.__dict__.pop(key, None)
 
 
-class HeldWeights(nn.Module):
+class LocalWeights(nn.Module):
     """Copies of the parameters and buffers of a partitioned module that this rank holds, in the module's order.
 
     Args:
@@ -100,8 +100,8 @@ class HeldWeights(nn.Module):
         for name, buffer in root.named_buffers():
             self.register_buffer(name.replace(".", _DOT), buffer.detach().clone())
 
-    def __deepcopy__(self, memo: dict) -> HeldWeights:
-        return HeldWeights(self, self._partition, self._on_load)
+    def __deepcopy__(self, memo: dict) -> LocalWeights:
+        return LocalWeights(self, self._partition, self._on_load)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses: these are weights without a model.
@@ -145,12 +145,12 @@ class HeldWeights(nn.Module):
                 first = partition.parameters.first_names.get(name)
                 if name in state_dict:
                     index = index_of(partition, first) if first is not None else None
-                    local(value).copy_(read(state_dict[name], index))
+                    to_local(value).copy_(read(state_dict[name], index))
                 elif strict:
                     raise RuntimeError(f"The saved average has no `{name}`. It was taken of another module.")
 
 
-class HeldAverage(AveragedModel):
+class LocalAverage(AveragedModel):
     """The average of the weights that this rank holds.
 
     Args:
@@ -161,17 +161,17 @@ class HeldAverage(AveragedModel):
     """
 
     def __init__(self, root: nn.Module, partition: Partition, use_buffers: bool, options: dict[str, Any]) -> None:
-        super().__init__(HeldWeights(root, partition), use_buffers=use_buffers, **options)
+        super().__init__(LocalWeights(root, partition), use_buffers=use_buffers, **options)
 
     def update_parameters(self, model: nn.Module) -> None:
         """Takes the model's present weights into the average."""
-        held: nn.Module = self.module  # type: ignore[assignment]
-        parts = _Parts(held)  # reads the average first, which makes the model's parameters ready
+        local: nn.Module = self.module  # type: ignore[assignment]
+        parts = _Parts(local)  # reads the average first, which makes the model's parameters ready
         self._modules["module"] = parts
         try:
             super().update_parameters(_Parts(model))
         finally:
-            self._modules["module"] = held
+            self._modules["module"] = local
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         """As of any AveragedModel, with this rank's parts."""
@@ -191,6 +191,6 @@ class _Parts(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         for i, parameter in enumerate(module.parameters()):
-            self.register_parameter(str(i), nn.Parameter(local(parameter.detach()), requires_grad=False))
+            self.register_parameter(str(i), nn.Parameter(to_local(parameter.detach()), requires_grad=False))
         for i, buffer in enumerate(module.buffers()):
             self.register_buffer(f"buffer{i}", buffer)

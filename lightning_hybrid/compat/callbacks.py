@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary
 
 from lightning_hybrid._lightning_private import parameters_compared_by_identity
 from lightning_hybrid.checkpoint.state import plain_optimizer
-from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.engine.step import StepRunner
 
 
-def follow_callbacks(trainer: pl.Trainer, runner: Runner) -> None:
+def follow_callbacks(trainer: pl.Trainer, runner: StepRunner) -> None:
     """After partitioning: the hooks of these callbacks see all parameters."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     for callback in callbacks:
@@ -29,7 +29,7 @@ def follow_callbacks(trainer: pl.Trainer, runner: Runner) -> None:
             _follow_summary(callback, runner)
 
 
-def _follow_summary(callback: ModelSummary, runner: Runner) -> None:
+def _follow_summary(callback: ModelSummary, runner: StepRunner) -> None:
     kind = type(callback)
 
     @wraps(kind.on_fit_start)
@@ -41,7 +41,7 @@ def _follow_summary(callback: ModelSummary, runner: Runner) -> None:
     callback.__dict__["on_fit_start"] = on_fit_start
 
 
-def _follow_finetuning(callback: BaseFinetuning, runner: Runner) -> None:
+def _follow_finetuning(callback: BaseFinetuning, runner: StepRunner) -> None:
     kind = type(callback)
 
     @wraps(kind.on_train_epoch_start)
@@ -61,7 +61,7 @@ def _follow_finetuning(callback: BaseFinetuning, runner: Runner) -> None:
 
 
 @contextmanager
-def optimizers_complete(runner: Runner, trainer: pl.Trainer) -> Iterator[None]:
+def optimizers_complete(runner: StepRunner, trainer: pl.Trainer) -> Iterator[None]:
     """Inside, the module and its optimizers have all parameters; what is frozen or added is kept."""
     runner.partition.reshard()
     parameters = runner.partition.parameters

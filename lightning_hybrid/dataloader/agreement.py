@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_hybrid.dataloader.sharding import Uneven
+from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -77,7 +77,7 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield type(value).__name__.encode()
 
 
-class CheckedFlow:
+class CheckedShard:
     """Leaves a loader alone, but for a look at the first batch: ranks of one replica must read the same.
 
     Args:
@@ -85,9 +85,9 @@ class CheckedFlow:
         on_yield: Told of every batch that is handed out.
     """
 
-    def __init__(self, mesh: Mesh, on_yield: Callable[[Uneven | None], None]) -> None:
+    def __init__(self, mesh: Mesh, on_yield: Callable[[BatchWeights | None], None]) -> None:
         self._mesh, self._on_yield, self._checked = mesh, on_yield, False
-        self.history: deque[Uneven | None] = deque(maxlen=8)
+        self.history: deque[BatchWeights | None] = deque(maxlen=8)
 
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Begins a pass over the loader."""

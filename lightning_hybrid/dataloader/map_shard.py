@@ -19,12 +19,12 @@ from lightning_hybrid._lightning_private import (
     state_left,
 )
 from lightning_hybrid.dataloader import seeding
-from lightning_hybrid.dataloader import sharding as dealing
+from lightning_hybrid.dataloader import sharding as sharding
 from lightning_hybrid.dataloader.order import Order
-from lightning_hybrid.dataloader.sharding import ByShares, Division, Share, Uneven
-from lightning_hybrid.dataloader.wrap import lent
+from lightning_hybrid.dataloader.sharding import BatchWeights, ByShares, Division, Share
+from lightning_hybrid.dataloader.wrap import patched
 from lightning_hybrid.rng.dropout import mix
-from lightning_hybrid.rng.state import random_streams_kept
+from lightning_hybrid.rng.state import preserved_rng
 
 _END: Any = object()
 
@@ -32,10 +32,10 @@ Kind = Literal["samples", "batches", "items"]
 """What is dealt: samples, in batches of the loader's size; the batches of a batch sampler; items without batches."""
 
 
-class DealtSampler:
+class ShardedSampler:
     """In the place of a loader's batch sampler, or of its sampler if it has no batches."""
 
-    def __init__(self, flow: SampleFlow, sampler: Any, batch_size: int | None, drop_last: bool) -> None:
+    def __init__(self, flow: MapShard, sampler: Any, batch_size: int | None, drop_last: bool) -> None:
         self.flow, self.sampler, self.batch_size, self.drop_last = flow, sampler, batch_size, drop_last
 
     def __iter__(self) -> Iterator[Any]:
@@ -51,7 +51,7 @@ class DealtSampler:
             tell(epoch)
 
 
-class SampleFlow:
+class MapShard:
     """Deals the samples, batches or items of a map-style loader.
 
     Args:
@@ -63,7 +63,7 @@ class SampleFlow:
         drop_last: Whether a last batch that is not full is left out.
         training: The trainer, if its training loop iterates this loader; its place then goes into checkpoints.
         limit: For predictions: Lightning's limit, which is for the batches of one process.
-        run_absent: For predictions: runs a step on a batch whose result is not wanted.
+        run_padding: For predictions: runs a step on a batch whose result is not wanted.
         on_yield: Told of every batch that is handed out.
     """
 
@@ -78,16 +78,16 @@ class SampleFlow:
         drop_last: bool = False,
         training: pl.Trainer | None = None,
         limit: int | float | None = None,
-        run_absent: Callable[[Any, Uneven], None] | None = None,
-        on_yield: Callable[[Uneven | None], None] = lambda _: None,
+        run_padding: Callable[[Any, BatchWeights], None] | None = None,
+        on_yield: Callable[[BatchWeights | None], None] = lambda _: None,
     ) -> None:
         self._source, self._kind, self._replica, self._replicas = source, kind, replica, replicas
         self._batch_size, self._drop_last = batch_size, drop_last
         self.division: Division | None = None
         """How global batches are divided among replicas; None: in turn."""
-        self._trainer, self._limit, self._run_absent, self._on_yield = training, limit, run_absent, on_yield
-        self.history: deque[Uneven | None] = deque(maxlen=8)
-        self._pending: deque[Uneven | None] = deque()
+        self._trainer, self._limit, self._run_padding, self._on_yield = training, limit, run_padding, on_yield
+        self.history: deque[BatchWeights | None] = deque(maxlen=8)
+        self._pending: deque[BatchWeights | None] = deque()
         self._order = Order(source)
         self._seed = 0
         self._passes = 0
@@ -126,13 +126,13 @@ class SampleFlow:
             "worker_init_fn": seeding.WorkerInit(loader.worker_init_fn),
         }
         # beginning again in mid-epoch must not draw from the streams once more
-        with random_streams_kept() if kept else nullcontext(), lent(loader, **parts):
+        with preserved_rng() if kept else nullcontext(), patched(loader, **parts):
             return start()
 
     def _started_again(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """In the same pass, for another batch size."""
         self._again = False
-        with self._order.generators_kept():
+        with self._order.preserved_generators():
             return self._started(loader, start, kept=True)
 
     def _begin_pass(self, loader: Any) -> bool:
@@ -180,12 +180,12 @@ class SampleFlow:
             batch = next(iterator, _END)
             if batch is _END:
                 return
-            uneven = self._pending.popleft()
-            if self._run_absent is not None and uneven is not None and uneven.absent(self._replica):
-                self._run_absent(batch, uneven)
+            batch_weights = self._pending.popleft()
+            if self._run_padding is not None and batch_weights is not None and batch_weights.padding(self._replica):
+                self._run_padding(batch, batch_weights)
                 return
-            self.history.append(uneven)
-            self._on_yield(uneven)
+            self.history.append(batch_weights)
+            self._on_yield(batch_weights)
             self._handed_out += 1
             yield batch
 
@@ -210,7 +210,7 @@ class SampleFlow:
         whole = self._replicas * self._batch_size
         used = min(self._first + self._handed_out * whole, len(self._source)) if self._begun else 0
         if (
-            dealing.steps_of_samples(len(self._source) - used, batch_size, self._replicas, drop_last=self._drop_last)
+            sharding.steps_of_samples(len(self._source) - used, batch_size, self._replicas, drop_last=self._drop_last)
             < 1
         ):
             return False
@@ -234,11 +234,11 @@ class SampleFlow:
         return self._batch_size
 
     @property
-    def can_redeal(self) -> bool:
+    def can_reshard(self) -> bool:
         """Whether what is left of an epoch can be dealt to other replicas; samples only to another number of them."""
         return self._order.sized
 
-    def redeal(self, replica: int, replicas: int, batch_size: int, division: Division | None = None) -> None:
+    def reshard(self, replica: int, replicas: int, batch_size: int, division: Division | None = None) -> None:
         """From now on this rank reads for replica `replica` of `replicas`, in batches of `batch_size`.
 
         Args:
@@ -274,7 +274,7 @@ class SampleFlow:
             return
         order = self._order.draw(self._first)
         for share in self._shares(order):
-            self._pending.append(share.uneven)
+            self._pending.append(share.batch_weights)
             if self._kind == "items":
                 yield seeding.Key(share.keys[0], share.positions[0], self._seed)
             else:
@@ -284,11 +284,11 @@ class SampleFlow:
         place = (self._replica, self._replicas)
         if self._kind == "samples":
             options: dict[str, Any] = {"drop_last": self._drop_last, "first": self._first, "division": self.division}
-            return dealing.deal_samples(order, self._batch_size, *place, **options)
+            return sharding.shard_samples(order, self._batch_size, *place, **options)
         batches = ([key] for key in order) if self._kind == "items" else order
         if self._limit is not None:
             batches = islice(batches, self._cap())
-        return dealing.deal_batches(batches, *place, first=self._first)
+        return sharding.shard_batches(batches, *place, first=self._first)
 
     # ---- lengths
 
@@ -298,7 +298,7 @@ class SampleFlow:
             return own()
         if self._cap() == 0:
             return len(self._source)  # Lightning raises its own error
-        return dealing.length_before_limit(own(), self._limit)
+        return sharding.length_before_limit(own(), self._limit)
 
     def _cap(self) -> int | None:
         """How many batches are used at all."""
@@ -321,8 +321,8 @@ class SampleFlow:
         if (cap := self._cap()) is not None:
             count = min(count, cap)
         if self._kind == "samples":
-            return dealing.steps_of_samples(count - used, self._batch_size, self._replicas, drop_last=self._drop_last)
-        return dealing.steps_of_batches(count - used, self._replicas)
+            return sharding.steps_of_samples(count - used, self._batch_size, self._replicas, drop_last=self._drop_last)
+        return sharding.steps_of_batches(count - used, self._replicas)
 
     # ---- state
 
@@ -372,7 +372,7 @@ def next_seed(loader: Any) -> int:
     """The seed that the loader is about to draw for its workers, without drawing it."""
     generator = loader.generator
     state = None if generator is None else generator.get_state()
-    with random_streams_kept():
+    with preserved_rng():
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
     if generator is not None and state is not None:
         generator.set_state(state)

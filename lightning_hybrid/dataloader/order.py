@@ -12,7 +12,7 @@ from torch.utils.data import SequentialSampler
 
 from lightning_hybrid.dataloader.wrap import generators_of, keeps_its_place
 from lightning_hybrid.rng import state as streams
-from lightning_hybrid.rng.state import random_streams_kept
+from lightning_hybrid.rng.state import preserved_rng
 
 
 class Order:
@@ -49,7 +49,7 @@ class Order:
         self._before_start = {"streams": streams.capture(), **self.owned()}
 
     @contextmanager
-    def generators_kept(self) -> Iterator[None]:
+    def preserved_generators(self) -> Iterator[None]:
         """Inside, drawing from the loader's generators has no effect."""
         states = [g.get_state() for g in self._generators]
         yield
@@ -72,7 +72,7 @@ class Order:
         if self.drawn_from is None:
             self.drawn_from = {"streams": streams.capture(), **self.owned()}
             return self._materialized()
-        with random_streams_kept():
+        with preserved_rng():
             streams.restore(self.drawn_from["streams"])
             self.set_owned(self.drawn_from)
             return self._materialized() if self.sized else self._drawn_again(used, self.drawn_from["streams"])

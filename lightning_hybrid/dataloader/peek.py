@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_convert
 
 from lightning_hybrid._lightning_private import reads_in_turn
 from lightning_hybrid.dataloader.wrap import users_loader
-from lightning_hybrid.rng.state import random_streams_kept
+from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.spec.errors import PartitionError
 
 _NONE: Any = object()
@@ -77,9 +77,9 @@ def _first(loader: Any) -> Any:
         *(getattr(loader, k, None) for k in ("dataset", "sampler")),
         getattr(batches, "sampler", batches),
     ]
-    with random_streams_kept(), ExitStack() as stack:
+    with preserved_rng(), ExitStack() as stack:
         for owner in {id(o): o for o in owners}.values():
-            stack.enter_context(place_kept(owner))
+            stack.enter_context(preserved_position(owner))
         if isinstance(loader, DataLoader):
             return _first_of_data_loader(loader)
         iterator = iter(loader)
@@ -93,7 +93,7 @@ def _first(loader: Any) -> Any:
 
 
 @contextmanager
-def place_kept(source: Any) -> Iterator[None]:
+def preserved_position(source: Any) -> Iterator[None]:
     """A loader or dataset that keeps its own place (`state_dict`) is afterwards where it was before."""
     stateful = callable(getattr(source, "state_dict", None)) and callable(getattr(source, "load_state_dict", None))
     place = copy.deepcopy(source.state_dict()) if stateful else None
@@ -105,7 +105,7 @@ def place_kept(source: Any) -> Iterator[None]:
 
 
 def _first_of_data_loader(loader: DataLoader) -> Any:
-    with _generators_kept(loader):
+    with _preserved_generators(loader):
         if isinstance(loader.dataset, IterableDataset):
             stream = iter(loader.dataset)
             samples: Any = next(stream, _NONE)
@@ -124,7 +124,7 @@ def _first_of_data_loader(loader: DataLoader) -> Any:
 def batch_of(loader: Any, keys: Sequence[Any]) -> Any:
     """The batch of these samples of a map-style DataLoader, without advancing anything."""
     loader = users_loader(loader)
-    with random_streams_kept(), place_kept(loader.dataset):
+    with preserved_rng(), preserved_position(loader.dataset):
         return _collated(loader, keys, batched=True)
 
 
@@ -138,7 +138,7 @@ def _collated(loader: DataLoader, keys: Any, batched: bool) -> Any:
 
 
 @contextmanager
-def _generators_kept(loader: DataLoader) -> Iterator[None]:
+def _preserved_generators(loader: DataLoader) -> Iterator[None]:
     owners = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     with ExitStack() as stack:
         for generator in {

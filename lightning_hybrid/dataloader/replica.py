@@ -1,6 +1,6 @@
 """Which data a rank sees: those of its replica. Every layout has the global batches of one process.
 
-`SampleFlow` deals map-style datasets, `StreamFlow` everything without a sampler; `CheckedFlow` leaves a loader as it
+`MapShard` deals map-style datasets, `StreamShard` everything without a sampler; `CheckedShard` leaves a loader as it
 is.
 """
 
@@ -31,14 +31,14 @@ from lightning_hybrid._lightning_private import (
     loaders_of_running_batch,
     prediction_loaders,
     predictions_of,
-    takes_ahead,
+    prefetches,
     training_loaders,
 )
-from lightning_hybrid.dataloader import sharding as dealing
-from lightning_hybrid.dataloader.agreement import CheckedFlow
-from lightning_hybrid.dataloader.map_shard import DealtSampler, SampleFlow
-from lightning_hybrid.dataloader.sharding import ByShares, Division, Uneven
-from lightning_hybrid.dataloader.stream_shard import StreamFlow
+from lightning_hybrid.dataloader import sharding as sharding
+from lightning_hybrid.dataloader.agreement import CheckedShard
+from lightning_hybrid.dataloader.map_shard import MapShard, ShardedSampler
+from lightning_hybrid.dataloader.sharding import BatchWeights, ByShares, Division
+from lightning_hybrid.dataloader.stream_shard import StreamShard
 from lightning_hybrid.dataloader.wrap import BatchStream, ResumableStream, keeps_its_place, placed, users_loader
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
@@ -52,7 +52,7 @@ class ReplicaData:
         mesh: The mesh.
         device: This rank's device, for collectives.
         split: Whether the user wants data to be split over the replicas (`use_distributed_sampler`).
-        run_absent: Runs a prediction step on a batch whose result is not wanted.
+        run_padding: Runs a prediction step on a batch whose result is not wanted.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class ReplicaData:
         device: torch.device,
         *,
         split: bool,
-        run_absent: Callable[[Any, Uneven], None],
+        run_padding: Callable[[Any, BatchWeights], None],
     ) -> None:
         self._trainer, self._mesh, self._device, self._split = trainer, mesh, device, split
-        self._run_absent = run_absent
-        self._handed_out: deque[Uneven | None] = deque(maxlen=16)
+        self._run_padding = run_padding
+        self._handed_out: deque[BatchWeights | None] = deque(maxlen=16)
         """Of all loaders."""
         self._any_uneven = False
         self._left_in_step = self._tokens_in_step = 0
@@ -80,7 +80,7 @@ class ReplicaData:
             return self._data_loader(loader)
         if not self._split and self._mesh.layout.devices == self._mesh.layout.replicas:
             return loader
-        flow = self._stream(loader) if self._split else CheckedFlow(self._mesh, self._note)
+        flow = self._stream(loader) if self._split else CheckedShard(self._mesh, self._note)
         resumes = self._training is not None and (self._split or keeps_its_place(loader))
         return (ResumableStream if resumes else BatchStream)(loader, flow)
 
@@ -90,7 +90,7 @@ class ReplicaData:
             # Lightning would seed by rank; the ranks of a replica must read the same
             parts["worker_init_fn"] = partial(pl_worker_init_function, rank=self._mesh.replica)
         if not self._split or _is_distributed(loader):
-            return placed(loader, CheckedFlow(self._mesh, self._note), resumable=False, **parts)
+            return placed(loader, CheckedShard(self._mesh, self._note), resumable=False, **parts)
         resumes = self._training is not None and not keeps_its_place(loader)
         if has_iterable_dataset(loader):
             return placed(loader, self._stream(loader), resumable=resumes, **parts)
@@ -107,34 +107,34 @@ class ReplicaData:
         fitting = self._trainer.state.fn == TrainerFn.FITTING
         return self._trainer if fitting and self._trainer.training else None
 
-    def _stream(self, loader: Any) -> StreamFlow:
-        return StreamFlow(
+    def _stream(self, loader: Any) -> StreamShard:
+        return StreamShard(
             loader,
             self._mesh,
             self._device,
             training=self._training,
             predicting=self._predicting,
             limit=self._trainer.limit_predict_batches,
-            run_absent=self._run_absent if self._predicting else None,
+            run_padding=self._run_padding if self._predicting else None,
             on_yield=self._note,
         )
 
-    def _samples(self, loader: DataLoader) -> tuple[SampleFlow, dict[str, Any]]:
+    def _samples(self, loader: DataLoader) -> tuple[MapShard, dict[str, Any]]:
         batches: Any = behind_index_batches(loader.batch_sampler)
         standard = type(batches) is BatchSampler and not self._predicting
         options: dict[str, Any] = {"training": self._training, "on_yield": self._note}
         if self._predicting:
-            options |= {"limit": self._trainer.limit_predict_batches, "run_absent": self._run_absent}
+            options |= {"limit": self._trainer.limit_predict_batches, "run_padding": self._run_padding}
         place = (self._mesh.replica, self._mesh.layout.replicas)
         if batches is None:
-            flow = SampleFlow(loader.sampler, "items", *place, **options)
-            return flow, {"sampler": DealtSampler(flow, loader.sampler, None, False)}
+            flow = MapShard(loader.sampler, "items", *place, **options)
+            return flow, {"sampler": ShardedSampler(flow, loader.sampler, None, False)}
         if standard:
             options |= {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
-        flow = SampleFlow(
+        flow = MapShard(
             batches.sampler if standard else batches, "samples" if standard else "batches", *place, **options
         )
-        dealt = DealtSampler(
+        dealt = ShardedSampler(
             flow,
             getattr(batches, "sampler", None),
             getattr(batches, "batch_size", loader.batch_size),
@@ -144,18 +144,18 @@ class ReplicaData:
 
     # ---- the running step
 
-    def _note(self, uneven: Uneven | None) -> None:
-        self._handed_out.append(uneven)
-        if uneven is not None:
+    def _note(self, batch_weights: BatchWeights | None) -> None:
+        self._handed_out.append(batch_weights)
+        if batch_weights is not None:
             self._any_uneven = True
             if hands_out_its_iterator(self._trainer):
                 raise PartitionError(
                     "The step takes an iterator (`dataloader_iter`), so a batch of which the replicas have different "
-                    f"numbers of samples, {uneven.counts}, or of tokens, cannot be weighed. Set `drop_last=True`, or "
-                    "let the step take a batch."
+                    f"numbers of samples, {batch_weights.counts}, or of tokens, cannot be weighed. "
+                    "Set `drop_last=True`, or let the step take a batch."
                 )
 
-    def uneven(self) -> Uneven | None:
+    def batch_weights(self) -> BatchWeights | None:
         """Of the batch that the trainer is about to run a step on."""
         if not self._any_uneven:
             return None
@@ -182,17 +182,17 @@ class ReplicaData:
                 "has no `batch_size`, so the batch cannot be weighed. Set `drop_last=True`, or give a `batch_size`."
             )
         replicas = self._mesh.layout.replicas
-        return dealing.added([u or dealing.even(replicas, n or 1) for u, n in zip(found, sizes, strict=True)])
+        return sharding.added([u or sharding.even(replicas, n or 1) for u, n in zip(found, sizes, strict=True)])
 
-    def share_in_step(self, uneven: Uneven | None) -> float:
+    def share_in_step(self, batch_weights: BatchWeights | None) -> float:
         """The factor on the loss of the training batch that is about to run, among the batches of a step.
 
         It is 1 where batches are not weighed by tokens: Lightning takes the mean over accumulated batches. Called for
         every training batch.
         """
-        if uneven is None or uneven.tokens is None:
+        if batch_weights is None or batch_weights.tokens is None:
             return 1.0
-        tokens = uneven.tokens
+        tokens = batch_weights.tokens
         if self._left_in_step == 0:
             self._left_in_step = batches_left_in_window(self._trainer)
             self._tokens_in_step = sum(tokens.totals[tokens.number : tokens.number + self._left_in_step])
@@ -212,7 +212,7 @@ class ReplicaData:
         change = f"`layout='{mesh.layout}'`"
         for loader in training_loaders(self._trainer).flattened:
             flow = getattr(loader, "flow", None)
-            if not isinstance(flow, SampleFlow) or not flow.can_redeal:
+            if not isinstance(flow, MapShard) or not flow.can_reshard:
                 raise PartitionError(
                     f"{change} gives the data to other replicas, and a {type(users_loader(loader)).__name__} without "
                     "a sampler that has a length, or with a distributed one, cannot be read by others. Use a "
@@ -236,7 +236,7 @@ class ReplicaData:
     def batch_size_under(self, mesh: Mesh) -> int | None:
         """Samples of a replica's batch under a mesh, if the global batch stays; None where batches stay as they are."""
         flow = getattr(training_loaders(self._trainer).flattened[0], "flow", None)
-        if not isinstance(flow, SampleFlow) or not flow.can_rebatch:
+        if not isinstance(flow, MapShard) or not flow.can_rebatch:
             return None
         return flow.batch_size * self._mesh.layout.replicas // mesh.layout.replicas
 
@@ -248,14 +248,14 @@ class ReplicaData:
             return
         for loader in training_loaders(self._trainer).flattened:
             size = loader.flow.batch_size * before.layout.replicas // mesh.layout.replicas
-            loader.flow.redeal(mesh.replica, mesh.layout.replicas, size)
+            loader.flow.reshard(mesh.replica, mesh.layout.replicas, size)
         load_validation_anew(self._trainer)
 
     @property
     def can_share(self) -> bool:
         """Whether replicas can have different numbers of samples of a batch."""
         flows = [getattr(loader, "flow", None) for loader in training_loaders(self._trainer).flattened]
-        return len(flows) == 1 and isinstance(flows[0], SampleFlow) and flows[0].can_rebatch
+        return len(flows) == 1 and isinstance(flows[0], MapShard) and flows[0].can_rebatch
 
     @property
     def global_batch_size(self) -> int:
@@ -282,7 +282,7 @@ class ReplicaData:
     def divide(self, division: Division) -> None:
         """Global batches are divided like that from the next one on. Called between two batches, on all ranks alike."""
         flow = training_loaders(self._trainer).flattened[0].flow
-        flow.redeal(self._mesh.replica, self._mesh.layout.replicas, flow.batch_size, division)
+        flow.reshard(self._mesh.replica, self._mesh.layout.replicas, flow.batch_size, division)
 
     # ---- predictions
 
@@ -291,7 +291,7 @@ class ReplicaData:
         step = self._trainer.lightning_module.predict_step
         if not is_param_in_hook_signature(step, "batch_idx", min_args=2):
             return args
-        if not all(self._is_dealt(loader) for loader in prediction_loaders(self._trainer)):
+        if not all(self._is_sharded(loader) for loader in prediction_loaders(self._trainer)):
             return args
         batch, number, *rest = args
         return (batch, number * self._mesh.layout.replicas + self._mesh.replica, *rest)
@@ -303,7 +303,7 @@ class ReplicaData:
             PartitionError: If a stream is predicted on beside other loaders.
         """
         loaders = prediction_loaders(self._trainer)
-        streamed = [x for x in loaders if isinstance(getattr(x, "flow", None), StreamFlow)]
+        streamed = [x for x in loaders if isinstance(getattr(x, "flow", None), StreamShard)]
         if streamed and len(loaders) > 1 and self._mesh.layout.replicas > 1:
             raise PartitionError(
                 f"`layout='{self._mesh.layout}'`: {len(loaders)} loaders are predicted on, among them one without a "
@@ -315,8 +315,8 @@ class ReplicaData:
         for loader, limit in zip(
             prediction_loaders(self._trainer), self._trainer.predict_loop.max_batches, strict=True
         ):
-            if isinstance(getattr(loader, "flow", None), StreamFlow):
-                loader.flow.go_along(takes_ahead(self._trainer), limit)
+            if isinstance(getattr(loader, "flow", None), StreamShard):
+                loader.flow.go_along(prefetches(self._trainer), limit)
 
     def finish_predictions(self) -> None:
         """Every rank has the predictions of all replicas, in the order of one process; collective.
@@ -326,7 +326,7 @@ class ReplicaData:
         self.go_along()
         own, loaders = predictions_of(self._trainer), prediction_loaders(self._trainer)
         replicas = self._mesh.layout.replicas
-        if own is None or replicas == 1 or not all(self._is_dealt(loader) for loader in loaders):
+        if own is None or replicas == 1 or not all(self._is_sharded(loader) for loader in loaders):
             return
         gathered: list[Any] = [None] * replicas
         dist.all_gather_object(gathered, own, group=self._mesh.replica_group)
@@ -335,8 +335,8 @@ class ReplicaData:
             steps = max(len(part) for part in parts)
             mine[:] = [part[step] for step in range(steps) for part in parts if step < len(part)]
 
-    def _is_dealt(self, loader: Any) -> bool:
-        return isinstance(getattr(loader, "flow", None), SampleFlow | StreamFlow)
+    def _is_sharded(self, loader: Any) -> bool:
+        return isinstance(getattr(loader, "flow", None), MapShard | StreamShard)
 
 
 def _is_distributed(loader: DataLoader) -> bool:

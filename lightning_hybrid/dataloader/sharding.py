@@ -5,7 +5,7 @@ Where batches say how many tokens their samples have, gradients are weighed by t
 With R replicas, sample i of the order in which one process would read goes to replica i mod R, and R x b consecutive
 samples are a global batch, where b is the loader's `batch_size`. All replicas make equally many steps. If the samples
 do not fill the last global batch, some replicas have one fewer in it; a replica that has none left runs a sample once
-more, which counts for nothing (see `Uneven`).
+more, which counts for nothing (see `BatchWeights`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uneven:
+class BatchWeights:
     """A global batch of which the replicas have different numbers of samples, or that is weighed by tokens."""
 
     counts: tuple[int, ...]
@@ -62,7 +62,7 @@ class Uneven:
         counts = self.counts if self.tokens is None else self.tokens.counts
         return counts[replica] * len(counts) / sum(counts)
 
-    def absent(self, replica: int) -> bool:
+    def padding(self, replica: int) -> bool:
         """Whether what the replica runs counts for nothing."""
         return self.counts[replica] == 0
 
@@ -72,15 +72,15 @@ class Uneven:
         return math.gcd(*self.sizes)
 
 
-def added(parts: Sequence[Uneven]) -> Uneven:
+def added(parts: Sequence[BatchWeights]) -> BatchWeights:
     """Of several batches that are run as one."""
     counts, sizes = zip(*((p.counts, p.sizes) for p in parts), strict=True)
-    return Uneven(counts=tuple(map(sum, zip(*counts))), sizes=tuple(map(sum, zip(*sizes))))  # noqa: B905
+    return BatchWeights(counts=tuple(map(sum, zip(*counts))), sizes=tuple(map(sum, zip(*sizes))))  # noqa: B905
 
 
-def even(replicas: int, size: int) -> Uneven:
+def even(replicas: int, size: int) -> BatchWeights:
     """A batch of `size` samples on every replica."""
-    return Uneven(counts=(size,) * replicas, sizes=(size,) * replicas)
+    return BatchWeights(counts=(size,) * replicas, sizes=(size,) * replicas)
 
 
 class Share(NamedTuple):
@@ -90,7 +90,7 @@ class Share(NamedTuple):
     """Keys into the dataset."""
     positions: list[int]
     """Their places in the order of one process."""
-    uneven: Uneven | None
+    batch_weights: BatchWeights | None
     """None where every replica has equally many."""
 
 
@@ -131,7 +131,7 @@ Division = ByShares | ByLength
 """How a full global batch is divided among replicas, where not in turn."""
 
 
-def deal_samples(
+def shard_samples(
     order: Iterable[Any],
     batch_size: int,
     replica: int,
@@ -170,22 +170,22 @@ def deal_samples(
         elif size % replicas or lengths is not None:
             places = [range(r, size, replicas) for r in range(replicas)]
         own = (places[replica] if places else range(replica, size, replicas)) or range(1)
-        uneven = _uneven_of(places)
+        batch_weights = _batch_weights_of(places)
         if lengths is not None:
             by_replica = tuple(sum(lengths[chunk[i]] for i in of_replica) for of_replica in places)
             of_own = tuple(lengths[chunk[i]] for i in own)
             weights = Tokens(counts=by_replica, own=of_own, number=number, totals=totals)
-            uneven = replace(uneven or even(replicas, batch_size), tokens=weights)
-        yield Share([chunk[i] for i in own], [first + i for i in own], uneven)
+            batch_weights = replace(batch_weights or even(replicas, batch_size), tokens=weights)
+        yield Share([chunk[i] for i in own], [first + i for i in own], batch_weights)
         first += size
 
 
-def _uneven_of(places: Sequence[Sequence[int]]) -> Uneven | None:
+def _batch_weights_of(places: Sequence[Sequence[int]]) -> BatchWeights | None:
     counts = tuple(map(len, places))
-    return Uneven(counts=counts, sizes=tuple(max(1, c) for c in counts)) if len(set(counts)) > 1 else None
+    return BatchWeights(counts=counts, sizes=tuple(max(1, c) for c in counts)) if len(set(counts)) > 1 else None
 
 
-def deal_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, *, first: int = 0) -> Iterator[Share]:
+def shard_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, *, first: int = 0) -> Iterator[Share]:
     """Deals whole batches: number k goes to replica k mod `replicas`.
 
     A replica for which there is none in the last step runs that of replica 0 again, which does not count. Batches in a
@@ -208,15 +208,15 @@ def deal_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, 
         position = starts[-1]
         counts = tuple(len(group[r]) if r < len(group) else 0 for r in range(replicas))
         sizes = tuple(c if r < len(group) else len(group[0]) for r, c in enumerate(counts))
-        uneven = Uneven(counts=counts, sizes=sizes) if len(set(counts)) > 1 else None
+        batch_weights = BatchWeights(counts=counts, sizes=sizes) if len(set(counts)) > 1 else None
         own = replica if replica < len(group) else 0
         if totals:
             lengths = [tuple(getattr(batch, "lengths")) for batch in group]  # noqa: B009 -- see `_tokens_of_steps`
             tokens = tuple(sum(lengths[r]) if r < len(group) else 0 for r in range(replicas))
             of_step = Tokens(counts=tokens, own=lengths[own], number=number, totals=totals)
-            uneven = Uneven(counts=counts, sizes=sizes, tokens=of_step)
+            batch_weights = BatchWeights(counts=counts, sizes=sizes, tokens=of_step)
         number += 1
-        yield Share(list(group[own]), list(range(starts[own], starts[own + 1])), uneven)
+        yield Share(list(group[own]), list(range(starts[own], starts[own + 1])), batch_weights)
 
 
 def _tokens_of_steps(batches: Iterable[Sequence[Any]], replicas: int, first: int) -> tuple[int, ...]:

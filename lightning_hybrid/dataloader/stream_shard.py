@@ -25,16 +25,16 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_hybrid._lightning_private import place_in_epoch
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.dataloader import seeding
-from lightning_hybrid.dataloader import sharding as dealing
+from lightning_hybrid.dataloader import sharding as sharding
 from lightning_hybrid.dataloader.agreement import all_read_the_same, different_data, digest, replicas_of
 from lightning_hybrid.dataloader.map_shard import next_seed
-from lightning_hybrid.dataloader.peek import place_kept
-from lightning_hybrid.dataloader.sharding import Uneven
-from lightning_hybrid.dataloader.wrap import generators_of, keeps_its_place, lent
+from lightning_hybrid.dataloader.peek import preserved_position
+from lightning_hybrid.dataloader.sharding import BatchWeights
+from lightning_hybrid.dataloader.wrap import generators_of, keeps_its_place, patched
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.rng import state as streams
 from lightning_hybrid.rng.dropout import mix
-from lightning_hybrid.rng.state import random_streams_kept
+from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.spec.errors import PartitionError
 
 _END: Any = object()
@@ -53,7 +53,7 @@ class EveryNth(IterableDataset):
                 yield group[self._index]
 
 
-class StreamFlow:
+class StreamShard:
     """Iterates a loader without a sampler.
 
     Args:
@@ -63,7 +63,7 @@ class StreamFlow:
         training: The trainer, if its training loop iterates this loader.
         predicting: Whether it is predicted on: then it is dealt in batches, and read to the end.
         limit: For predictions: Lightning's limit, which is for the batches of one process.
-        run_absent: Runs a step on a batch whose result is not wanted (predictions).
+        run_padding: Runs a step on a batch whose result is not wanted (predictions).
         on_yield: Told of every batch that is handed out.
     """
 
@@ -76,14 +76,14 @@ class StreamFlow:
         training: pl.Trainer | None,
         predicting: bool,
         limit: int | float = 1.0,
-        run_absent: Callable[[Any, Uneven], None] | None = None,
-        on_yield: Callable[[Uneven | None], None] = lambda _: None,
+        run_padding: Callable[[Any, BatchWeights], None] | None = None,
+        on_yield: Callable[[BatchWeights | None], None] = lambda _: None,
     ) -> None:
         self._mesh, self._device, self._trainer = mesh, device, training
-        self._predicting, self._run_absent, self._on_yield = predicting, run_absent, on_yield
+        self._predicting, self._run_padding, self._on_yield = predicting, run_padding, on_yield
         self._limit = limit
         self._replicas, self._replica = mesh.layout.replicas, mesh.replica
-        self.history: deque[Uneven | None] = deque(maxlen=8)
+        self.history: deque[BatchWeights | None] = deque(maxlen=8)
         is_dataset = isinstance(loader, DataLoader) and not predicting
         self._by_samples = is_dataset and isinstance(loader.dataset, IterableDataset)
         self._before: list[Any] = []
@@ -99,7 +99,7 @@ class StreamFlow:
         self._resume: dict[str, Any] | None = None
         self._places: deque[tuple[int, Any]] = deque(maxlen=4)
         self._counts = [0] * self._replicas
-        self._others_go_on: Uneven | None = None
+        self._others_go_on: BatchWeights | None = None
 
     # ---- who shards
 
@@ -107,7 +107,7 @@ class StreamFlow:
         """Whether the stream is to be dealt to the replicas here; collective."""
         if dist.get_world_size() == 1:
             return False
-        with random_streams_kept(), place_kept(loader), place_kept(getattr(loader, "dataset", None)):
+        with preserved_rng(), preserved_position(loader), preserved_position(getattr(loader, "dataset", None)):
             streams.seed_all(0)
             first = self._peek(loader)
         same = all_read_the_same(None if first is _END else digest(first), self._mesh)
@@ -155,15 +155,15 @@ class StreamFlow:
                 user = partial(pl_worker_init_function, rank=0 if self._dealt else self._replica)
             parts["worker_init_fn"] = seeding.WorkerInit(user)
         with (
-            random_streams_kept() if resume is not None else nullcontext(),
-            lent(loader, **parts) if parts else nullcontext(),
+            preserved_rng() if resume is not None else nullcontext(),
+            patched(loader, **parts) if parts else nullcontext(),
         ):
             if resume is not None and resume["begun_from"] is not None:
                 torch.set_rng_state(torch.as_tensor(resume["begun_from"]))
             iterator, self._started = self._started or start(), None
         own = None
         if self._by_samples and loader.num_workers == 0:
-            own = _OwnStreams(mix(self._seed, 0 if self._dealt else self._replica))
+            own = _OwnRNG(mix(self._seed, 0 if self._dealt else self._replica))
         if self._predicting and self._dealt and not isinstance(self._limit, float):
             iterator = islice(iterator, self._limit)
         iterator = self._skip(dataset, iterator, own, resume)
@@ -190,7 +190,7 @@ class StreamFlow:
         self._passes += 1
         return None
 
-    def _skip(self, dataset: Any, iterator: Iterator[Any], own: _OwnStreams | None, resume: Any) -> Iterator[Any]:
+    def _skip(self, dataset: Any, iterator: Iterator[Any], own: _OwnRNG | None, resume: Any) -> Iterator[Any]:
         """What was used before is read again and dropped, unless the dataset itself can go on there."""
         if own is not None:
             iterator = own.around(iterator)
@@ -212,7 +212,7 @@ class StreamFlow:
         group = list(islice(iterator, self._replicas))
         return group[self._replica] if len(group) > self._replica else _END
 
-    def _steps(self, iterator: Iterator[Any], dataset: Any, own: _OwnStreams | None, drop_last: bool) -> Iterator[Any]:
+    def _steps(self, iterator: Iterator[Any], dataset: Any, own: _OwnRNG | None, drop_last: bool) -> Iterator[Any]:
         to_the_end = self._predicting or (self._dealt and not drop_last)
         keeps = own is not None and keeps_its_place(dataset) and (self._dealt or self._replicas == 1)
         while True:
@@ -222,18 +222,18 @@ class StreamFlow:
                 self._ended = True
                 self._warn_of_rest(counts, drop_last)
                 return
-            uneven = self._uneven(counts)
+            batch_weights = self._batch_weights(counts)
             if batch is _END:
                 if self._predicting:
-                    self._others_go_on = uneven
+                    self._others_go_on = batch_weights
                     return
                 batch = self._spare
             self._spare = batch
             self._yielded += 1
             if keeps and own is not None:
                 self._places.append((self._yielded, (dataset.state_dict(), own.get())))
-            self.history.append(uneven)
-            self._on_yield(uneven)
+            self.history.append(batch_weights)
+            self._on_yield(batch_weights)
             yield batch
 
     def go_along(self, ahead: bool, limit: float) -> None:
@@ -244,15 +244,15 @@ class StreamFlow:
                 length. So this waits until the last own batch is done.
             limit: How many steps Lightning makes at most; it does not ask whether there are more.
         """
-        uneven, self._others_go_on = self._others_go_on, None
+        batch_weights, self._others_go_on = self._others_go_on, None
         step = self._yielded
-        while uneven is not None and self._run_absent is not None:
+        while batch_weights is not None and self._run_padding is not None:
             step += 1
             following = self._exchange(-1) if ahead and step < limit else []
-            self._run_absent(self._spare, uneven)
+            self._run_padding(self._spare, batch_weights)
             if not ahead and step < limit:
                 following = self._exchange(-1)
-            uneven = self._uneven(following) if following else None
+            batch_weights = self._batch_weights(following) if following else None
 
     def _exchange(self, count: int) -> list[int]:
         """Samples of every replica in this step, -1 where there are none left; collective over all ranks."""
@@ -271,10 +271,10 @@ class StreamFlow:
         self._counts = [n + (c >= 0) for n, c in zip(self._counts, found, strict=True)]
         return found
 
-    def _uneven(self, counts: list[int]) -> Uneven | None:
+    def _batch_weights(self, counts: list[int]) -> BatchWeights | None:
         if len(set(counts)) == 1:
             return None
-        return Uneven(counts=tuple(max(0, c) for c in counts), sizes=tuple(max(1, c) for c in counts))
+        return BatchWeights(counts=tuple(max(0, c) for c in counts), sizes=tuple(max(1, c) for c in counts))
 
     def _warn_of_rest(self, counts: list[int], drop_last: bool) -> None:
         if max(counts) < 0 or drop_last:
@@ -295,12 +295,12 @@ class StreamFlow:
         if self._predicting:
             limit = self._limit
             batches = int(own() * limit) if isinstance(limit, float) else min(own(), limit)
-            steps = dealing.steps_of_batches(batches, self._replicas)
-            return dealing.length_before_limit(steps, limit) if steps else own()
+            steps = sharding.steps_of_batches(batches, self._replicas)
+            return sharding.length_before_limit(steps, limit) if steps else own()
         if not self._by_samples or loader.batch_size is None:
-            return dealing.steps_of_batches(own(), self._replicas)
+            return sharding.steps_of_batches(own(), self._replicas)
         samples = len(loader.dataset)
-        return dealing.steps_of_samples(samples, loader.batch_size, self._replicas, drop_last=loader.drop_last)
+        return sharding.steps_of_samples(samples, loader.batch_size, self._replicas, drop_last=loader.drop_last)
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps of the pass are trained on."""
@@ -326,18 +326,18 @@ class StreamFlow:
             self._resume = dict(state)
 
 
-class _OwnStreams:
+class _OwnRNG:
     """Random streams of a dataset that is read in the main process, apart from those that all share."""
 
     def __init__(self, seed: int) -> None:
-        with random_streams_kept():
+        with preserved_rng():
             streams.seed_all(seed)
             self._states = streams.capture()
 
     def around(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """What `iterator` draws comes from these streams."""
         while True:
-            with random_streams_kept():
+            with preserved_rng():
                 streams.restore(self._states)
                 item = next(iterator, _END)
                 self._states = streams.capture()

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_hybrid.dataloader.sharding import Uneven
+from lightning_hybrid.dataloader.sharding import BatchWeights
 
 
 class Flow(Protocol):
     """How a loader's batches come to this rank."""
 
-    history: deque[Uneven | None]
+    history: deque[BatchWeights | None]
     """Of the batches that were handed out last."""
 
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
@@ -85,7 +85,7 @@ def users_loader(loader: Any) -> Any:
 
 
 @contextmanager
-def lent(loader: Any, **parts: Any) -> Iterator[None]:
+def patched(loader: Any, **parts: Any) -> Iterator[None]:
     """Inside, these attributes of a loader are others: an iterator that is begun takes them along."""
     before = {name: loader.__dict__[name] for name in parts}
     loader.__dict__.update(parts)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_hybrid.collectives import local
+from lightning_hybrid.collectives import to_local
 
 
 def clip_by_global_norm(
@@ -54,7 +54,7 @@ def clip_by_global_norm(
     total = squares.sqrt()
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
     for gradient in gradients:
-        local(gradient).mul_(factor.to(gradient.device))
+        to_local(gradient).mul_(factor.to(gradient.device))
     return total
 
 
@@ -74,4 +74,4 @@ def clip_by_value(optimizer: Optimizer, limit: int | float) -> None:
     """Clamps every element of the gradients to at most `limit` in absolute value."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     for gradient in gradients:
-        local(gradient).clamp_(-limit, limit)
+        to_local(gradient).clamp_(-limit, limit)

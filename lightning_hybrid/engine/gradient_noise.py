@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_hybrid._torch_private import norms_of
 from lightning_hybrid.adapt.gradient_noise import PartNorms
-from lightning_hybrid.collectives import local
+from lightning_hybrid.collectives import to_local
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.placement import writes
 
@@ -56,9 +56,9 @@ class GradientNoise:
         """Hooks every trainable weight that this rank counts; those that have a hook keep it."""
         partition = self._partition
         divided = partition.tensor_plan.parameters if partition.tensor_plan is not None else {}
-        for name, parameter in partition.parameters.held().items():
+        for name, parameter in partition.parameters.local().items():
             copied = name not in divided and partition.mesh.rank("tp") > 0
-            if copied or name in partition.shared_groups or not parameter.requires_grad:
+            if copied or name in partition.tied_weight_groups or not parameter.requires_grad:
                 continue
             if id(parameter) not in self._handles:
                 kind = self._norms[partition.expert_plan_of(name) is not None]
@@ -75,7 +75,7 @@ class GradientNoise:
         def note(gradient: Tensor) -> None:
             if not self.measures:
                 return
-            gradient = local(gradient)
+            gradient = to_local(gradient)
             values = gradient.coalesce().values() if gradient.is_sparse else gradient
             norms.append(norms_of([values.detach()])[0])
 
@@ -114,9 +114,9 @@ class GradientNoise:
     def _whole(self, norms: Mapping[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         partition = self._partition
         found: tuple[list[Tensor], list[Tensor]] = [], []
-        for name, parameter in partition.parameters.held().items():
+        for name, parameter in partition.parameters.local().items():
             norm = norms.get(id(parameter))
-            if norm is None or name in partition.shared_groups or not writes(partition, name):
+            if norm is None or name in partition.tied_weight_groups or not writes(partition, name):
                 continue
             found[partition.expert_plan_of(name) is not None].append(norm)
         return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hybrid._torch_private import norms_of
-from lightning_hybrid.collectives import gather_objects, local
+from lightning_hybrid.collectives import gather_objects, to_local
 from lightning_hybrid.engine.gradient_noise import GradientNoise
 from lightning_hybrid.launch.preemption import Preemption
 from lightning_hybrid.mesh import Mesh
@@ -48,7 +48,7 @@ class _Finding:
         return f"rank {self.rank} (pipeline rank {self.stage}, replica {self.replica}): {', '.join(found)}"
 
 
-class Guard:
+class NonFiniteCheck:
     """Checks an optimizer's gradients on all ranks before its step.
 
     The check is one norm of this rank's gradients and one all-reduce of two numbers, which are read once. Gradients are
@@ -160,14 +160,14 @@ class Guard:
 def gradient_norms_of(optimizer: Optimizer) -> dict[int, Tensor]:
     """The norms of this rank's gradients, by the `id` of the parameter."""
     gradients = {
-        id(p): local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        id(p): to_local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
     }
     values = [g.coalesce().values() if g.is_sparse else g for g in gradients.values()]
     return dict(zip(gradients, norms_of(values), strict=True))
 
 
 def _not_finite(gradient: Tensor) -> str | None:
-    values = local(gradient)
+    values = to_local(gradient)
     values = values.coalesce().values() if values.is_sparse else values
     bad = int((~torch.isfinite(values)).sum())
     if not bad:

@@ -12,28 +12,30 @@ from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
 
 from lightning_hybrid._torch_private import agree_on_overflow
 from lightning_hybrid.engine.clipping import clip_by_value
-from lightning_hybrid.engine.nonfinite import Guard, SkipStep
-from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.engine.nonfinite import NonFiniteCheck, SkipStep
+from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.launch.preemption import Preemption
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 
 
-class OptimizerSteps:
+class OptimizerWrapper:
     """Put on Lightning's precision plugin, which every optimizer step goes through.
 
     Args:
         runner: The partitioned module.
         precision: The plugin.
-        on_nonfinite: See `Guard`.
-        preemption: See `Guard`.
+        on_nonfinite: See `NonFiniteCheck`.
+        preemption: See `NonFiniteCheck`.
     """
 
     def __init__(
-        self, runner: Runner, precision: Precision, on_nonfinite: Literal["raise", "skip"], preemption: Preemption
+        self, runner: StepRunner, precision: Precision, on_nonfinite: Literal["raise", "skip"], preemption: Preemption
     ) -> None:
         self.runner, self.precision, self._on_nonfinite = runner, precision, on_nonfinite
-        self.guard = Guard(runner.mesh, runner.device, runner.partition.parameters.held, on_nonfinite, preemption)
+        self.nonfinite = NonFiniteCheck(
+            runner.mesh, runner.device, runner.partition.parameters.local, on_nonfinite, preemption
+        )
         self._after_closure: Callable[..., None] = type(precision)._after_closure.__get__(precision)
         self._scaler: Any = getattr(precision, "scaler", None)
         self._undo: Callable[[], None] | None = None
@@ -60,9 +62,9 @@ class OptimizerSteps:
     def _checked(self, model: Any, optimizer: Any) -> None:
         """Gradients are complete; hooks, clipping and the update come next."""
         if self._scaler is None:  # with one, infinite gradients are usual: it leaves out the step on all ranks
-            self.guard.check(optimizer, model.trainer)
-        elif self.guard.noise is not None:
-            self.guard.measure_noise(self.guard.noise, optimizer)
+            self.nonfinite.check(optimizer, model.trainer)
+        elif self.nonfinite.noise is not None:
+            self.nonfinite.measure_noise(self.nonfinite.noise, optimizer)
         self._after_closure(model, optimizer)
         for group in optimizer.param_groups if self.learning_rate_factor != 1.0 else ():
             group["lr"] = group["lr"] * self.learning_rate_factor
@@ -76,8 +78,8 @@ class OptimizerSteps:
         rates = [group["lr"] for group in optimizer.param_groups] if self.learning_rate_factor != 1.0 else []
         try:
             out = step(optimizer, closure, *args, **kwargs)
-            if self.runner.local_steps is not None:
-                self.runner.local_steps.after_step()
+            if self.runner.diloco is not None:
+                self.runner.diloco.after_step()
             return out
         except SkipStep:
             return None

@@ -27,7 +27,7 @@ from lightning_hybrid.metrics.logs import LogRecorder
 from lightning_hybrid.metrics.outputs import extras, join
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
-from lightning_hybrid.rng.dropout import RandomStreams
+from lightning_hybrid.rng.dropout import StepRNG
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.stages import choose_microbatches, runnable_schedule
 
@@ -96,7 +96,7 @@ class Pipeline:
         device: torch.device,
         precision: Callable[[], AbstractContextManager],
         metrics: Metrics,
-        streams: RandomStreams,
+        streams: StepRNG,
     ) -> None:
         self.root, self.partition, self.mesh, self.device, self.precision = root, partition, mesh, device, precision
         self._metrics, self._streams = metrics, streams
@@ -169,9 +169,9 @@ class Pipeline:
         run = StageRun(program, inputs, self.device, self._metrics)
         self._streams.begin(index)
         method = getattr(self.root, step.name)
-        switch = self.partition.switch
+        interceptor = self.partition.interceptor
         recording = step.recorder.recording(step.samples[index], run, stage)
-        with recording, switch.handled_by(run), self.precision(), checkpoints_not_reentrant():
+        with recording, interceptor.handled_by(run), self.precision(), checkpoints_not_reentrant():
             out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
         if isinstance(out, _Stopped):
             return out.values
@@ -244,7 +244,7 @@ class Pipeline:
         with self.partition.bare():
             trace = trace_step(
                 self.root,
-                self.partition.switch,
+                self.partition.interceptor,
                 getattr(self.root, name),
                 args,
                 device=self.device,

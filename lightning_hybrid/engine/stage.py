@@ -55,7 +55,7 @@ class StageProgram:
 
 @dataclass
 class StageRun:
-    """Takes the unit calls of one run of the step (see `CallSwitch`)."""
+    """Takes the unit calls of one run of the step (see `CallInterceptor`)."""
 
     program: StageProgram
     inputs: Sequence[torch.Tensor]

@@ -20,14 +20,14 @@ from lightning_hybrid._lightning_private import running_prediction
 from lightning_hybrid.batches import tiled_batch
 from lightning_hybrid.compat.averaging import forget_partition
 from lightning_hybrid.dataloader.peek import sample_batch
-from lightning_hybrid.engine.step import Runner
-from lightning_hybrid.ghosts.deferred_init import BuildTape, built_on_tape
+from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.ghosts.deferred_init import RecordedInit, recorded_init
 from lightning_hybrid.launch.agreement import check_parameters
 from lightning_hybrid.metrics.loggers import log_plan, watch_local_parts
 from lightning_hybrid.metrics.table import plan_record, plan_table, print_table
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.plan import check_precision, check_trainer, make_partition
-from lightning_hybrid.rng.state import random_streams_kept
+from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.spec.request import Request
 from lightning_hybrid.spec.tensor_plan import one_of_many
 
@@ -75,14 +75,14 @@ def built_on_ghosts(root: pl.LightningModule | None) -> Iterator[None]:
     if root is None or not is_overridden("configure_model", root):
         yield
         return
-    with built_on_tape() as tape:
+    with recorded_init() as deferred_init:
         yield
-    root.__dict__["_hybrid_tape"] = tape
+    root.__dict__["_hybrid_tape"] = deferred_init
 
 
 def partition(
     trainer: pl.Trainer, strategy: HybridStrategy, request: Request, wrappers: Sequence[Callable[[Callable], Callable]]
-) -> Runner:
+) -> StepRunner:
     """Plans and partitions the trainer's module; collective.
 
     Raises:
@@ -93,10 +93,10 @@ def partition(
     if earlier is not None:
         forget_partition(root)
         earlier.remove()
-    tape: BuildTape | None = root.__dict__.pop("_hybrid_tape", None)
+    deferred_init: RecordedInit | None = root.__dict__.pop("_hybrid_tape", None)
     if earlier is None:
         check_parameters(root)
-    if tape is None:
+    if deferred_init is None:
         _agree_on_weights(root, strategy.root_device)
     root.train(trainer.state.fn == TrainerFn.FITTING)
     precision = strategy.precision_plugin
@@ -110,14 +110,14 @@ def partition(
 
     made = plan()
     sizes = {name: made.parameters[name].numel() for name in made.parameters.names}
-    made.apply(strategy.root_device, wrappers, tape)
+    made.apply(strategy.root_device, wrappers, deferred_init)
     root.__dict__["_hybrid_partition"] = made
     rows = _sharded_rows(made)
     if dist.get_rank() == 0:
-        print_table(plan_table(made.plan, sizes, made.switch.units.blocks, rows))
+        print_table(plan_table(made.plan, sizes, made.interceptor.units.blocks, rows))
     log_plan(trainer, plan_record(made.plan, sizes, rows))
     watch_local_parts(trainer)
-    return Runner(root, made, strategy.root_device, precision, request.microbatches)
+    return StepRunner(root, made, strategy.root_device, precision, request.microbatches)
 
 
 def _sharded_rows(made: Partition) -> list[tuple[str, str]]:
@@ -161,7 +161,7 @@ def _sample(trainer: pl.Trainer) -> tuple[str, tuple]:
         TrainerFn.PREDICTING: ("predict_step", trainer.predict_loop),
     }
     name, loop = loops[trainer.state.fn]
-    with random_streams_kept():
+    with preserved_rng():
         loaders: Any = loop._data_source.dataloader()
     batch, extra = sample_batch(loaders, training=name == "training_step")
     return name, _arguments(trainer, name, batch, 0, extra)

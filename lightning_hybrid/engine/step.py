@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from lightning_hybrid._lightning_private import evaluation_batch, training_batch
 from lightning_hybrid._torch_private import finish_sharded_backward, gradients_taken_by
 from lightning_hybrid.batches import count_samples
-from lightning_hybrid.collectives import gather_objects, local
-from lightning_hybrid.dataloader.sharding import Uneven
+from lightning_hybrid.collectives import gather_objects, to_local
+from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.engine.clipping import clip_by_global_norm
 from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.gradient_noise import GradientNoise
@@ -30,20 +30,20 @@ from lightning_hybrid.metrics.stages import StageLogs
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.replicas.batch_norm import has_batch_norm
-from lightning_hybrid.replicas.diloco import LocalSteps
+from lightning_hybrid.replicas.diloco import DiLoCo
 from lightning_hybrid.replicas.reducer import (
-    GradientsOfPipeline,
+    DeliverGradients,
     ReplicaReducer,
-    SetAside,
+    StashedGradients,
     gradients_of,
     refuse_gradients,
     sum_over_holders,
 )
-from lightning_hybrid.rng.dropout import RandomStreams
+from lightning_hybrid.rng.dropout import StepRNG
 from lightning_hybrid.spec.stages import choose_microbatches
 
 
-class Runner:
+class StepRunner:
     """Runs steps of a partitioned LightningModule.
 
     Args:
@@ -74,16 +74,16 @@ class Runner:
         self._sync = True
         self.gradients_are_seen = False
         """Whether a hook of the user, on any rank, sees the gradients of every accumulated batch."""
-        self.uneven: Uneven | None = None
+        self.batch_weights: BatchWeights | None = None
         self._share = 1.0
-        self.absent = False
+        self.padding = False
         layout = partition.plan.layout
         self.metrics = Metrics(root, self.mesh, device)
         self.hook_logs = HookLogs(root, self.mesh, device)
         self.stage_logs = StageLogs(self.mesh, device, self.metrics)
         partition.on_remove = self._release
-        self.streams = RandomStreams(device, self.mesh.replica, self.mesh.rank("tp"))
-        partition.switch.streams = self.streams
+        self.streams = StepRNG(device, self.mesh.replica, self.mesh.rank("tp"))
+        partition.interceptor.streams = self.streams
         if partition.tensor is not None:
             partition.tensor.draw_from(self.streams)
         self.pipeline: Pipeline | None = None
@@ -91,11 +91,11 @@ class Runner:
             self.pipeline = Pipeline(
                 root, partition, self.mesh, device, precision.forward_context, self.metrics, self.streams
             )
-        held = partition.parameters.held()
-        names = partition.whole.intersection(held) if layout.fsdp > 1 else held
+        local = partition.parameters.local()
+        names = partition.whole.intersection(local) if layout.fsdp > 1 else local
         self._steps_alone = partition.gradient_sync.kind == "diloco" and layout.replicas > 1
-        self._reduced = {n: held[n] for n in held if n in names} if layout.replicas > 1 else {}
-        self.local_steps: LocalSteps | None = None
+        self._reduced = {n: local[n] for n in local if n in names} if layout.replicas > 1 else {}
+        self.diloco: DiLoCo | None = None
         """Where replicas step by themselves."""
         self._reduction = partition.reduction()
         self._trained: list[bool] = []
@@ -111,9 +111,9 @@ class Runner:
         self._release()
         wanted = {n: p for n, p in self._reduced.items() if p.requires_grad}
         if self._steps_alone:
-            if self.local_steps is not None:
-                self.local_steps.agree()
-            self.local_steps = LocalSteps(wanted, self.mesh.replica_group, self.partition.gradient_sync)
+            if self.diloco is not None:
+                self.diloco.agree()
+            self.diloco = DiLoCo(wanted, self.mesh.replica_group, self.partition.gradient_sync)
             return
         experts = [n for n in wanted if self.partition.expert_plan_of(n) is not None]
         replicas = self.mesh.layout.replicas
@@ -135,14 +135,14 @@ class Runner:
     def sent_bytes(self) -> float:
         """What this rank sends to agree with other replicas on the gradients of a step; its weights not counted."""
         layout, total = self.mesh.layout, sum(reducer.sent_bytes for reducer in self._reducers)
-        if self.local_steps is not None:
-            total += self.local_steps.sent_bytes
+        if self.diloco is not None:
+            total += self.diloco.sent_bytes
         if layout.fsdp > 1:
             item = 2 if self.partition.gradient_sync.kind in ("bf16", "bf16_fp32acc") else None
-            for name, parameter in self.partition.parameters.held().items():
+            for name, parameter in self.partition.parameters.local().items():
                 if parameter.requires_grad and name not in self.partition.whole:
                     shards = layout.shards if self.partition.expert_plan_of(name) is None else layout.fsdp
-                    own = local(parameter.detach())
+                    own = to_local(parameter.detach())
                     total += (shards - 1) * own.numel() * (item or own.element_size())
         return total
 
@@ -170,12 +170,12 @@ class Runner:
     def _sharded(self) -> FSDPModule | None:
         return self.partition.step_module if isinstance(self.partition.step_module, FSDPModule) else None
 
-    def take_logs(self) -> None:
+    def install_logs(self) -> None:
         """While the trainer runs, what hooks log and the states of metrics are those of all replicas."""
         self.hook_logs.install()
         self.metrics.install()
 
-    def release_logs(self) -> None:
+    def remove_logs(self) -> None:
         """Ends it."""
         self.hook_logs.remove()
         self.metrics.remove()
@@ -189,25 +189,25 @@ class Runner:
             return 1
         return choose_microbatches(samples, self.microbatches, plan.layout.pp, plan.schedule)
 
-    def take_batch(self, uneven: Uneven | None, share: float = 1.0) -> None:
+    def take_batch(self, batch_weights: BatchWeights | None, share: float = 1.0) -> None:
         """What is said of the next step's batch.
 
         Args:
-            uneven: None if every replica has equally many samples.
+            batch_weights: None if every replica has equally many samples.
             share: The factor on its loss among those of accumulated batches.
         """
-        self.uneven, self._share = uneven, share
-        self.absent = uneven is not None and uneven.absent(self.mesh.replica)
-        self.partition.absent = self.metrics.absent = self.hook_logs.absent = self.absent
+        self.batch_weights, self._share = batch_weights, share
+        self.padding = batch_weights is not None and batch_weights.padding(self.mesh.replica)
+        self.partition.padding = self.metrics.padding = self.hook_logs.padding = self.padding
 
     @property
     def factor(self) -> float:
         """The factor on this replica's loss with which the mean over replicas is that over the global batch."""
-        if self.uneven is None:
+        if self.batch_weights is None:
             return 1.0
-        if self.local_steps is not None:  # the mean over this replica's own batch
-            return 0.0 if self.absent else self._share
-        return self.uneven.factor(self.mesh.replica) * self._share
+        if self.diloco is not None:  # the mean over this replica's own batch
+            return 0.0 if self.padding else self._share
+        return self.batch_weights.factor(self.mesh.replica) * self._share
 
     # ---- training
 
@@ -224,7 +224,7 @@ class Runner:
             return self._whole_step(*args, **kwargs)
 
     def _whole_step(self, *args: Any, **kwargs: Any) -> Any:
-        recorder, watched = LogRecorder(self.root), self.metrics.watching(self.partition.switch)
+        recorder, watched = LogRecorder(self.root), self.metrics.watching(self.partition.interceptor)
         recording, refused = recorder.recording(count_samples(args[0])), self._gradients_refused()
         with self.precision.train_step_context(), recording, watched, refused:
             out = self.partition.step_module(self.root.training_step, *args, **kwargs)
@@ -234,50 +234,50 @@ class Runner:
 
     def _note_parts(self, batch: Any, parts: int) -> None:
         if self.noise is not None:
-            self.noise.saw_batch(count_samples(batch), parts, self.uneven is None)
+            self.noise.saw_batch(count_samples(batch), parts, self.batch_weights is None)
 
     def _gradients_refused(self) -> AbstractContextManager:
         layout = self.mesh.layout
         return gradients_taken_by(refuse_gradients(layout)) if layout.fsdp > 1 else nullcontext()
 
     def _pipelined_step(self, pipeline: Pipeline, *args: Any) -> Any:
-        held = self.partition.parameters.held()  # sharded, where `fsdp` divides them
-        shared = {name: held[name] for name in self.partition.shared_groups}
+        local = self.partition.parameters.local()  # sharded, where `fsdp` divides them
+        shared = {name: local[name] for name in self.partition.tied_weight_groups}
         if self._sharded is not None:
             self._sharded.set_requires_gradient_sync(False)
             self._sharded.set_is_last_backward(False)
             self._sharded.set_reshard_after_backward(False)
-        aside = SetAside(p for p in held.values() if p.requires_grad)
+        stashed = StashedGradients(p for p in local.values() if p.requires_grad)
         scale: Any = 1.0 / self.root.trainer.accumulate_grad_batches
         scaler = getattr(self.precision, "scaler", None)
         if scaler is not None:  # Lightning scales a loss whose gradients the schedule has computed already
             scale = scaler.scale(torch.tensor(scale, device=self.device))
-        common = None if self.uneven is None else self.uneven.common_divisor
-        tokens = None if self.uneven is None else self.uneven.tokens
+        common = None if self.batch_weights is None else self.batch_weights.common_divisor
+        tokens = None if self.batch_weights is None else self.batch_weights.tokens
         loss, recorder, extras = pipeline.train(args, scale * self.factor, self.microbatches, common, tokens)
         self._note_parts(args[0], pipeline.parts)
-        aside.keep()
+        stashed.keep()
         mean_loss, extras = self._log("training_step", recorder, loss, extras)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
-        mean_loss = GradientsOfPipeline.apply(anchor, mean_loss, partial(self._deliver, aside, shared))
+        mean_loss = DeliverGradients.apply(anchor, mean_loss, partial(self._deliver, stashed, shared))
         return {"loss": mean_loss, **extras} if extras else mean_loss
 
-    def _deliver(self, aside: SetAside, shared: Mapping[str, Tensor]) -> None:
+    def _deliver(self, stashed: StashedGradients, shared: Mapping[str, Tensor]) -> None:
         summed = gradients_of(shared) if self.gradients_are_seen else {}
-        aside.add()
+        stashed.add()
         if self._sync:
             if self._sharded is not None:
                 finish_sharded_backward(self._sharded)
             for reducer in self._reducers:
                 reducer.finish()
-            sum_over_holders(self.partition.shared_groups, shared.__getitem__, summed)
+            sum_over_holders(self.partition.tied_weight_groups, shared.__getitem__, summed)
 
     def _log(
         self, step: str, recorder: LogRecorder, loss: Tensor | None = None, extras: dict[str, Any] | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """Logs a step on every rank; gives every stage the last one's loss and what was returned with it."""
         entries = recorder.entries
-        if self.absent:
+        if self.padding:
             leave_out(entries)
         with self.clocks.waiting() if self.clocks is not None else nullcontext():
             reduce_over_replicas(entries, self.mesh, self.device)
@@ -317,7 +317,7 @@ class Runner:
                 out, recorder = self.pipeline.evaluate(name, args)
             else:
                 self.streams.begin(0)
-                recorder, watched = LogRecorder(self.root), self.metrics.watching(self.partition.switch)
+                recorder, watched = LogRecorder(self.root), self.metrics.watching(self.partition.interceptor)
                 with self.precision.forward_context(), recorder.recording(count_samples(args[0])), watched:
                     out = self.partition.step_module(step, *args, **kwargs)
         if recorder.entries or name != "predict_step":
@@ -349,7 +349,7 @@ class Runner:
         model's order.
         """
         known = self.optimizer_names[id(optimizer)]
-        names = {id(p): n for n, p in self.partition.parameters.held().items()}
+        names = {id(p): n for n, p in self.partition.parameters.local().items()}
         own = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups[len(known) :]]
         if own:
             for groups in zip(*gather_objects(own), strict=True):
@@ -360,13 +360,13 @@ class Runner:
     def clip(self, optimizer: Optimizer, max_norm: int | float) -> Tensor:
         """Clips by the norm over the optimizer's parameters on all ranks; returns that norm."""
         rank, plan = self.mesh.rank("pp"), self.partition.plan
-        counted = {id(p) for n, p in self.partition.parameters.held().items() if plan.ranks_of(n)[0] == rank}
+        counted = {id(p) for n, p in self.partition.parameters.local().items() if plan.ranks_of(n)[0] == rank}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         pipeline = self.mesh.group("pp") if plan.layout.pp > 1 else None
         experts = None
         if plan.layout.ep > 1:
-            held = self.partition.parameters.held()
-            ids = {id(p) for n, p in held.items() if self.partition.expert_plan_of(n) is not None}
+            local = self.partition.parameters.local()
+            ids = {id(p) for n, p in local.items() if self.partition.expert_plan_of(n) is not None}
             experts = ids, self.mesh.group("ep")
         return clip_by_global_norm(
             parameters, float(max_norm), counted=counted, experts=experts, pipeline=pipeline, device=self.device
@@ -379,7 +379,7 @@ class Runner:
         experts = self.partition.experts
         if experts is None:
             return {}
-        taken = experts.take_loads()
+        taken = experts.collect_loads()
         loads = {
             name: taken.get(name, torch.zeros(plan.experts, dtype=torch.long, device=self.device))
             for name, plan in experts.plans.items()

@@ -154,7 +154,7 @@ class ExpertParallel:
         order = self.plans[parameter.rpartition(".")[0]].order
         return places if order is None else places[torch.tensor(order, device=part.device).argsort()]
 
-    def install(self, held: Callable[[str], bool]) -> list[tuple[nn.Module, Callable]]:
+    def install(self, local: Callable[[str], bool]) -> list[tuple[nn.Module, Callable]]:
         """Takes over the modules that this rank's stage holds; their parameters are this rank's parts by now.
 
         Returns:
@@ -163,7 +163,7 @@ class ExpertParallel:
         overrides: list[tuple[nn.Module, Callable]] = []
         for name, plan in self.plans.items():
             module = self._root.get_submodule(name)
-            if any(held(f"{name}.{key}") for key in module._parameters):
+            if any(local(f"{name}.{key}") for key in module._parameters):
                 divided = self._divided[name] = DividedExperts(module, plan, self.group)
                 # how many rows arrive is read in every call, which no compiled graph can do
                 forward = module.__dict__["forward"] = torch.compiler.disable(divided.forward)
@@ -184,7 +184,7 @@ class ExpertParallel:
         """What stands for `forward` in a dry run."""
         return [(self._root.get_submodule(name), divided.dry) for name, divided in self._divided.items()]
 
-    def take_loads(self) -> dict[str, Tensor]:
+    def collect_loads(self) -> dict[str, Tensor]:
         """Tokens that this rank has sent to each expert in training since the last call, by module; those held here."""
         loads = {}
         for name, divided in self._divided.items():

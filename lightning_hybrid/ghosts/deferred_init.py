@@ -34,7 +34,7 @@ class _Entry:
     """State of the generator, for random operations."""
 
 
-class Tape(Protocol):
+class DeferredInit(Protocol):
     """What makes the ghosts of a module real that has no weights yet."""
 
     def make_real(self, ghost: Ghost) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Tape(Protocol):
         ...
 
 
-class BlankTape:
+class EmptyInit:
     """Gives memory without values: those of each rank's part are put there once everything stands.
 
     Args:
@@ -64,7 +64,7 @@ class BlankTape:
         """Nothing: buffers are there."""
 
 
-class BuildTape(GhostObserver):
+class RecordedInit(GhostObserver):
     """What was done to the ghosts of one `configure_model`."""
 
     def __init__(self) -> None:
@@ -164,19 +164,19 @@ def _scratch(x: Any) -> Any:
 
 
 class _EmptyIsGhost(TorchFunctionMode):
-    def __init__(self, tape: BuildTape) -> None:
+    def __init__(self, deferred_init: RecordedInit) -> None:
         super().__init__()
-        self._tape = tape
+        self._deferred_init = deferred_init
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.empty and (kwargs or {}).get("out") is None:
-            return self._tape.empty(*args, **(kwargs or {}))
+            return self._deferred_init.empty(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def built_on_tape() -> Iterator[BuildTape]:
+def recorded_init() -> Iterator[RecordedInit]:
     """Inside, new tensors from `torch.empty` (and so the weights of torch's modules) are ghosts on the yielded tape."""
-    tape = BuildTape()
-    with _EmptyIsGhost(tape):
-        yield tape
+    deferred_init = RecordedInit()
+    with _EmptyIsGhost(deferred_init):
+        yield deferred_init

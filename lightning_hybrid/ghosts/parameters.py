@@ -65,7 +65,7 @@ class Parameters:
         slot = self.slots[name][0]
         return slot.module._parameters[slot.key]  # type: ignore[return-value]
 
-    def held(self) -> dict[str, nn.Parameter]:
+    def local(self) -> dict[str, nn.Parameter]:
         """The parameters that this rank holds, by first name."""
         return {n: self[n] for n in self.slots if not isinstance(self[n], Ghost)}  # type: ignore[misc]
 
@@ -91,7 +91,7 @@ class Parameters:
     def make_ghosts(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
         """Replaces every parameter by a ghost of the given shape, which stands among the parameters.
 
-        As in a module that was built on a `BuildTape`: it can be partitioned, and each rank makes its own part real.
+        As in a module that was built on a `RecordedInit`: it can be partitioned, and each rank makes its own part real.
         """
         modules = {slot.module: None for places in self.slots.values() for slot in places}
         for name in self.names:

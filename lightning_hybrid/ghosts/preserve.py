@@ -15,7 +15,7 @@ _CONTAINERS = (dict, list, set, deque)
 
 
 @contextmanager
-def objects_kept(objects: Iterable[Any]) -> Iterator[None]:
+def preserved_objects(objects: Iterable[Any]) -> Iterator[None]:
     """The attributes of objects, and the containers among them, are afterwards as they were before."""
     attributes = [(obj, dict(vars(obj))) for obj in objects]
     containers: list[tuple[Any, Any]] = [
@@ -33,7 +33,7 @@ def objects_kept(objects: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def module_state_kept(root: nn.Module) -> Iterator[None]:
+def preserved_module_state(root: nn.Module) -> Iterator[None]:
     """Attributes, containers (one level deep) and tensors of every submodule are afterwards as they were before."""
     tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
     for module in root.modules():
@@ -42,7 +42,7 @@ def module_state_kept(root: nn.Module) -> Iterator[None]:
             if type(tensor) is torch.Tensor and id(tensor) not in tensors and not tensor.requires_grad:
                 tensors[id(tensor)] = (tensor, tensor._version, tensor.detach().clone())
     try:
-        with objects_kept(root.modules()):
+        with preserved_objects(root.modules()):
             yield
     finally:
         with torch.no_grad():

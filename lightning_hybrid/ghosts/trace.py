@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from lightning_hybrid._torch_private import gradients_taken_by, user_location
 from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver, GhostWriteError, ghost_like, parameter_slots
 from lightning_hybrid.ghosts.manual import idle_optimizers, optimize_idly
-from lightning_hybrid.ghosts.preserve import module_state_kept
-from lightning_hybrid.ghosts.units import CallSwitch
+from lightning_hybrid.ghosts.preserve import preserved_module_state
+from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.ghosts.use import StepUse, record_use
-from lightning_hybrid.rng.state import random_streams_kept
+from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.spec.errors import PartitionError
 
 _DATA_DEPENDENT = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError)
@@ -309,7 +309,7 @@ class Tracer(GhostObserver):
 
 def trace_step(
     root: nn.Module,
-    switch: CallSwitch,
+    interceptor: CallInterceptor,
     step: Callable[..., Any],
     args: tuple,
     *,
@@ -321,7 +321,7 @@ def trace_step(
 
     Args:
         root: The LightningModule; its parameters may be real, sharded or already ghosts. It is left as it was.
-        switch: The installed call switch of `root`.
+        interceptor: The installed `CallInterceptor` of `root`.
         step: A bound method of `root`, such as `root.training_step`.
         args: Its arguments; tensors (the microbatch) are real.
         device: The device of the parameters.
@@ -333,14 +333,14 @@ def trace_step(
     """
     tracer = Tracer(root)
     with ExitStack() as stack:
-        stack.enter_context(random_streams_kept(device))
-        stack.enter_context(module_state_kept(root))
+        stack.enter_context(preserved_rng(device))
+        stack.enter_context(preserved_module_state(root))
         idle = None if getattr(root, "automatic_optimization", True) else idle_optimizers(root)
         names = _replace_parameters(root, tracer, device)
         root.__dict__["log"] = lambda name, value, *a, **k: tracer.consume_all(value)
         if idle is not None:
             optimize_idly(root, idle, tracer.consume_all)
-        stack.enter_context(switch.handled_by(tracer))
+        stack.enter_context(interceptor.handled_by(tracer))
         stack.enter_context(torch.no_grad())
         stack.enter_context(context())
         stack.enter_context(gradients_taken_by(tracer.gradients))

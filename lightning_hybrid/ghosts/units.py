@@ -108,7 +108,7 @@ class CallHandler(Protocol):
         ...
 
 
-class UnitStreams(Protocol):
+class UnitRNG(Protocol):
     """What gives units their random numbers."""
 
     def enter_unit(self) -> int | None:
@@ -121,13 +121,13 @@ class UnitStreams(Protocol):
 
 
 @dataclass
-class CallSwitch:
+class CallInterceptor:
     """Hands the calls of the units (and metrics) of `root` to the active handler; inactive, they run as ever."""
 
     root: nn.Module
     units: Units
     active: CallHandler | None = None
-    streams: UnitStreams | None = None
+    streams: UnitRNG | None = None
     """Told of every unit call, whoever handles it; also when a unit is recomputed in the backward pass."""
     _taken: list[Callable[[], None]] = field(default_factory=list)
     _originals: dict[str, Callable[..., Any]] = field(default_factory=dict)

@@ -69,7 +69,7 @@ class Cause:
     rank: int | None
     """The rank that caused it; None: the launcher."""
     text: str
-    speaker: int | None
+    reporter: int | None
     """The rank that shows it, by raising its own exception; None: the first that can."""
 
     def dump(self) -> str:
@@ -145,7 +145,7 @@ def choose_cause(
     if by_kind["raised"]:
         first = min(by_kind["raised"], key=lambda f: f.rank)
         text = f"Rank {first.rank} of {world_size} failed {_at(first.doing)}: {first.text}"
-        return Cause(kind="raised", rank=first.rank, text=text, speaker=first.rank)
+        return Cause(kind="raised", rank=first.rank, text=text, reporter=first.rank)
     ended = [f for f in by_kind["ended"] if f.rank not in posted]
     if ended:
         rank = min(f.rank for f in ended)
@@ -153,13 +153,13 @@ def choose_cause(
         last = next((f.doing for f in ended if f.rank == rank and f.doing), "")
         heard = f" It last reported from where it was {_at(last)}." if last else ""
         text = f"Rank {rank} of {world_size} ended without a word: {text}. Rank {own_rank} was {_at(own_doing)}.{heard}"
-        return Cause(kind="ended", rank=rank, text=text, speaker=None)
+        return Cause(kind="ended", rank=rank, text=text, reporter=None)
     if by_kind["timeout"]:
         places_of = {f.rank: f.doing for f in failures if f.kind in ("timeout", "echo")}
         return _hang(places_of, world_size, answers, stopped, timeout)
     first = min(failures, key=lambda f: f.rank)
     text = f"Rank {first.rank} of {world_size} lost the connection to another rank {_at(first.doing)}: {first.text}"
-    return Cause(kind="echo", rank=first.rank, text=text, speaker=first.rank)
+    return Cause(kind="echo", rank=first.rank, text=text, reporter=first.rank)
 
 
 def _hang(
@@ -177,20 +177,20 @@ def _hang(
         why = "its process is stopped (SIGSTOP)" if rank in stopped else "its process does not run, or not reachably"
         last = f" It was last {_at(answers[rank].doing)}." if rank in answers else ""
         text = f"Rank {rank} of {world_size} gives no answer: {why}. Others waited {timeout} for it{waiting}.{last}"
-        return Cause(kind="timeout", rank=rank, text=text, speaker=None)
+        return Cause(kind="timeout", rank=rank, text=text, reporter=None)
     if busy:
         rank, answer = busy[0], answers[busy[0]]
         text = (
             f"Rank {rank} of {world_size} hangs {_at(answer.doing)}, at {answer.where}. Others waited {timeout} for it"
             f"{waiting}. If it only needs longer, raise the strategy's `timeout`."
         )
-        return Cause(kind="timeout", rank=rank, text=text, speaker=None)
+        return Cause(kind="timeout", rank=rank, text=text, reporter=None)
     each = "; ".join(f"rank {r} {_at(a.doing)}, at {a.where}" for r, a in sorted(answers.items())[:8])
     text = (
         f"The ranks waited {timeout} for each other, each in another collective: {each}. All ranks must make the "
         "same calls in the same order; look for code that depends on the rank."
     )
-    return Cause(kind="timeout", rank=None, text=text, speaker=None)
+    return Cause(kind="timeout", rank=None, text=text, reporter=None)
 
 
 def _at(doing: str) -> str:

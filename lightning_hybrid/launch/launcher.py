@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_hybrid._lightning_private import TunerExit, find_last_by, share_cores
-from lightning_hybrid.launch.monitor import Watch
+from lightning_hybrid.launch.monitor import FailureMonitor
 
 _MAIN_PID = "LIGHTNING_HYBRID_MAIN_PID"
 """Environment variable by which a rank knows the process that has started it."""
@@ -35,7 +35,7 @@ class HybridLauncher(_SubprocessScriptLauncher):
     """
 
     def __init__(
-        self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int, watch: Watch
+        self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int, watch: FailureMonitor
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._watch = watch

@@ -27,8 +27,8 @@ from subprocess import Popen
 from typing import Any, NoReturn
 
 from lightning_hybrid.launch.failures import Answer, Cause, RankFailed, choose_cause, failure_of, is_ripe
-from lightning_hybrid.launch.peers import POLL_SECONDS, Lookout
-from lightning_hybrid.launch.processes import Party, exit_text, process_state
+from lightning_hybrid.launch.peers import POLL_SECONDS, PeerMonitor
+from lightning_hybrid.launch.processes import RankGroup, exit_text, process_state
 from lightning_hybrid.spec.errors import RankError
 
 _RETURN_SECONDS = 3.0
@@ -48,7 +48,7 @@ _DEATH_SECONDS = 0.1
 
 
 @dataclass
-class _Verdict:
+class _Decision:
     """The cause of a failed run, once it is decided."""
 
     cause: Cause | None = None
@@ -62,7 +62,7 @@ class _Verdict:
     """Whether this rank shows a cause that has no speaker of its own; None: not asked."""
 
 
-class Watch:
+class FailureMonitor:
     """Watches over the runs of one strategy, one after another.
 
     Args:
@@ -72,12 +72,12 @@ class Watch:
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
         self._doing: tuple[str, int | None, int | None, bool] = ("start", None, None, False)
-        self._lookout: Lookout | None = None
+        self._lookout: PeerMonitor | None = None
         self._thread: threading.Thread | None = None
         self._finished = threading.Event()
         self._raised: BaseException | None = None
         self._raising = self._in_failed = False
-        self._verdict = _Verdict()
+        self._decision = _Decision()
         self._guarded = False
 
     # ---- the main thread's side
@@ -104,7 +104,7 @@ class Watch:
     @property
     def failing(self) -> bool:
         """Whether the ranks can no longer work together."""
-        return self._raising and self._verdict.cause is not None
+        return self._raising and self._decision.cause is not None
 
     def begin(self, children: Sequence[Popen], main_pid: int | None) -> None:
         """Starts to watch.
@@ -114,7 +114,7 @@ class Watch:
             main_pid: The process that has started this one, if its end ends the run.
         """
         self._children, self._main_pid = children, main_pid
-        self._verdict = _Verdict()
+        self._decision = _Decision()
         self._wake, self._finished = threading.Event(), threading.Event()
         self._lookout, self._raised = None, None
         self._raising = self._in_failed = False
@@ -126,9 +126,9 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
-    def connect(self, party: Party) -> None:
+    def connect(self, party: RankGroup) -> None:
         """From now on this rank tells the others, and looks at them."""
-        self._lookout = Lookout(party, self._children, lambda: self.doing)
+        self._lookout = PeerMonitor(party, self._children, lambda: self.doing)
 
     def check_children(self) -> None:
         """Raises if a rank that this process has started has ended before all ranks have met."""
@@ -147,41 +147,41 @@ class Watch:
             What to raise in its place; None: the exception itself.
         """
         self._raised, self._raising = error, True
-        lookout, verdict = self._lookout, self._verdict
+        lookout, decision = self._lookout, self._decision
         if lookout is None or self._thread is None or isinstance(error, RankFailed):
             return None
         self._in_failed = True
         lookout.outbox.append(failure_of(error, lookout.party.rank, self.doing))
         self._wake.set()
-        if not verdict.decided.wait(_PATIENCE_SECONDS):  # the store does not answer
+        if not decision.decided.wait(_PATIENCE_SECONDS):  # the store does not answer
             lookout.is_alone = True
             self._accept(lookout, self._choose(lookout, {}))
         return self._answer(lookout, error)
 
-    def _answer(self, lookout: Lookout, error: BaseException | None) -> BaseException | None:
+    def _answer(self, lookout: PeerMonitor, error: BaseException | None) -> BaseException | None:
         """What this rank raises, which has raised `error` or nothing, when the cause is decided."""
-        cause, rank = self._verdict.cause, lookout.party.rank
+        cause, rank = self._decision.cause, lookout.party.rank
         if cause is None:
             return None
         if rank == 0 and lookout.party.rank0_has_store:
-            self._verdict.known_to_all.wait(_LAST_WORD_SECONDS)  # the store ends with this process
-        if cause.speaker is None:
+            self._decision.known_to_all.wait(_LAST_WORD_SECONDS)  # the store ends with this process
+        if cause.reporter is None:
             self._claims(lookout)
-        if self._speaks(cause):
+        if self._reports(cause):
             self._end_stopped(lookout)
         if isinstance(error, KeyboardInterrupt | SystemExit):
             if cause.rank == rank and len({f.rank for f in lookout.failures}) < lookout.world_size:
                 _say(cause.text)  # these show nothing by themselves
             return None
-        if self._speaks(cause):
-            return None if cause.speaker == rank else RankError(cause.text)
-        self._wait_for_speaker(lookout, cause)
+        if self._reports(cause):
+            return None if cause.reporter == rank else RankError(cause.text)
+        self._wait_for_reporter(lookout, cause)
         return RankFailed(cause.text)
 
     def note_unsaved(self, path: object) -> None:
         """Says, once, that a callback's checkpoint is not saved."""
-        cause = self._verdict.cause
-        if cause is not None and self._speaks(cause):
+        cause = self._decision.cause
+        if cause is not None and self._reports(cause):
             warnings.warn(
                 f"{path} is not saved: a checkpoint needs all ranks, and the run has failed. {cause.text}",
                 RuntimeWarning,
@@ -211,16 +211,16 @@ class Watch:
         if not self.failing:
             thread.join(_INTERRUPTED_SECONDS if self._raising else self._timeout.total_seconds())
         self._thread = self._raised = None
-        if lookout is None or self._raising or self._verdict.cause is None:
+        if lookout is None or self._raising or self._decision.cause is None:
             return None
         self._raising = self._in_failed = True
         return self._answer(lookout, None)
 
-    def _wait_for_speaker(self, lookout: Lookout, cause: Cause) -> None:
-        speaker = None if cause.speaker is None else lookout.party.processes[cause.speaker]
+    def _wait_for_reporter(self, lookout: PeerMonitor, cause: Cause) -> None:
+        reporter = None if cause.reporter is None else lookout.party.processes[cause.reporter]
         deadline = time.monotonic() + _LAST_WORD_SECONDS
         while time.monotonic() < deadline:
-            if speaker is not None and speaker.is_local and speaker.state() == "gone":
+            if reporter is not None and reporter.is_local and reporter.state() == "gone":
                 return
             time.sleep(0.05)
 
@@ -232,11 +232,11 @@ class Watch:
 
         def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
             shown: BaseException | None = error
-            cause = self._verdict.cause
+            cause = self._decision.cause
             if self._thread is not None and cause is None:
                 replacement = self.failed(error)
                 shown = None if isinstance(replacement, RankFailed) else (replacement or error)
-            elif cause is not None and not isinstance(error, RankError) and not self._speaks(cause):
+            elif cause is not None and not isinstance(error, RankError) and not self._reports(cause):
                 shown = None
             if shown is error:
                 previous(kind, error, trace)
@@ -245,8 +245,8 @@ class Watch:
 
         sys.excepthook = hook
 
-    def _speaks(self, cause: Cause) -> bool:
-        return self._lookout is None or cause.speaker == self._lookout.party.rank or bool(self._verdict.speech)
+    def _reports(self, cause: Cause) -> bool:
+        return self._lookout is None or cause.reporter == self._lookout.party.rank or bool(self._decision.speech)
 
     def _at_exit(self) -> None:
         if self.failing:
@@ -263,7 +263,7 @@ class Watch:
                 stream.flush()
         os._exit(1)
 
-    def _end_stopped(self, lookout: Lookout) -> None:
+    def _end_stopped(self, lookout: PeerMonitor) -> None:
         """A stopped process cannot end itself."""
         for process in lookout.party.processes:
             if process.is_local and process.pid != os.getpid() and process.state() == "stopped":
@@ -285,13 +285,13 @@ class Watch:
             if lookout.outbox:
                 time.sleep(_DEATH_SECONDS)
             lookout.look()
-            if self._verdict.cause is None:
+            if self._decision.cause is None:
                 self._try_to_decide(lookout)
-            if self._verdict.cause is not None:
+            if self._decision.cause is not None:
                 if self._is_known(lookout) and self._finished.is_set():
                     return  # the main thread is waiting for this
                 if not self._finished.is_set():
-                    self._enforce(lookout, self._verdict.cause)
+                    self._enforce(lookout, self._decision.cause)
 
     def _before_meeting(self) -> None:
         if self._main_pid is not None and process_state(self._main_pid) == "gone":
@@ -301,9 +301,9 @@ class Watch:
 
     # ---- decisions
 
-    def _try_to_decide(self, lookout: Lookout) -> None:
+    def _try_to_decide(self, lookout: PeerMonitor) -> None:
         if lookout.is_alone and not lookout.failures:
-            self._accept(lookout, Cause(kind="ended", rank=None, text=_NO_LAUNCHER, speaker=None))
+            self._accept(lookout, Cause(kind="ended", rank=None, text=_NO_LAUNCHER, reporter=None))
         if not lookout.failures:
             return
         ripe = is_ripe(lookout.failures, lookout.world_size, time.monotonic() - lookout.first_seen)
@@ -325,7 +325,7 @@ class Watch:
         except (RuntimeError, OSError):
             lookout.lose_store()
 
-    def _choose(self, lookout: Lookout, answers: dict[int, Answer]) -> Cause:
+    def _choose(self, lookout: PeerMonitor, answers: dict[int, Answer]) -> Cause:
         return choose_cause(
             [*lookout.failures, *lookout.outbox],
             world_size=lookout.world_size,
@@ -336,16 +336,16 @@ class Watch:
             timeout=str(self._timeout),
         )
 
-    def _accept(self, lookout: Lookout, cause: Cause) -> None:
-        verdict = self._verdict
-        if verdict.cause is None:
-            verdict.alone, verdict.at, verdict.cause = lookout.is_alone, time.monotonic(), cause
-        verdict.decided.set()
+    def _accept(self, lookout: PeerMonitor, cause: Cause) -> None:
+        decision = self._decision
+        if decision.cause is None:
+            decision.alone, decision.at, decision.cause = lookout.is_alone, time.monotonic(), cause
+        decision.decided.set()
 
-    def _enforce(self, lookout: Lookout, cause: Cause) -> None:
+    def _enforce(self, lookout: PeerMonitor, cause: Cause) -> None:
         """Ends the process if the main thread does not, which is stuck in a collective or in the user's code."""
-        seconds = time.monotonic() - self._verdict.at
-        if cause.speaker == lookout.party.rank:
+        seconds = time.monotonic() - self._decision.at
+        if cause.reporter == lookout.party.rank:
             if seconds > _SPEECH_SECONDS:
                 if self._raised is not None:
                     traceback.print_exception(self._raised)
@@ -354,34 +354,34 @@ class Watch:
             if seconds > _SPEECH_SECONDS:
                 self._end_process()
         elif seconds > _RETURN_SECONDS:
-            if cause.speaker is None and self._claims(lookout):
+            if cause.reporter is None and self._claims(lookout):
                 _say(cause.text)
-            elif cause.speaker is None and seconds < _RETURN_SECONDS + _LAST_WORD_SECONDS:
+            elif cause.reporter is None and seconds < _RETURN_SECONDS + _LAST_WORD_SECONDS:
                 return  # another one may be about to speak
             self._end_process()
 
-    def _is_known(self, lookout: Lookout) -> bool:
+    def _is_known(self, lookout: PeerMonitor) -> bool:
         """Whether all ranks know the cause, if they learn it from this one's store."""
         known = lookout.is_alone or not (lookout.party.rank == 0 and lookout.party.rank0_has_store)
         if not known:
             with contextlib.suppress(RuntimeError):
                 known = lookout.everyone_knows()
-        if known or time.monotonic() - self._verdict.at > _LAST_WORD_SECONDS:
-            self._verdict.known_to_all.set()
-        return self._verdict.known_to_all.is_set()
+        if known or time.monotonic() - self._decision.at > _LAST_WORD_SECONDS:
+            self._decision.known_to_all.set()
+        return self._decision.known_to_all.is_set()
 
-    def _claims(self, lookout: Lookout) -> bool:
+    def _claims(self, lookout: PeerMonitor) -> bool:
         """Whether this rank is to show a cause that has no speaker of its own; both threads may ask."""
-        verdict = self._verdict
-        with verdict.lock:
-            if verdict.speech is None:
-                verdict.speech = False
-                if verdict.alone:
-                    verdict.speech = lookout.is_first_alive()
+        decision = self._decision
+        with decision.lock:
+            if decision.speech is None:
+                decision.speech = False
+                if decision.alone:
+                    decision.speech = lookout.is_first_alive()
                 else:
                     with contextlib.suppress(RuntimeError):  # a store that is gone since has ended after a speech
-                        verdict.speech = lookout.board.claim_speech()
-        return verdict.speech
+                        decision.speech = lookout.board.claim_report()
+        return decision.speech
 
 
 _NO_LAUNCHER = "The launcher of the ranks has ended without a word."

@@ -8,8 +8,8 @@ from subprocess import Popen
 
 from lightning_hybrid._torch_private import main_thread_location
 from lightning_hybrid.launch.failures import Answer, Failure
-from lightning_hybrid.launch.processes import Party, State, exit_text
-from lightning_hybrid.launch.store import Board
+from lightning_hybrid.launch.processes import RankGroup, State, exit_text
+from lightning_hybrid.launch.store import FailureStore
 
 POLL_SECONDS = 0.5
 """How often the watch looks."""
@@ -17,7 +17,7 @@ _SILENT_POLLS, _SILENT_POLLS_ALONE = 10, 120
 """After so many looks without a sign a rank on another machine counts as ended: if something failed, and if not."""
 
 
-class Lookout:
+class PeerMonitor:
     """What one rank knows of the failures of all.
 
     Args:
@@ -26,9 +26,9 @@ class Lookout:
         doing: What the main thread is doing.
     """
 
-    def __init__(self, party: Party, children: Sequence[Popen], doing: Callable[[], str]) -> None:
+    def __init__(self, party: RankGroup, children: Sequence[Popen], doing: Callable[[], str]) -> None:
         self.party, self._children, self._doing = party, children, doing
-        self.board = Board(party.store, party.rank)
+        self.board = FailureStore(party.store, party.rank)
         self.failures: list[Failure] = []
         self.first_seen = 0.0
         self.outbox: list[Failure] = []

@@ -95,7 +95,7 @@ def exit_text(code: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Party:
+class RankGroup:
     """The ranks of one run, which have met."""
 
     store: Store
@@ -115,7 +115,7 @@ def meet(
     timeout: timedelta | None,
     facts: dict[str, str],
     check: Callable[[], None],
-) -> Party:
+) -> RankGroup:
     """Waits until all ranks have come.
 
     Args:
@@ -145,7 +145,7 @@ def meet(
             raise _missing(store, rank, world_size, timeout)
         time.sleep(_LOOK_SECONDS)
     said: list[dict[str, Any]] = [json.loads(text) for text in store.multi_get(keys)]
-    return Party(
+    return RankGroup(
         store=store,
         rank=rank,
         processes=[Process(s["host"], s["pid"]) for s in said],

@@ -9,7 +9,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from lightning_hybrid.launch.failures import Answer, Cause, Failure, load
 
 
-class Board:
+class FailureStore:
     """One rank's view; each call is one or a few round trips to the store, of some 30 microseconds on one machine.
 
     Args:
@@ -67,7 +67,7 @@ class Board:
         """The cause, which is the choice of the first rank that asks; the same for all."""
         return self.decided() or load(Cause, self._store.compare_set("cause", "", choose().dump()))
 
-    def claim_speech(self) -> bool:
+    def claim_report(self) -> bool:
         """Whether this rank is the first to ask, and so the one to show the cause."""
         return self._store.add("speaker", 1) == 1
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lightning_hybrid._lightning_private import watch_parts
-from lightning_hybrid.collectives import local
+from lightning_hybrid.collectives import to_local
 
 KEY = "lightning_hybrid"
 """Under which the plan stands among the hyperparameters."""
@@ -35,4 +35,4 @@ def watch_local_parts(trainer: pl.Trainer) -> None:
     """`watch` of W&B shows the part of each weight that rank 0 holds: to see the whole it would wait for the others."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            watch_parts(logger.experiment, local)
+            watch_parts(logger.experiment, to_local)

@@ -261,7 +261,7 @@ class HookLogs:
 
     def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device) -> None:
         self._root, self._mesh, self._device = root, mesh, device
-        self.absent = False
+        self.padding = False
         """Whether the samples of the running batch count for nothing."""
 
     def install(self) -> None:
@@ -297,7 +297,7 @@ class HookLogs:
                 continue
             weighed[0, call["name"], i] = samples is not None or call.get("batch_size") is not None
             recorder.record(samples or 1, (0, call["name"], i), **call)
-        if self.absent and samples is not None:
+        if self.padding and samples is not None:
             leave_out(recorder.entries)
         if not recorder.calls:
             return

@@ -23,8 +23,8 @@ from lightning_hybrid._lightning_private import (
     set_step_value,
 )
 from lightning_hybrid.collectives import share_object, to_device, to_host
-from lightning_hybrid.ghosts.preserve import module_state_kept
-from lightning_hybrid.ghosts.units import CallSwitch
+from lightning_hybrid.ghosts.preserve import preserved_module_state
+from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import LogEntry
 from lightning_hybrid.spec.errors import PartitionError
@@ -50,7 +50,7 @@ class Metrics:
         self._updates: Counter[str] = Counter()
         self._called: set[str] = set()
         self._inside = False
-        self.absent = False
+        self.padding = False
         """Whether the samples of the running step count for nothing."""
         self._undo: Callable[[], None] | None = None
 
@@ -72,10 +72,10 @@ class Metrics:
         self._updates.clear()
         self._called.clear()
 
-    def watching(self, switch: CallSwitch) -> AbstractContextManager:
+    def watching(self, interceptor: CallInterceptor) -> AbstractContextManager:
         """For steps without stages: inside, the calls of metrics are noted."""
         watched = self._names and self._mesh.layout.replicas > 1
-        return switch.handled_by(_WithoutStages(self)) if watched else nullcontext()
+        return interceptor.handled_by(_WithoutStages(self)) if watched else nullcontext()
 
     def call(self, metric: Any, kind: Literal["forward", "update"], call: Callable, args: tuple, kwargs: dict) -> Any:
         """Runs `metric(...)` or `metric.update(...)` on this rank's samples."""
@@ -84,7 +84,7 @@ class Metrics:
         for part in metric.modules():
             if id(part) in self._names:
                 self._updates[self._names[id(part)]] += 1
-        if self.absent:
+        if self.padding:
             return self._call_in_vain(metric, kind, call, args, kwargs)
         if not isinstance(metric, Metric):
             return call(*args, **kwargs)  # a collection calls its metrics one by one
@@ -95,7 +95,7 @@ class Metrics:
 
     def _call_in_vain(self, metric: Any, kind: str, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Runs the call for its result: what it leaves in states is undone, and other replicas' updates are noted."""
-        with module_state_kept(metric), self._within():
+        with preserved_module_state(metric), self._within():
             out = call(*args, **kwargs)
         for part in metric.modules():
             if isinstance(part, Metric):
@@ -185,7 +185,7 @@ class Metrics:
                     setattr(metric, state, value)
         return found
 
-    def take_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Goes on with these states of all samples: the first replica has them, the others begin anew."""
         for name, values in states.items():
             metric: Any = self._root.get_submodule(name)

@@ -17,11 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_hybrid._torch_private import forget_fully_shard, hook_tables
 from lightning_hybrid.experts.parallel import ExpertParallel
-from lightning_hybrid.ghosts.deferred_init import Tape
+from lightning_hybrid.ghosts.deferred_init import DeferredInit
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.trace import Trace
-from lightning_hybrid.ghosts.units import CallSwitch
+from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.replicas.batch_norm import global_batch_norm
 from lightning_hybrid.replicas.fsdp import shard_replicas
@@ -66,7 +66,7 @@ class Partition:
     mesh: Mesh
     plan: Plan
     trace: Trace | None
-    switch: CallSwitch
+    interceptor: CallInterceptor
     parameters: Parameters
     step_module: StepModule
     tensor_plan: TensorPlan | None = None
@@ -78,10 +78,10 @@ class Partition:
     """How replicas agree on gradients."""
     whole: set[str] = field(default_factory=set)
     """Parameters that `fsdp` leaves whole (scalars)."""
-    shared_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+    tied_weight_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     """For each weight that several pipeline ranks hold, this one included: the group of its holders."""
-    absent: bool = False
-    """Whether what this replica runs at present counts for nothing (see `execute.data.dealing.Uneven`)."""
+    padding: bool = False
+    """Whether what this replica runs at present counts for nothing (see `execute.data.dealing.BatchWeights`)."""
     gradient_hooks: GradientHooks | None = None
     on_remove: Callable[[], None] | None = None
     """What is undone first when the partition is taken off."""
@@ -89,7 +89,10 @@ class Partition:
     _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
 
     def apply(
-        self, device: torch.device, wrappers: Sequence[Callable[[Callable], Callable]], tape: Tape | None
+        self,
+        device: torch.device,
+        wrappers: Sequence[Callable[[Callable], Callable]],
+        deferred_init: DeferredInit | None,
     ) -> None:
         """Puts everything on. This is the one place where the order is written.
 
@@ -101,47 +104,55 @@ class Partition:
         Args:
             device: This rank's device.
             wrappers: What the calls of the blocks go through (recomputation, compilation), the innermost first.
-            tape: The tape on which the module was built, if it has no weights yet.
+            deferred_init: The tape on which the module was built, if it has no weights yet.
         """
         before = {m: [set(table) for table in hook_tables(m)] for m in self.root.modules()}
         self.gradient_hooks = GradientHooks(self.parameters)
-        held = self._held_names()
+        local = self._local_names()
         layout = self.plan.layout
-        self.parameters.release([n for n in self.parameters.names if n not in held], device)
+        self.parameters.release([n for n in self.parameters.names if n not in local], device)
         if self.expert_plans:
             self.experts = ExpertParallel(self.root, self.expert_plans, self.mesh.group("ep"))
-        if tape is not None:
-            tape.make_buffers_real(self.root)
+        if deferred_init is not None:
+            deferred_init.make_buffers_real(self.root)
             if self.tensor_plan is not None or layout.fsdp == 1:
-                self._make_real(tape, held, device)
-        self._divide_experts(held, tape is not None)
+                self._make_real(deferred_init, local, device)
+        self._divide_experts(local, deferred_init is not None)
         self.root.to(device)
         if self.tensor_plan is not None:
             mesh = self.mesh.device_mesh["tp"]
-            self.tensor = apply_tensor_plan(self.root, self.tensor_plan, mesh, held.__contains__, tape is not None)
+            self.tensor = apply_tensor_plan(
+                self.root, self.tensor_plan, mesh, local.__contains__, deferred_init is not None
+            )
             self.step_module.tensor = self.tensor
         if layout.replicas > 1:
             self._share_batch_statistics()
-        units = self.switch.units
-        blocks = [b for b in units.blocks if held & self.parameters.inside(b)]
+        units = self.interceptor.units
+        blocks = [b for b in units.blocks if local & self.parameters.inside(b)]
         for wrapper in wrappers:
-            self.switch.wrap(blocks, wrapper)
+            self.interceptor.wrap(blocks, wrapper)
         if layout.fsdp > 1:
-            self._shard(held, blocks, tape, device)
+            self._shard(local, blocks, deferred_init, device)
         self.gradient_hooks.attach()
         self.gradient_hooks.pass_on([self.step_module, *self.root.modules()])
-        self._create_shared_groups()
+        self._create_tied_weight_groups()
         self._hooks = self._new_hooks(before)
 
-    def _shard(self, held: set[str], blocks: list[str], tape: Tape | None, device: torch.device) -> None:
-        make_real = None if tape is None or self.tensor is not None else partial(self._make_real, tape, device=device)
+    def _shard(
+        self, local: set[str], blocks: list[str], deferred_init: DeferredInit | None, device: torch.device
+    ) -> None:
+        make_real = (
+            None
+            if deferred_init is None or self.tensor is not None
+            else partial(self._make_real, deferred_init, device=device)
+        )
         step_module = self.step_module
         if not getattr(self.root, "automatic_optimization", True):
             # weights change within a step, so nothing may stay gathered for all of it: every unit by itself
-            step_module, blocks = None, [u for u in self.switch.units.names if held & self.parameters.inside(u)]
+            step_module, blocks = None, [u for u in self.interceptor.units.names if local & self.parameters.inside(u)]
         experts = [] if self.experts is None else self.experts.modules()
         self.whole, overrides = shard_replicas(
-            self.root, step_module, blocks, experts, self.parameters, held, self.mesh, make_real
+            self.root, step_module, blocks, experts, self.parameters, local, self.mesh, make_real
         )
         self._overrides += overrides
         if self.gradient_sync.kind in ("bf16", "bf16_fp32acc"):
@@ -158,24 +169,24 @@ class Partition:
         known = {"exact": Exact, "diloco": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
         return known[sync.kind]()
 
-    def _divide_experts(self, held: Collection[str], divided: bool) -> None:
+    def _divide_experts(self, local: Collection[str], divided: bool) -> None:
         """Cuts this rank's experts out, unless they are or will be made real as such; takes their modules over."""
         experts = self.experts
         if experts is None:
             return
-        for name in [] if divided else [n for n in self.parameters.names if n in held and experts.plan_of(n)]:
+        for name in [] if divided else [n for n in self.parameters.names if n in local and experts.plan_of(n)]:
             part = experts.part_of(name, self.parameters[name].detach())
             self.parameters.put(name, nn.Parameter(part, requires_grad=self.parameters.requires_grad[name]))
-        self._overrides += experts.install(held.__contains__)
+        self._overrides += experts.install(local.__contains__)
 
-    def _make_real(self, tape: Tape, names: Collection[str], device: torch.device) -> None:
+    def _make_real(self, deferred_init: DeferredInit, names: Collection[str], device: torch.device) -> None:
         """Gives the parameters `names` their initial values, each divided as soon as it is there."""
         plan = self.tensor_plan
         for name in [n for n in self.parameters.names if n in names]:
             present = self.parameters[name]
             if isinstance(present, DTensor):
                 continue  # sharded by itself already, as experts are
-            real = tape.make_real(present) if isinstance(present, Ghost) else present.detach()
+            real = deferred_init.make_real(present) if isinstance(present, Ghost) else present.detach()
             if self.experts is not None and self.experts.plan_of(name) is not None:
                 real = self.experts.part_of(name, real)
             elif plan is not None and name in plan.parameters:
@@ -237,7 +248,7 @@ class Partition:
             del module.__dict__["forward"]
         if self.experts is not None:
             self.experts.remove()
-        self.switch.remove()
+        self.interceptor.remove()
 
     def sharded_blocks(self) -> list[nn.Module]:
         """The modules that `fsdp` gathers one by one, of which none has another one inside."""
@@ -305,22 +316,22 @@ class Partition:
                 return stage.rank
         return 0
 
-    def _held_names(self) -> set[str]:
+    def _local_names(self) -> set[str]:
         rank = self.mesh.rank("pp")
         return {n for n in self.parameters.names if rank in self.plan.ranks_of(n)}
 
     def _share_batch_statistics(self) -> None:
         for module in self.root.modules():
             if isinstance(module, _BatchNorm):
-                forward = global_batch_norm(module, self.mesh.replica_group, lambda: self.absent)
+                forward = global_batch_norm(module, self.mesh.replica_group, lambda: self.padding)
                 self._overrides.append((module, forward))
                 module.__dict__["forward"] = forward
 
-    def _create_shared_groups(self) -> None:
+    def _create_tied_weight_groups(self) -> None:
         """Groups of pipeline ranks that hold the same weight; every rank takes part in creating every group."""
         shared = {n: self.plan.ranks_of(n) for n in self.parameters.names if len(self.plan.ranks_of(n)) > 1}
         groups = {ranks: self.mesh.holder_group(ranks) for ranks in sorted(set(shared.values()))}
-        self.shared_groups = {n: group for n, ranks in shared.items() if (group := groups[ranks]) is not None}
+        self.tied_weight_groups = {n: group for n, ranks in shared.items() if (group := groups[ranks]) is not None}
 
     # ---- the module as the user wrote it, for dry runs
 

@@ -23,7 +23,7 @@ from lightning_hybrid.batches import batch_size, split_batch
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.trace import Trace, trace_step
-from lightning_hybrid.ghosts.units import CallSwitch, Units, find_units
+from lightning_hybrid.ghosts.units import CallInterceptor, Units, find_units
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import silent
 from lightning_hybrid.parallelize.apply import Partition, StepModule
@@ -67,15 +67,15 @@ def make_partition(
             "(`automatic_optimization = False`). Use 'exact'."
         )
     units = find_units(root)
-    switch = CallSwitch(root, units)
+    interceptor = CallInterceptor(root, units)
     parameters = Parameters(root)
     layout = request.layout
-    switch.install()
+    interceptor.install()
     try:
         if layout.pp == layout.tp == layout.ep == 1:
             _check_experts(request, ())
             plan = _whole_plan(layout, parameters, units)
-            partition = Partition(root, mesh, plan, None, switch, parameters, StepModule(root))
+            partition = Partition(root, mesh, plan, None, interceptor, parameters, StepModule(root))
             partition.gradient_sync = request.gradient_sync
             return partition
         if layout.tp > 1:
@@ -89,12 +89,12 @@ def make_partition(
         fused = candidates(root) if layout.ep > 1 else {}
         with recorded_calls(root, fused) as expert_calls:
             step = getattr(root, name)
-            trace = trace_step(root, switch, step, arguments, device=device, context=precision, use_of=watched)
+            trace = trace_step(root, interceptor, step, arguments, device=device, context=precision, use_of=watched)
         if layout.pp > 1:
             plan = _staged_plan(request, units, trace, parameters, count)
         else:
             plan = _whole_plan(layout, parameters, units)
-        partition = Partition(root, mesh, plan, trace, switch, parameters, StepModule(root))
+        partition = Partition(root, mesh, plan, trace, interceptor, parameters, StepModule(root))
         partition.gradient_sync = request.gradient_sync
         with silent(root):
             if layout.ep > 1:
@@ -106,7 +106,7 @@ def make_partition(
         trace.release()
         return partition
     except BaseException:
-        switch.remove()
+        interceptor.remove()
         raise
 
 

@@ -33,7 +33,7 @@ def has_batch_norm(root: nn.Module) -> bool:
 
 
 def global_batch_norm(
-    module: _BatchNorm, group: dist.ProcessGroup, absent: Callable[[], bool] = lambda: False
+    module: _BatchNorm, group: dist.ProcessGroup, padding: Callable[[], bool] = lambda: False
 ) -> Callable[[Tensor], Tensor]:
     """A `forward` for `module` with the statistics of all replicas together.
 
@@ -51,7 +51,7 @@ def global_batch_norm(
         module._check_input_dim(x_NC)
         dims = [d for d in range(x_NC.ndim) if d != 1]
         shape = [1, -1] + [1] * (x_NC.ndim - 2)
-        counts = 0.0 if absent() else 1.0
+        counts = 0.0 if padding() else 1.0
         size = torch.tensor(counts * (x_NC.numel() // x_NC.shape[1]), device=x_NC.device)
         dist.all_reduce(size, group=group)
         mean_C = _SumOverReplicas.apply(x_NC.sum(dims) * counts, group) / size

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hybrid.collectives import local
+from lightning_hybrid.collectives import to_local
 from lightning_hybrid.replicas.reducer import ReplicaReducer
 from lightning_hybrid.spec.gradient_sync import GradientSync
 
 
-class LocalSteps:
+class DiLoCo:
     """The agreement of replicas that step by themselves.
 
     Args:
@@ -33,7 +33,7 @@ class LocalSteps:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup, sync: GradientSync) -> None:
         self._parameters, self._every = dict(parameters), sync.every_n_steps
-        self._anchors = {n: nn.Parameter(local(p.detach()).clone()) for n, p in parameters.items()}
+        self._anchors = {n: nn.Parameter(to_local(p.detach()).clone()) for n, p in parameters.items()}
         self._outer = torch.optim.SGD(
             self._anchors.values(),
             lr=sync.outer_learning_rate,
@@ -60,25 +60,25 @@ class LocalSteps:
             return
         self._steps = 0
         for name, anchor in self._anchors.items():
-            anchor.grad = anchor.detach() - local(self._parameters[name].detach())
+            anchor.grad = anchor.detach() - to_local(self._parameters[name].detach())
         self._mean.finish()
         self._outer.step()
         for name, anchor in self._anchors.items():
             anchor.grad = None
-            local(self._parameters[name].detach()).copy_(anchor.detach())
+            to_local(self._parameters[name].detach()).copy_(anchor.detach())
 
     def agreed(self, name: str) -> Tensor | None:
         """The weight at the last agreement, laid out as the parameter is; None for one that is not trained."""
         if name not in self._anchors:
             return None
         found = torch.empty_like(self._parameters[name]).detach()
-        local(found).copy_(self._anchors[name].detach())
+        to_local(found).copy_(self._anchors[name].detach())
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """What only this replica has, and the outer momentum."""
         outer = {n: self._outer.state[a]["momentum_buffer"] for n, a in self._anchors.items() if self._outer.state[a]}
-        weights = {n: local(p.detach()) for n, p in self._parameters.items()}
+        weights = {n: to_local(p.detach()) for n, p in self._parameters.items()}
         return {"steps": self._steps, "weights": weights, "outer": outer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -86,7 +86,7 @@ class LocalSteps:
         self._steps = state["steps"]
         with torch.no_grad():
             for name, weight in state["weights"].items():
-                local(self._parameters[name].detach()).copy_(weight)
+                to_local(self._parameters[name].detach()).copy_(weight)
             for name, buffer in state["outer"].items():
                 anchor = self._anchors[name]
                 self._outer.state[anchor]["momentum_buffer"] = buffer.to(anchor.device)
@@ -94,4 +94,4 @@ class LocalSteps:
     def begin(self) -> None:
         """The present weights, equal on all replicas, are those of the last agreement."""
         for name, anchor in self._anchors.items():
-            anchor.detach().copy_(local(self._parameters[name].detach()))
+            anchor.detach().copy_(to_local(self._parameters[name].detach()))

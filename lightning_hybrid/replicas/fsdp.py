@@ -19,7 +19,7 @@ def shard_replicas(
     blocks: Iterable[str],
     experts: Iterable[nn.Module],
     parameters: Parameters,
-    held: Collection[str],
+    local: Collection[str],
     mesh: Mesh,
     make_real: Callable[[Collection[str]], None] | None,
 ) -> tuple[set[str], list[tuple[nn.Module, Callable]]]:
@@ -33,7 +33,7 @@ def shard_replicas(
         blocks: Names of the held blocks.
         experts: The modules of experts that `ep` has divided.
         parameters: The parameters of `root`.
-        held: Names of those that this rank holds.
+        local: Names of those that this rank holds.
         mesh: The device mesh.
         make_real: Makes the parameters it is given real, where they are still ghosts; called just before they are
             sharded, so that no more than a block is ever whole.
@@ -43,19 +43,19 @@ def shard_replicas(
         they were given.
     """
     overrides: list[tuple[nn.Module, Callable]] = []
-    scalars = {name for name in held if parameters[name].ndim == 0}
+    scalars = {name for name in local if parameters[name].ndim == 0}
     if make_real is not None:
         make_real(scalars)
     ignored: set[Any] = {parameters[name] for name in scalars}
     for module in experts:
         if make_real is not None:
-            make_real({name for name in held if any(slot.module is module for slot in parameters.slots[name])})
+            make_real({name for name in local if any(slot.module is module for slot in parameters.slots[name])})
         fully_shard(module, mesh=mesh.sharding(experts=True))
         # a rank's experts have had the tokens of all ranks of `ep`: their gradients are sums over these
         module.set_gradient_divide_factor(float(mesh.layout.replicas))  # type: ignore[operator]
         module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator] -- gloo can't divide while it sums
     for block in blocks:
-        inside = parameters.inside(block) & set(held)
+        inside = parameters.inside(block) & set(local)
         alone = all(slot.name.startswith(f"{block}.") for name in inside for slot in parameters.slots[name])
         if inside - scalars and alone:  # a weight shared with another block is gathered with the step module
             if make_real is not None:
@@ -64,10 +64,10 @@ def shard_replicas(
             fully_shard(module, mesh=mesh.sharding(experts=False), ignored_params=ignored)
             overrides.append((module, _call_instead_of_forward(module)))
     if make_real is not None:
-        make_real(held)
+        make_real(local)
     if step_module is None:
-        return {name for name in held if not isinstance(parameters[name], DTensor)}, overrides
-    if len(scalars) < len(held):
+        return {name for name in local if not isinstance(parameters[name], DTensor)}, overrides
+    if len(scalars) < len(local):
         fully_shard(step_module, mesh=mesh.sharding(experts=False), ignored_params=ignored)
     return scalars, overrides
 

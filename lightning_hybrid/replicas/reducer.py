@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hybrid._torch_private import after_this_backward, foreach_copy
-from lightning_hybrid.collectives import local
+from lightning_hybrid.collectives import to_local
 from lightning_hybrid.replicas.reduction import Exact, Finish, Reduction
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
@@ -29,7 +29,7 @@ class _Bucket:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
-        shards = [local(p.detach()) for p in parameters]
+        shards = [to_local(p.detach()) for p in parameters]
         total = sum(s.numel() for s in shards)
         self.flat = torch.zeros(total + len(parameters), dtype=shards[0].dtype, device=shards[0].device)
         self.flags = self.flat[total:]
@@ -48,7 +48,7 @@ class _Bucket:
         for i in missing:
             self.views[i].zero_()
             self.flags[i] = 0.0
-        grads = [local(self.parameters[i].grad) for i in present]  # type: ignore[arg-type]
+        grads = [to_local(self.parameters[i].grad) for i in present]  # type: ignore[arg-type]
         moved = [
             (self.views[i], g) for i, g in zip(present, grads, strict=True) if g.data_ptr() != self.views[i].data_ptr()
         ]
@@ -68,7 +68,7 @@ class _Bucket:
                     continue  # used on no replica
                 parameter.grad = torch.zeros_like(parameter)
             if isinstance(parameter.grad, DTensor):
-                local(parameter.grad).copy_(self.views[i])
+                to_local(parameter.grad).copy_(self.views[i])
             else:
                 parameter.grad = self.views[i]
 
@@ -182,7 +182,7 @@ def sum_over_holders(
             if users.item() == 0:  # as in one process: an optimizer would take a zero and decay the weight
                 continue
             weight.grad = torch.zeros_like(weight)
-        gradient, earlier = local(weight.grad), summed.get(name)
+        gradient, earlier = to_local(weight.grad), summed.get(name)
         if earlier is not None:
             gradient -= earlier
         dist.all_reduce(gradient, group=group)
@@ -192,7 +192,7 @@ def sum_over_holders(
 
 def gradients_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of this rank's parts of the gradients that these weights have."""
-    return {name: local(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
+    return {name: to_local(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
 
 
 def seen_after_backward(trainer: pl.Trainer) -> bool:
@@ -225,7 +225,7 @@ def refuse_gradients(layout: Layout) -> Callable[..., Any]:
     return grad
 
 
-class SetAside:
+class StashedGradients:
     """Gradients made inside `training_step` by a pipeline schedule, kept until Lightning calls `backward`.
 
     Lightning's order is training_step, zero_grad, backward; without this, zero_grad would erase them.
@@ -253,7 +253,7 @@ class SetAside:
         self._new = []
 
 
-class GradientsOfPipeline(torch.autograd.Function):
+class DeliverGradients(torch.autograd.Function):
     """A loss whose backward pass runs `deliver`: the pipeline has already computed its gradients."""
 
     @staticmethod

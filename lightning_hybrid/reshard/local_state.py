@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_hybrid._lightning_private import fresh_optimizers
 from lightning_hybrid.checkpoint.state import optimizer_state, plain_optimizer
-from lightning_hybrid.collectives import gather_objects, local
-from lightning_hybrid.compat.averaging import HeldWeights
-from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.collectives import gather_objects, to_local
+from lightning_hybrid.compat.averaging import LocalWeights
+from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.placement import index_at, writes
 from lightning_hybrid.spec.errors import PartitionError
@@ -31,7 +31,7 @@ class Key(NamedTuple):
 
 
 @dataclass
-class Holdings:
+class LocalState:
     """What there is, on all ranks, and what this rank has of it."""
 
     parts: dict[Key, Tensor] = field(default_factory=dict)
@@ -46,24 +46,24 @@ class Holdings:
     """Of the parameters of each group of each optimizer."""
 
     @classmethod
-    def of(cls, runner: Runner, optimizers: Sequence[Optimizer], averages: Sequence[HeldWeights]) -> Holdings:
+    def of(cls, runner: StepRunner, optimizers: Sequence[Optimizer], averages: Sequence[LocalWeights]) -> LocalState:
         """Refers to this rank's parts, which are not copied. Collective."""
         runner.partition.reshard()
         found = cls()
-        found._take_module(runner, averages)
+        found._collect_module(runner, averages)
         for number, optimizer in enumerate(optimizers):
-            found._take_optimizer(runner, number, optimizer)
+            found._collect_optimizer(runner, number, optimizer)
         found._share()
         return found
 
     def _put(self, group: str, name: str, tensor: Tensor) -> None:
-        self.parts[Key(group, name)] = local(tensor.detach())
+        self.parts[Key(group, name)] = to_local(tensor.detach())
 
-    def _take_module(self, runner: Runner, averages: Sequence[HeldWeights]) -> None:
+    def _collect_module(self, runner: StepRunner, averages: Sequence[LocalWeights]) -> None:
         partition = runner.partition
         self.shapes = {n: tuple(partition.shape_of(n)) for n in partition.parameters.names}
-        held = partition.parameters.held()
-        for name, parameter in held.items():
+        local = partition.parameters.local()
+        for name, parameter in local.items():
             self._put("weights", name, parameter)
         for name, buffer in runner.root.named_buffers():
             self.shapes[name] = tuple(buffer.shape)
@@ -71,15 +71,15 @@ class Holdings:
         for number, average in enumerate(averages):
             for name, value in average.named_values().items():
                 first = partition.parameters.first_names.get(name, name)
-                if first in held:
+                if first in local:
                     self._put(f"averages/{number}", first, value)
 
-    def _take_optimizer(self, runner: Runner, number: int, optimizer: Optimizer) -> None:
-        saved, held = optimizer_state(runner, optimizer), runner.partition.parameters.held()
+    def _collect_optimizer(self, runner: StepRunner, number: int, optimizer: Optimizer) -> None:
+        saved, local = optimizer_state(runner, optimizer), runner.partition.parameters.local()
         self.names.append([group["params"] for group in saved["param_groups"]])
         for name, entry in saved["state"].items():
             for kind, value in entry.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape == held[name].shape:
+                if isinstance(value, Tensor) and value.ndim and value.shape == local[name].shape:
                     self._put(f"optimizers/{number}/{kind}", name, value)
                 elif writes(runner.partition, name, whole=True):
                     self.entries[number, kind, name] = value.cpu() if isinstance(value, Tensor) else value
@@ -92,7 +92,7 @@ class Holdings:
         self.dtypes = dict(sorted(self.dtypes.items()))
 
 
-def places_of(partition: Partition, holdings: Holdings) -> Callable[[Key], tuple[Index | None, ...]]:
+def places_of(partition: Partition, local_state: LocalState) -> Callable[[Key], tuple[Index | None, ...]]:
     """Which part of a tensor each rank has under a partition; None where it has nothing."""
     known: dict[tuple[bool, str], tuple[Index | None, ...]] = {}
     plan, places = partition.plan, partition.mesh.places
@@ -101,11 +101,11 @@ def places_of(partition: Partition, holdings: Holdings) -> Callable[[Key], tuple
         buffer = key.group == "buffers"
         if (buffer, key.name) not in known:
             if buffer:
-                whole, rank = whole_index(holdings.shapes[key.name]), partition.buffer_rank(key.name)
+                whole, rank = whole_index(local_state.shapes[key.name]), partition.buffer_rank(key.name)
                 known[buffer, key.name] = tuple(whole if place.pp == rank else None for place in places)
             else:
                 ranks = plan.ranks_of(key.name)
-                shape = holdings.shapes[key.name]
+                shape = local_state.shapes[key.name]
                 known[buffer, key.name] = tuple(
                     index_at(partition, key.name, shape, place) if place.pp in ranks else None for place in places
                 )
@@ -126,37 +126,41 @@ class Target:
         runner: The new runner.
         optimizers: The optimizers, whose state is made anew.
         averages: Averages of weights in the new partition.
-        holdings: What there is.
+        local_state: What there is.
     """
 
     def __init__(
-        self, runner: Runner, optimizers: Sequence[Optimizer], averages: Sequence[HeldWeights], holdings: Holdings
+        self,
+        runner: StepRunner,
+        optimizers: Sequence[Optimizer],
+        averages: Sequence[LocalWeights],
+        local_state: LocalState,
     ) -> None:
-        self._runner, self._averages, self._holdings = runner, averages, holdings
+        self._runner, self._averages, self._local_state = runner, averages, local_state
         self._optimizers = [plain_optimizer(o) for o in optimizers]
-        self._held = runner.partition.parameters.held()
+        self._local = runner.partition.parameters.local()
         self._buffers = dict(runner.root.named_buffers())
 
     def renew_optimizers(self) -> None:
         """The optimizers hold this rank's new parameters, in the same groups; state that is no tensor is there."""
         self._place_new_parameters()
         for number, optimizer in enumerate(self._optimizers):
-            names = self._holdings.names[number]
+            names = self._local_state.names[number]
             self._runner.optimizer_names[id(optimizer)] = names
             for group, members in zip(optimizer.param_groups, names, strict=True):
-                group["params"] = [self._held[n] for n in members if n in self._held]
+                group["params"] = [self._local[n] for n in members if n in self._local]
             optimizer.state.clear()
-        for (number, kind, name), value in self._holdings.entries.items():
-            if name in self._held:
-                parameter = self._held[name]
+        for (number, kind, name), value in self._local_state.entries.items():
+            if name in self._local:
+                parameter = self._local[name]
                 own = value.to(parameter.device) if isinstance(value, Tensor) and value.ndim else value
                 own = own.clone() if isinstance(own, Tensor) else own
                 self._optimizers[number].state[parameter][kind] = own
 
     def _place_new_parameters(self) -> None:
         """Parameters that were not there before go into the groups that `configure_optimizers` puts them in."""
-        parameters, holdings = self._runner.partition.parameters, self._holdings
-        new = {n for n in parameters.names if n not in holdings.shapes}
+        parameters, local_state = self._runner.partition.parameters, self._local_state
+        new = {n for n in parameters.names if n not in local_state.shapes}
         if not new:
             return
         with parameters.all_visible():
@@ -165,13 +169,13 @@ class Target:
                 [[names.get(id(p), "") for p in g["params"]] for g in o.param_groups]
                 for o in fresh_optimizers(self._runner.root)
             ]
-        present = [len(groups) for groups in holdings.names]
+        present = [len(groups) for groups in local_state.names]
         if [len(groups) for groups in made] != present:
             raise PartitionError(
                 f"`configure_optimizers` gives {[len(g) for g in made]} groups with the module's new weights, and the "
                 f"optimizers have {present}, so that it is not known where they belong."
             )
-        for groups, of_fresh in zip(holdings.names, made, strict=True):
+        for groups, of_fresh in zip(local_state.names, made, strict=True):
             for group, members in zip(groups, of_fresh, strict=True):
                 group += [n for n in members if n in new]
 
@@ -180,14 +184,14 @@ class Target:
         kind, _, rest = key.group.partition("/")
         if kind == "buffers":
             return self._buffers[key.name]
-        if key.name not in self._held:
+        if key.name not in self._local:
             return None
         if kind == "weights":
-            return local(self._held[key.name].detach())
+            return to_local(self._local[key.name].detach())
         if kind == "averages":
-            return local(self._averages[int(rest)].named_values()[key.name])
+            return to_local(self._averages[int(rest)].named_values()[key.name])
         number, _, entry = rest.partition("/")
-        parameter = self._held[key.name]
-        own = torch.empty_like(parameter, dtype=self._holdings.dtypes[key]).detach()
+        parameter = self._local[key.name]
+        own = torch.empty_like(parameter, dtype=self._local_state.dtypes[key]).detach()
         self._optimizers[int(number)].state[parameter][entry] = own
-        return local(own)
+        return to_local(own)

@@ -26,15 +26,15 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_hybrid._lightning_private import between_steps
 from lightning_hybrid.collectives import gather_objects
-from lightning_hybrid.compat.averaging import HeldWeights, held_averages, renew_averages
+from lightning_hybrid.compat.averaging import LocalWeights, local_averages, renew_averages
 from lightning_hybrid.engine import start
-from lightning_hybrid.engine.step import Runner
-from lightning_hybrid.ghosts.deferred_init import BlankTape
+from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.ghosts.deferred_init import EmptyInit
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.plan import check_trainer, make_partition
 from lightning_hybrid.reshard.exchange import exchange
-from lightning_hybrid.reshard.local_state import Holdings, Target, places_of, share_whole
+from lightning_hybrid.reshard.local_state import LocalState, Target, places_of, share_whole
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.request import Request
@@ -87,32 +87,32 @@ class Relayout:
         mesh = Mesh.create(self._request.layout, self._strategy.root_device.type)
         self._strategy.data.check_layout(mesh)
         share_whole(self._old.partition)
-        if self._old.local_steps is not None:
-            self._old.local_steps.agree()
-        old_averages = held_averages(self._trainer)
+        if self._old.diloco is not None:
+            self._old.diloco.agree()
+        old_averages = local_averages(self._trainer)
         metrics = self._old.metrics.states_of_all()
-        holdings = Holdings.of(self._old, self._strategy.optimizers, old_averages)
-        found = places_of(self._old.partition, holdings)
+        local_state = LocalState.of(self._old, self._strategy.optimizers, old_averages)
+        found = places_of(self._old.partition, local_state)
         self._strategy.moving = True
-        self._take_off(holdings)
+        self._take_off(local_state)
         if self._edit is not None:
             self._edit()
         partition, problem = self._plan(mesh)
-        partition.apply(self._strategy.root_device, self._wrappers, BlankTape(self._strategy.root_device))
+        partition.apply(self._strategy.root_device, self._wrappers, EmptyInit(self._strategy.root_device))
         share_whole(partition)
-        runner = Runner(
+        runner = StepRunner(
             self._old.root, partition, self._strategy.root_device, self._old.precision, self._request.microbatches
         )
         runner.streams.load_state_dict(self._old.streams.state_dict())
-        averages = [HeldWeights(runner.root, partition) for _ in old_averages]
-        target = Target(runner, self._strategy.optimizers, averages, holdings)
+        averages = [LocalWeights(runner.root, partition) for _ in old_averages]
+        target = Target(runner, self._strategy.optimizers, averages, local_state)
         target.renew_optimizers()
-        sent = exchange(holdings.parts, holdings.dtypes, found, places_of(partition, holdings), target.tensor)
-        if runner.local_steps is not None:
-            runner.local_steps.begin()
+        sent = exchange(local_state.parts, local_state.dtypes, found, places_of(partition, local_state), target.tensor)
+        if runner.diloco is not None:
+            runner.diloco.begin()
         self._strategy.take_layout(self._request, partition.mesh, runner)
         renew_averages(self._trainer, averages)
-        runner.metrics.take_states(metrics)
+        runner.metrics.load_states(metrics)
         self._agree(None)
         self._strategy.moving = False
         if problem is not None:
@@ -160,7 +160,7 @@ class Relayout:
             self._request.gradient_sync.check(layout)
             check_trainer(layout, trainer)
             self._strategy.steps.check_optimizers(self._strategy.optimizers, layout)
-            for control in self._strategy.batch_controls:
+            for control in self._strategy.batch_size_controllers:
                 control.check_layout(self._request)
         except (ValueError, PartitionError) as error:
             return str(error)
@@ -168,13 +168,13 @@ class Relayout:
 
     # ---- phase 2
 
-    def _take_off(self, holdings: Holdings) -> None:
+    def _take_off(self, local_state: LocalState) -> None:
         self._strategy.steps.remove()
-        self._old.release_logs()
-        for parameter in self._old.partition.parameters.held().values():
+        self._old.remove_logs()
+        for parameter in self._old.partition.parameters.local().values():
             parameter.grad = None
         parameters = self._old.partition.parameters.names
-        shapes = {name: holdings.shapes[name] for name in parameters}
+        shapes = {name: local_state.shapes[name] for name in parameters}
         self._old.partition.take_off(shapes, self._strategy.root_device)
 
     # ---- phase 3
@@ -191,7 +191,7 @@ class Relayout:
         if made is not None and problem is None:
             return made, None
         if made is not None:
-            made.switch.remove()
+            made.interceptor.remove()
         self._request = old
         return self._make(old, self._old.mesh), problem
 

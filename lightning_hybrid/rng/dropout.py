@@ -59,7 +59,7 @@ def _is_marked(seed: int) -> bool:
     return seed >> (_BITS + 1) == _MARK >> (_BITS + 1)
 
 
-class RandomStreams:
+class StepRNG:
     """The streams of one rank; see the module docstring for the rule.
 
     Args:

@@ -75,7 +75,7 @@ def agree(generators: Sequence[torch.Generator]) -> None:
 
 
 @contextmanager
-def random_streams_kept(device: torch.device | None = None) -> Iterator[None]:
+def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
     """The random generators of Python, NumPy and torch (CPU and `device`) are afterwards as they were before."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [device] if device is not None and device.type == "cuda" else []

@@ -71,16 +71,16 @@ def attribute_entries(unit: nn.Module, attributes: Attributes) -> list[tuple[nn.
     entries: list[tuple[nn.Module, str, Any]] = []
     for name, values in attributes.items():
         module = unit.get_submodule(name)
-        held: dict[str, Any] = {}
+        local: dict[str, Any] = {}
         for attribute, value in values.items():
             holder, _, key = attribute.rpartition(".")
             if not holder:
                 entries.append((module, key, value))
                 continue
-            if holder not in held:
-                held[holder] = copy.copy(getattr(module, holder))
-                entries.append((module, holder, held[holder]))
-            held[holder].__dict__[key] = value
+            if holder not in local:
+                local[holder] = copy.copy(getattr(module, holder))
+                entries.append((module, holder, local[holder]))
+            local[holder].__dict__[key] = value
     return entries
 
 
@@ -97,8 +97,8 @@ def _rounds(start: Attributes, region: UnitPlan, trial: Trial, ranks: int) -> It
     around = list(dict.fromkeys([*ancestors, *owners, *children]))
     width = trial.inputs[region.rows[0]][0].shape[-1]
 
-    def found(names: list[str], held: bool, factors: Iterable[int] = (ranks,)) -> list[_Candidate]:
-        some = [c for name in names for factor in factors for c in _candidates(name, unit, factor, held)]
+    def found(names: list[str], local: bool, factors: Iterable[int] = (ranks,)) -> list[_Candidate]:
+        some = [c for name in names for factor in factors for c in _candidates(name, unit, factor, local)]
         return [c for c in some if c.attribute not in start.get(c.module, {})]
 
     yield found(parents, False), lambda c: c.attribute, {}
@@ -113,8 +113,8 @@ def _rounds(start: Attributes, region: UnitPlan, trial: Trial, ranks: int) -> It
     yield found(around, False), lambda c: c.value, {}
 
 
-def _candidates(name: str, unit: nn.Module, factor: int, held: bool) -> list[_Candidate]:
-    """The integers of one module divided by `factor`; with `held` also those of the objects that its code names."""
+def _candidates(name: str, unit: nn.Module, factor: int, local: bool) -> list[_Candidate]:
+    """The integers of one module divided by `factor`; with `local` also those of the objects that its code names."""
     module = unit.get_submodule(name)
     words = _names_in_code(type(module))
     found = [
@@ -122,7 +122,7 @@ def _candidates(name: str, unit: nn.Module, factor: int, held: bool) -> list[_Ca
         for attribute, value in module.__dict__.items()
         if _divides(value, factor)
     ]
-    for holder, value in module.__dict__.items() if held else ():
+    for holder, value in module.__dict__.items() if local else ():
         if holder.startswith("_") or holder not in words or not hasattr(value, "__dict__") or callable(value):
             continue
         found += [

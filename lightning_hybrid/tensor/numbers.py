@@ -17,9 +17,9 @@ from torch import nn
 
 from lightning_hybrid._torch_private import recomputation_off
 from lightning_hybrid.ghosts.ghost import Ghost, Slot
-from lightning_hybrid.ghosts.preserve import module_state_kept
+from lightning_hybrid.ghosts.preserve import preserved_module_state
 from lightning_hybrid.ghosts.trees import map_tensors, sorted_slots, tensors_of
-from lightning_hybrid.rng.state import random_streams_kept
+from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.spec.tensor_plan import Path
 
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -72,8 +72,8 @@ def flat_weights(root: nn.Module, values: dict[tuple[int, str], torch.Tensor]) -
 def probing(root: nn.Module) -> Iterator[None]:
     """Evaluation mode, gradients, no autocast or recomputation, fixed random streams; afterwards all is as before."""
     with ExitStack() as stack:
-        stack.enter_context(random_streams_kept())
-        stack.enter_context(module_state_kept(root))
+        stack.enter_context(preserved_rng())
+        stack.enter_context(preserved_module_state(root))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(recomputation_off())

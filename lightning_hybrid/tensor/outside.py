@@ -48,11 +48,11 @@ def divide_embedding(module: nn.Embedding, ranks: int) -> Single:
     ids = torch.arange(module.num_embeddings).reshape(1, -1)
     length = module.num_embeddings // ranks
 
-    def local(rank: int, call: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def to_local(rank: int, call: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         foreign = (ids < rank * length) | (ids >= (rank + 1) * length)
         return call((ids - rank * length).masked_fill(foreign, 0)).masked_fill(foreign[..., None], 0.0)
 
-    _prove(module, divided, ranks, lambda call: call(ids), local, lambda parts: torch.stack(parts).sum(0))
+    _prove(module, divided, ranks, lambda call: call(ids), to_local, lambda parts: torch.stack(parts).sum(0))
     return Single("embedding", divided)
 
 
@@ -122,7 +122,7 @@ def _prove(
     divided: Division,
     ranks: int,
     whole: Callable[[Callable], torch.Tensor],
-    local: Callable[[int, Callable], torch.Tensor],
+    to_local: Callable[[int, Callable], torch.Tensor],
     join: Callable[[list[torch.Tensor]], torch.Tensor],
     attributes: list[tuple[nn.Module, str, int]] | None = None,
 ) -> None:
@@ -139,7 +139,7 @@ def _prove(
             parts = []
             for rank in range(ranks):
                 with shadowed([*_weights(numbers, divided, rank, ranks), *(attributes or [])]):
-                    parts.append(local(rank, module))
+                    parts.append(to_local(rank, module))
             found = join(parts)
         except FORWARD_ERRORS as error:
             raise NotDivisible(f"it does not run on a part: {type(error).__name__}: {error}") from error
@@ -148,11 +148,11 @@ def _prove(
 
 
 def _weights(numbers: Numbers, divided: Division, rank: int | None, ranks: int) -> list:
-    local = {
+    to_local = {
         name: part_of(value, divided[name], rank, ranks) if rank is not None and name in divided else value
         for name, value in numbers.parameters.items()
     }
-    entries = numbers.entries(local, numbers.buffers)
+    entries = numbers.entries(to_local, numbers.buffers)
     if isinstance(numbers.module, nn.Embedding) and rank is not None:
         # The row of `padding_idx` only has no gradient; in a forward its position does not matter.
         entries.append((numbers.module, "padding_idx", None))

@@ -34,7 +34,7 @@ from lightning_hybrid.tensor.modules import (
     add_selected_output,
     add_shared_output,
 )
-from lightning_hybrid.tensor.scopes import RegionStreams, Scopes, Slot, part_of
+from lightning_hybrid.tensor.scopes import RegionRNG, Scopes, Slot, part_of
 from lightning_hybrid.tensor.width import add_narrowing
 
 
@@ -144,7 +144,7 @@ class TensorParallel:
         kinds: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         for unit, plan in self.plan.units.items():
             prefix = f"{unit}." if unit else ""
-            kinds |= {prefix + name: lambda local: copy_to_ranks(local, self._group) for name in plan.partial}
+            kinds |= {prefix + name: lambda to_local: copy_to_ranks(to_local, self._group) for name in plan.partial}
             kinds |= {f"{prefix}{name}.bias": lambda bias: divided_by_ranks(bias, self._group) for name in plan.rows}
         for name in self.plan.attention:
             kinds[f"{name}.out_proj.bias"] = lambda bias: divided_by_ranks(bias, self._group)
@@ -152,7 +152,7 @@ class TensorParallel:
 
     # ---- steps
 
-    def draw_from(self, streams: RegionStreams) -> None:
+    def draw_from(self, streams: RegionRNG) -> None:
         """Inside divided regions, random numbers come from `streams`."""
         self._scopes.streams = streams
 
@@ -230,15 +230,15 @@ class TensorParallel:
         self._scopes.ran(linear)
 
     def _install_single_modules(self) -> None:
-        held = {module for original in self._originals for _, module, _ in original.places}
+        local = {module for original in self._originals for _, module, _ in original.places}
         chosen = {name: self.root.get_submodule(name) for name in (*self.plan.embeddings, *self.plan.gathered)}
         for module in chosen.values():
-            if module in held and isinstance(module, nn.Embedding):
+            if module in local and isinstance(module, nn.Embedding):
                 self._handles += add_embedding(module, self._group, self._scopes.active)
-            elif module in held:
+            elif module in local:
                 self._install_gathered(module)
         for module in (self.root.get_submodule(name) for name in self.plan.attention):
-            if module in held and isinstance(module, nn.MultiheadAttention):
+            if module in local and isinstance(module, nn.MultiheadAttention):
                 self._patch(module, "forward", DividedAttention(module, self._group, self._scopes))
         for module in self.root.modules() if self.plan.attention else ():
             if isinstance(module, nn.TransformerEncoder):

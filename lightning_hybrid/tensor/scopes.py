@@ -29,7 +29,7 @@ class Slot(NamedTuple):
     then: Callable[[torch.Tensor], torch.Tensor] | None
 
 
-class RegionStreams(Protocol):
+class RegionRNG(Protocol):
     """What gives the ranks random numbers of their own where each works on its own part."""
 
     def enter_region(self, name: str) -> None:
@@ -55,7 +55,7 @@ class Scopes:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.inert = False
-        self.streams: RegionStreams | None = None
+        self.streams: RegionRNG | None = None
         self.root: list[Slot] = []
         """Parameters outside the units."""
         self.units: dict[str, list[Slot]] = {}
@@ -172,9 +172,9 @@ class Scopes:
             parameter = slot.module._parameters.get(slot.key)
             if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
                 continue  # not owned, or still sharded by `fully_shard`
-            local = parameter.to_local()
+            to_local = parameter.to_local()
             self._shadowed.setdefault((slot.module, slot.key), []).append(slot.module.__dict__.get(slot.key, ...))
-            slot.module.__dict__[slot.key] = local if slot.then is None else slot.then(local)
+            slot.module.__dict__[slot.key] = to_local if slot.then is None else slot.then(to_local)
         _refresh_flat_weights(slots)
 
     def _unshadow(self, slots: list[Slot]) -> None:
@@ -200,7 +200,7 @@ class Scopes:
     def _local_arguments(self, plan: UnitPlan, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         slices = {cut.path: cut for cut in plan.slices}
 
-        def local(path: Any, tensor: torch.Tensor) -> torch.Tensor:
+        def to_local(path: Any, tensor: torch.Tensor) -> torch.Tensor:
             if path not in slices:
                 return copy_to_ranks(tensor, self.group) if path in plan.shared_arguments else tensor
             dim, owners = slices[path].dim, slices[path].owners
@@ -214,7 +214,7 @@ class Scopes:
             index = [i for i in range(size) if owners[i % len(owners)] == self.group.rank()]
             return select_on_rank(tensor, dim, torch.tensor(index, device=tensor.device), self.group)
 
-        return map_tensors(local, args, ("args",)), map_tensors(local, kwargs, ("kwargs",))
+        return map_tensors(to_local, args, ("args",)), map_tensors(to_local, kwargs, ("kwargs",))
 
 
 class _UnitCall:

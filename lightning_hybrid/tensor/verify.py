@@ -106,11 +106,11 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
 
 
 def _local_weights(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) -> tuple[dict, dict]:
-    def local(values: dict[str, torch.Tensor], divided: dict[str, ShardedParameter]) -> dict[str, torch.Tensor]:
+    def to_local(values: dict[str, torch.Tensor], divided: dict[str, ShardedParameter]) -> dict[str, torch.Tensor]:
         found = {n: part_of(v, divided[n], rank, ranks) if n in divided else v for n, v in values.items()}
         return {n: v.detach().requires_grad_() if v.dtype.is_floating_point else v for n, v in found.items()}
 
-    parameters, buffers = local(numbers.parameters, plan.parameters), local(numbers.buffers, plan.buffers)
+    parameters, buffers = to_local(numbers.parameters, plan.parameters), to_local(numbers.buffers, plan.buffers)
     for name in plan.rows:
         if f"{name}.bias" in parameters:
             parameters[f"{name}.bias"] = parameters[f"{name}.bias"].detach() / ranks

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from lightning_hybrid._lightning_private import begin_window, end_windows, training_loaders
 from lightning_hybrid.adapt.division import BatchDivision, DivisionLimits
 from lightning_hybrid.batches import count_samples
-from lightning_hybrid.dataloader.map_shard import SampleFlow
+from lightning_hybrid.dataloader.map_shard import MapShard
 from lightning_hybrid.dataloader.peek import sample_batch
 from lightning_hybrid.engine.gradient_noise import GradientNoise
-from lightning_hybrid.engine.optimizer import OptimizerSteps
-from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.engine.optimizer import OptimizerWrapper
+from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.request import Request
 from lightning_hybrid.spec.stages import choose_microbatches, divides_into
@@ -37,7 +37,7 @@ _NO_NOISE = (
 )
 
 
-class Divider(Protocol):
+class BatchSizePolicy(Protocol):
     """Who decides on batch sizes, asked where the layout changes."""
 
     def division_under(self, request: Request) -> BatchDivision:
@@ -53,17 +53,19 @@ class Divider(Protocol):
         ...
 
 
-class BatchControl:
+class BatchSizeController:
     """Divides global batches anew, and keeps gradients, learning-rate schedules and the data's order right.
 
     Args:
         trainer: The trainer, whose training loaders are set up.
         strategy: Its strategy, whose runner is there.
-        divider: Who decides; None: batches stay as they are divided where the layout changes.
+        policy: Who decides; None: batches stay as they are divided where the layout changes.
     """
 
-    def __init__(self, trainer: pl.Trainer, strategy: PartitionedStrategy, divider: Divider | None = None) -> None:
-        self._trainer, self._strategy, self._divider = trainer, strategy, divider
+    def __init__(
+        self, trainer: pl.Trainer, strategy: PartitionedStrategy, policy: BatchSizePolicy | None = None
+    ) -> None:
+        self._trainer, self._strategy, self._policy = trainer, strategy, policy
         runner = self._runner
         self._loader = training_loaders(trainer).flattened[0]
         self._flow = self._find_flow()
@@ -81,11 +83,11 @@ class BatchControl:
         """Whether the step that comes next is measured."""
 
     @property
-    def _runner(self) -> Runner:
+    def _runner(self) -> StepRunner:
         return self._strategy.runner
 
     @property
-    def _steps(self) -> OptimizerSteps:
+    def _steps(self) -> OptimizerWrapper:
         return self._strategy.steps
 
     # ---- another layout
@@ -108,8 +110,8 @@ class BatchControl:
         """
         if request.gradient_sync.kind == "diloco" and self.noise is not None:
             raise PartitionError(_NO_NOISE)
-        if self._divider is not None:
-            self._divider.division_under(request)
+        if self._policy is not None:
+            self._policy.division_under(request)
 
     def follow(self, first: BatchDivision | None) -> None:
         """The layout has changed, or blocks or experts have moved in the same; data and steps have followed already.
@@ -129,16 +131,16 @@ class BatchControl:
         if self.budget is None:
             size = first.batch_size if self._flow is None else self._flow.batch_size
             self.division = replace(self.division, batch_size=size, microbatches=self._runner.microbatches_of(size))
-        if self._divider is not None:
-            self.change(self._divider.division_under(self.request))
-            self._divider.layout_changed()
+        if self._policy is not None:
+            self.change(self._policy.division_under(self.request))
+            self._policy.layout_changed()
 
-    def _find_flow(self) -> SampleFlow | None:
+    def _find_flow(self) -> MapShard | None:
         loaders = training_loaders(self._trainer).flattened
         if len(loaders) > 1 or isinstance(self._trainer.limit_train_batches, int):
             return None
         flow = getattr(loaders[0], "flow", None)
-        return flow if isinstance(flow, SampleFlow) and flow.can_rebatch else None
+        return flow if isinstance(flow, MapShard) and flow.can_rebatch else None
 
     def _present(self) -> BatchDivision:
         sampler = getattr(self._loader, "batch_sampler", None)
@@ -346,14 +348,14 @@ class BatchControl:
         Raises:
             PartitionError: If replicas step by themselves.
         """
-        if self._runner.local_steps is not None:
+        if self._runner.diloco is not None:
             raise PartitionError(_NO_NOISE)
         if self.noise is None:
             runner = self._runner
             self.noise = GradientNoise(
                 runner.partition, runner.device, getattr(self._trainer.precision_plugin, "scaler", None)
             )
-            runner.noise = self._steps.guard.noise = self.noise
+            runner.noise = self._steps.nonfinite.noise = self.noise
         self.noise.install()
         return self.noise
 
@@ -361,7 +363,7 @@ class BatchControl:
         """Ends it."""
         if self.noise is not None:
             self.noise.remove()
-            self._runner.noise = self._steps.guard.noise = self.noise = None
+            self._runner.noise = self._steps.nonfinite.noise = self.noise = None
 
     def samples_of(self, batch: Any) -> int:
         """Samples of all replicas in the training batch that has just run."""
@@ -378,16 +380,16 @@ class BatchControl:
         self._runner.microbatches = self._microbatches
         self._steps.learning_rate_factor = 1.0
         self.stop_measuring()
-        self._strategy.batch_controls.remove(self)
+        self._strategy.batch_size_controllers.remove(self)
 
 
-def samples_of_all(runner: Runner, batch: Any) -> int:
+def samples_of_all(runner: StepRunner, batch: Any) -> int:
     """Samples of all replicas in the training batch that has just run."""
-    uneven = runner.uneven
-    return runner.mesh.layout.replicas * count_samples(batch) if uneven is None else sum(uneven.counts)
+    batch_weights = runner.batch_weights
+    return runner.mesh.layout.replicas * count_samples(batch) if batch_weights is None else sum(batch_weights.counts)
 
 
-def sum_over_replicas(runner: Runner, count: int) -> int:
+def sum_over_replicas(runner: StepRunner, count: int) -> int:
     """The sum of what each replica has counted. Collective."""
     total = torch.tensor(count, device=runner.device)
     if runner.mesh.layout.replicas > 1:

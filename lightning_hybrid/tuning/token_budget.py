@@ -8,10 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 
 from lightning_hybrid._lightning_private import set_epoch_length
-from lightning_hybrid.dataloader.map_shard import SampleFlow
+from lightning_hybrid.dataloader.map_shard import MapShard
 from lightning_hybrid.dataloader.peek import batch_of
 from lightning_hybrid.dataloader.wrap import users_loader
-from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.tuning.memory_probe.probe import MemoryProbe
 
 
@@ -41,16 +41,16 @@ class TokenBudget:
         sampler: Its batch sampler.
     """
 
-    def __init__(self, trainer: pl.Trainer, runner: Runner, loader: Any, sampler: TokenBatches) -> None:
+    def __init__(self, trainer: pl.Trainer, runner: StepRunner, loader: Any, sampler: TokenBatches) -> None:
         self._trainer, self._loader, self._sampler = trainer, loader, sampler
         self.microbatches = runner.microbatches_of(sampler.multiple_of)
         """Of a batch, under `pp`."""
 
     @classmethod
-    def of(cls, trainer: pl.Trainer, runner: Runner, loader: Any) -> TokenBudget | None:
+    def of(cls, trainer: pl.Trainer, runner: StepRunner, loader: Any) -> TokenBudget | None:
         """None where the loader's batches have no token budget."""
         sampler = getattr(users_loader(loader), "batch_sampler", None)
-        dealt = isinstance(getattr(loader, "flow", None), SampleFlow)
+        dealt = isinstance(getattr(loader, "flow", None), MapShard)
         return cls(trainer, runner, loader, sampler) if dealt and isinstance(sampler, TokenBatches) else None
 
     @property

@@ -29,7 +29,7 @@ class Observation:
     """Tokens of each expert, by module of experts."""
 
 
-class Load:
+class Workload:
     """The load of a running training.
 
     Args:

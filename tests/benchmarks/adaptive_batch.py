@@ -212,7 +212,7 @@ class Switchable(AdaptiveBatchSize):
         super().__init__(rules=DecisionRules(every_n_steps=10**9))
         self.on = True
 
-    def switch(self, on: bool) -> None:
+    def interceptor(self, on: bool) -> None:
         """Puts the hooks on, or takes them off."""
         control = self._batches
         if control.noise is not None and not on:
@@ -247,7 +247,7 @@ class Measuring(Switched):
     @checks.setter
     def checks(self, on: bool) -> None:
         if "adaptive" in vars(self):  # not yet while it is made
-            self.adaptive.switch(on)
+            self.adaptive.interceptor(on)
 
 
 # ---- the quickstart's text

@@ -147,18 +147,18 @@ class Windows(Dataset):
 @cache
 def texts(packages: bool) -> tuple[Tensor, Tensor]:
     """Training and validation text: whole packages apart, no file twice."""
-    held = stdlib_sources(VALIDATION)
+    local = stdlib_sources(VALIDATION)
     files = stdlib_sources([m for m in stdlib_modules() if m not in {*VALIDATION, *LEFT_OUT}])
     if packages:
         files += sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
-    seen = {hashlib.sha256(path.read_bytes()).digest() for path in held}
+    seen = {hashlib.sha256(path.read_bytes()).digest() for path in local}
     kept = []
     for path in files:
         digest = hashlib.sha256(path.read_bytes()).digest()
         if digest not in seen:
             seen.add(digest)
             kept.append(path)
-    return read_bytes(kept), read_bytes(held)
+    return read_bytes(kept), read_bytes(local)
 
 
 class Model(CausalLM):

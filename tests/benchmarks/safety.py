@@ -40,8 +40,8 @@ class Switched(HybridStrategy):
     @override
     def setup(self, trainer: L.Trainer) -> None:
         super().setup(trainer)
-        guard, watch, preemption = self.steps.guard, self._watch, self._preemption
-        guard.__dict__.update(check=self._switched(guard.check), saw_loss=self._switched(guard.saw_loss))
+        nonfinite, watch, preemption = self.steps.nonfinite, self._watch, self._preemption
+        nonfinite.__dict__.update(check=self._switched(nonfinite.check), saw_loss=self._switched(nonfinite.saw_loss))
         watch.__dict__["during"] = self._switched(watch.during, nullcontext())
         preemption.__dict__["agree"] = self._switched(preemption.agree, False)
 
@@ -110,12 +110,12 @@ def measure(layout: str, size: Size, rounds: int, steps: int, kind: type[Switche
     keep_to_own_cores()
     L.seed_everything(SEED, verbose=False)
     strategy = kind(layout=layout, microbatches=size.microbatches if "pp" in layout else "auto")
-    switch = Switch(strategy, rounds, steps)
+    interceptor = Switch(strategy, rounds, steps)
     replicas = Layout.parse(layout).replicas
-    callbacks = [*strategy.callbacks(), switch]
-    fit(Model(size), strategy, callbacks, size, steps=switch.total_steps, replicas=replicas)
-    on, off = (tuple(switch.blocks[checks]) for checks in (True, False))
-    return Cost(Result(on, off, steps, loss_difference=0.0), switch.watch_share)
+    callbacks = [*strategy.callbacks(), interceptor]
+    fit(Model(size), strategy, callbacks, size, steps=interceptor.total_steps, replicas=replicas)
+    on, off = (tuple(interceptor.blocks[checks]) for checks in (True, False))
+    return Cost(Result(on, off, steps, loss_difference=0.0), interceptor.watch_share)
 
 
 def run(

@@ -157,8 +157,8 @@ class Observer(L.Callback):
         self.norms: list[dict[str, float]] = []
 
     def on_train_start(self, trainer, pl_module):
-        held = pl_module.named_parameters()
-        self.shapes = {n: tuple(getattr(p, "_local_tensor", p).shape) for n, p in held}
+        local = pl_module.named_parameters()
+        self.shapes = {n: tuple(getattr(p, "_local_tensor", p).shape) for n, p in local}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         strategy: Any = trainer.strategy

@@ -44,9 +44,9 @@ class Hooked(Plain):
         return gradient * 0.5
 
     def configure_model(self):
-        absent = self.blocks is None
+        padding = self.blocks is None
         super().configure_model()
-        if absent:
+        if padding:
             self._hook()
 
     def on_train_start(self):

@@ -141,23 +141,23 @@ class Record(L.Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         strategy: Any = trainer.strategy
-        held = strategy.runner.partition.parameters.held()
-        self.gradients.append({n: local(p.grad).clone() for n, p in held.items() if p.grad is not None})
+        local = strategy.runner.partition.parameters.local()
+        self.gradients.append({n: to_local(p.grad).clone() for n, p in local.items() if p.grad is not None})
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))  # type: ignore[index] -- a dict here, in automatic optimization
 
 
-def local(tensor: Any) -> torch.Tensor:
+def to_local(tensor: Any) -> torch.Tensor:
     return getattr(tensor, "_local_tensor", tensor).detach()
 
 
 def snapshot(trainer: Any, module: Any) -> dict[str, Any]:
     """What a probe must not change, on this rank."""
     runner, found = trainer.strategy.runner, {}
-    for name, parameter in runner.partition.parameters.held().items():
-        found[f"weight {name}"] = local(parameter).clone()
-        found[f"gradient {name}"] = None if parameter.grad is None else local(parameter.grad).clone()
+    for name, parameter in runner.partition.parameters.local().items():
+        found[f"weight {name}"] = to_local(parameter).clone()
+        found[f"gradient {name}"] = None if parameter.grad is None else to_local(parameter.grad).clone()
         found[f"identity {name}"] = id(parameter)
     found |= {f"buffer {name}": buffer.clone() for name, buffer in module.named_buffers()}
     for i, optimizer in enumerate(trainer.optimizers):
@@ -175,7 +175,7 @@ def snapshot(trainer: Any, module: Any) -> dict[str, Any]:
     if runner.pipeline is not None:
         found["shapes"] = len(runner.pipeline._prepared)
     if runner.partition.experts is not None:
-        found["loads"] = sorted(runner.partition.experts.take_loads())
+        found["loads"] = sorted(runner.partition.experts.collect_loads())
     return found
 
 
@@ -318,8 +318,8 @@ def resident_growth(layout: str, budget_bytes: int, microbatches: int) -> tuple[
     size = result.size * microbatches
     trainer.fit(module, DataLoader(Rows(3 * size * replicas), batch_size=size, collate_fn=as_it_is))
     strategy: Any = trainer.strategy
-    held = strategy.runner.partition.parameters.held().values()
-    return result, sum(local(p).nbytes for p in held), peak.growth
+    local = strategy.runner.partition.parameters.local().values()
+    return result, sum(to_local(p).nbytes for p in local), peak.growth
 
 
 def predicted(fit: MemoryFit | None, size: int) -> int:

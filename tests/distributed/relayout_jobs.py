@@ -38,11 +38,13 @@ def whole_state(trainer: L.Trainer) -> dict[str, torch.Tensor]:
     for name in partition.parameters.names:
         found[f"weights/{name}"] = partition.whole_parameter(name)
     for number, optimizer in enumerate(strategy.optimizers):
-        held = partition.parameters.held()
+        local = partition.parameters.local()
         for name in partition.parameters.names:
-            entry = optimizer.state.get(held[name], {}) if name in held else {}
+            entry = optimizer.state.get(local[name], {}) if name in local else {}
             kinds: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(kinds, sorted(k for k, v in entry.items() if v.ndim and v.shape == held[name].shape))
+            dist.all_gather_object(
+                kinds, sorted(k for k, v in entry.items() if v.ndim and v.shape == local[name].shape)
+            )
             for kind in sorted(set().union(*kinds)):
                 found[f"{number}/{kind}/{name}"] = partition.whole_of(name, entry.get(kind))
             steps: list[Any] = [None] * dist.get_world_size()

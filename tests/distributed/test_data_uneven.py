@@ -1,4 +1,4 @@
-"""Uneven numbers of samples: every one counts once, and the step is that of one process on the global batch."""
+"""BatchWeights numbers of samples: every one counts once, and the step is that of one process on the global batch."""
 
 from __future__ import annotations
 

@@ -86,9 +86,9 @@ def test_each_rank_holds_its_part_of_the_experts(request: pytest.FixtureRequest,
     results = group_of(request, layout).call(jobs.fit, layout)
     sizes = {"ep2": 2, "ep2-pp2": 2, "ep2-tp2": 2, "ep4": 1, "fsdp2-ep2": 1, "dp2-ep2": 2}
     for result in results:
-        held = {n: s for n, s in result["shapes"].items() if ".experts." in n}
-        assert held
-        assert {shape[0] for shape in held.values()} == {sizes[layout]}
+        local = {n: s for n, s in result["shapes"].items() if ".experts." in n}
+        assert local
+        assert {shape[0] for shape in local.values()} == {sizes[layout]}
     # what is no expert's is sharded over all data-parallel ranks where `fsdp` shards at all, else whole
     assert results[0]["shapes"]["blocks.0.router.weight"][0] == (1 if layout.startswith("fsdp") else jobs.EXPERTS)
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
 from lightning_hybrid.ghosts.trace import UnitCall, trace_step
-from lightning_hybrid.ghosts.units import CallSwitch, find_units
+from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.tensor.flow import infer_tensor_plan
 from lightning_hybrid.tensor.plan import TensorParallel, apply_tensor_plan
 from tests.harness import RankGroup
@@ -42,12 +42,12 @@ class Divided:
         self.root, self.loss = root.double(), loss or (lambda: root.training_step(batch, 0))
         root.__dict__["log"] = lambda *args, **kwargs: None
         units = find_units(root)
-        switch = CallSwitch(root, units)
-        switch.install()
+        interceptor = CallInterceptor(root, units)
+        interceptor.install()
         step = getattr(root, "training_step", self.loss)
         arguments = (batch, 0) if loss is None else ()
-        trace = trace_step(root, switch, step, arguments, device=torch.device("cpu"), use_of=units.names)
-        switch.remove()
+        trace = trace_step(root, interceptor, step, arguments, device=torch.device("cpu"), use_of=units.names)
+        interceptor.remove()
         self.before = {name: p.detach().clone() for name, p in root.named_parameters()}
         self.expected_loss = self.loss()
         self.expected_loss.backward()

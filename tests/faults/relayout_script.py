@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_hybrid import HybridStrategy, Layout
-from lightning_hybrid.engine.optimizer import OptimizerSteps
+from lightning_hybrid.engine.optimizer import OptimizerWrapper
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.reshard import exchange, relayout
 from lightning_hybrid.spec.errors import PartitionError
@@ -31,7 +31,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "plan": (relayout, "make_partition"),
     "memory": (Partition, "apply"),
     "move": (exchange, "_exchange_round"),
-    "follow": (OptimizerSteps, "install"),
+    "follow": (OptimizerWrapper, "install"),
 }
 """What runs in each phase of the protocol."""
 

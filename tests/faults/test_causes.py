@@ -72,7 +72,7 @@ def test_only_errors_of_collectives_are_echoes(error: BaseException, kind: str) 
 
 def test_own_exception_before_everything_else() -> None:
     cause = _cause(_echo(0), _ended(3), _raised(2), _raised(1), _timeout(3))
-    assert (cause.kind, cause.rank, cause.speaker) == ("raised", 1, 1)
+    assert (cause.kind, cause.rank, cause.reporter) == ("raised", 1, 1)
     assert "Rank 1 of 4" in cause.text
     assert "training_step of batch 7: ValueError: bad" in cause.text
 
@@ -83,7 +83,7 @@ def test_a_rank_that_said_why_did_not_end_without_a_word() -> None:
 
 def test_ended_with_what_its_parent_knows() -> None:
     cause = _cause(_ended(2), _ended(2, "its process (pid 7) ended by signal 9 (SIGKILL)"), _echo(0))
-    assert (cause.rank, cause.speaker) == (2, None)
+    assert (cause.rank, cause.reporter) == (2, None)
     assert "SIGKILL" in cause.text
     assert "Rank 0 was in training_step of batch 7" in cause.text
 
@@ -111,7 +111,7 @@ def test_all_wait_for_each_other() -> None:
 
 def test_an_echo_alone_is_shown_in_the_end() -> None:
     cause = _cause(_echo(3), _echo(2))
-    assert (cause.kind, cause.speaker) == ("echo", 2)
+    assert (cause.kind, cause.reporter) == ("echo", 2)
 
 
 def test_when_to_decide() -> None:

@@ -9,9 +9,9 @@ import pytest
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from lightning_hybrid.launch.failures import Cause, failure_of
-from lightning_hybrid.launch.peers import Lookout
-from lightning_hybrid.launch.processes import Party, Process, this_process
-from lightning_hybrid.launch.store import Board
+from lightning_hybrid.launch.peers import PeerMonitor
+from lightning_hybrid.launch.processes import Process, RankGroup, this_process
+from lightning_hybrid.launch.store import FailureStore
 
 pytestmark = pytest.mark.unit
 
@@ -24,18 +24,18 @@ def _dead() -> Process:
     return Process(this_process().host, process.pid)
 
 
-def _lookout(store: Store, *others: Process) -> Lookout:
-    party = Party(store=store, rank=0, processes=[this_process(), *others], facts=[], rank0_has_store=True)
-    return Lookout(party, [], lambda: "training_step of batch 7")
+def _lookout(store: Store, *others: Process) -> PeerMonitor:
+    party = RankGroup(store=store, rank=0, processes=[this_process(), *others], facts=[], rank0_has_store=True)
+    return PeerMonitor(party, [], lambda: "training_step of batch 7")
 
 
-def _kinds(lookout: Lookout) -> list[tuple[int, str]]:
+def _kinds(lookout: PeerMonitor) -> list[tuple[int, str]]:
     return [(f.rank, f.kind) for f in lookout.failures]
 
 
 def test_gone() -> None:
     store = HashStore()
-    Board(store, 1).beat("training_step of batch 6")
+    FailureStore(store, 1).beat("training_step of batch 6")
     lookout = _lookout(store, _dead(), ELSEWHERE)
     lookout.look()
     lookout.look()
@@ -45,7 +45,7 @@ def test_gone() -> None:
 
 def test_left_is_not_gone() -> None:
     store = HashStore()
-    Board(store, 1).leave()
+    FailureStore(store, 1).leave()
     lookout = _lookout(store, _dead())
     lookout.look()
     assert not lookout.failures
@@ -54,18 +54,18 @@ def test_left_is_not_gone() -> None:
 
 def test_one_that_said_why_is_not_gone_without_a_word() -> None:
     store = HashStore()
-    Board(store, 1).post(failure_of(ValueError("bad"), 1, "setup"))
+    FailureStore(store, 1).post(failure_of(ValueError("bad"), 1, "setup"))
     lookout = _lookout(store, _dead())
     lookout.look()
     assert _kinds(lookout) == [(1, "raised")]
-    assert Board(store, 0).answers(2)[0].doing == "training_step of batch 7"
+    assert FailureStore(store, 0).answers(2)[0].doing == "training_step of batch 7"
 
 
 @pytest.mark.parametrize(("a_connection_broke", "looks"), [(True, 13), (False, 123)])
 def test_silence_of_another_machine(a_connection_broke: bool, looks: int) -> None:
     store = HashStore()
     lookout = _lookout(store, ELSEWHERE, ELSEWHERE)
-    beats = [Board(store, rank) for rank in (1, 2)]
+    beats = [FailureStore(store, rank) for rank in (1, 2)]
     for i in range(5):
         beats[0].beat(f"{i}")
         beats[1].beat(f"{i}")
@@ -82,8 +82,8 @@ def test_silence_of_another_machine(a_connection_broke: bool, looks: int) -> Non
 
 def test_one_cause_and_one_speaker_for_all() -> None:
     store = HashStore()
-    causes = [Cause(kind="ended", rank=r, text=str(r), speaker=None) for r in (0, 1)]
-    boards = [Board(store, r) for r in (0, 1)]
+    causes = [Cause(kind="ended", rank=r, text=str(r), reporter=None) for r in (0, 1)]
+    boards = [FailureStore(store, r) for r in (0, 1)]
     assert boards[1].decide(lambda: causes[1]) == causes[1]
     assert boards[0].decide(lambda: causes[0]) == causes[1]
-    assert [board.claim_speech() for board in boards] == [True, False]
+    assert [board.claim_report() for board in boards] == [True, False]

@@ -102,7 +102,7 @@ def facts(recipe: str) -> dict[str, Any]:
     active -= sum(s for n, s in inside.items() if "further" in n and ".experts." not in n)  # serves training only
     sizes = {name: made.parameters[name].numel() for name in made.parameters.names}
     console = Console(width=110, record=True)
-    console.print(plan_table(made.plan, sizes, made.switch.units.blocks, []))
+    console.print(plan_table(made.plan, sizes, made.interceptor.units.blocks, []))
     return {
         "layout": str(made.plan.layout),
         "table": console.export_text(),

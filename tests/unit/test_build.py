@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hybrid.ghosts.deferred_init import built_on_tape
+from lightning_hybrid.ghosts.deferred_init import recorded_init
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.parameters import Parameters
 
@@ -47,7 +47,7 @@ def test_the_same_weights_and_random_numbers(build):
     expected = build()
     after = torch.rand(1)
     torch.manual_seed(3)
-    with built_on_tape() as tape:
+    with recorded_init() as deferred_init:
         module = build()
     assert torch.equal(torch.rand(1), after)
     parameters = Parameters(module)
@@ -55,8 +55,8 @@ def test_the_same_weights_and_random_numbers(build):
     assert ghosts, "weights of torch's own modules have no storage"
     for name in ghosts:
         ghost: Any = parameters[name]
-        parameters.put(name, nn.Parameter(tape.make_real(ghost), requires_grad=parameters.requires_grad[name]))
-    tape.make_buffers_real(module)
+        parameters.put(name, nn.Parameter(deferred_init.make_real(ghost), requires_grad=parameters.requires_grad[name]))
+    deferred_init.make_buffers_real(module)
     state = module.state_dict()
     for name, value in expected.state_dict().items():
         assert torch.equal(state[name], value), name

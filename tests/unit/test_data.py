@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hybrid.data import ByteWindows, StdlibText, read_bytes, stdlib_modules, stdlib_sources
 from lightning_hybrid.data.stdlib import TABLES
-from lightning_hybrid.dataloader.sharding import deal_samples
+from lightning_hybrid.dataloader.sharding import shard_samples
 
 pytestmark = pytest.mark.unit
 
@@ -97,7 +97,7 @@ def global_batches(data: list[StdlibText], loader: str, count: int) -> list[Tens
     """Return the first global batches: the replicas' parts, as the strategy deals them, in an order of content."""
     loaders = [getattr(replica, loader)() for replica in data]
     shares = [
-        list(deal_samples(own.sampler, own.batch_size, r, len(loaders), drop_last=True))
+        list(shard_samples(own.sampler, own.batch_size, r, len(loaders), drop_last=True))
         for r, own in enumerate(loaders)
     ]
     assert {len(of_replica) for of_replica in shares} == {len(loaders[0].dataset) // 8}

@@ -59,9 +59,15 @@ def test_what_comes_with_the_loss_has_no_graph() -> None:
 
 
 def test_states_are_joined_in_the_order_of_the_samples() -> None:
-    uneven = [torch.tensor([0.0, 2.0, 4.0]), torch.tensor([1.0, 3.0])]
-    assert combine(uneven, dim_zero_cat).tolist() == [0, 1, 2, 3, 4]
-    assert combine([list(uneven[0].split(2)), list(uneven[1].split(1))], dim_zero_cat).tolist() == [0, 1, 2, 3, 4]
+    batch_weights = [torch.tensor([0.0, 2.0, 4.0]), torch.tensor([1.0, 3.0])]
+    assert combine(batch_weights, dim_zero_cat).tolist() == [0, 1, 2, 3, 4]
+    assert combine([list(batch_weights[0].split(2)), list(batch_weights[1].split(1))], dim_zero_cat).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert combine([["a", "c"], ["b"]], None) == ["a", "b", "c"]
 
 

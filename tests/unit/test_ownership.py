@@ -23,7 +23,7 @@ def test_released_parameters_are_out_of_sight_and_computing_with_them_gives_ghos
     parameters.release(["0.weight", "0.bias"], CPU)
     assert [n for n, _ in module.named_parameters()] == ["1.weight", "1.bias", "2.weight", "2.bias"]
     assert isinstance(module[0](torch.ones(1, 2)), Ghost)
-    assert set(parameters.held()) == {"1.weight", "1.bias", "2.weight", "2.bias"}
+    assert set(parameters.local()) == {"1.weight", "1.bias", "2.weight", "2.bias"}
 
 
 def test_optimizers_see_all_names_in_the_original_order():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from lightning_hybrid.ghosts.trace import Trace, UnitCall, trace_step
-from lightning_hybrid.ghosts.units import CallSwitch, find_units
+from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.ghosts.use import record_use
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import TensorPlan, UnitPlan
@@ -47,10 +47,12 @@ def _traced(name: str) -> tuple[nn.Module, Trace]:
     generator = torch.Generator().manual_seed(0)
     batch = default_collate([CASES[name].sample(generator) for _ in range(4)])
     units = find_units(root)
-    switch = CallSwitch(root, units)
-    switch.install()
-    trace = trace_step(root, switch, root.training_step, (batch, 0), device=torch.device("cpu"), use_of=units.names)
-    switch.remove()
+    interceptor = CallInterceptor(root, units)
+    interceptor.install()
+    trace = trace_step(
+        root, interceptor, root.training_step, (batch, 0), device=torch.device("cpu"), use_of=units.names
+    )
+    interceptor.remove()
     return root, trace
 
 

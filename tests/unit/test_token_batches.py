@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_hybrid.data import TokenBatch, TokenBatchSampler
-from lightning_hybrid.dataloader.sharding import Uneven, deal_batches
+from lightning_hybrid.dataloader.sharding import BatchWeights, shard_batches
 
 LENGTHS = [1 + (7 * i * i) % 61 for i in range(200)]
 
@@ -83,14 +83,14 @@ def test_the_weighted_mean_is_that_over_tokens(replicas: int) -> None:
     ]
     losses = {i: float(torch.sin(torch.tensor(float(i)))) for batch in batches for i in batch}
     lengths = {i: n for batch in batches for i, n in zip(batch, batch.lengths, strict=True)}
-    shares = [list(deal_batches(batches, r, replicas)) for r in range(replicas)]
+    shares = [list(shard_batches(batches, r, replicas)) for r in range(replicas)]
     steps, total = len(shares[0]), sum(lengths.values())
     found = 0.0
     for replica, own in enumerate(shares):
         for share in own:
-            uneven = share.uneven
-            assert isinstance(uneven, Uneven)
-            tokens = uneven.tokens
+            batch_weights = share.batch_weights
+            assert isinstance(batch_weights, BatchWeights)
+            tokens = batch_weights.tokens
             assert tokens is not None
             means = []
             for half in range(2):
@@ -98,13 +98,13 @@ def test_the_weighted_mean_is_that_over_tokens(replicas: int) -> None:
                 means.append(sum(losses[i] * lengths[i] for i in part) / sum(lengths[i] for i in part))
             mean = sum(w * m for w, m in zip(tokens.weights(2), means, strict=True)) / 2
             in_step = tokens.share(steps, sum(tokens.totals))
-            found += mean * uneven.factor(replica) * in_step / (replicas * steps)
+            found += mean * batch_weights.factor(replica) * in_step / (replicas * steps)
     assert found == pytest.approx(sum(losses[i] * lengths[i] for i in losses) / total)
 
 
 def test_a_resumed_pass_counts_its_own_steps() -> None:
     batches = [TokenBatch([b], [b + 1]) for b in range(8)]
-    share = next(deal_batches(batches, 1, 2, first=4))
-    assert share.uneven is not None
-    assert share.uneven.tokens is not None
-    assert (share.uneven.tokens.number, share.uneven.tokens.totals) == (0, (5 + 6, 7 + 8))
+    share = next(shard_batches(batches, 1, 2, first=4))
+    assert share.batch_weights is not None
+    assert share.batch_weights.tokens is not None
+    assert (share.batch_weights.tokens.number, share.batch_weights.tokens.totals) == (0, (5 + 6, 7 + 8))

@@ -7,19 +7,19 @@ import torchmetrics
 from torch import nn
 
 from lightning_hybrid.ghosts.trace import Trace, trace_step
-from lightning_hybrid.ghosts.units import CallSwitch, find_units
+from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.spec.errors import PartitionError
 
 CPU = torch.device("cpu")
 
 
 def trace(module: L.LightningModule, batch: torch.Tensor) -> Trace:
-    switch = CallSwitch(module, find_units(module))
-    switch.install()
+    interceptor = CallInterceptor(module, find_units(module))
+    interceptor.install()
     try:
-        return trace_step(module, switch, module.training_step, (batch, 0), device=CPU)
+        return trace_step(module, interceptor, module.training_step, (batch, 0), device=CPU)
     finally:
-        switch.remove()
+        interceptor.remove()
 
 
 class Stack(L.LightningModule):

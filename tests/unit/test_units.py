@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_hybrid.ghosts.units import CallSwitch, find_units
+from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 
 
 class Layer(nn.Module):
@@ -54,12 +54,12 @@ def test_the_switch_hands_over_calls_only_while_a_handler_is_active():
         def metric_call(self, metric, kind, call, args, kwargs):
             raise AssertionError
 
-    switch = CallSwitch(model, find_units(model))
-    switch.install()
+    interceptor = CallInterceptor(model, find_units(model))
+    interceptor.install()
     x = torch.ones(1, 2)
     expected = model(x)
-    with switch.handled_by(Handler()):
+    with interceptor.handled_by(Handler()):
         assert torch.equal(model(x), expected)
     assert calls == ["0", "1"]
-    switch.remove()
+    interceptor.remove()
     assert model[0]._compiled_call_impl is None

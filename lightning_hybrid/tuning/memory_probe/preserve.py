@@ -13,16 +13,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_hybrid._torch_private import forget_sharded_step
-from lightning_hybrid.collectives import local
-from lightning_hybrid.engine.step import Runner
-from lightning_hybrid.ghosts.preserve import module_state_kept, objects_kept
-from lightning_hybrid.rng.state import random_streams_kept
+from lightning_hybrid.collectives import to_local
+from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.ghosts.preserve import preserved_module_state, preserved_objects
+from lightning_hybrid.rng.state import preserved_rng
 
 _PACKAGE = __name__.partition(".")[0]
 
 
 @contextmanager
-def step_undone(runner: Runner) -> Iterator[None]:
+def step_undone(runner: StepRunner) -> Iterator[None]:
     """Inside, a step runs, to its end or not; afterwards everything is as before, except for gradients and weights.
 
     Modules with their buffers and metrics, random streams, and all objects of this package that the runner leads to:
@@ -31,25 +31,25 @@ def step_undone(runner: Runner) -> Iterator[None]:
     scaler = getattr(runner.precision, "scaler", None)
     step_module = runner.partition.step_module
     with ExitStack() as stack:
-        stack.enter_context(random_streams_kept(runner.device))
-        stack.enter_context(objects_kept([*_objects_of(runner), *([] if scaler is None else [scaler])]))
-        stack.enter_context(module_state_kept(step_module))
+        stack.enter_context(preserved_rng(runner.device))
+        stack.enter_context(preserved_objects([*_objects_of(runner), *([] if scaler is None else [scaler])]))
+        stack.enter_context(preserved_module_state(step_module))
         if isinstance(step_module, FSDPModule):  # before its attributes are put back
             stack.callback(forget_sharded_step, step_module)
         yield
 
 
 @contextmanager
-def training_state_kept(parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]) -> Iterator[None]:
+def preserved_training_state(parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]) -> Iterator[None]:
     """Weights, gradients and optimizers are afterwards as before; inside there are no gradients at first."""
     gradients = [p.grad for p in parameters]
-    tensors = [local(p.detach()) for p in parameters]
+    tensors = [to_local(p.detach()) for p in parameters]
     for optimizer in optimizers:
         tensors += tensors_in(optimizer.state)
     copies = [t.cpu().clone() for t in tensors]
     with ExitStack() as stack:
         for optimizer in optimizers:
-            stack.enter_context(_optimizer_kept(optimizer))
+            stack.enter_context(_preserved_optimizer(optimizer))
         drop_gradients(parameters)
         try:
             yield
@@ -68,7 +68,7 @@ def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 @contextmanager
-def _optimizer_kept(optimizer: Optimizer) -> Iterator[None]:
+def _preserved_optimizer(optimizer: Optimizer) -> Iterator[None]:
     """Options, counters and the structure of the state; its tensors are the caller's to restore."""
     attributes = dict(vars(optimizer))
     groups, state = [dict(group) for group in optimizer.param_groups], _structure(dict(optimizer.state))
@@ -94,7 +94,7 @@ def _structure(value: Any) -> Any:
 def tensors_in(value: Any) -> list[Tensor]:
     """This rank's parts of the tensors in nested dicts and lists."""
     if isinstance(value, Tensor):
-        return [local(value.detach())]
+        return [to_local(value.detach())]
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [tensor for item in inside for tensor in tensors_in(item)]
 

@@ -19,10 +19,15 @@ from lightning_hybrid._lightning_private import batch_on_device
 from lightning_hybrid._torch_private import step_without_hooks
 from lightning_hybrid.adapt.memory import MemoryFit, fit_profiles, search_largest
 from lightning_hybrid.batches import tiled_batch
-from lightning_hybrid.collectives import local
-from lightning_hybrid.engine.step import Runner
+from lightning_hybrid.collectives import to_local
+from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.tuning.memory_probe.collectives import without_peers
-from lightning_hybrid.tuning.memory_probe.preserve import drop_gradients, step_undone, tensors_in, training_state_kept
+from lightning_hybrid.tuning.memory_probe.preserve import (
+    drop_gradients,
+    preserved_training_state,
+    step_undone,
+    tensors_in,
+)
 from lightning_hybrid.tuning.memory_probe.tracker import MemoryTracker
 
 _FITTED_SIZES = (2, 4)
@@ -83,7 +88,7 @@ class MemoryProbe:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: StepRunner,
         optimizers: Sequence[Optimizer],
         batch: Any,
         *,
@@ -182,10 +187,10 @@ class MemoryProbe:
     def _prepared(self, smallest: int) -> Iterator[None]:
         self._runner.take_batch(None)
         self._runner._follow_frozen()
-        self._parameters = list(self._runner.partition.parameters.held().values())
+        self._parameters = list(self._runner.partition.parameters.local().values())
         self._smallest, self._warm = smallest, False
         try:
-            with _old_objects_left_out(), training_state_kept(self._parameters, self._optimizers):
+            with _old_objects_left_out(), preserved_training_state(self._parameters, self._optimizers):
                 yield
         finally:
             self._parameters = []
@@ -344,7 +349,7 @@ def _step_in_place(optimizer: Optimizer) -> None:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
         for parameter in group["params"]:
             if parameter.grad is not None:
-                local(parameter.grad).zero_()
+                to_local(parameter.grad).zero_()
     step_without_hooks(optimizer, lambda: torch.zeros(()))
 
 
