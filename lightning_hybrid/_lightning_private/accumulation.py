@@ -1,0 +1,51 @@
+"""When the optimizer makes a step: windows of accumulated batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+
+def begin_window(trainer: pl.Trainer, batches: int) -> None:
+    """Gradients of `batches` batches are accumulated, counted from the training batch that is about to run.
+
+    Lightning counts from the beginning of an epoch, in two places that disagree when the number changes: a window
+    would begin in the middle of another, and steps be made with gradients of too few batches or of too many.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    progress, optimization = loop.batch_progress, loop.automatic_optimization
+    first = progress.current.ready - 1
+    trainer.accumulate_grad_batches = batches
+    zero_grad = type(optimization)._make_zero_grad_fn
+    loop._first_of_window = first
+    loop._accumulated_batches_reached = lambda: (progress.current.ready - first) % batches == 0
+    optimization._make_zero_grad_fn = lambda batch, optimizer: zero_grad(optimization, batch - first, optimizer)
+
+
+def end_windows(trainer: pl.Trainer) -> None:
+    """Lightning counts again."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop.__dict__.pop("_first_of_window", None)
+    loop.__dict__.pop("_accumulated_batches_reached", None)
+    loop.automatic_optimization.__dict__.pop("_make_zero_grad_fn", None)
+
+
+def batches_left_in_window(trainer: pl.Trainer) -> int:
+    """Batches up to the optimizer's next step, the one that is about to run included."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    done = loop.batch_progress.current.ready - 1
+    whole = trainer.accumulate_grad_batches
+    left = whole - (done - loop.__dict__.get("_first_of_window", 0)) % whole
+    return int(min(left, trainer.num_training_batches - done))
+
+
+def steps_after_batch(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer makes a step with the training batch that runs, or has just run."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def between_steps(trainer: pl.Trainer) -> bool:
+    """Whether no batch has been run since the optimizer's last step."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    return loop.batch_progress.current.ready == 0 or loop.batch_progress.is_last_batch or steps_after_batch(trainer)

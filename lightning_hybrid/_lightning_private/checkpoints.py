@@ -1,0 +1,47 @@
+"""Which checkpoint a trainer loads, and where its callbacks save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
+
+
+def find_last_by(trainer: pl.Trainer, find: Callable[[], str | None]) -> None:
+    """Has `find` look for what `ckpt_path="last"` means; Lightning takes over where it finds nothing.
+
+    Lightning takes what has the name `last`, complete or not, and starts from the beginning where that is missing.
+    """
+    connector: Any = trainer._checkpoint_connector
+    original = type(connector)._parse_ckpt_path
+
+    def parse(state_fn: Any, ckpt_path: Any, *, model_provided: bool, model_connected: bool) -> Any:
+        found = find() if ckpt_path == "last" else None
+        connector._hybrid_path = found or original(
+            connector, state_fn, ckpt_path, model_provided=model_provided, model_connected=model_connected
+        )
+        return connector._hybrid_path
+
+    connector._parse_ckpt_path = parse
+
+
+def checkpoint_of_run(trainer: pl.Trainer) -> str | None:
+    """What the trainer is about to load, from `setup` on; Lightning keeps it to itself until then."""
+    connector: Any = trainer._checkpoint_connector
+    return connector._hpc_resume_path or connector.__dict__.get("_hybrid_path")
+
+
+def checkpoint_folders(trainer: pl.Trainer) -> list[str]:
+    """The folders that the trainer's callbacks save checkpoints to."""
+    found = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined] -- set by a connector
+        if isinstance(callback, ModelCheckpoint):
+            found.append(str(callback._ModelCheckpoint__resolve_ckpt_dir(trainer)))  # type: ignore[attr-defined]
+        elif isinstance(callback, OnExceptionCheckpoint):
+            found.append(str(callback.dirpath))
+    return list(dict.fromkeys(found))

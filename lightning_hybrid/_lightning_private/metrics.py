@@ -1,0 +1,82 @@
+"""Private parts of torchmetrics, of the trainer's results and of loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.data import extract_batch_size
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+Synchronize = Callable[[Metric], None]
+
+
+def route_metric_sync(synchronize: Synchronize) -> Callable[[], None]:
+    """Has every torchmetrics object of this process synchronize its states by `synchronize`, until it is undone.
+
+    Metrics are made anywhere and at any time (in callbacks, as copies of others), so the class is where to do it.
+    A metric with a process group or a function for synchronization of its own keeps them.
+
+    Returns:
+        Undoes it.
+    """
+    original: Any = Metric._sync_dist
+
+    def routed(metric: Any, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        if process_group is None and metric.process_group is None and metric.dist_sync_fn is None:
+            synchronize(metric)
+        else:
+            arguments = {} if dist_sync_fn is None else {"dist_sync_fn": dist_sync_fn}
+            original(metric, process_group=process_group, **arguments)
+
+    Metric._sync_dist = routed  # type: ignore[method-assign]
+
+    def undo() -> None:
+        Metric._sync_dist = original  # type: ignore[method-assign]
+
+    return undo
+
+
+def metric_reductions(metric: Metric) -> dict[str, Callable[[Any], Any] | None]:
+    """The states of a metric, with the function that reduces each over ranks."""
+    return dict(metric._reductions)  # type: ignore[arg-type]
+
+
+def concatenates(reduction: Callable[[Any], Any] | None) -> bool:
+    """Whether a state's reduction joins what the ranks hold."""
+    return reduction is dim_zero_cat
+
+
+def counts_as_updated(metric: Metric) -> None:
+    """Notes an update that another rank has made: no cached result is valid any more."""
+    metric._update_count += 1
+    metric._computed = None
+
+
+def set_step_value(metric: Metric, value: Any) -> None:
+    """Sets what `metric(...)` returned last, which Lightning logs for a step."""
+    metric._forward_cache = value
+
+
+def samples_of_running_batch(trainer: pl.Trainer) -> int | None:
+    """Samples of the batch that the trainer's loop is at, as Lightning counts them; None between batches."""
+    results = trainer._results
+    if results is None or results.batch is None:
+        return None
+    return extract_batch_size(results.batch)
+
+
+def running_hook(module: pl.LightningModule) -> str | None:
+    """The hook that the trainer is running."""
+    return module._current_fx_name
+
+
+def watch_parts(experiment: Any, part: Callable[[Any], Any]) -> None:
+    """Has `watch` of a W&B run take `part(tensor)` of every tensor that it makes a histogram of."""
+    history = getattr(experiment, "_torch", None)
+    if history is None or "log_tensor_stats" in vars(history):  # none in a disabled run
+        return
+    original = history.log_tensor_stats
+    history.log_tensor_stats = lambda tensor, name: original(part(tensor), name)

@@ -1,0 +1,87 @@
+"""Progress, signals and settings of a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import _TunerExitException
+
+TunerExit = _TunerExitException
+"""Raised on all ranks where the Trainer's tuner ends a run early."""
+
+
+def training_batch(trainer: pl.Trainer) -> int:
+    """The number of the training batch that runs, over all epochs; a checkpoint has it."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+
+def evaluation_batch(trainer: pl.Trainer) -> int:
+    """The place of the evaluation batch that runs, in its loop over all dataloaders."""
+    loops: dict[Any, Any] = {
+        TrainerFn.FITTING: trainer.fit_loop.epoch_loop.val_loop,
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }
+    return loops[trainer.state.fn].batch_progress.current.ready
+
+
+def running_batch(trainer: pl.Trainer) -> int:
+    """The index, in its epoch, of the training batch that runs."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+
+
+class PlaceInEpoch(NamedTuple):
+    """Batches of the running training epoch."""
+
+    fetched: int
+    """Taken from the loaders."""
+    ready: int
+    """Begun."""
+    processed: int
+    """Trained on."""
+    completed: int
+    """Trained on, with all hooks run."""
+
+
+def place_in_epoch(trainer: pl.Trainer) -> PlaceInEpoch:
+    """Where the training loop is."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    fetcher = trainer.fit_loop._data_fetcher
+    return PlaceInEpoch(
+        0 if fetcher is None else fetcher.fetched, progress.ready, progress.processed, progress.completed
+    )
+
+
+def share_cores(processes: int) -> None:
+    """Divides this machine's cores among its processes, unless the user has."""
+    _set_num_threads_if_needed(num_processes=processes)
+
+
+def route_sigterm(trainer: pl.Trainer, handler: Callable[..., None], before_batch: Callable[[], None]) -> None:
+    """Replaces what the trainer does on SIGTERM, and what its ranks ask each other before every training batch."""
+    connector: Any = trainer._signal_connector
+    connector._sigterm_notifier_fn = handler
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = before_batch
+
+
+def set_received_sigterm(trainer: pl.Trainer) -> None:
+    """Has the trainer's loops stop at the next place where they look for a SIGTERM."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def detects_anomalies(trainer: pl.Trainer) -> bool:
+    """The Trainer's `detect_anomaly`."""
+    return trainer._detect_anomaly
+
+
+def fresh_optimizers(module: pl.LightningModule) -> list[Any]:
+    """What `configure_optimizers` gives now; the trainer keeps its own."""
+    made: Any = module.configure_optimizers()
+    return _configure_optimizers(made)[0]

@@ -1,0 +1,46 @@
+"""Frames of the running threads: where the user's code is."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import torch
+import torch.utils.checkpoint
+
+_TORCH, _PACKAGE = Path(torch.__file__).parent, Path(__file__).parent.parent
+_SKIPPED_FOLDERS = (str(_TORCH), str(_PACKAGE))
+_COLLECTIVE_PLACES = tuple(str(p) for p in (_TORCH / "distributed", _TORCH / "_ops.py", _TORCH / "autograd", _PACKAGE))
+_EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
+_OTHERS_CODE = (*_SKIPPED_FOLDERS, str(Path(threading.__file__).parent), str(_TORCH.parent / "lightning"))
+
+
+def user_location() -> str:
+    """File and line of the innermost frame outside torch and this package, as `file.py:12 (function)`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_SKIPPED_FOLDERS) and not name.startswith("<"):
+            return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return "unknown location"
+
+
+def main_thread_location() -> tuple[str, bool]:
+    """Where the main thread is, as `file.py:12 (function)`, and whether it waits in a collective.
+
+    The place is the innermost frame of the user's code; without one, the innermost of all.
+    """
+    innermost = frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if innermost is None:
+        return "unknown location", False
+    name = innermost.f_code.co_filename
+    waiting = name.startswith(_COLLECTIVE_PLACES) and not name.startswith(_EXAMPLES)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OTHERS_CODE) and not name.startswith("<"):
+            break
+        frame = frame.f_back
+    frame = frame or innermost
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})", waiting

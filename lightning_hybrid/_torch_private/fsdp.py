@@ -1,0 +1,88 @@
+"""Private APIs of `fully_shard`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
+
+
+def finish_sharded_backward(module: FSDPModule) -> None:
+    """Reduces the gradients that a fully sharded module has accumulated over the microbatches of a pipeline.
+
+    As `torch.distributed.pipelining` does it at the end of a schedule for a stage that is itself fully sharded.
+    """
+    module.set_is_last_backward(True)
+    module.set_reshard_after_backward(True)
+    module.set_requires_gradient_sync(True)
+    root = fully_shard.state(module)  # type: ignore[attr-defined]
+    for state in root._state_ctx.all_states:
+        for group in _sharding_groups(state):
+            group.post_backward()
+    root._root_post_backward_final_callback()
+
+
+def forget_fully_shard(module: FSDPModule) -> None:
+    """Gives a fully sharded module its own class back; its parameters and hooks are the caller's to restore."""
+    plain: Any = module
+    plain.__class__ = type(module).__bases__[1]  # fully_shard makes `class FSDPX(FSDPModule, X)`
+    for key in (STATE_KEY, REGISTRY_KEY):
+        plain.__dict__.pop(key, None)
+    _module_state_mapping.pop(plain, None)
+
+
+def forget_sharded_step(module: FSDPModule) -> None:
+    """Has a fully sharded module begin its next step anew, wherever the last one has ended; its gradients are lost."""
+    root = fully_shard.state(module)  # type: ignore[attr-defined]
+    if root._is_root is None:
+        return  # no step has come as far as its forward pass
+    if hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()
+    else:
+        _reset_iteration(root)
+    for state in root._state_ctx.all_states:
+        for parameter in (p for group in _sharding_groups(state) for p in group.fsdp_params):
+            # what a backward pass without reduction has added up; `reset_iter_state` leaves it
+            parameter.unsharded_accumulated_grad = None
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            if unsharded is not None:
+                unsharded.grad = None
+    module.set_is_last_backward(True)
+    module.set_reshard_after_backward(True)
+    module.set_requires_gradient_sync(True)
+
+
+def _sharding_groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # earlier releases have one group a state
+        return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return groups
+
+
+def _reset_iteration(root: Any) -> None:
+    """What `FSDPModule.reset_iter_state` does, for releases before it (it is in torch 2.13)."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # instead of waiting for each event
+    root._comm_ctx.all_gather_state = None
+    root._comm_ctx.post_forward_order.clear()
+    for name in ("reduce_scatter_states", "_last_post_reduce_events"):
+        getattr(root._comm_ctx, name, []).clear()
+    if hasattr(root._comm_ctx, "reduce_scatter_state"):
+        root._comm_ctx.reduce_scatter_state = None
+    idle = type(root._training_state).IDLE
+    for state in root._state_ctx.all_states:
+        state._training_state = idle
+        state._modules_to_run_forward.clear()
+        for group in _sharding_groups(state):
+            group._all_gather_result = group._post_reduce_event = group._reshard_after_forward_event = None
+            group._all_reduce_state = group._partial_reduce_output = None
+            group._post_forward_indices.clear()
+            group._training_state = idle
+            group._to_sharded()
+    root._state_ctx.iter_forward_root = None
+    root._state_ctx.post_backward_final_callback_queued = False

@@ -1,0 +1,51 @@
+"""Private APIs of optimizers and of `GradScaler`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch.distributed.tensor import DTensor
+
+
+def agree_on_overflow(scaler: Any, reduce: Callable[[torch.Tensor], Any]) -> Callable[[], None]:
+    """Has a `GradScaler` leave out a step on all ranks if gradients overflow on any.
+
+    Its own check sees this rank's gradients only, and raises where a rank has none. Both ways in which it unscales
+    (before the step, or inside of a fused optimizer) go through `_unscale_grads_`.
+
+    Args:
+        scaler: The scaler.
+        reduce: Sums a tensor in place over all ranks.
+
+    Returns:
+        Undoes it.
+    """
+
+    def unscale(
+        optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            if not allow_fp16 and parameter.grad.dtype == torch.float16:
+                raise ValueError("Attempting to unscale FP16 gradients.")
+            gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            by_dtype.setdefault(gradient.dtype, []).append(gradient._values() if gradient.is_sparse else gradient)
+        for gradients in by_dtype.values():
+            check: Any = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
+            check(gradients, found_inf, inv_scale)
+        reduce(found_inf)
+        return {found_inf.device: found_inf}
+
+    scaler.__dict__["_unscale_grads_"] = unscale
+    return lambda: scaler.__dict__.pop("_unscale_grads_", None)
+
+
+def step_without_hooks(optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> None:
+    """An optimizer's own step: no hooks on it, and nothing that learning-rate schedulers have wrapped it in."""
+    step: Any = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    step(optimizer, closure)
