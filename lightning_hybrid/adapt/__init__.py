@@ -1,1 +1,1 @@
-"""Pure decisions: measurements in, a proposal out."""
+"""Decisions as pure functions of measurements: batch sizes, phases, rebalancing. No torch."""

@@ -1,4 +1,4 @@
-"""Batch sizes that are decided beforehand, by what a run has consumed."""
+"""Batch size schedules, by consumed samples or tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class BatchSizeSchedule:
     """
 
     points: Mapping[int, int]
-    """Global batch size in samples, by how much has been consumed; the first at 0."""
+    """Global batch size in samples by consumed `unit`; the first point is at 0."""
     ramp: bool = False
-    """Whether it changes evenly between two points, or jumps at each."""
+    """True: interpolates linearly between two points. False: jumps at each point."""
     unit: Literal["samples", "tokens"] = "samples"
-    """What is counted. A batch's tokens are the elements of its first tensor."""
+    """Unit of the points. Tokens of a batch are the elements of its first tensor."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "points", {int(k): int(v) for k, v in sorted(self.points.items())})
@@ -33,10 +33,10 @@ class BatchSizeSchedule:
             raise ValueError(f"`unit` must be 'samples' or 'tokens'. Got {self.unit!r}.")
 
     def batch_size(self, consumed: int, multiple_of: int = 1) -> int:
-        """The batch size after `consumed` samples or tokens.
+        """Returns the batch size after `consumed` samples or tokens.
 
         Args:
-            consumed: In `unit`.
+            consumed: Consumed data, in `unit`.
             multiple_of: Sizes on a ramp are rounded down to a multiple of this.
         """
         before = max(at for at in self.points if at <= consumed)

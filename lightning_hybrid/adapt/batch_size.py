@@ -1,4 +1,4 @@
-"""The global batch size: what the gradient's noise asks for, on a ladder, by votes."""
+"""The global batch size: a target from the gradient noise scale, changed by a factor after consecutive votes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LearningRateRule = Literal["auto", "sqrt", "adascale", "none"]
 
 
 def norm_test(batch_size: int, noise_scale: float, tolerance: float) -> float:
-    """B+ = B / (eta^2 (1 + B / phi)): at this size the gradient's noise is `tolerance` of its squared norm.
+    """B+ = B / (eta^2 (1 + B / phi)): the size at which the gradient variance is `tolerance` of its mean square.
 
-    Its fixed point is phi (1 / eta^2 - 1), and no step grows by more than 1 / eta^2.
+    The fixed point is phi (1 / eta^2 - 1), and B+ / B is at most 1 / eta^2.
 
     Args:
         batch_size: B, in samples.
@@ -33,14 +33,14 @@ def norm_test(batch_size: int, noise_scale: float, tolerance: float) -> float:
 
 
 def time_optimal(noise_scale: float, fixed_seconds: float, seconds_per_sample: float) -> float:
-    """B* = sqrt(phi alpha / beta): most progress a second, 1 / ((1 + phi / B) (alpha + beta B)).
+    """B* = sqrt(phi alpha / beta): maximizes progress per second, 1 / ((1 + phi / B) (alpha + beta B)).
 
     Args:
         noise_scale: phi, in samples.
         fixed_seconds: alpha, the part of a step's time that does not depend on the batch.
-        seconds_per_sample: beta.
+        seconds_per_sample: beta, the step's time per sample.
 
-    Reference: progress a step is 1 / (1 + phi / B): McCandlish et al. (2018), equation 2.7. Progress over time is the
+    Reference: progress per step is 1 / (1 + phi / B): McCandlish et al. (2018), equation 2.7. Progress over time is the
     goodput of Qiao et al., "Pollux" (2021), section 3.
     """
     if seconds_per_sample <= 0:
@@ -49,15 +49,15 @@ def time_optimal(noise_scale: float, fixed_seconds: float, seconds_per_sample: f
 
 
 def learning_rate_factor(rule: LearningRateRule, growth: float, noise: float, signal: float) -> float:
-    """The factor on the learning rate that belongs to the first batch size.
+    """Returns the factor on the learning rate of the first batch size.
 
     Args:
-        rule: `"sqrt"`, for Adam and its kin: the square root of `growth` (Malladi et al., "On the SDEs and Scaling
-            Rules for Adaptive Gradient Algorithms", 2022). `"adascale"`, for SGD: (S + G^2) / (S / growth + G^2)
+        rule: `"sqrt"`, for Adam and similar optimizers: the square root of `growth` (Malladi et al., "On the SDEs and
+            Scaling Rules for Adaptive Gradient Algorithms", 2022). `"adascale"`, for SGD: (S + G^2) / (S / growth + G^2)
             (Johnson et al., "AdaScale SGD", 2020, the gain ratio of section 3). `"none"`: 1.
         growth: Batch size over the first batch size.
         noise: S, the variance of the gradient of one batch of the first size.
-        signal: G^2.
+        signal: G^2, the squared norm of the true gradient.
     """
     if rule == "none":
         return 1.0
@@ -74,18 +74,18 @@ class StepTimes:
     """A fit of step times alpha + beta B, from decaying sums over steps of different batch sizes."""
 
     count: float = 0.0
-    """Steps, weighted."""
+    """Weighted number of steps."""
     batches: float = 0.0
     """Sum of B."""
     squares: float = 0.0
     """Sum of B^2."""
     seconds: float = 0.0
-    """Sum of times."""
+    """Sum of step times."""
     products: float = 0.0
-    """Sum of B times time."""
+    """Sum of B times step time."""
 
     def updated(self, batch_size: int, seconds: float, half_life_steps: float) -> StepTimes:
-        """After one more step."""
+        """Returns the sums with one more step."""
         keep = 0.5 ** (1 / half_life_steps)
         return StepTimes(
             count=keep * self.count + 1,
@@ -96,7 +96,7 @@ class StepTimes:
         )
 
     def fit(self) -> tuple[float, float] | None:
-        """Alpha and beta, in seconds and seconds a sample; None as long as only one batch size was seen."""
+        """Returns alpha in seconds and beta in seconds per sample; None until two batch sizes were measured."""
         spread = self.count * self.squares - self.batches**2
         if not self.count or spread <= 1e-6 * self.batches**2:
             return None
@@ -106,30 +106,30 @@ class StepTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionRules:
-    """How readily the batch size changes."""
+    """Thresholds and intervals of the decisions on the batch size."""
 
     every_n_steps: int = 20
     """Steps between two votes."""
     factor: int = 2
-    """The ladder: a change multiplies or divides the batch size by this."""
+    """A change multiplies or divides the batch size by this."""
     grow_at: float = 1.35
-    """A vote to grow: the wanted size is at least this many times the present one. At 1.5 the batch stays below a third
-    of the noise scale, and runs took a quarter longer for the same loss; at 1.2 the loss was worse."""
+    """Votes to grow if the target is at least this many times the current size. At 1.5 the batch stays below a third of
+    the noise scale, and runs took a quarter longer for the same loss; at 1.2 the loss was worse."""
     grow_votes: int = 2
-    """So many votes in a row make it grow."""
+    """Consecutive votes after which the batch grows."""
     shrink_at: float = 2.5
-    """A vote to shrink: the wanted size is at most the present one divided by this."""
+    """Votes to shrink if the target is at most the current size divided by this."""
     shrink_votes: int = 3
-    """So many votes in a row make it shrink."""
+    """Consecutive votes after which the batch shrinks."""
     half_life_steps: float = 100.0
-    """Of the averages of the statistics; 10 and 30 were worse on a regression with label noise."""
+    """Half-life of the averages of the statistics; 10 and 30 were worse on a regression with label noise."""
     measure_every_n_steps: int = 4
-    """Steps from one measurement of the gradient's noise to the next, after the first `half_life_steps` steps, which
-    are all measured. In each step it costs up to 5 % on a CPU."""
+    """Steps between two measurements of the gradient noise, after the first `half_life_steps` steps, which are all
+    measured. Measuring every step costs up to 5 % on a CPU."""
     tolerance: float = 0.5
-    """Eta^2 of the norm test: 0.5 aims at the noise scale itself."""
+    """eta^2 of the norm test; with 0.5 the target is the noise scale."""
     min_batch_size: int = 1
-    """The global batch size does not fall below this."""
+    """Lower limit of the global batch size."""
 
     def __post_init__(self) -> None:
         names = ("every_n_steps", "measure_every_n_steps", "grow_votes", "shrink_votes", "min_batch_size")
@@ -144,35 +144,35 @@ class DecisionRules:
             raise ValueError(f"`tolerance` must be between 0 and 1. Got {self.tolerance}.")
 
     def steps_between(self, step: int) -> int:
-        """From one measurement to the next, at optimizer step `step`."""
+        """Returns the number of steps between two measurements, at optimizer step `step`."""
         return 1 if step < self.half_life_steps else self.measure_every_n_steps
 
     def measures(self, step: int) -> bool:
-        """Whether the gradient's noise is measured in optimizer step `step`, from 0."""
+        """Returns True if the gradient noise is measured in optimizer step `step`, counted from 0."""
         return step % self.steps_between(step) == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Votes:
-    """Votes in a row, for growing and for shrinking; one kind ends the other."""
+    """Consecutive votes for growing and for shrinking; a vote of one kind resets the other."""
 
     grow: int = 0
-    """To grow."""
+    """Consecutive votes to grow."""
     shrink: int = 0
-    """To shrink."""
+    """Consecutive votes to shrink."""
 
 
 def vote(batch_size: int, wanted: float, votes: Votes, rules: DecisionRules) -> tuple[int, Votes]:
-    """One vote.
+    """Casts one vote, and changes the batch size if enough consecutive votes agree.
 
     Args:
-        batch_size: The present global batch size.
-        wanted: The size that the statistics ask for.
-        votes: Those before.
-        rules: What it takes.
+        batch_size: The current global batch size.
+        wanted: The target of the statistics.
+        votes: Votes so far.
+        rules: Thresholds and numbers of votes.
 
     Returns:
-        The next batch size, which is mostly the present one, and the votes after it.
+        The next batch size, usually the current one, and the updated votes.
     """
     if wanted >= rules.grow_at * batch_size:
         votes = Votes(grow=votes.grow + 1)
@@ -189,14 +189,14 @@ def vote(batch_size: int, wanted: float, votes: Votes, rules: DecisionRules) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSizeState:
-    """What the next batch size depends on; equal on all ranks, and saved with checkpoints."""
+    """State of the decisions; equal on all ranks and saved in checkpoints."""
 
     batch_size: int
-    """The present global batch size, in samples."""
+    """The current global batch size, in samples."""
     first_batch_size: int
-    """The one that the run began with, to which the learning rate belongs."""
+    """The initial global batch size, for which the learning rate is given."""
     votes: Votes = Votes()
-    """Since the last change."""
+    """Votes since the last change."""
     steps: int = 0
     """Optimizer steps so far."""
     samples: int = 0
@@ -204,10 +204,10 @@ class BatchSizeState:
     tokens: int = 0
     """Tokens consumed so far."""
     scheduled_samples: int = 0
-    """The batch sizes of all steps added up, which index learning-rate schedules."""
+    """Sum of the batch sizes of all steps; the position in learning rate schedules."""
 
     def after_step(self, samples: int, tokens: int) -> BatchSizeState:
-        """After a step of the optimizer, which has used so many samples and tokens."""
+        """Returns the state after one optimizer step on `samples` samples and `tokens` tokens."""
         return replace(
             self,
             steps=self.steps + 1,
@@ -218,14 +218,14 @@ class BatchSizeState:
 
     @property
     def growth(self) -> float:
-        """The present batch size over the first."""
+        """The current batch size divided by the first."""
         return self.batch_size / self.first_batch_size
 
 
 def wanted(
     statistics: Statistics, state: BatchSizeState, noise: NoiseScale, times: StepTimes, rules: DecisionRules
 ) -> float:
-    """The batch size that the statistics ask for; the present one where they do not tell."""
+    """Returns the batch size that the statistics ask for; the current one without a measurement."""
     scale = noise.samples
     if scale is None:
         return state.batch_size
@@ -234,6 +234,6 @@ def wanted(
             return state.batch_size / rules.tolerance
         return norm_test(state.batch_size, scale, rules.tolerance)
     fit = times.fit()
-    if fit is None:  # times of one size do not tell what a larger one costs: try, where it does no harm
+    if fit is None:  # times of a single size cannot predict a larger one: try one if the noise scale allows it
         return float(state.batch_size * rules.factor if scale >= state.batch_size else state.batch_size)
     return time_optimal(scale, *fit)

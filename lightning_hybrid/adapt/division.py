@@ -1,4 +1,4 @@
-"""How a global batch is divided: over replicas, into batches that are accumulated, into microbatches."""
+"""Division of a global batch into replicas, accumulated batches and microbatches."""
 
 from __future__ import annotations
 
@@ -8,53 +8,53 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class BatchDivision:
-    """One replica's way through its share of a global batch."""
+    """Division of one replica's share of a global batch."""
 
     batch_size: int
-    """Samples of a replica in one batch of its loader."""
+    """Samples per replica in one batch of the loader."""
     accumulate: int
-    """Batches whose gradients are added up before the optimizer's step."""
+    """Batches whose gradients are accumulated before an optimizer step."""
     microbatches: int
-    """Parts of a batch that go through a pipeline one after the other; 1 without one."""
+    """Microbatches of a batch under a pipeline; 1 without one."""
 
     @property
     def per_replica(self) -> int:
-        """Samples of a replica in a step of the optimizer."""
+        """Samples per replica in an optimizer step."""
         return self.batch_size * self.accumulate
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples that are run at once."""
+        """Samples in one forward pass."""
         return self.batch_size // self.microbatches
 
     def __str__(self) -> str:
         parts = f" in {self.microbatches} microbatches" if self.microbatches > 1 else ""
-        return f"{self.accumulate} x {self.batch_size} samples a replica{parts}"
+        return f"{self.accumulate} x {self.batch_size} samples per replica{parts}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DivisionLimits:
-    """What a division has to keep to."""
+    """Constraints of a division."""
 
     replicas: int
-    """Replicas that share a global batch."""
+    """Number of replicas."""
     micro_batch_size: int
     """The largest micro-batch, in samples."""
     max_microbatches: int = 1
-    """How many of them a batch may be split into; 1 without a pipeline."""
+    """Upper limit of the microbatches of a batch; 1 without a pipeline."""
     runs: Callable[[int], bool] = lambda count: True
-    """Whether the pipeline schedule can run so many microbatches."""
+    """Returns True if the pipeline schedule can run this number of microbatches."""
     batch_size: int | None = None
-    """The loader's batch size, where it cannot be changed."""
+    """The loader's batch size if it cannot be changed."""
     min_parts: int = 1
-    """Gradients of parts that a step must give: 2 for the statistics."""
+    """Lower limit of the parts of a step whose gradients are compared: 2 for the noise statistics."""
 
 
 def divide(global_batch: int, limits: DivisionLimits) -> BatchDivision | None:
-    """The division with the largest micro-batches, and of these the one with the fewest accumulated batches.
+    """Finds the division with the largest micro-batches, and among these the fewest accumulated batches.
 
     Returns:
-        None if there is none: `global_batch` is no multiple of the replicas, or of the fixed batch size.
+        None if `global_batch` is not a multiple of the replicas or of the fixed batch size.
     """
     share, rest = divmod(global_batch, limits.replicas)
     if rest or not share:
@@ -70,7 +70,7 @@ def divide(global_batch: int, limits: DivisionLimits) -> BatchDivision | None:
 
 
 def micro_batch_sizes(global_batches: Iterable[int], limits: DivisionLimits) -> list[int]:
-    """The micro-batches into which some of these global batches can be divided, ascending."""
+    """Returns the micro-batch sizes into which at least one of `global_batches` can be divided, ascending."""
     sizes: set[int] = set()
     for batch in global_batches:
         share, rest = divmod(batch, limits.replicas)

@@ -1,10 +1,10 @@
-"""Which rank holds which experts, by the tokens that go to them.
+"""Placement of experts on ranks, by the tokens routed to them.
 
-Every rank of the `ep` axis has equally many places. An expert with many tokens may stand on several ranks, which share
-them. The largest sum of a rank, over the mean, is what a step waits for.
+Every rank of the `ep` axis has the same number of places. An expert with many tokens may be replicated on several
+ranks, which share its tokens. The cost of a step is the largest load of a rank over the mean (`imbalance`).
 
-Reference: DeepSeek-AI, "Expert Parallelism Load Balancer" (2025): replicate the expert with the largest load a place,
-then pack greedily. Unlike it, no rank gets an expert twice.
+Reference: DeepSeek-AI, "Expert Parallelism Load Balancer" (2025): replicate the expert with the largest load per place
+(`replica_counts`), then pack greedily (`place_experts`). Difference: no rank gets an expert twice.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 
 def replica_counts(loads: Sequence[float], places: int, ranks: int) -> list[int]:
-    """On how many ranks each expert stands: one more, again and again, for the one with most tokens a place.
+    """Returns the number of copies of each expert: repeatedly one more for the expert with most tokens per place.
 
     Args:
         loads: Tokens of each expert.
-        places: Of all ranks together, at least as many as experts.
-        ranks: More copies than ranks are of no use.
+        places: Places of all ranks together, at least the number of experts.
+        ranks: Number of ranks, the upper limit of copies of an expert.
 
     Raises:
         ValueError: If there are too few or too many places.
@@ -41,31 +41,31 @@ def replica_counts(loads: Sequence[float], places: int, ranks: int) -> list[int]
 
 
 def place_experts(loads: Sequence[float], ranks: int, spare: int = 0) -> list[list[int]]:
-    """The experts of each rank.
+    """Places experts on ranks so that the largest load of a rank is small.
 
-    Greedy packing, the largest first, on the rank with the smallest load that has a place left and not this expert;
-    then exchanges of two experts between the fullest rank and any other, as long as that makes the fuller one lighter.
+    Greedy packing, the largest first, on the rank with the smallest load that has a free place and not this expert;
+    then swaps of two experts between the most loaded rank and another, as long as a swap lowers the larger load.
 
     Args:
         loads: Tokens of each expert.
-        ranks: Of the `ep` axis.
-        spare: Places beside one for each expert, of all ranks together.
+        ranks: Number of ranks of the `ep` axis.
+        spare: Places in addition to one per expert, of all ranks together.
 
     Returns:
-        By rank, its experts, ascending; no rank has one twice. The same for the same loads.
+        By rank, its experts, ascending; no rank has one twice. Deterministic for given loads.
 
     Raises:
-        ValueError: If the places are not equally many on all ranks.
+        ValueError: If the ranks cannot have equal numbers of places.
     """
     places = len(loads) + spare
     if places % ranks:
-        raise ValueError(f"{len(loads)} experts and {spare} spare places are not equally many on {ranks} ranks.")
+        raise ValueError(f"{len(loads)} experts and {spare} spare places cannot be divided equally by {ranks} ranks.")
     counts = replica_counts(loads, places, ranks)
     size, total = places // ranks, [0.0] * ranks
     each = [load / count for load, count in zip(loads, counts, strict=True)]
     found: list[set[int]] = [set() for _ in range(ranks)]
     open_ = [(0.0, r) for r in range(ranks)]  # ranks with a place left, the lightest first
-    # of equal loads those with most copies first, as long as every rank has a place
+    # of equal loads those with most copies first, while every rank has a free place
     for expert in sorted(range(len(loads)), key=lambda e: (-each[e], -counts[e], e)):
         taken: list[int] = []
         while len(taken) < counts[expert] and open_:
@@ -77,7 +77,7 @@ def place_experts(loads: Sequence[float], ranks: int, spare: int = 0) -> list[li
             rank = _make_room(found, expert, size, each, total)
             found[rank].add(expert)
             total[rank] += each[expert]
-        if len(taken) < counts[expert]:  # others have moved, too
+        if len(taken) < counts[expert]:  # `_make_room` has moved other experts
             open_ = sorted((total[r], r) for r in range(ranks) if len(found[r]) < size)
         else:
             for rank in taken:
@@ -88,7 +88,7 @@ def place_experts(loads: Sequence[float], ranks: int, spare: int = 0) -> list[li
 
 
 def _make_room(found: list[set[int]], expert: int, size: int, each: Sequence[float], total: list[float]) -> int:
-    """Moves an expert from a rank without this one to a rank with a place left, which has it already."""
+    """Frees a place on a rank without `expert`: moves one of its experts to a rank with `expert` and a free place."""
     (full_of_it,) = [r for r in range(len(found)) if len(found[r]) < size][:1]
     for rank in sorted((r for r in range(len(found)) if expert not in found[r]), key=lambda r: (total[r], r)):
         moved = min(found[rank] - found[full_of_it], key=lambda e: (each[e], e), default=None)
@@ -98,7 +98,7 @@ def _make_room(found: list[set[int]], expert: int, size: int, each: Sequence[flo
             total[rank] -= each[moved]
             total[full_of_it] += each[moved]
             return rank
-    raise ValueError("There is no place for an expert without having it twice on a rank.")
+    raise ValueError("No rank without this expert can free a place for it.")
 
 
 def _exchange(found: list[set[int]], each: Sequence[float], total: list[float], rounds: int = 200) -> None:
@@ -124,7 +124,7 @@ def _exchange(found: list[set[int]], each: Sequence[float], total: list[float], 
 def _best_swap(
     found: list[set[int]], each: Sequence[float], total: list[float], worst: int
 ) -> tuple[int, int, int] | None:
-    """The exchange with one of the lightest ranks that lowers the larger of both sums most."""
+    """Finds the swap with one of the least loaded ranks that lowers the larger of both loads most."""
     best, least = None, total[worst] * (1 - 1e-9)
     for other in sorted(range(len(found)), key=lambda r: (total[r], r))[:2]:
         if other == worst:
@@ -139,11 +139,11 @@ def _best_swap(
 
 
 def kept_in_place(placement: Sequence[Sequence[int]], present: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The same groups of experts, given to the ranks that have most of them already, so that few move.
+    """Assigns groups of experts to the ranks that already hold most of each group, so that few experts move.
 
     Args:
-        placement: Groups of experts, one for each rank, whichever.
-        present: By rank, the experts that it has.
+        placement: Groups of experts, one per rank, in any order.
+        present: By rank, the experts that it holds.
     """
     owner = {expert: rank for rank, own in enumerate(present) for expert in own}
     common = Counter((g, owner[expert]) for g, group in enumerate(placement) for expert in group)
@@ -158,17 +158,17 @@ def kept_in_place(placement: Sequence[Sequence[int]], present: Sequence[Sequence
 
 
 def owners(hosts: Sequence[Sequence[int]], present: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Which rank has the weights of which expert: equally many each, as many as can be of experts that it computes.
+    """Chooses the rank that holds the weights of each expert: the same number per rank, preferably computed there.
 
-    An expert stays where it is if that rank computes it and no other one has to go there. A maximum matching by
-    augmenting paths; what cannot be matched goes to any rank with a place left.
+    An expert stays on its rank if that rank computes it and no other expert has to go there. A maximum matching by
+    augmenting paths; unmatched experts go to any rank with a free place.
 
     Args:
-        hosts: By rank, the experts that it computes; every expert on some rank.
-        present: By rank, the experts that it has now, equally many each.
+        hosts: By rank, the experts that it computes; every expert on at least one rank.
+        present: By rank, the experts that it holds now, the same number per rank.
 
     Returns:
-        By rank, the experts that it has from now on, ascending.
+        By rank, the experts that it will hold, ascending.
     """
     size, ranks = len(present[0]), range(len(present))
     computed = map(set, hosts)
@@ -179,7 +179,7 @@ def owners(hosts: Sequence[Sequence[int]], present: Sequence[Sequence[int]]) -> 
             of_expert[expert].append(rank)
 
     def settle(expert: int, seen: set[int]) -> bool:
-        """Gives it to one of its hosts, from which another expert goes elsewhere if it has to."""
+        """Assigns `expert` to one of its hosts, moving another expert of that host elsewhere if necessary."""
         for rank in of_expert[expert]:
             if len(found[rank]) < size:
                 found[rank].append(expert)
@@ -203,7 +203,7 @@ def owners(hosts: Sequence[Sequence[int]], present: Sequence[Sequence[int]]) -> 
 
 
 def imbalance(loads: Sequence[float], placement: Sequence[Sequence[int]]) -> float:
-    """The largest load of a rank over the mean; copies of an expert share its tokens."""
+    """Returns the largest load of a rank over the mean; copies of an expert share its tokens equally."""
     counts = [0] * len(loads)
     for experts in placement:
         for expert in experts:
@@ -214,7 +214,7 @@ def imbalance(loads: Sequence[float], placement: Sequence[Sequence[int]]) -> flo
 
 
 def least_imbalance(loads: Sequence[float], ranks: int, spare: int = 0) -> float:
-    """What no placement can be below: the mean, or the largest load that is left for one place."""
+    """Returns a lower bound of `imbalance` over all placements: 1, or the largest load per place over the mean."""
     mean = sum(loads) / ranks
     if not mean:
         return 1.0

@@ -1,12 +1,13 @@
-"""The noise of gradients, from the gradients of parts of a batch: what a larger batch would gain.
+"""The gradient noise scale, estimated from the gradients of parts of a batch.
 
 With g the gradient of the whole batch of B samples and g_k those of its K parts of b = B / K samples each,
-s = mean |g_k|^2 and q = |g|^2, unbiased estimates are
+s = mean |g_k|^2 and q = |g|^2, unbiased estimates (`PartNorms.estimate`) are
 
     S   = (s - q) / (1/b - 1/B)        the trace of the covariance of one sample's gradient
     G^2 = (B q - b s) / (B - b)        the squared norm of the true gradient
 
-and S / G^2 is the noise scale: the batch size at which noise and gradient are equally large.
+and S / G^2 is the noise scale (`NoiseScale.samples`): the batch size at which the variance of the gradient equals its
+squared norm.
 
 Reference: McCandlish et al., "An Empirical Model of Large-Batch Training" (2018), appendix A.1; their |G_small|^2 is
 our s, their |G_big|^2 our q.
@@ -21,23 +22,23 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class PartNorms:
-    """Squared norms of the gradients of some parameters, all of them cut into the same parts."""
+    """Squared gradient norms of a group of parameters whose gradients have the same parts."""
 
     parts: int
-    """K, how many parts of the batch had a gradient of their own."""
+    """K, the number of parts of the batch with separate gradients."""
     mean_of_squares: float
     """s, the mean of the parts' squared norms."""
     square_of_mean: float
     """q, the squared norm of the whole batch's gradient."""
 
     def estimate(self, batch_size: int) -> tuple[float, float]:
-        """S and G^2 of these parameters.
+        """Returns S and G^2 of these parameters.
 
         Args:
             batch_size: B, in samples.
 
         Returns:
-            Zeros where the parts do not tell, because there is only one.
+            S and G^2; zeros if there is only one part.
         """
         if self.parts < 2:
             return 0.0, 0.0
@@ -48,7 +49,7 @@ class PartNorms:
 
 
 def estimate(groups: Iterable[PartNorms], batch_size: int) -> tuple[float, float]:
-    """S and G^2 over groups of parameters that were cut differently: traces and squared norms add up."""
+    """Returns S and G^2, summed over groups of parameters with different parts: both are additive."""
     noise = signal = 0.0
     for group in groups:
         s, g = group.estimate(batch_size)
@@ -58,14 +59,14 @@ def estimate(groups: Iterable[PartNorms], batch_size: int) -> tuple[float, float
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseScale:
-    """Exponential moving averages of S and of G^2; never of their quotient, whose mean is biased."""
+    """Exponential moving averages of S and of G^2; not of their quotient, whose mean is biased."""
 
     half_life_steps: float = 100.0
-    """After so many steps an estimate counts half."""
+    """Steps after which the weight of an estimate has halved."""
     noise_sum: float = 0.0
-    """Of S, weighted; divided by `weight` it is the average."""
+    """Weighted sum of S; divided by `weight` it is the average."""
     signal_sum: float = 0.0
-    """Of G^2, weighted alike."""
+    """Weighted sum of G^2."""
     weight: float = 0.0
     """Sum of the weights, which corrects for the start at zero."""
 
@@ -74,7 +75,7 @@ class NoiseScale:
             raise ValueError(f"`half_life_steps` must be above 0. Got {self.half_life_steps}.")
 
     def updated(self, noise: float, signal: float, steps: int = 1) -> NoiseScale:
-        """After one more step's estimates, `steps` after the last ones; one that is not finite is left out."""
+        """Returns the averages with one more estimate, `steps` after the last; ignores non-finite estimates."""
         if not (math.isfinite(noise) and math.isfinite(signal)):
             return self
         keep = 0.5 ** (steps / self.half_life_steps)
@@ -97,7 +98,7 @@ class NoiseScale:
 
     @property
     def samples(self) -> float | None:
-        """The noise scale in samples; infinite where noise hides the gradient; None before the first step."""
+        """The noise scale in samples; infinite if the estimate of G^2 is not positive; None before the first step."""
         if not self.weight:
             return None
         if self.signal <= 0:

@@ -1,4 +1,4 @@
-"""The micro-batch that memory allows: a model of the peak, and a search that trusts only what was tried."""
+"""The micro-batch that fits into memory: a linear model of the peak, and a search that returns only tried sizes."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFit:
-    """P(b) = max(P_opt, max over k of a_k + c_k b): the peak memory of a step by its micro-batch size b.
+    """P(b) = max(P_opt, max over k of a_k + c_k b): the peak memory of a step with micro-batches of b samples.
 
-    Tensors that are alive at one place of a step take a + c b bytes there. The peak is the largest of these lines: for
-    small micro-batches often that of the end of the backward pass, where all gradients are, and for large ones that of
-    the loss, where all activations are. With one line it is max(P_opt, a + c b).
+    The tensors alive at one point of a step take a + c b bytes. The peak is the maximum of these lines: for small
+    micro-batches often the end of the backward pass, where all gradients are alive, for large ones the loss, where all
+    activations are alive. With a single line, P(b) = max(P_opt, a + c b).
     """
 
     optimizer_bytes: int
-    """P_opt, the peak of the optimizer's step."""
+    """P_opt, the peak of the optimizer step."""
     lines: tuple[tuple[float, float], ...]
-    """(a_k in bytes, c_k in bytes a sample), by rising c_k; none below the others everywhere."""
+    """(a_k in bytes, c_k in bytes per sample), by rising c_k; each is the maximum for some b."""
 
     def __post_init__(self) -> None:
         if not self.lines:
             raise ValueError("`lines` must have at least one line. Got none.")
 
     def predict(self, size: int) -> int:
-        """P(b) in bytes, for a micro-batch of `size` samples."""
+        """Returns P(b) in bytes for a micro-batch of `size` samples."""
         return max(self.optimizer_bytes, *(math.ceil(a + c * size) for a, c in self.lines))
 
     def largest(self, budget_bytes: int, at_most: int) -> int:
-        """The largest micro-batch up to `at_most` samples that should fit into `budget_bytes`; 0 if none does."""
+        """Returns the largest micro-batch up to `at_most` samples predicted to fit `budget_bytes`; 0 if none does."""
         if self.optimizer_bytes > budget_bytes:
             return 0
         size = at_most
@@ -46,14 +46,14 @@ class MemoryFit:
 
 
 def fit_peaks(optimizer_bytes: int, peaks: Mapping[int, int]) -> MemoryFit:
-    """Fits a + c b to the peaks of steps of two sizes, the largest that were measured.
+    """Fits a + c b to the peaks of the two largest sizes.
 
     Args:
         optimizer_bytes: P_opt.
         peaks: Measured peaks in bytes, by size in samples; at least two.
 
     Raises:
-        ValueError: If there are fewer.
+        ValueError: If there are fewer than two sizes.
     """
     if len(peaks) < 2:
         raise ValueError(f"`peaks` must have at least two sizes. Got {sorted(peaks)}.")
@@ -62,17 +62,17 @@ def fit_peaks(optimizer_bytes: int, peaks: Mapping[int, int]) -> MemoryFit:
 
 
 def fit_profiles(optimizer_bytes: int, profiles: Mapping[int, Sequence[int]]) -> MemoryFit:
-    """Fits a line to every place of a step of two sizes; of these it keeps the upper envelope.
+    """Fits a line to every allocation of a step at two sizes and keeps the upper envelope of the lines.
 
-    Where the two steps did not allocate equally often, as with control flow that depends on the data, it is the fit of
-    the two peaks.
+    Falls back to `fit_peaks` if the two steps have different numbers of allocations, for example because of control
+    flow that depends on the data.
 
     Args:
         optimizer_bytes: P_opt.
-        profiles: For two sizes in samples: bytes alive after each allocation of the step.
+        profiles: By size in samples, for two sizes: bytes alive after each allocation of the step.
 
     Raises:
-        ValueError: If it is not two sizes.
+        ValueError: If the number of sizes is not two.
     """
     if len(profiles) != 2:
         raise ValueError(f"`profiles` must have two sizes. Got {sorted(profiles)}.")
@@ -85,13 +85,13 @@ def fit_profiles(optimizer_bytes: int, profiles: Mapping[int, Sequence[int]]) ->
 
 
 def _line(first: int, low: int, second: int, high: int) -> tuple[float, float]:
-    """The line through two points; one that falls is taken as constant, at the larger value."""
+    """Returns (a, c) of the line through two points; a falling line becomes a constant at the larger value."""
     slope = (high - low) / (second - first)
     return (low - slope * first, slope) if slope > 0 else (float(max(low, high)), 0.0)
 
 
 def _upper_envelope(lines: set[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """The lines that are the largest somewhere at b >= 0, by rising slope."""
+    """Returns the lines that are the maximum for some b >= 0, by rising slope."""
     kept: list[tuple[float, float]] = []
     best: dict[float, float] = {}
     for a, c in lines:
@@ -104,27 +104,27 @@ def _upper_envelope(lines: set[tuple[float, float]]) -> tuple[tuple[float, float
 
 
 def _hidden(below: tuple[float, float], line: tuple[float, float], above: tuple[float, float]) -> bool:
-    """Whether `line` is nowhere above both of its neighbours in slope."""
+    """Returns True if `line` is nowhere above both of its neighbors in slope."""
     crossing = (below[0] - above[0]) / (above[1] - below[1])
     return line[0] + line[1] * crossing <= below[0] + below[1] * crossing
 
 
 def search_largest(ladder: Sequence[int], start: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest size that fits, among allowed ones, from few trials around a guess.
+    """Finds the largest allowed size that fits, with few trials around a guess.
 
-    From the largest allowed size up to `start` it goes up, or down, by one, two, four and so on allowed sizes until the
-    answer changes, and then bisects. A guess that is right costs two trials; from the smallest size it is doubling.
+    Starts at the largest allowed size up to `start`, moves up or down by 1, 2, 4, … allowed sizes until the answer
+    changes, then bisects. A correct guess costs two trials; starting at the smallest size, the search doubles.
 
     Args:
         ladder: The allowed sizes, ascending.
         start: The guess; any number.
-        fits: Tries a size. If a size fits, smaller ones are taken to fit, too.
+        fits: Tries a size. Sizes below one that fits are assumed to fit.
 
     Returns:
-        A size for which `fits` was true; None if there is none.
+        The largest size for which `fits` returned True; None if there is none.
 
     Raises:
-        ValueError: If `ladder` is empty or does not ascend.
+        ValueError: If `ladder` is empty or not ascending.
     """
     if not ladder or any(b <= a for a, b in zip(ladder, ladder[1:], strict=False)) or ladder[0] < 1:
         raise ValueError(f"`ladder` must have whole numbers of at least 1, ascending. Got {list(ladder)}.")

@@ -1,4 +1,4 @@
-"""Phases of a training: when one ends, and what the next one sets."""
+"""Phases of a training run: settings, and the conditions for the next phase."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lightning_hybrid.spec.gradient_sync import GradientSync, SyncKind
 
 @dataclass(frozen=True, kw_only=True)
 class Plateau:
-    """A metric that does not become smaller any more."""
+    """A metric that has stopped decreasing."""
 
     metric: str
-    """As it is logged, such as `"train_loss"`."""
+    """Name under which the metric is logged, such as `"train_loss"`."""
     every_n_steps: int = 100
-    """Optimizer steps between two looks."""
+    """Optimizer steps between two checks."""
     patience: int = 3
-    """So many looks in a row without an improvement are a plateau."""
+    """Consecutive checks without an improvement that make a plateau."""
     min_change: float = 0.01
-    """An improvement is at least this share of the best value so far."""
+    """Smallest improvement, as a share of the best value so far."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every_n_steps", "patience")
@@ -32,35 +32,35 @@ class Plateau:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """What holds from a point of a training on; what is None stays as it was.
+    """Settings from one point of training on; settings that are None keep their value.
 
-    The first phase begins with the training, each other one at the first of the points that it names.
+    The first phase begins with the training, every other phase at the first of its `at_...` points.
     """
 
     at_step: int | None = None
-    """It begins after so many steps of the optimizer."""
+    """Begins after this many optimizer steps."""
     at_samples: int | None = None
-    """It begins once so many samples have been trained on, of all replicas."""
+    """Begins after this many samples, summed over replicas."""
     at_tokens: int | None = None
-    """It begins once so many tokens have been trained on: elements of a batch's first tensor."""
+    """Begins after this many tokens: elements of a batch's first tensor, summed over replicas."""
     at_plateau: Plateau | None = None
-    """It begins when a metric has stopped to improve in the phase before."""
+    """Begins when a metric has stopped improving in the previous phase."""
     layout: str | None = None
-    """The layout, of all devices of the run."""
+    """The layout, on all devices of the run."""
     schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"] | None = None
     """The pipeline schedule."""
     microbatches: int | Literal["auto"] | None = None
-    """Microbatches of a replica's batch under `pp`."""
+    """Number of microbatches of a replica's batch under `pp`."""
     batch_size: int | None = None
-    """Samples of the global batch, of all replicas and accumulated batches together."""
+    """Samples of the global batch, summed over replicas and accumulated batches."""
     micro_batch_size: int | None = None
-    """No more samples are run at once."""
+    """Upper limit of the samples in one forward pass."""
     sequence_length: int | None = None
-    """Samples of T tokens are split into T / this many samples. 0: they are whole again."""
+    """Splits samples of T tokens into samples of this many tokens. 0: not split."""
     gradient_sync: SyncKind | GradientSync | None = None
-    """How replicas agree on gradients (see `HybridStrategy`)."""
+    """Gradient synchronization of the replicas (see `HybridStrategy`)."""
     streams: int | None = None
-    """Parallel streams that the module opens, by its method `open_streams(streams)`."""
+    """Number of parallel streams (ParScale); calls the module's method `open_streams(streams)`."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "at_step", "at_samples", "at_tokens", "batch_size", "micro_batch_size", "streams")
@@ -68,15 +68,15 @@ class Phase:
 
     @property
     def begins(self) -> bool:
-        """Whether it says when it begins."""
+        """True if the phase names a point at which it begins."""
         return any(p is not None for p in (self.at_step, self.at_samples, self.at_tokens, self.at_plateau))
 
 
 def check_phases(phases: Sequence[Phase]) -> None:
-    """Whether these can be the phases of a training.
+    """Checks the order and the starting points of `phases`.
 
     Raises:
-        ValueError: If not.
+        ValueError: If the phases are not in order or have wrong starting points.
     """
     if not phases:
         raise ValueError("`phases` must have at least one phase.")
@@ -95,7 +95,7 @@ def check_phases(phases: Sequence[Phase]) -> None:
 
 
 def in_force(phases: Sequence[Phase]) -> Phase:
-    """What holds after these phases: of each setting the one that was made last."""
+    """Returns the accumulated settings of `phases`: for each setting the last value that is not None."""
     settings: dict[str, Any] = {}
     for phase in phases:
         settings |= {k: v for k, v in vars(phase).items() if v is not None and not k.startswith("at_")}
@@ -104,31 +104,31 @@ def in_force(phases: Sequence[Phase]) -> Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseState:
-    """Where a training is; a value, so that it can be saved."""
+    """Progress through the phases; immutable, saved in checkpoints."""
 
     phase: int = 0
-    """Number of the phase that holds."""
+    """Index of the current phase."""
     samples: int = 0
-    """Trained on."""
+    """Samples trained on."""
     tokens: int = 0
-    """Trained on, where they are counted."""
+    """Tokens trained on, if they are counted."""
     best: float = math.inf
-    """Of the metric of the next phase's plateau, in this phase."""
+    """Best value, in this phase, of the metric of the next phase's plateau."""
     looks: int = 0
-    """In a row without an improvement."""
+    """Consecutive checks without an improvement."""
 
     def after_step(self, samples: int, tokens: int) -> PhaseState:
-        """One step of the optimizer later."""
+        """Returns the state after one optimizer step."""
         return replace(self, samples=self.samples + samples, tokens=self.tokens + tokens)
 
     def seen(self, value: float, plateau: Plateau) -> PhaseState:
-        """After a look at the metric."""
+        """Returns the state after a check of the metric with this `value`."""
         if value < self.best - plateau.min_change * abs(self.best if math.isfinite(self.best) else value):
             return replace(self, best=value, looks=0)
         return replace(self, looks=self.looks + 1)
 
     def ends(self, following: Phase, steps: int) -> bool:
-        """Whether `following` begins now, after `steps` steps of the optimizer."""
+        """Returns True if `following` begins now, after `steps` optimizer steps."""
         reached = [
             following.at_step is not None and steps >= following.at_step,
             following.at_samples is not None and self.samples >= following.at_samples,
@@ -138,5 +138,5 @@ class PhaseState:
         return any(reached)
 
     def next(self) -> PhaseState:
-        """At the beginning of the next phase."""
+        """Returns the state at the beginning of the next phase."""
         return replace(self, phase=self.phase + 1, best=math.inf, looks=0)

@@ -1,4 +1,4 @@
-"""When a better balance pays for the move, and what is done if it does not come."""
+"""Decides when a predicted gain justifies a move of load, and when a move is reverted."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from lightning_hybrid.spec.checks import check_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class RebalancingRules:
-    """How readily load is moved."""
+    """Thresholds and intervals of the decisions on moves."""
 
     every_n_steps: int = 20
-    """Steps between two looks; times are medians over them."""
+    """Steps between two checks; times are medians over these steps."""
     min_gain: float = 0.05
     """A move must be predicted to shorten the step by at least this share."""
     votes: int = 2
-    """So many looks in a row must say so."""
+    """Consecutive checks that must predict it."""
     rest_looks: int = 2
-    """Looks after a move in which nothing is moved, and of which the last one judges it."""
+    """Checks after a move without another move; the last of them measures the gain."""
     kept_share: float = 0.3
-    """A move must bring at least this share of the gain that was predicted, or it is taken back."""
+    """A move whose measured gain is below this share of the predicted gain is reverted."""
     horizon_steps: int = 1000
-    """Steps that are left, where the Trainer has no end."""
+    """Assumed remaining steps if the Trainer has no limit."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every_n_steps", "votes", "rest_looks", "horizon_steps")
@@ -33,37 +33,40 @@ class RebalancingRules:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What a kind of balance has come to; a value, so that it can be saved."""
+    """State of the decisions on one kind of load; immutable, saved in checkpoints."""
 
     votes: int = 0
-    """Looks in a row that wanted a move."""
+    """Consecutive checks that voted for a move."""
     rest: int = 0
-    """Looks until the last move is judged."""
+    """Checks until the last move is judged."""
     before_seconds: float = 0.0
-    """Of a step before it, or whatever else it is judged by."""
+    """Step time before the last move, in seconds, or another cost by which the move is judged."""
     gain: float = 0.0
-    """What was predicted of it, as a share."""
+    """Predicted gain of the last move, as a share of the step time."""
     failed: int = 0
-    """Moves that were taken back; each doubles the gain that the next one must have."""
+    """Number of reverted moves; each doubles the gain that the next move must promise."""
 
 
 def pays(gain_seconds: float, steps_left: int, move_seconds: float) -> bool:
-    """Whether a gain in each of the steps that are left is more than a move takes."""
+    """Returns True if the gain over all remaining steps exceeds the cost of a move."""
     return steps_left * gain_seconds > move_seconds
 
 
 def look(
     watch: Watch, gain: float, step_seconds: float, steps_left: int, move_seconds: float, rules: RebalancingRules
 ) -> tuple[bool, Watch]:
-    """Whether to move now.
+    """Checks whether to move now.
 
     Args:
-        watch: The state so far, not at rest.
-        gain: By what share a step would become shorter.
-        step_seconds: Of a step at present.
-        steps_left: Of the run.
-        move_seconds: What the last move took, or is thought to take.
-        rules: How readily.
+        watch: The state so far, with `rest` 0.
+        gain: Predicted gain, as a share of the step time.
+        step_seconds: Current step time.
+        steps_left: Remaining steps of the run.
+        move_seconds: Measured cost of the last move, or an assumed cost.
+        rules: Thresholds.
+
+    Returns:
+        True if the move should be made, and the new state.
     """
     wanted = gain >= rules.min_gain * 2**watch.failed and pays(gain * step_seconds, steps_left, move_seconds)
     votes = watch.votes + 1 if wanted else 0
@@ -73,12 +76,15 @@ def look(
 
 
 def judge(watch: Watch, step_seconds: float, rules: RebalancingRules) -> tuple[bool, Watch]:
-    """One look after a move: whether to take it back.
+    """Checks a move that was made, and decides whether to revert it.
 
     Args:
-        watch: The state, at rest.
-        step_seconds: Of a step since the last look.
-        rules: How readily.
+        watch: The state, with `rest` above 0.
+        step_seconds: Step time since the last check.
+        rules: Thresholds.
+
+    Returns:
+        True if the move should be reverted, and the new state.
     """
     watch = replace(watch, rest=watch.rest - 1)
     if watch.rest > 0:

@@ -1,13 +1,13 @@
-"""Where to cut a model into pipeline stages by measured times, on ranks that may differ in speed.
+"""Cuts a model into pipeline stages by measured times, on ranks that may differ in speed.
 
-With c_i the seconds that stage i takes for one microbatch, forward and backward, and m microbatches, a step of a
-schedule with one stage a rank takes
+With c_i the seconds of stage i for one microbatch, forward and backward, and m microbatches, a step of a schedule with
+one stage per rank takes (`step_seconds`)
 
     T = sum_i c_i + (m - 1) max_i c_i
 
-Reference: the pipeline's fill and drain beside its steady state, Narayanan et al., "Efficient Large-Scale Language
-Model Training on GPU Clusters Using Megatron-LM" (2021), section 2.2.1, with unequal stages. Cutting anew while
-training goes on: Wahib et al., "DynMo" (2025).
+Reference: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM" (2021),
+section 2.2.1 (fill and drain of the pipeline, and steady state), generalized to unequal stages. Repartitioning during
+training: Wahib et al., "DynMo" (2025).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 
 def step_seconds(stages: Sequence[float], microbatches: int) -> float:
-    """T of these stage times."""
+    """Returns T for these stage times."""
     return sum(stages) + (microbatches - 1) * max(stages)
 
 
 class _Way(NamedTuple):
-    """A choice of the first stages: what it costs, and how it came about."""
+    """Partial solution of the dynamic program: cost and cuts of the first stages."""
 
     total: float
     largest: float
@@ -35,18 +35,19 @@ class _Way(NamedTuple):
 def best_cuts(
     costs: Sequence[float], speeds: Sequence[float], microbatches: int, places: Collection[int]
 ) -> tuple[int, ...] | None:
-    """The contiguous stages with the smallest T.
+    """Finds the contiguous stages with the smallest T.
 
-    A dynamic program over stages and positions that keeps every way whose total and largest time no other undercuts.
+    A dynamic program over stages and positions that keeps the partial solutions on the Pareto front of total time and
+    largest stage time.
 
     Args:
-        costs: Of the links of the chain, in any unit.
-        speeds: Of each stage, in order: seconds that its rank takes for a unit of cost.
-        microbatches: m.
+        costs: Cost of each link of the chain, in any unit.
+        speeds: By stage, in order, the seconds that its rank takes for a unit of cost.
+        microbatches: m, the number of microbatches.
         places: Positions 0 < k < len(costs) at which the chain may be cut (before link k).
 
     Returns:
-        The positions, ascending, `len(speeds) - 1` of them; None if there are too few places.
+        The `len(speeds) - 1` positions of the cuts, ascending; None if there are too few places.
     """
     points = [0, *sorted(p for p in set(places) if 0 < p < len(costs)), len(costs)]
     if len(points) <= len(speeds):
@@ -76,7 +77,7 @@ def best_cuts(
 
 
 def _quick_cuts(points: Sequence[int], prefix: Sequence[float], speeds: Sequence[float]) -> list[float] | None:
-    """The costs of stages with about the smallest largest time: none of them is above a limit that is bisected."""
+    """Returns stage costs with about the smallest maximum time, by bisection over the maximum."""
     low, high, best = 0.0, prefix[-1] * max(speeds), None
     for _ in range(40):
         limit, begin, found = (low + high) / 2, 0, []
@@ -105,35 +106,34 @@ def _undominated(ways: list[_Way]) -> list[_Way]:
 
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
-    """What a stage was measured to take."""
+    """Measured time of a stage."""
 
     rank: int
     """The pipeline rank that ran it."""
     first: int
-    """Its first link."""
+    """Index of its first link."""
     stop: int
-    """The link behind its last one."""
+    """Index after its last link."""
     seconds: float
-    """Forward and backward, of one microbatch."""
+    """Time of one microbatch, forward and backward."""
 
 
 def fit_costs(
     prior: Sequence[float], times: Sequence[StageTime], ranks: int, rounds: int = 200
 ) -> tuple[list[float], list[float]]:
-    """The cost of each link and the speed of each rank that explain the times of stages.
+    """Fits the cost of each link and the speed of each rank to measured stage times.
 
-    `seconds = speed[rank] x sum of costs`, by least squares of logarithms. Speeds are fitted first, so that a slow
-    stage counts as a slow rank as long
-    as nothing speaks against it; what the times of other cuts contradict goes to the links.
+    Alternating least squares of `log seconds = log speed[rank] + log sum of costs`. Speeds are fitted first: a slow
+    stage is attributed to a slow rank unless the times of other cuts contradict; the residual goes to the links.
 
     Args:
-        prior: Costs to begin with, such as FLOPs.
-        times: Measurements, of one or of several cuts.
-        ranks: How many ranks there are.
-        rounds: Of the alternation.
+        prior: Initial costs, such as FLOPs.
+        times: Measurements of one or several cuts.
+        ranks: Number of ranks.
+        rounds: Number of alternations.
 
     Returns:
-        Costs, whose sum is that of `prior`, and speeds, in seconds for a unit of cost.
+        Costs, with the sum of `prior`, and speeds, in seconds per unit of cost.
     """
     costs, speeds = list(prior), [0.0] * ranks
 

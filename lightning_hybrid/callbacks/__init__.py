@@ -1,4 +1,4 @@
-"""Callbacks: thin, they watch a run and show what they see."""
+"""Callbacks that a user adds to a run. Decisions are made in `adapt`, state is changed by the strategy."""
 
 from lightning_hybrid.adapt.batch_schedule import BatchSizeSchedule
 from lightning_hybrid.adapt.batch_size import DecisionRules

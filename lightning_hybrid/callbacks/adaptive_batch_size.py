@@ -1,4 +1,4 @@
-"""`AdaptiveBatchSize`: the micro-batch that fits, and the global batch that the gradient's noise asks for."""
+"""`AdaptiveBatchSize`: finds the micro-batch that fits, and adapts the global batch to the gradient noise scale."""
 
 from __future__ import annotations
 
@@ -41,34 +41,35 @@ from lightning_hybrid.tuning.schedulers_by_samples import SchedulersBySamples
 
 
 class AdaptiveBatchSize(Callback):
-    """Adapts the global batch size while training goes on, under every layout of `HybridStrategy`.
+    """Adapts the global batch size during training, under every layout of `HybridStrategy`.
 
-    The run begins with the loader's batch size, times replicas, times `accumulate_grad_batches`. Every few steps the
-    noise of the gradient says whether larger batches would pay (see `adapt.gradient_noise`); if so, the global batch
-    doubles between two steps: the loader's samples are put together anew, accumulated, and split into microbatches,
-    in the same order. Schedulers of interval `"step"` go by samples, so that the learning rate's course over the data
-    stays. Everything is in the checkpoint; a resumed run decides as the uninterrupted one, in another layout too.
+    The initial global batch is the loader's batch size, times replicas, times `accumulate_grad_batches`. Every few
+    steps the gradient noise scale decides whether a larger batch pays (see `adapt.gradient_noise`). If it does, the
+    global batch doubles between two steps: the loader's samples are rebatched in the same order, accumulated and split
+    into microbatches. Schedulers with interval `"step"` advance by samples, so the learning rate as a function of
+    consumed data does not change. The checkpoint holds all of this state; a resumed run makes the same decisions as
+    an uninterrupted one, in another layout too.
 
-    With batches of a token budget (`data.TokenBatchSampler`), `memory` finds the budget that fits, for the longest and
-    the shortest samples, and a resumed run keeps it. Sizes are then in tokens, and stay: set `statistics=None`.
+    With batches of a token budget (`data.TokenBatchSampler`), `memory` finds the largest budget for which the longest
+    and the shortest samples fit, and a resumed run keeps it. Sizes are then in tokens and fixed: set `statistics=None`.
 
     Logs `global_batch_size`, `learning_rate_factor` and `gradient_noise_scale` (samples) at every decision.
 
     Args:
-        memory: What a rank may use, to find the largest micro-batch by trial steps before training: bytes; a share of
-            the device's memory, such as 0.9; `"device"`, all of it. None: the loader's batch, under `pp` its
-            microbatch, is the largest that is run at once, and the loader's token budget stays.
-        statistics: `"norm"`: a batch whose gradient's noise is `rules.tolerance` of its size; `"time"`: most progress a
-            second, from measured step times; None: none is measured, for a `schedule`.
-        max_micro_batch_size: What is run at once is no larger, in samples, or in tokens of a budget. Where a run has
-            ended without memory, restart it from its checkpoint with half of what it ran.
-        max_batch_size: The global batch does not grow beyond, in samples. None: the samples of an epoch.
-        schedule: Batch sizes that are decided beforehand; excludes `statistics`.
+        memory: Memory per rank for the search of the largest micro-batch by trial steps before training: bytes; a
+            fraction of the device's memory, such as 0.9; or `"device"` for all of it. None: no search; the loader's
+            batch (under `pp` its microbatch) is the largest micro-batch, and the loader's token budget stays.
+        statistics: `"norm"`: the batch whose gradient variance is `rules.tolerance` of its mean square; `"time"`: the
+            batch with most progress per second, from measured step times; None: not measured, for a `schedule`.
+        max_micro_batch_size: Upper limit of a micro-batch, in samples, or in tokens with a token budget. After an
+            out-of-memory failure, restart from the checkpoint with half of the size that failed.
+        max_batch_size: Upper limit of the global batch, in samples. None: the samples of an epoch.
+        schedule: Batch sizes fixed in advance; excludes `statistics`.
         learning_rate: Factor on the learning rate when the batch is k times the first one: `"sqrt"`, `"adascale"`,
             `"none"`; `"auto"` is `"adascale"` for SGD and `"sqrt"` for other optimizers.
-        max_samples: Training stops at the step that reaches so many samples. `max_steps` counts steps of any size.
-        max_tokens: The same for tokens, the elements of a batch's first tensor.
-        rules: How readily the size changes.
+        max_samples: Stops training at the step that reaches this many samples. `max_steps` counts steps of any size.
+        max_tokens: Stops training at the step that reaches this many tokens, the elements of a batch's first tensor.
+        rules: Thresholds and intervals of the decisions.
 
     Raises:
         ValueError: If an argument is not one of its possible values.
@@ -92,9 +93,9 @@ class AdaptiveBatchSize(Callback):
         if learning_rate not in ("auto", "sqrt", "adascale", "none"):
             raise ValueError(f"`learning_rate` must be 'auto', 'sqrt', 'adascale' or 'none'. Got {learning_rate!r}.")
         if schedule is not None and statistics is not None:
-            raise ValueError("`schedule` decides batch sizes beforehand: set `statistics=None` with it.")
+            raise ValueError("`schedule` fixes batch sizes in advance: set `statistics=None` with it.")
         if statistics is None and learning_rate == "adascale":
-            raise ValueError("`learning_rate='adascale'` needs the gradient's noise: set `statistics='norm'`.")
+            raise ValueError("`learning_rate='adascale'` needs the gradient noise: set `statistics='norm'`.")
         for name, value in (
             ("max_micro_batch_size", max_micro_batch_size),
             ("max_batch_size", max_batch_size),
@@ -121,27 +122,27 @@ class AdaptiveBatchSize(Callback):
         self.events: list[dict[str, Any]] = []
         """Every change so far: step, samples, and the batch sizes before and after."""
 
-    # ---- what it shows
+    # ---- current values
 
     @property
     def batch_size(self) -> int:
-        """The global batch size, in samples; there once training has started."""
+        """The global batch size, in samples; available once training has started."""
         return self._present.batch_size
 
     @property
     def noise_scale(self) -> float | None:
-        """The gradient's noise scale, in samples; None as long as there is none."""
+        """The gradient noise scale, in samples; None until it has been measured."""
         return self._noise.samples
 
     @property
     def division(self) -> BatchDivision:
-        """How the global batch is divided; there once training has started."""
+        """The division of the global batch; available once training has started."""
         return self._batches.division
 
     @property
     def _present(self) -> BatchSizeState:
         if self._state is None:
-            raise RuntimeError("`AdaptiveBatchSize` knows the batch size only after training has started.")
+            raise RuntimeError("`AdaptiveBatchSize` has a batch size only after training has started.")
         return self._state
 
     @property
@@ -160,7 +161,7 @@ class AdaptiveBatchSize(Callback):
         if not pl_module.automatic_optimization:
             raise PartitionError(
                 "`AdaptiveBatchSize` needs automatic optimization: with `automatic_optimization=False` the module "
-                "itself says when a step is made. Remove the callback."
+                "itself decides when the optimizer steps. Remove the callback."
             )
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
         if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
@@ -197,8 +198,8 @@ class AdaptiveBatchSize(Callback):
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, LBFGS):
             raise PartitionError(
-                "`AdaptiveBatchSize` needs an optimizer that takes one gradient a step. Got LBFGS, which calls the "
-                "step several times. Use another optimizer, or remove the callback."
+                "`AdaptiveBatchSize` needs an optimizer that uses one gradient per step. Got LBFGS, which evaluates "
+                "the closure several times. Use another optimizer, or remove the callback."
             )
         if self._rule == "auto":
             self._rule = "adascale" if isinstance(optimizer, SGD) and self._statistics is not None else "sqrt"
@@ -207,8 +208,8 @@ class AdaptiveBatchSize(Callback):
         for name, value in (("statistics", self._statistics), ("schedule", self._schedule)):
             if value is not None:
                 raise PartitionError(
-                    f"`{name}` must be None with batches of a token budget, whose numbers of samples and tokens differ "
-                    f"from part to part. Got {value!r}. Only `memory` adapts them."
+                    f"`{name}` must be None with batches of a token budget: their numbers of samples and tokens "
+                    f"differ from batch to batch. Got {value!r}. Only `memory` adapts them."
                 )
         self._micro_batch.find_budget(control, device, self._max_batch_size)
 
@@ -249,18 +250,18 @@ class AdaptiveBatchSize(Callback):
     # ---- another layout
 
     def division_under(self, request: Request) -> BatchDivision:
-        """For `BatchSizeController`: how the present global batch is divided in another layout."""
+        """Returns the division of the current global batch under `request`. Called by `BatchSizeController`."""
         control, state = self._batches, self._present
         if self._micro_batch.memory is not None and request.layout != control.request.layout:
             raise PartitionError(
-                f"`memory` of `AdaptiveBatchSize` has found what fits under '{control.request.layout}', and it looks "
-                f"before training only. Change to `layout='{request.layout}'` between two runs, or give "
+                f"`memory` of `AdaptiveBatchSize` has measured what fits under '{control.request.layout}', and "
+                f"measures before training only. Change to `layout='{request.layout}'` between two runs, or give "
                 "`max_micro_batch_size` instead of `memory`."
             )
         return self._division(control, state.batch_size, request) or self._refuse(control, state, request)
 
     def layout_changed(self) -> None:
-        """For `BatchSizeController`: times are measured anew."""
+        """Discards measured step times. Called by `BatchSizeController` after a change of layout."""
         self._times, self._measured_on = StepTimes(), self._batches.measured_on
 
     # ---- steps
@@ -336,7 +337,7 @@ class AdaptiveBatchSize(Callback):
         division = self._division(control, self.batch_size)
         if division is not None:
             rank_zero_warn(
-                f"AdaptiveBatchSize: memory was short in two steps, so micro-batches are halved: {division}."
+                f"AdaptiveBatchSize: memory ran short in two consecutive steps; micro-batches are halved: {division}."
             )
             control.change(division)
 
@@ -344,7 +345,7 @@ class AdaptiveBatchSize(Callback):
 
     def _decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: BatchSizeState) -> None:
         target = wanted(self._statistics or "norm", state, self._noise, self._times, self._rules)
-        target = trainer.strategy.broadcast(target)  # times are each rank's own
+        target = trainer.strategy.broadcast(target)  # step times differ between ranks
         size, votes = vote(state.batch_size, target, state.votes, self._rules)
         self._state = replace(state, votes=votes)
         self._change(size)
@@ -382,7 +383,7 @@ class AdaptiveBatchSize(Callback):
         control.change(division)
         self._scale_learning_rates()
 
-    # ---- end, and checkpoints
+    # ---- end and checkpoints
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""`LoadRebalancing`: blocks, experts and samples move to where there is time for them, while training goes on."""
+"""`LoadRebalancing`: rebalances blocks, experts and samples across ranks during training."""
 
 from __future__ import annotations
 
@@ -27,36 +27,37 @@ from lightning_hybrid.tuning.workload import Observation, Workload
 Kind = Literal["stages", "experts", "replicas"]
 KINDS: tuple[Kind, ...] = ("stages", "experts", "replicas")
 EXPERTS_SHARE = 0.5
-"""The part of a step that experts are thought to take; their balance is judged by tokens, not by seconds."""
+"""Assumed share of a step spent in experts, empirical: their balance is measured in tokens, not in seconds."""
 GUESSED_STEPS = 2
-"""What the first move is thought to take, in steps; later ones take what the last one took."""
+"""Assumed cost of the first move, in steps, empirical; later moves are assumed to cost what the last one took."""
 
 
 class LoadRebalancing(Callback):
-    """Moves load between ranks while training goes on, and takes back what does not help.
+    """Moves load between ranks during training, and reverts moves that do not help.
 
-    Every few steps the ranks tell each other what they have measured, and rank 0 decides. A move is made when the step
-    is predicted to become shorter by `rules.min_gain`, twice in a row, and the steps that are left pay for it. Results
-    do not change: blocks and experts move with their optimizer state, and gradients are weighed by samples.
+    Every few steps the ranks exchange their measurements and rank 0 decides. A move is made when two consecutive checks
+    predict that the step becomes shorter by `rules.min_gain` and the remaining steps pay for the move. Results do not
+    change: blocks and experts move with their optimizer state, and gradients are weighted by samples.
 
-    - stages, under `pp` with one stage a rank: the cuts with the smallest step time by measured times of the stages, on
-      ranks that may differ in speed.
-    - experts, under `ep`: equally many on each rank, packed by the tokens that went to them. With `expert_copies`, hot
-      ones are computed on several ranks, which share their tokens; weights of copies are sent in every forward pass.
-    - sequences, with `lengths`: the samples of each global batch are dealt to replicas and microbatches so that all
-      have equally much to do, by 6 h L + L^2 for a sequence of L tokens; gradients are weighed by tokens. For collate
+    - stages, under `pp` with one stage per rank: the cuts with the smallest step time by measured times of the stages,
+      on ranks that may differ in speed.
+    - experts, under `ep`: the same number on each rank, packed by the tokens routed to them. With `expert_copies`, hot
+      experts are replicated on several ranks, which share their tokens; weights of copies are sent in every forward
+      pass.
+    - sequences, with `lengths`: the samples of each global batch are distributed over replicas and microbatches so that
+      all have the same cost, 6 h L + L^2 for a sequence of L tokens; gradients are weighted by tokens. For collate
       functions that do not pad.
     - replicas, under `dp` and `fsdp` without `ep`: samples of each global batch, by the speed of the replicas.
 
     Logs `rebalancing/<kind>_gain`, the share of a step that a better balance would save, and `rebalancing/moves`.
 
     Args:
-        kinds: What may be moved.
+        kinds: Kinds of load that may be moved.
         lengths: Tokens of every sample of the training dataset, by its index.
         width: Width of the model, h, in the cost of a sequence.
-        expert_copies: How many experts a rank of `ep` computes beside as many as it has.
-        max_share: No replica gets more than so many times an equal share of a batch; memory has to suffice for it.
-        rules: How readily.
+        expert_copies: Experts that each rank of `ep` computes in addition to its own.
+        max_share: Upper limit of a replica's samples, as a multiple of an equal share; it has to fit into memory.
+        rules: Thresholds and intervals of the decisions.
 
     Raises:
         ValueError: If an argument is not one of its possible values.
@@ -87,7 +88,7 @@ class LoadRebalancing(Callback):
         self._watches = {kind: Watch() for kind in self._kinds}
         self._seen: list[StageTime] = []
         self._before: dict[str, Any] = {}
-        """The divisions that moves which are not judged yet have replaced."""
+        """By kind, the division before a move that has not been judged yet."""
         self._wall: list[float] = []
         self._last: float | None = None
         self._steps = 0
@@ -95,7 +96,7 @@ class LoadRebalancing(Callback):
         self._load: Workload | None = None
         self._restored: dict[str, Any] = {}
         self.moves: list[dict[str, Any]] = []
-        """Every move so far: global step, kind, the new division, predicted gain; and those that were taken back."""
+        """Every move so far: global step, kind, new division, predicted gain, and whether it reverted another move."""
 
     # ---- start
 
@@ -117,7 +118,7 @@ class LoadRebalancing(Callback):
         self._begin(strategy)
 
     def _begin(self, strategy: PartitionedStrategy) -> None:
-        """Divides and measures in the present layout."""
+        """Applies `lengths` and starts measuring in the current layout."""
         if self._lengths is not None:
             self._shard_by_length(strategy, self._lengths)
         if self._load is not None:
@@ -144,7 +145,7 @@ class LoadRebalancing(Callback):
         strategy = hybrid_strategy(trainer, self)
         if self._load is None:
             return
-        if not self._load.is_current:  # somebody else has changed the layout
+        if not self._load.is_current:  # another callback has changed the layout
             self._watches = {kind: Watch() for kind in self._kinds}
             self._seen, self._before = [], {}
             self._begin(strategy)
@@ -181,7 +182,7 @@ class LoadRebalancing(Callback):
         pl_module.log_dict({**values, "rebalancing/moves": float(len(self.moves))}, batch_size=1)
 
     def _note(self, seen: Observation) -> None:
-        """The latest times of each cut."""
+        """Stores the latest time of each stage, identified by rank and blocks."""
         for time_ in seen.stages:
             same = (time_.rank, time_.first, time_.stop)
             self._seen = [t for t in self._seen if (t.rank, t.first, t.stop) != same]
@@ -190,7 +191,7 @@ class LoadRebalancing(Callback):
     def _decide(
         self, load: Workload, seen: Observation, seconds: float, steps_left: int
     ) -> tuple[Kind | None, Any, bool, dict[str, float], dict[Any, Watch]]:
-        """What to move, the new division, whether that takes a move back, the gains that were seen, and the state."""
+        """Returns the kind to move, its division, whether it reverts a move, the gains by kind, and the new state."""
         watches = dict(self._watches)
         found = {kind: self._better(kind, load, seen) for kind in self._kinds}
         gains = {str(kind): better[0] for kind, better in found.items() if better is not None}
@@ -237,11 +238,11 @@ class LoadRebalancing(Callback):
         self.moves.append(
             {"step": trainer.global_step, "kind": kind, "division": division, "gain": gain, "taken_back": back}
         )
-        what = "taken back" if back else f"a step should become {gain:.0%} shorter"
+        what = "reverted" if back else f"a step should become {gain:.0%} shorter"
         rank_zero_info(f"LoadRebalancing: {kind} {_shown(division)}: {what}.")
 
     def _division(self, strategy: PartitionedStrategy) -> dict[str, Any]:
-        """How load is divided at present."""
+        """Returns the current division of each kind of load."""
         request, data = strategy.request, strategy.data
         return {
             "stages": request.cuts,
@@ -259,7 +260,7 @@ class LoadRebalancing(Callback):
                 request.layout, cuts=stages, expert_orders=experts["orders"], expert_hosts=experts["hosts"]
             )
 
-    # ---- end, and checkpoints
+    # ---- end and checkpoints
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

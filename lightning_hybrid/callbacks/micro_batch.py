@@ -1,4 +1,4 @@
-"""For `AdaptiveBatchSize`: what a rank runs at once, in samples or in tokens; found before training, halved in it."""
+"""The micro-batch of `AdaptiveBatchSize`: found before training, halved when memory runs short."""
 
 from __future__ import annotations
 
@@ -15,62 +15,62 @@ from lightning_hybrid.tuning.batch_size import BatchSizeController
 from lightning_hybrid.tuning.device_memory import share_of_memory
 
 LADDER = 64
-"""Sizes are tried up to so many times the first one, where nothing else limits them."""
+"""Upper limit of the search, as a multiple of the first size, where nothing else limits it. Empirical."""
 
 Memory = int | float | Literal["device"]
 
 
 class MicroBatch:
-    """The largest part that a rank runs at once.
+    """The largest micro-batch that a rank runs.
 
     Args:
-        memory: What a rank may use to find it (see `AdaptiveBatchSize`); None: what the user's batches have.
-        most: It is no larger, in samples, or in tokens of a budget.
+        memory: Memory per rank for the search (see `AdaptiveBatchSize`); None: no search.
+        most: Upper limit, in samples, or in tokens with a token budget.
 
     Raises:
-        ValueError: If `memory` is none.
+        ValueError: If `memory` is not one of its possible values.
     """
 
     def __init__(self, memory: Memory | None, most: int | None) -> None:
         wrong = isinstance(memory, int) and memory < 1 or isinstance(memory, float) and not 0 < memory <= 1
         if wrong or not (memory in ("device", None) or isinstance(memory, int | float)):
-            raise ValueError(f"`memory` must be bytes, a share up to 1.0, 'device' or None. Got {memory!r}.")
+            raise ValueError(f"`memory` must be bytes, a fraction up to 1.0, 'device' or None. Got {memory!r}.")
         self.memory: Memory | None = memory
         self._most = most
         self.samples: int | None = None
-        """As found, or halved since; None: that of the user's batches."""
+        """Samples of the largest micro-batch, as found or halved since; None: that of the loader's batches."""
         self.tokens: int | None = None
-        """The same of a replica's batch with a token budget."""
+        """Tokens of the largest batch of a replica with a token budget; None: that of the loader's batches."""
         self._short_steps = 0
 
     @property
     def is_sought(self) -> bool:
-        """Whether it is to be found in samples."""
+        """True if the micro-batch in samples has yet to be searched."""
         return self.memory is not None and self.samples is None
 
     def find(self, control: BatchSizeController, device: torch.device, batches: Sequence[int]) -> None:
-        """The largest that fits on all ranks and that one of these global batches can be made of. Collective.
+        """Finds the largest micro-batch that fits on all ranks and divides one of `batches`. Collective.
 
         Args:
-            control: Of the batches.
-            device: This rank's.
+            control: Runs the trial steps.
+            device: Device of this rank.
             batches: Global batch sizes, in samples.
         """
         sizes = micro_batch_sizes(batches, control.limits(max(batches), 1))
         found = control.find_micro_batch(sizes, self._bytes_on(device))
         rank_zero_info(
-            f"AdaptiveBatchSize: micro-batches of up to {found.size} samples fit; rank {found.limited_by} has no "
-            f"memory for more. Peak on rank 0: {found.measured_bytes / 2**20:.0f} MiB."
+            f"AdaptiveBatchSize: micro-batches of up to {found.size} samples fit, limited by the memory of rank "
+            f"{found.limited_by}. Peak on rank 0: {found.measured_bytes / 2**20:.0f} MiB."
         )
         self.samples = found.size
 
     def find_budget(self, control: BatchSizeController, device: torch.device, max_batch_size: int | None) -> None:
-        """Gives the batches the largest token budget that fits on all ranks. Collective.
+        """Sets the largest token budget that fits on all ranks. Collective.
 
         Args:
-            control: Of batches that have a budget.
-            device: This rank's.
-            max_batch_size: The limit of a global batch, in tokens.
+            control: Controller of batches with a token budget.
+            device: Device of this rank.
+            max_batch_size: Upper limit of a global batch, in tokens.
         """
         if self.tokens is None and self.memory is not None:
             limit = LADDER * control.first.batch_size
@@ -84,20 +84,20 @@ class MicroBatch:
             control.change_budget(budget)
 
     def _bytes_on(self, device: torch.device) -> int | None:
-        """That a rank may use; None: what the device has."""
+        """Returns the memory limit of this rank in bytes; None: all memory of `device`."""
         if isinstance(self.memory, float):
             return share_of_memory(device, self.memory)
         return None if isinstance(self.memory, str) else self.memory
 
     def within(self, first: BatchDivision) -> int:
-        """The largest there may be, in samples, where the user's batches are divided like `first`."""
+        """Returns the largest micro-batch, in samples, if the loader's batches are divided like `first`."""
         return min(self.samples or first.micro_batch_size, self._most or sys.maxsize)
 
     def halve_if_short(self, control: BatchSizeController) -> bool:
-        """After two steps in a row that ran short of memory: half of it, before one fails. Collective.
+        """Halves the micro-batch after two consecutive steps that ran short of memory, before one fails. Collective.
 
         Returns:
-            Whether batches of samples have to be divided anew; those of tokens are halved in the next epoch.
+            True if batches of samples have to be divided again; batches of tokens are halved in the next epoch.
         """
         if self.memory is None:
             return False
@@ -110,16 +110,16 @@ class MicroBatch:
             self.samples = micro // 2
             return True
         self.tokens = micro // 2
-        rank_zero_warn("AdaptiveBatchSize: memory was short in two steps, so batches are halved in the next epoch.")
+        rank_zero_warn("AdaptiveBatchSize: memory ran short in two consecutive steps; batches are halved next epoch.")
         control.change_budget_later(self.tokens)
         return False
 
 
 def warn_of_memory(control: BatchSizeController, rank: int) -> None:
-    """Says how a run that has ended without memory on this rank goes on."""
+    """Warns after an out-of-memory failure on this rank with the argument to restart with."""
     size, unit = control.division.micro_batch_size, "samples" if control.budget is None else "tokens"
     warnings.warn(
         f"AdaptiveBatchSize: rank {rank} ran out of memory with micro-batches of {size} {unit}. Restart from the last "
-        f"checkpoint with `max_micro_batch_size={max(1, size // 2)}`; the global batch stays.",
+        f"checkpoint with `max_micro_batch_size={max(1, size // 2)}`; the global batch does not change.",
         stacklevel=2,
     )

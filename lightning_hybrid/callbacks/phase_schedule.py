@@ -1,4 +1,4 @@
-"""`PhaseSchedule`: what a training is made of changes from phase to phase, without a restart."""
+"""`PhaseSchedule`: changes layout, batch sizes and other settings during training, without a restart."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from lightning_hybrid.tuning.batch_size import BatchSizeController, samples_of_a
 
 
 class PhaseSchedule(Callback):
-    """Goes through phases, each of which sets a layout, batch sizes, a length of sequences or parallel streams.
+    """Trains in phases, each of which sets a layout, batch sizes, a sequence length or parallel streams.
 
-    A phase begins between two steps: weights and optimizer state move by name to where the new layout has them (see
-    `HybridStrategy.relayout`), and training goes on behind the last batch. A change of layout alone does not change
-    the result. The phase is in the checkpoint, and a resumed run goes on in it. Schedulers advance by steps of the
-    optimizer, whatever a step is made of.
+    A phase begins between two steps: weights and optimizer state are resharded by name (see
+    `HybridStrategy.relayout`), and training continues with the next batch. A change of layout alone does not change
+    the result. The phase is saved in the checkpoint, and a resumed run continues in it. Schedulers advance by steps of
+    the optimizer, whatever the batch size of a step.
 
-    Logs `phase`, the number of the phase, from 0.
+    Logs `phase`, the index of the phase, from 0.
 
     Args:
-        phases: In order; what one leaves open stays as it was. The first one begins with the training.
+        phases: The phases in order. Settings that a phase leaves None keep their value. The first phase begins with the
+            training.
 
     Raises:
-        ValueError: If they are not in order, or one does not say when it begins.
+        ValueError: If the phases are not in order, or one after the first names no point at which it begins.
     """
 
     def __init__(self, phases: Sequence[Phase]) -> None:
@@ -51,7 +52,7 @@ class PhaseSchedule(Callback):
 
     @property
     def phase(self) -> int:
-        """The number of the phase that holds."""
+        """Index of the current phase."""
         return self._state.phase
 
     # ---- start
@@ -72,7 +73,7 @@ class PhaseSchedule(Callback):
                     f"`phases`, phase {number}: `streams={phase.streams}` needs a module with a method "
                     f"`open_streams(streams)`. Got {type(pl_module).__name__} without one."
                 )
-        # what a checkpoint of a later phase holds must be there before it is loaded
+        # modules added by later phases must exist before a checkpoint of such a phase is loaded
         saved = saved_callback_state(checkpoint_of_run(trainer), self.state_key)
         for phase in self.phases[: saved.get("phase", 0) + 1]:
             if phase.streams is not None:
@@ -127,8 +128,8 @@ class PhaseSchedule(Callback):
             return
         if plateau.metric not in trainer.callback_metrics:
             raise PartitionError(
-                f"`at_plateau` looks at `{plateau.metric}`, which is not logged. Logged are "
-                f"{', '.join(sorted(trainer.callback_metrics)) or 'no metrics'}."
+                f"`at_plateau` needs the metric `{plateau.metric}`, which is not logged. Logged metrics: "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'none'}."
             )
         value = trainer.strategy.broadcast(float(trainer.callback_metrics[plateau.metric]))
         self._state = self._state.seen(value, plateau)
@@ -136,7 +137,7 @@ class PhaseSchedule(Callback):
     # ---- what a phase sets
 
     def _set(self, trainer: pl.Trainer, edit: Callable[[], None] | None) -> None:
-        """What the present phase and those before it have set holds; `edit` adds weights."""
+        """Applies the accumulated settings of phases up to the current one; `edit` may add modules."""
         strategy, phase = hybrid_strategy(trainer, self), in_force(self.phases[: self.phase + 1])
         if self._control is not None:
             self._control.release()
@@ -164,7 +165,7 @@ class PhaseSchedule(Callback):
             self._divide(strategy, phase)
 
     def _divide(self, strategy: HybridStrategy, phase: Phase) -> None:
-        """Batches of the sizes that hold."""
+        """Divides batches by the batch sizes of `phase`."""
         control = self._control = strategy.control_batches()
         batch = phase.batch_size or control.global_batch_size
         limits = control.limits(phase.micro_batch_size or control.first.micro_batch_size, 1)
@@ -176,7 +177,7 @@ class PhaseSchedule(Callback):
             )
         control.change(division)
 
-    # ---- end, and checkpoints
+    # ---- end and checkpoints
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""What callbacks need of the Trainer."""
+"""The strategy that the callbacks of this package require."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning_hybrid.strategy import HybridStrategy
 
 
 def hybrid_strategy(trainer: pl.Trainer, callback: Callback) -> HybridStrategy:
-    """The trainer's strategy.
+    """Returns the trainer's `HybridStrategy`.
 
     Raises:
-        PartitionError: If it is another one.
+        PartitionError: If the trainer has another strategy.
     """
     if not isinstance(trainer.strategy, HybridStrategy):
         raise PartitionError(

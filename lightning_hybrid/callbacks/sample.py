@@ -1,4 +1,4 @@
-"""A sample of what a language model learned, printed when training ends."""
+"""`GenerateSample`: prints text from a trained language model when training ends."""
 
 import inspect
 from typing import Any, Protocol, cast
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Generative(Protocol):
-    """What :class:`GenerateSample` asks of a module."""
+    """Interface that :class:`GenerateSample` requires of a module."""
 
     def generate(
         self, prompt_BT: Tensor, max_new_tokens: int, temperature: float, generator: torch.Generator
@@ -25,14 +25,14 @@ class Generative(Protocol):
 class GenerateSample(Callback):
     """Continues a prompt with the trained byte-level model and prints the text.
 
-    However the weights were partitioned in training, rank 0 collects them into an ordinary module, built again from its
-    hyperparameters on the CPU, and generates with that.
+    In every layout, rank 0 collects the full weights into a new module, built from the saved hyperparameters on the
+    CPU, and generates with it.
 
     Args:
         prompt: The text to continue.
         max_new_tokens: Bytes to add.
-        temperature: Below 1 favours likely bytes, 0 always takes the likeliest.
-        seed: Decides what is drawn.
+        temperature: Divides the logits: below 1 favours likely bytes, 0 always chooses the likeliest.
+        seed: Seed of the sampling.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class GenerateSample(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate and print the sample on rank 0."""
-        # every rank takes part in collecting the weights; other strategies have them whole
+        # collective under `HybridStrategy`; other strategies hold the full weights
         strategy: Any = trainer.strategy
         state = getattr(strategy, "full_state_dict", strategy.lightning_module_state_dict)()
         if not trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""The configuration of a run, saved without the keys that are in it."""
+"""`SaveConfig`: saves the configuration of a run without its secrets."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _SECRET = re.compile(r"(api_?key|access_?token|auth_?token|password|passwd|secre
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration as LightningCLI does, with every entry that holds a key, a token or a password empty.
+    """Saves the configuration as LightningCLI does, with every key, token and password replaced by null.
 
-    A run takes such things from its environment; what is saved may be copied, committed and uploaded.
+    A run reads secrets from its environment; the saved file may be copied, committed and uploaded.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
@@ -22,7 +22,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def redacted(config: Any) -> Any:
-    """`config`, a tree of namespaces, dictionaries and lists, with secrets replaced by None, in place."""
+    """Replaces secrets in `config`, a tree of namespaces, dictionaries and lists, by None, in place, and returns it."""
     if isinstance(config, Namespace | dict):
         items = vars(config) if isinstance(config, Namespace) else config
         for key, value in items.items():

@@ -1,4 +1,4 @@
-"""How fast training goes, in tokens a second."""
+"""`ThroughputMonitor`: logs tokens per second."""
 
 import time
 from typing import Any
@@ -11,12 +11,12 @@ from lightning_hybrid.batches import count_tokens
 class ThroughputMonitor(Callback):
     """Logs ``tokens_per_second`` of the global batch and shows it in the progress bar.
 
-    The tokens of a batch are the elements of its first tensor, such as ``input_ids``; every data-parallel replica
-    contributes its own, pipeline and tensor ranks do not count again. The first batch, with its warm-up, and the time
-    spent in validation are left out. All ranks log the figure of rank 0, so that the metrics agree everywhere.
+    The tokens of a batch are the elements of its first tensor, such as ``input_ids``, summed over data-parallel
+    replicas. The first batch (warm-up) and the time spent in validation are excluded. All ranks log the value of rank
+    0, so that the metrics agree on every rank.
 
     Args:
-        every_n_batches: Training batches between two figures; each is the mean over them.
+        every_n_batches: Training batches between two values; each is the mean over these batches.
     """
 
     def __init__(self, every_n_batches: int = 10) -> None:
@@ -29,7 +29,7 @@ class ThroughputMonitor(Callback):
         self._validation_start_seconds: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier run."""
+        """Discard the state of an earlier run."""
         self._window_start_seconds = None
         self._validation_start_seconds = None
 
@@ -52,11 +52,11 @@ class ThroughputMonitor(Callback):
         self._start_window()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
+        """Note when validation starts."""
         self._validation_start_seconds = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the clock go on from where it stopped."""
+        """Exclude the time since validation started."""
         if self._window_start_seconds is not None and self._validation_start_seconds is not None:
             self._window_start_seconds += time.perf_counter() - self._validation_start_seconds
         self._validation_start_seconds = None

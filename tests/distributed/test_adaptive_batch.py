@@ -165,7 +165,7 @@ def test_run_in_several_layouts_is_that_of_a_plain_loop(
 @pytest.mark.parametrize(
     ("options", "relayout_options", "message"),
     [
-        ({"options": {"memory": 2**30}}, {}, "`memory` of `AdaptiveBatchSize` has found what fits under 'dp2'"),
+        ({"options": {"memory": 2**30}}, {}, "`memory` of `AdaptiveBatchSize` has measured what fits under 'dp2'"),
         ({}, {"gradient_sync": "diloco"}, "`statistics` compares the gradients of replicas with their mean"),
     ],
     ids=["memory", "diloco"],

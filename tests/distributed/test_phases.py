@@ -41,7 +41,7 @@ def test_a_plateau_begins_a_phase(ranks2: RankGroup) -> None:
     plateau = Plateau(metric="loss_step", every_n_steps=2, patience=2, min_change=0.9)
     found = ranks2.call(jobs.train, "dp2", [Phase(), Phase(at_plateau=plateau, layout="tp2")])[0]
     assert found["layouts"] == ["dp2"] * 6 + ["tp2"] * 6, "the second look has no improvement, nor has the third"
-    with pytest.raises(RankError, match="`at_plateau` looks at `nothing`, which is not logged"):
+    with pytest.raises(RankError, match="`at_plateau` needs the metric `nothing`, which is not logged"):
         ranks2.call(jobs.train, "dp2", [Phase(), Phase(at_plateau=Plateau(metric="nothing", every_n_steps=1))])
 
 

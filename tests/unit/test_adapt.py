@@ -177,13 +177,13 @@ def test_every_division_makes_the_global_batch() -> None:
 
 def test_division_keeps_to_what_is_fixed() -> None:
     fixed = DivisionLimits(replicas=2, micro_batch_size=8, batch_size=8)
-    assert str(divide(64, fixed)) == "4 x 8 samples a replica"
+    assert str(divide(64, fixed)) == "4 x 8 samples per replica"
     assert divide(24, fixed) is None
     parts = DivisionLimits(replicas=1, micro_batch_size=64, min_parts=2)
-    assert str(divide(64, parts)) == "2 x 32 samples a replica"
+    assert str(divide(64, parts)) == "2 x 32 samples per replica"
     assert divide(1, parts) is None
     odd = DivisionLimits(replicas=1, micro_batch_size=4, max_microbatches=8, runs=lambda n: n != 8)
-    assert str(divide(32, odd)) == "2 x 16 samples a replica in 4 microbatches"
+    assert str(divide(32, odd)) == "2 x 16 samples per replica in 4 microbatches"
 
 
 # ---- schedules

@@ -123,7 +123,7 @@ def test_no_rank_has_an_expert_twice(seed: int) -> None:
 
 
 def test_places_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="8 experts and 1 spare places are not equally many on 4 ranks"):
+    with pytest.raises(ValueError, match="8 experts and 1 spare places cannot be divided equally by 4 ranks"):
         place_experts([1.0] * 8, 4, 1)
     with pytest.raises(ValueError, match="`places` must be between the number of experts, 2, and 2 times it"):
         replica_counts([1.0, 1.0], 5, 2)
