@@ -53,8 +53,8 @@ def learning_rate_factor(rule: LearningRateRule, growth: float, noise: float, si
 
     Args:
         rule: `"sqrt"`, for Adam and similar optimizers: the square root of `growth` (Malladi et al., "On the SDEs and
-            Scaling Rules for Adaptive Gradient Algorithms", 2022). `"adascale"`, for SGD: (S + G^2) / (S / growth + G^2)
-            (Johnson et al., "AdaScale SGD", 2020, the gain ratio of section 3). `"none"`: 1.
+            Scaling Rules for Adaptive Gradient Algorithms", 2022). `"adascale"`, for SGD:
+            (S + G^2) / (S / growth + G^2) (Johnson et al., "AdaScale SGD", 2020, gain ratio of section 3). `"none"`: 1.
         growth: Batch size over the first batch size.
         noise: S, the variance of the gradient of one batch of the first size.
         signal: G^2, the squared norm of the true gradient.

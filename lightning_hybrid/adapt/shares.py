@@ -25,7 +25,7 @@ def share_by_speed(seconds: Sequence[float], parts: int, most: int | None = None
     """
     ranks = len(seconds)
     if not ranks <= parts <= ranks * (most or parts):
-        raise ValueError(f"`parts` must be at least {ranks}, the ranks, and at most {ranks} * `most`. Got {parts}.")
+        raise ValueError(f"`parts` must be at least the {ranks} ranks and at most {ranks} * `most`. Got {parts}.")
     counts = [1] * ranks
     heap = [(2 * t, r) for r, t in enumerate(seconds)]
     heapq.heapify(heap)
