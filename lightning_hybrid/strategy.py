@@ -46,6 +46,7 @@ from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.request import Request
 from lightning_hybrid.spec.stages import SCHEDULES
+from lightning_hybrid.spec.tensor_plan import renamed_choices
 
 
 class HybridStrategy(PartitionedStrategy):
@@ -56,8 +57,8 @@ class HybridStrategy(PartitionedStrategy):
             all devices.
         schedule: The pipeline schedule: `GPipe`, `1F1B`, `Interleaved1F1B`, `ZBVZeroBubble` or `DualPipeV`.
         microbatches: Into how many parts a replica's batch is split under `pp`; `"auto"` chooses.
-        tensor_plan: Overrides of the inferred tensor plan: patterns of module names to `"column"`, `"row"`,
-            `"column_gather"` or `"replicate"`.
+        tensor_plan: Overrides of the inferred tensor plan: patterns of module names to `"colwise"`, `"rowwise"`,
+            `"colwise_gather"` or `"replicate"`.
         compile: Compile each block with `torch.compile`.
         recompute: What the backward pass computes again instead of keeping it: `"full"`, every block; `"selective"`,
             everything in a block but matmuls and attention, and of matmuls the up-projections of latents.
@@ -103,7 +104,7 @@ class HybridStrategy(PartitionedStrategy):
             layout=given or Layout(),
             schedule=schedule,
             microbatches=microbatches,
-            tensor_plan=tensor_plan,
+            tensor_plan=renamed_choices(tensor_plan),
             gradient_sync=GradientSync.of(gradient_sync),
         )
         super().__init__(

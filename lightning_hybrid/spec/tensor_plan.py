@@ -6,9 +6,26 @@ All names are full names from the root module. A plan is equal on every rank, so
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 Path = tuple[str | int, ...]
+_RENAMED = {"column": "colwise", "row": "rowwise", "column_gather": "colwise_gather"}
+
+
+def renamed_choices(tensor_plan: Mapping[str, str] | None) -> dict[str, str] | None:
+    """Replaces words of `tensor_plan` that have been renamed, and warns once for each."""
+    if tensor_plan is None:
+        return None
+    for old in dict.fromkeys(choice for choice in tensor_plan.values() if choice in _RENAMED):
+        warnings.warn(
+            f"`tensor_plan`: {old!r} is now {_RENAMED[old]!r}. Write {_RENAMED[old]!r}; the next release refuses "
+            f"{old!r}.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return {pattern: _RENAMED.get(choice, choice) for pattern, choice in tensor_plan.items()}
 
 
 def one_of_many(name: str) -> str:
@@ -49,12 +66,12 @@ class SlicedArgument:
 class UnitPlan:
     """The tensor parallelism inside one unit; names are relative to the unit."""
 
-    columns: tuple[str, ...] = ()
+    colwise: tuple[str, ...] = ()
     """Linears whose output channels are divided: input replicated, output local."""
-    rows: tuple[str, ...] = ()
+    rowwise: tuple[str, ...] = ()
     """Linears whose input channels are divided: input local, output summed over the ranks."""
     regions: tuple[tuple[str, ...], ...] = ()
-    """The linears of each region, rows first: they run together or not at all."""
+    """The linears of each region, rowwise ones first: they run together or not at all."""
     parameters: dict[str, ShardedParameter] = field(default_factory=dict)
     buffers: dict[str, ShardedParameter] = field(default_factory=dict)
     partial: tuple[str, ...] = ()
@@ -106,13 +123,13 @@ class TensorPlan:
         found: dict[str, str] = {}
         for unit, plan in self.units.items():
             prefix = f"{unit}." if unit else ""
-            found |= {prefix + name: "column" for name in plan.columns}
-            found |= {prefix + name: "row" for name in plan.rows}
+            found |= {prefix + name: "colwise" for name in plan.colwise}
+            found |= {prefix + name: "rowwise" for name in plan.rowwise}
             for name in plan.parameters:
                 owner = (prefix + name).rpartition(".")[0]
                 found.setdefault(owner, "by channel")
         found |= dict.fromkeys(self.embeddings, "vocabulary")
-        found |= dict.fromkeys(self.gathered, "column, output gathered")
+        found |= dict.fromkeys(self.gathered, "colwise_gather")
         found |= dict.fromkeys(self.attention, "attention heads")
         return {name: how for name, how in found.items() if not self._inside_attention(name)}
 

@@ -86,7 +86,7 @@ def attribute_entries(unit: nn.Module, attributes: Attributes) -> list[tuple[nn.
 
 def _rounds(start: Attributes, region: UnitPlan, trial: Trial, ranks: int) -> Iterator[_Round]:
     unit = trial.numbers.module
-    owners = list(dict.fromkeys([*region.rows, *region.columns, *(n.rpartition(".")[0] for n in region.parameters)]))
+    owners = list(dict.fromkeys([*region.rowwise, *region.colwise, *(n.rpartition(".")[0] for n in region.parameters)]))
     parents = list(dict.fromkeys(o.rpartition(".")[0] for o in owners if o))
     ancestors = list(parents)
     for name in parents:
@@ -95,7 +95,7 @@ def _rounds(start: Attributes, region: UnitPlan, trial: Trial, ranks: int) -> It
             ancestors += [name] if name not in ancestors else []
     children = [f"{n}.{c}" if n else c for n in parents for c, _ in unit.get_submodule(n).named_children()]
     around = list(dict.fromkeys([*ancestors, *owners, *children]))
-    width = trial.inputs[region.rows[0]][0].shape[-1]
+    width = trial.inputs[region.rowwise[0]][0].shape[-1]
 
     def found(names: list[str], local: bool, factors: Iterable[int] = (ranks,)) -> list[_Candidate]:
         some = [c for name in names for factor in factors for c in _candidates(name, unit, factor, local)]

@@ -71,7 +71,7 @@ def infer_tensor_plan(
         root: The module; its parameters may be real, on the meta device or ghosts. It is left as it was.
         calls: Recorded calls of its units, which do not contain each other; the first call of each counts.
         size: Ranks on the axis.
-        overrides: `{pattern: choice}` over module names: `"column"`, `"row"`, `"replicate"` or `"column_gather"`.
+        overrides: `{pattern: choice}` over module names: `"colwise"`, `"rowwise"`, `"replicate"` or `"colwise_gather"`.
         use: What a step does with weights, from `record_use`. Without it, what is outside the units stays replicated.
 
     Returns:
@@ -124,7 +124,7 @@ class _Inference:
         self._infer_units()
         self._infer_attention()
         self._infer_outside()
-        regions = any(unit.rows for unit in self.units.values()) or self.singles_of("attention")
+        regions = any(unit.rowwise for unit in self.units.values()) or self.singles_of("attention")
         if not regions:
             self._infer_fallback()
         divided = {id(self.slots[name].tensor) for name in self.parameters}
@@ -153,7 +153,7 @@ class _Inference:
         signatures: dict[str, Any] = {}
         for name, call in self.calls.items():
             module, constraints = self.root.get_submodule(name), self._constraints(name)
-            rows = frozenset(self._relative(name, self.overrides.named("row")))
+            rows = frozenset(self._relative(name, self.overrides.named("rowwise")))
             key = _signature(module, call), rows, str(constraints)
             signatures[name] = key
             if key not in known:
@@ -174,7 +174,7 @@ class _Inference:
     def _constraints(self, unit: str) -> Constraints:
         module = self.root.get_submodule(unit)
         prefix = f"{unit}." if unit else ""
-        gathered = self.overrides.named("column_gather")
+        gathered = self.overrides.named("colwise_gather")
         replicated = [
             name
             for name, _ in module.named_modules()
@@ -202,10 +202,10 @@ class _Inference:
 
     def _infer_outside(self) -> None:
         """Embeddings and heads, with those that share a weight together."""
-        if self.use is None and not self.overrides.named("column_gather"):
+        if self.use is None and not self.overrides.named("colwise_gather"):
             return
         candidates: dict[str, Single] = {}
-        forced = self.overrides.named("column_gather")
+        forced = self.overrides.named("colwise_gather")
         for module, name in self.names.items():
             if self._outside(name, module) or name in forced:
                 divide = divide_embedding if isinstance(module, nn.Embedding) else divide_gathered
@@ -275,7 +275,7 @@ class _Inference:
             return True
         if isinstance(module, nn.Embedding):
             return slot.name.removeprefix(f"{unit}.") not in self.units[unit].partial
-        return unit not in self.repeated and not self.units[unit].rows
+        return unit not in self.repeated and not self.units[unit].rowwise
 
     def _attempt(self, name: str, module: Any, divide: Callable[..., Single]) -> Single | None:
         try:

@@ -21,7 +21,7 @@ from lightning_hybrid.tensor.collectives import (
 Active = Callable[[], bool]
 
 
-def add_column(module: nn.Module, copied: Callable[[torch.Tensor], torch.Tensor], active: Active) -> RemovableHandle:
+def add_colwise(module: nn.Module, copied: Callable[[torch.Tensor], torch.Tensor], active: Active) -> RemovableHandle:
     """The input is copied to the ranks; the output is this rank's channels."""
 
     def before(_: nn.Module, args: tuple, kwargs: dict) -> Any:

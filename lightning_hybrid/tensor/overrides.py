@@ -12,7 +12,7 @@ from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import TensorPlan
 from lightning_hybrid.tensor.probe import linear_dims
 
-CHOICES = ("column", "row", "replicate", "column_gather")
+CHOICES = ("colwise", "rowwise", "replicate", "colwise_gather")
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Overrides:
         Raises:
             PartitionError: If one has not; says why.
         """
-        columns: set[str] = set()
-        rows: set[str] = set()
+        colwise: set[str] = set()
+        rowwise: set[str] = set()
         for unit, part in plan.units.items():
             prefix = f"{unit}." if unit else ""
-            columns |= {prefix + name for name in part.columns}
-            rows |= {prefix + name for name in part.rows}
-        done = {"column": columns, "row": rows, "column_gather": set(plan.gathered)}
+            colwise |= {prefix + name for name in part.colwise}
+            rowwise |= {prefix + name for name in part.rowwise}
+        done = {"colwise": colwise, "rowwise": rowwise, "colwise_gather": set(plan.gathered)}
         for name, choice in self.wanted.items():
             if choice in done and name not in done[choice]:
                 reason = plan.reasons.get(name) or self._reason_nearby(name, plan)
                 raise PartitionError(
                     f"`tensor_plan`: `{name}` cannot be {choice!r} with tp={plan.size}: {reason}. Remove the entry, or "
-                    "use 'replicate' or, for a module outside the blocks, 'column_gather'."
+                    "use 'replicate' or, for a module outside the blocks, 'colwise_gather'."
                 )
 
     @staticmethod
@@ -74,7 +74,7 @@ def parse_overrides(root: nn.Module, overrides: Mapping[str, str] | None) -> Ove
                 f"Got {choice!r}."
             )
         gathers = [n for n, m in modules.items() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
-        allowed = list(modules) if choice == "replicate" else linears + (gathers if choice == "column_gather" else [])
+        allowed = list(modules) if choice == "replicate" else linears + (gathers if choice == "colwise_gather" else [])
         matched = [name for name in allowed if name and fnmatchcase(name, pattern)]
         if not matched:
             kind = "module" if choice == "replicate" else "linear module"

@@ -27,7 +27,7 @@ from lightning_hybrid.tensor.collectives import (
     divided_by_ranks,
 )
 from lightning_hybrid.tensor.modules import (
-    add_column,
+    add_colwise,
     add_embedding,
     add_gather,
     add_row,
@@ -145,7 +145,7 @@ class TensorParallel:
         for unit, plan in self.plan.units.items():
             prefix = f"{unit}." if unit else ""
             kinds |= {prefix + name: lambda to_local: copy_to_ranks(to_local, self._group) for name in plan.partial}
-            kinds |= {f"{prefix}{name}.bias": lambda bias: divided_by_ranks(bias, self._group) for name in plan.rows}
+            kinds |= {f"{prefix}{name}.bias": lambda bias: divided_by_ranks(bias, self._group) for name in plan.rowwise}
         for name in self.plan.attention:
             kinds[f"{name}.out_proj.bias"] = lambda bias: divided_by_ranks(bias, self._group)
         return kinds
@@ -207,9 +207,9 @@ class TensorParallel:
     def _install_unit(self, name: str, plan: UnitPlan) -> None:
         unit, group, active, handles = self.root.get_submodule(name), self._group, self._scopes.active, self._handles
         handles += self._scopes.add_unit(name, unit, plan)
-        for child in plan.columns:
-            handles.append(add_column(unit.get_submodule(child), partial(self._scopes.column_input, child), active))
-        for child in plan.rows:
+        for child in plan.colwise:
+            handles.append(add_colwise(unit.get_submodule(child), partial(self._scopes.colwise_input, child), active))
+        for child in plan.rowwise:
             handles.append(add_row(unit.get_submodule(child), group, active))
             handles.append(unit.get_submodule(child).register_forward_hook(self._leave_region))
         for child, channels in plan.shared_outputs.items():
@@ -218,7 +218,7 @@ class TensorParallel:
             handles.append(add_selected_output(unit.get_submodule(child), parts, group, active))
         for child, width in plan.widths.items():
             handles += add_narrowing(unit.get_submodule(child), width, self.plan.size, active)
-        for child in (*plan.rows, *plan.selected_outputs):
+        for child in (*plan.rowwise, *plan.selected_outputs):
             handles.append(unit.get_submodule(child).register_forward_pre_hook(partial(self._note_call, child)))
         for owner, key, value in attribute_entries(unit, plan.attributes):
             self._patch(owner, key, value)
@@ -246,7 +246,7 @@ class TensorParallel:
 
     def _install_gathered(self, module: nn.Module) -> None:
         copied = partial(copy_to_ranks, group=self._group)
-        self._handles.append(add_column(module, copied, self._scopes.active))
+        self._handles.append(add_colwise(module, copied, self._scopes.active))
         self._handles.append(add_gather(module, self._group, self._scopes.active))
         if "nf" in module.__dict__:
             self._patch(module, "nf", module.__dict__["nf"] // self.plan.size)

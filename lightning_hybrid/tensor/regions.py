@@ -1,6 +1,6 @@
 """Proposes tensor-parallel regions of a unit from its probed data flow.
 
-A **region** is opened by column linears (output channels divided), closed by row linears (input channels divided,
+A **region** is opened by colwise linears (output channels divided), closed by rowwise linears (input channels divided,
 output summed over the ranks), and between them every rank computes its own channels with no communication. Proposals
 are checked by numbers in `tensor_verify`.
 """
@@ -37,8 +37,8 @@ class Constraints:
 class Region:
     """A proposal; the fields are those of `UnitPlan`."""
 
-    rows: list[str]
-    columns: dict[str, tuple[int, ...] | None]
+    rowwise: list[str]
+    colwise: dict[str, tuple[int, ...] | None]
     shared_outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     selected_outputs: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     parameters: dict[str, ShardedParameter] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Region:
         """With the weights of its linears filled in."""
         parameters = dict(self.parameters)
         attributes: dict[str, dict[str, int]] = {}
-        for name, order in self.columns.items():
+        for name, order in self.colwise.items():
             module = numbers.module.get_submodule(name)
             dims = linear_dims(module)
             if dims is None:
@@ -61,15 +61,15 @@ class Region:
                 parameters[f"{name}.{key}"] = ShardedParameter(dim=dim, size=value.shape[dim], order=order)
             if "nf" in module.__dict__:  # transformers' Conv1D shapes its output by it
                 attributes[name] = {"nf": module.__dict__["nf"] // ranks}
-        for name in self.rows:
+        for name in self.rowwise:
             dims = linear_dims(numbers.module.get_submodule(name))
             if dims is not None:
                 weight = numbers.parameters[f"{name}.weight"]
                 parameters[f"{name}.weight"] = ShardedParameter(dim=dims[1], size=weight.shape[dims[1]])
         return UnitPlan(
-            rows=tuple(self.rows),
-            columns=tuple(self.columns),
-            regions=((*self.rows, *self.columns, *self.selected_outputs),),
+            rowwise=tuple(self.rowwise),
+            colwise=tuple(self.colwise),
+            regions=((*self.rowwise, *self.colwise, *self.selected_outputs),),
             shared_outputs=self.shared_outputs,
             selected_outputs=self.selected_outputs,
             parameters=parameters,
@@ -118,14 +118,14 @@ def propose(row: str, probe: Probe, numbers: Numbers, ranks: int, constraints: C
         for name in rows:
             _check_row(name, probe, numbers, ranks, constraints)
         region = _classify(rows, probe, numbers, ranks, constraints)
-        divided = {Leaf("linear", n) for n in region.columns} | {Leaf("parameter", n) for n in region.parameters}
+        divided = {Leaf("linear", n) for n in region.colwise} | {Leaf("parameter", n) for n in region.parameters}
         more = [n for n in probe.linears if n not in rows and divided & probe.whole(n).keys()]
         if not more:
             break
         rows = [n for n in probe.linears if n in rows or n in more]
-    both = [n for n in rows if n in region.columns]
+    both = [n for n in rows if n in region.colwise]
     if both:
-        raise Rejection(f"`{both[0]}` would have to be column and row at once")
+        raise Rejection(f"`{both[0]}` would have to be colwise and rowwise at once")
     leaking = divided & probe.outside.keys()
     if leaking:
         raise Rejection(f"`{min(str(leaf.name) for leaf in leaking)}` is also part of what the unit returns")
@@ -156,7 +156,7 @@ def _weight_name(linear: str) -> str:
 def _classify(rows: list[str], probe: Probe, numbers: Numbers, ranks: int, constraints: Constraints) -> Region:
     """Divides everything that the inputs of `rows` depend on."""
     parts = [merge([probe.parts(row, ranks)[rank] for row in rows]) for rank in range(ranks)]
-    region = Region(rows=rows, columns={})
+    region = Region(rowwise=rows, colwise={})
     for leaf in sorted(merge(parts), key=str):
         masks = _masks(leaf, parts)
         if leaf.kind == "linear":
@@ -166,13 +166,13 @@ def _classify(rows: list[str], probe: Probe, numbers: Numbers, ranks: int, const
         else:
             whole = leaf.name in constraints.used_elsewhere
             _classify_tensor(leaf, None if whole else divide_any_dim(masks), region)
-    if not region.columns and not region.selected_outputs:
+    if not region.colwise and not region.selected_outputs:
         upstream = sorted({str(leaf.name) for part in parts for leaf in part if leaf.kind == "linear"})
         raise Rejection(
             f"its input does not fall into {ranks} parts that depend on different output channels of linears"
             + (f" (it depends on {', '.join(f'`{n}`' for n in upstream)})" if upstream else "")
         )
-    region.columns = {n: region.columns[n] for n in probe.linears if n in region.columns}
+    region.colwise = {n: region.colwise[n] for n in probe.linears if n in region.colwise}
     return region
 
 
@@ -186,7 +186,7 @@ def _classify_linear(name: str, masks: list[torch.Tensor], region: Region, const
     found = None if whole else divide(masks)
     channels = tuple(tuple(int(i) for i in mask.nonzero().flatten()) for mask in masks)
     if found is not None:
-        region.columns[name] = found.order
+        region.colwise[name] = found.order
     elif len(set(channels)) > 1 and len({len(part) for part in channels}) == 1:
         region.selected_outputs[name] = channels
     else:
@@ -234,15 +234,15 @@ def _reached_outside(leaf: Leaf, rows: list[str], probe: Probe) -> torch.Tensor 
 def _check_partial_gradients(region: Region, probe: Probe, numbers: Numbers, ranks: int) -> None:
     """What is replicated but used inside the region has its gradient summed over the ranks: it feeds nothing else."""
     for name, channels in region.shared_outputs.items():
-        outside = _reached_outside(Leaf("linear", name), region.rows, probe)
+        outside = _reached_outside(Leaf("linear", name), region.rowwise, probe)
         if outside is not None and bool(outside[list(channels)].any()):
             raise Rejection(f"the output of `{name}` is used by all ranks, inside and outside the region")
     for name in region.selected_outputs:
-        if _reached_outside(Leaf("linear", name), region.rows, probe) is not None:
+        if _reached_outside(Leaf("linear", name), region.rowwise, probe) is not None:
             raise Rejection(f"the output of `{name}` is used by all ranks, inside and outside the region")
     for name in region.partial:
-        if _reached_outside(Leaf("parameter", name), region.rows, probe) is not None:
+        if _reached_outside(Leaf("parameter", name), region.rowwise, probe) is not None:
             raise Rejection(f"`{name}` is used by all ranks, inside and outside the region")
     for path in [*region.shared_arguments, *(s.path for s in region.slices)]:
-        if path in numbers.derived and _reached_outside(Leaf("argument", path), region.rows, probe) is not None:
+        if path in numbers.derived and _reached_outside(Leaf("argument", path), region.rowwise, probe) is not None:
             raise Rejection("its input depends on an input of the block that is also used outside the region")

@@ -81,7 +81,7 @@ class Scopes:
         for slots in (self.root, *self.units.values()):
             _refresh_flat_weights(slots)
 
-    def column_input(self, linear: str, tensor: torch.Tensor) -> torch.Tensor:
+    def colwise_input(self, linear: str, tensor: torch.Tensor) -> torch.Tensor:
         """The input of a column, copied to the ranks once in a unit call however many columns use it."""
         self.ran(linear)
         self.enter_region(linear)

@@ -56,7 +56,7 @@ def infer_unit(
         probe = Probe(trials)
         plan, reasons = UnitPlan(), {}
         for row in sorted(probe.linears, key=lambda name: not forced(name)):
-            if row in plan.rows or row in plan.columns:
+            if row in plan.rowwise or row in plan.colwise:
                 continue
             try:
                 region = propose(row, probe, trials[0].numbers, ranks, constraints).plan(trials[0].numbers, ranks)
@@ -64,7 +64,7 @@ def infer_unit(
                 plan = verify(candidates(joined, region, trials[0], ranks), trials[0], ranks)
             except (Rejection, Mismatch) as error:
                 reasons[row] = str(error)
-    divided = {*plan.rows, *plan.columns}
+    divided = {*plan.rowwise, *plan.colwise}
     return UnitFlow(
         plan=plan,
         called=tuple(probe.linears),
@@ -100,7 +100,7 @@ def _joined(plan: UnitPlan, region: UnitPlan) -> UnitPlan:
     Raises:
         Rejection: If they divide the same weight differently.
     """
-    taken = {*plan.rows, *plan.columns} & {*region.rows, *region.columns}
+    taken = {*plan.rowwise, *plan.colwise} & {*region.rowwise, *region.colwise}
     if taken:
         raise Rejection(f"`{min(taken)}` belongs to another region already")
     for name, sharded in region.parameters.items():
@@ -108,13 +108,13 @@ def _joined(plan: UnitPlan, region: UnitPlan) -> UnitPlan:
             raise Rejection(f"`{name}` is used by another region in another way")
     clash = {n for n in region.partial if n in plan.parameters}
     whole, known_whole = ({*p.shared_outputs, *p.selected_outputs} for p in (region, plan))
-    clash |= whole & {*plan.columns} | known_whole & {*region.columns} | whole & known_whole
+    clash |= whole & {*plan.colwise} | known_whole & {*region.colwise} | whole & known_whole
     clash |= set(region.partial) & set(plan.partial)
     if clash:
         raise Rejection(f"`{min(clash)}` is used by another region already")
     return UnitPlan(
-        columns=plan.columns + region.columns,
-        rows=plan.rows + region.rows,
+        colwise=plan.colwise + region.colwise,
+        rowwise=plan.rowwise + region.rowwise,
         regions=plan.regions + region.regions,
         parameters={**plan.parameters, **region.parameters},
         buffers={**plan.buffers, **region.buffers},

@@ -1,8 +1,8 @@
 """Proves a plan of one unit by numbers: the unit is run as each rank would run it, and compared with the whole.
 
 For every rank the divided weights are replaced by their parts and the unit is called on plain tensors. The input of
-each row linear must be that rank's part of the recorded input, the input of every other linear and the unit's result
-must be what they were, and the outputs of a row linear must add up over the ranks.
+each rowwise linear must be that rank's part of the recorded input, the input of every other linear and the unit's
+result must be what they were, and the outputs of a rowwise linear must add up over the ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def verify(candidates: Iterable[UnitPlan], trial: Trial, ranks: int) -> UnitPlan
     first: Mismatch | None = None
     for candidate in candidates:
         try:
-            total = {name: [torch.zeros_like(t) for t in trial.outputs[name]] for name in candidate.rows}
+            total = {name: [torch.zeros_like(t) for t in trial.outputs[name]] for name in candidate.rowwise}
             for rank in range(ranks):
                 _run_rank(candidate, trial, rank, ranks, total)
             for name, tensors in total.items():
@@ -77,12 +77,12 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
         if call >= len(trial.inputs[name]):
             raise Mismatch(f"`{name}` is called more often on rank {rank}")
         expected = trial.inputs[name][call]
-        if name in plan.rows:
+        if name in plan.rowwise:
             expected = expected.chunk(ranks, -1)[rank]
         _check(f"the input of `{name}`", given, expected)
         if name in plan.selected_outputs:
             return output.index_select(-1, torch.tensor(plan.selected_outputs[name][rank]))
-        if name not in plan.rows:
+        if name not in plan.rowwise:
             return None
         total[name][call] += output.detach()
         return trial.outputs[name][call].clone()
@@ -111,7 +111,7 @@ def _local_weights(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) -> t
         return {n: v.detach().requires_grad_() if v.dtype.is_floating_point else v for n, v in found.items()}
 
     parameters, buffers = to_local(numbers.parameters, plan.parameters), to_local(numbers.buffers, plan.buffers)
-    for name in plan.rows:
+    for name in plan.rowwise:
         if f"{name}.bias" in parameters:
             parameters[f"{name}.bias"] = parameters[f"{name}.bias"].detach() / ranks
     return parameters, {n: v.detach() for n, v in buffers.items()}

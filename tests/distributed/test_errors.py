@@ -186,7 +186,7 @@ def _fit(kind: str, batch_size: int, **options: Any) -> None:
         ),
         pytest.param(
             "tied",
-            {"layout": "tp2", "tensor_plan": {"*.no_such_layer": "column"}},
+            {"layout": "tp2", "tensor_plan": {"*.no_such_layer": "colwise"}},
             "ValueError",
             [r"`tensor_plan`", r"no_such_layer"],
             id="tensor plan matches nothing",
@@ -195,7 +195,7 @@ def _fit(kind: str, batch_size: int, **options: Any) -> None:
             "tied",
             {"layout": "tp2", "tensor_plan": {"blocks.*.proj": "diagonal"}},
             "ValueError",
-            [r"`tensor_plan`", r"diagonal", r"column", r"row"],
+            [r"`tensor_plan`", r"diagonal", r"colwise", r"rowwise"],
             id="tensor plan with an unknown style",
         ),
     ],

@@ -315,7 +315,7 @@ def _with_fully_shard(name: str) -> None:
                 return divided.loss()
 
     for unit, plan in divided.plan.units.items():
-        if plan.rows:
+        if plan.rowwise:
             fully_shard(root.get_submodule(unit), mesh=mesh["fsdp"])
     step = Step()
     fully_shard(step, mesh=mesh["fsdp"])

@@ -58,14 +58,14 @@ def _traced(name: str) -> tuple[nn.Module, Trace]:
 
 def block_of(plan: TensorPlan, stack: str) -> UnitPlan:
     """The plan of the last block of a stack; all blocks of the zoo's models are alike from the second on."""
-    return next(unit for name, unit in reversed(plan.units.items()) if f"{stack}." in f"{name}." and unit.rows)
+    return next(unit for name, unit in reversed(plan.units.items()) if f"{stack}." in f"{name}." and unit.rowwise)
 
 
 def test_llama_has_the_canonical_plan() -> None:
     plan = plan_of("llama")
     block = block_of(plan, "layers")
-    assert block.rows == ("self_attn.o_proj", "mlp.down_proj")
-    assert block.columns == (
+    assert block.rowwise == ("self_attn.o_proj", "mlp.down_proj")
+    assert block.colwise == (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj",
     )  # fmt: skip
     assert (block.attributes, block.shared_outputs, block.partial, block.slices) == ({}, {}, (), ())
@@ -101,8 +101,8 @@ BLOCKS = {
 def test_regions(name: str) -> None:
     stack, rows, columns = BLOCKS[name]
     block = block_of(plan_of(name), stack)
-    assert " ".join(n.rpartition(".")[2] for n in block.rows) == rows
-    assert " ".join(n.rpartition(".")[2] for n in block.columns) == columns
+    assert " ".join(n.rpartition(".")[2] for n in block.rowwise) == rows
+    assert " ".join(n.rpartition(".")[2] for n in block.colwise) == columns
 
 
 def test_query_norm_is_replicated_with_a_partial_gradient() -> None:
@@ -128,32 +128,32 @@ def test_position_biases_by_head_are_sliced() -> None:
 
 def test_rope_part_of_latent_attention_is_shared() -> None:
     block = block_of(plan_of("deepseek_v3"), "layers")
-    assert set(block.columns) >= {"self_attn.kv_b_proj"}
+    assert set(block.colwise) >= {"self_attn.kv_b_proj"}
     assert set(block.shared_outputs) == {"self_attn.kv_a_proj_with_mqa"}
 
 
 def test_fewer_key_heads_than_ranks() -> None:
     block = block_of(plan_of("llama", 4), "layers")
     assert set(block.selected_outputs) == {"self_attn.k_proj", "self_attn.v_proj"}
-    assert "self_attn.o_proj" in block.rows
+    assert "self_attn.o_proj" in block.rowwise
 
 
 def test_state_space_block_has_one_region_with_two_rows() -> None:
     block = block_of(plan_of("mamba"), "layers")
-    assert block.rows == ("mixer.x_proj", "mixer.out_proj")
+    assert block.rowwise == ("mixer.x_proj", "mixer.out_proj")
     assert {"mixer.conv1d.weight", "mixer.A_log", "mixer.D"} <= set(block.parameters)
 
 
 def test_norm_over_all_heads_keeps_attention_replicated() -> None:
     plan = plan_of("olmo2")
-    assert block_of(plan, "layers").rows == ("mlp.down_proj",)
+    assert block_of(plan, "layers").rowwise == ("mlp.down_proj",)
     assert "net.model.layers.0.self_attn.o_proj" in plan.reasons
 
 
 def test_multihead_attention_modules() -> None:
     plan = plan_of("encoder")
     assert len(plan.attention) == 4
-    assert all(unit.rows in ((), ("linear2",)) for unit in plan.units.values())
+    assert all(unit.rowwise in ((), ("linear2",)) for unit in plan.units.values())
     name = plan.attention[0]
     assert plan.parameters[f"{name}.out_proj.weight"].dim == 1
     assert plan.parameters[f"{name}.in_proj_weight"].order is not None
@@ -162,7 +162,7 @@ def test_multihead_attention_modules() -> None:
 def test_without_regions_outputs_are_gathered() -> None:
     plan = plan_of("resnet")
     assert plan.gathered
-    assert not any(unit.rows for unit in plan.units.values())
+    assert not any(unit.rowwise for unit in plan.units.values())
 
 
 def test_tied_embedding_and_head_are_divided_alike() -> None:
@@ -192,8 +192,8 @@ def test_a_weight_that_is_used_directly_stays_whole(direct: bool) -> None:
     hidden = torch.randn(2, 8, 16, requires_grad=True)
     plan = infer_tensor_plan(root, [UnitCall(name="mlp", args=(hidden,))], 2, use=use)
     assert plan.embeddings == (() if direct else ("embedding",))
-    assert plan.units["mlp"].rows == ("2",)
-    assert plan.units["mlp"].columns == ("0",)
+    assert plan.units["mlp"].rowwise == ("2",)
+    assert plan.units["mlp"].colwise == ("0",)
 
 
 class Squashed(nn.Module):
@@ -216,7 +216,7 @@ def _squashed(joined: bool, size: int = 2, overrides: dict[str, str] | None = No
 
 def test_a_channel_mix_is_no_region_and_falls_back_to_gathering() -> None:
     plan = _squashed(True)
-    assert plan.units["0"].rows == ()
+    assert plan.units["0"].rowwise == ()
     assert plan.gathered == ("0.first", "0.second")
 
 
@@ -227,7 +227,7 @@ def test_weights_may_be_real_or_meta_and_stay_untouched(device: str) -> None:
     state = {name: (id(p), p.device.type) for name, p in root.named_parameters()}
     keys, rng = set(root[0].first.__dict__), torch.get_rng_state()
     plan = infer_tensor_plan(root, [UnitCall(name="0", args=(torch.randn(4, 8, requires_grad=True),))], 2)
-    assert plan.units["0"].rows == ("second",)
+    assert plan.units["0"].rowwise == ("second",)
     assert state == {name: (id(p), p.device.type) for name, p in root.named_parameters()}
     assert keys == set(root[0].first.__dict__)
     assert root.training
@@ -240,26 +240,29 @@ def test_plans_are_equal_and_picklable() -> None:
     plan = plan_of("llama")
     assert plan == plan_of("llama")
     assert pickle.loads(pickle.dumps(plan)) == plan
-    assert ("4 x net.model.layers.*.mlp.down_proj", "tp: row") in plan.rows()
+    assert ("4 x net.model.layers.*.mlp.down_proj", "tp: rowwise") in plan.rows()
 
 
 def test_overrides() -> None:
-    plan = plan_of("llama", overrides={"*.mlp.*": "replicate", "*.o_proj": "row"})
-    assert block_of(plan, "layers").rows == ("self_attn.o_proj",)
+    plan = plan_of("llama", overrides={"*.mlp.*": "replicate", "*.o_proj": "rowwise"})
+    assert block_of(plan, "layers").rowwise == ("self_attn.o_proj",)
     plan = plan_of("llama", overrides={"*.lm_head": "replicate"})
     assert not plan.gathered
-    plan = plan_of("encoder", overrides={"*.linear1": "column_gather"})
+    plan = plan_of("encoder", overrides={"*.linear1": "colwise_gather"})
     assert len([n for n in plan.gathered if n.endswith("linear1")]) == 4
 
 
 def test_an_override_that_gives_wrong_numbers_is_refused() -> None:
-    with pytest.raises(PartitionError, match=r"`tensor_plan`: `0.first` cannot be 'row' with tp=2"):
-        _squashed(False, overrides={"*.first": "row"})
+    with pytest.raises(PartitionError, match=r"`tensor_plan`: `0.first` cannot be 'rowwise' with tp=2"):
+        _squashed(False, overrides={"*.first": "rowwise"})
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [({"*.nothing": "row"}, r"`tensor_plan`: the pattern .* matches no"), ({"*": "rows"}, r"`tensor_plan`: the value")],
+    [
+        ({"*.nothing": "rowwise"}, r"`tensor_plan`: the pattern .* matches no"),
+        ({"*": "rows"}, r"`tensor_plan`: the value"),
+    ],
 )
 def test_malformed_overrides(overrides: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
