@@ -89,7 +89,7 @@ def tiled_batch(batch: Any, size: int) -> Any:
         found = f"tensors with first dimensions {sorted(sizes)}" if sizes else "no tensor"
         raise ValueError(
             "`batch`: a memory probe makes batches of other sizes from the first one, along dimension 0, so its "
-            f"tensors must agree on its size. Got {found}. Put the samples on dimension 0, or give the micro-batch "
+            f"tensors must agree on its size. Got {found}. Put the samples on dimension 0, or give the microbatch "
             "size yourself."
         )
     count = sizes.pop()

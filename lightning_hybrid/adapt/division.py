@@ -23,7 +23,7 @@ class BatchDivision:
         return self.batch_size * self.accumulate
 
     @property
-    def micro_batch_size(self) -> int:
+    def microbatch_size(self) -> int:
         """Samples in one forward pass."""
         return self.batch_size // self.microbatches
 
@@ -38,8 +38,8 @@ class DivisionLimits:
 
     replicas: int
     """Number of replicas."""
-    micro_batch_size: int
-    """The largest micro-batch, in samples."""
+    microbatch_size: int
+    """The largest microbatch, in samples."""
     max_microbatches: int = 1
     """Upper limit of the microbatches of a batch; 1 without a pipeline."""
     runs: Callable[[int], bool] = lambda count: True
@@ -51,7 +51,7 @@ class DivisionLimits:
 
 
 def divide(global_batch: int, limits: DivisionLimits) -> BatchDivision | None:
-    """Finds the division with the largest micro-batches, and among these the fewest accumulated batches.
+    """Finds the division with the largest microbatches, and among these the fewest accumulated batches.
 
     Returns:
         None if `global_batch` is not a multiple of the replicas or of the fixed batch size.
@@ -59,7 +59,7 @@ def divide(global_batch: int, limits: DivisionLimits) -> BatchDivision | None:
     share, rest = divmod(global_batch, limits.replicas)
     if rest or not share:
         return None
-    for micro in _divisors_downwards(share, limits.micro_batch_size):
+    for micro in _divisors_downwards(share, limits.microbatch_size):
         for count in range(min(limits.max_microbatches, share // micro), 0, -1):
             batch = micro * count
             if share % batch or not limits.runs(count) or limits.batch_size not in (None, batch):
@@ -69,8 +69,8 @@ def divide(global_batch: int, limits: DivisionLimits) -> BatchDivision | None:
     return None
 
 
-def micro_batch_sizes(global_batches: Iterable[int], limits: DivisionLimits) -> list[int]:
-    """Returns the micro-batch sizes into which at least one of `global_batches` can be divided, ascending."""
+def microbatch_sizes(global_batches: Iterable[int], limits: DivisionLimits) -> list[int]:
+    """Returns the microbatch sizes into which at least one of `global_batches` can be divided, ascending."""
     sizes: set[int] = set()
     for batch in global_batches:
         share, rest = divmod(batch, limits.replicas)

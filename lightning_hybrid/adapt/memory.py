@@ -1,4 +1,4 @@
-"""The micro-batch that fits into memory: a linear model of the peak, and a search that returns only tried sizes."""
+"""The microbatch that fits into memory: a linear model of the peak, and a search that returns only tried sizes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFit:
-    """P(b) = max(P_opt, max over k of a_k + c_k b): the peak memory of a step with micro-batches of b samples.
+    """P(b) = max(P_opt, max over k of a_k + c_k b): the peak memory of a step with microbatches of b samples.
 
     The tensors alive at one point of a step take a + c b bytes. The peak is the maximum of these lines: for small
-    micro-batches often the end of the backward pass, where all gradients are alive, for large ones the loss, where all
+    microbatches often the end of the backward pass, where all gradients are alive, for large ones the loss, where all
     activations are alive. With a single line, P(b) = max(P_opt, a + c b).
     """
 
@@ -27,11 +27,11 @@ class MemoryFit:
             raise ValueError("`lines` must have at least one line. Got none.")
 
     def predict(self, size: int) -> int:
-        """Returns P(b) in bytes for a micro-batch of `size` samples."""
+        """Returns P(b) in bytes for a microbatch of `size` samples."""
         return max(self.optimizer_bytes, *(math.ceil(a + c * size) for a, c in self.lines))
 
     def largest(self, budget_bytes: int, at_most: int) -> int:
-        """Returns the largest micro-batch up to `at_most` samples predicted to fit `budget_bytes`; 0 if none does."""
+        """Returns the largest microbatch up to `at_most` samples predicted to fit `budget_bytes`; 0 if none does."""
         if self.optimizer_bytes > budget_bytes:
             return 0
         size = at_most

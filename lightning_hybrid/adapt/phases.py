@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lightning_hybrid.spec.checks import check_at_least
 from lightning_hybrid.spec.gradient_sync import GradientSync, SyncKind
+from lightning_hybrid.spec.renamed import renamed_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Plateau:
             raise ValueError(f"`min_change` must be between 0 and 1. Got {self.min_change}.")
 
 
+@renamed_arguments(micro_batch_size="microbatch_size")
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """Settings from one point of training on; settings that are None keep their value.
@@ -53,7 +55,7 @@ class Phase:
     """Number of microbatches of a replica's batch under `pp`."""
     batch_size: int | None = None
     """Samples of the global batch, summed over replicas and accumulated batches."""
-    micro_batch_size: int | None = None
+    microbatch_size: int | None = None
     """Upper limit of the samples in one forward pass."""
     sequence_length: int | None = None
     """Splits samples of T tokens into samples of this many tokens. 0: not split."""
@@ -63,7 +65,7 @@ class Phase:
     """Number of parallel streams (ParScale); calls the module's method `open_streams(streams)`."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "at_step", "at_samples", "at_tokens", "batch_size", "micro_batch_size", "streams")
+        check_at_least(self, 1, "at_step", "at_samples", "at_tokens", "batch_size", "microbatch_size", "streams")
         check_at_least(self, 0, "sequence_length")
 
     @property

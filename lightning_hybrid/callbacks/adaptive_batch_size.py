@@ -1,4 +1,4 @@
-"""`AdaptiveBatchSize`: finds the micro-batch that fits, and adapts the global batch to the gradient noise scale."""
+"""`AdaptiveBatchSize`: finds the microbatch that fits, and adapts the global batch to the gradient noise scale."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ from lightning_hybrid.adapt.batch_size import (
 from lightning_hybrid.adapt.division import BatchDivision, divide
 from lightning_hybrid.adapt.gradient_noise import NoiseScale, estimate
 from lightning_hybrid.batches import count_tokens
-from lightning_hybrid.callbacks.micro_batch import LADDER, Memory, MicroBatch, warn_of_memory
+from lightning_hybrid.callbacks.microbatch import LADDER, Memory, Microbatch, warn_of_memory
 from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.renamed import renamed_arguments
 from lightning_hybrid.spec.request import Request
 from lightning_hybrid.tuning.batch_size import BatchSizeController
 from lightning_hybrid.tuning.memory_probe.probe import is_out_of_memory
 from lightning_hybrid.tuning.schedulers_by_samples import SchedulersBySamples
 
 
+@renamed_arguments(max_micro_batch_size="max_microbatch_size")
 class AdaptiveBatchSize(Callback):
     """Adapts the global batch size during training, under every layout of `HybridStrategy`.
 
@@ -56,12 +58,12 @@ class AdaptiveBatchSize(Callback):
     Logs `global_batch_size`, `learning_rate_factor` and `gradient_noise_scale` (samples) at every decision.
 
     Args:
-        memory: Memory per rank for the search of the largest micro-batch by trial steps before training: bytes; a
+        memory: Memory per rank for the search of the largest microbatch by trial steps before training: bytes; a
             fraction of the device's memory, such as 0.9; or `"device"` for all of it. None: no search; the loader's
-            batch (under `pp` its microbatch) is the largest micro-batch, and the loader's token budget stays.
+            batch (under `pp` its microbatch) is the largest microbatch, and the loader's token budget stays.
         statistics: `"norm"`: the batch whose gradient variance is `rules.tolerance` of its mean square; `"time"`: the
             batch with most progress per second, from measured step times; None: not measured, for a `schedule`.
-        max_micro_batch_size: Upper limit of a micro-batch, in samples, or in tokens with a token budget. After an
+        max_microbatch_size: Upper limit of a microbatch, in samples, or in tokens with a token budget. After an
             out-of-memory failure, restart from the checkpoint with half of the size that failed.
         max_batch_size: Upper limit of the global batch, in samples. None: the samples of an epoch.
         schedule: Batch sizes fixed in advance; excludes `statistics`.
@@ -80,7 +82,7 @@ class AdaptiveBatchSize(Callback):
         *,
         memory: Memory | None = None,
         statistics: Statistics | None = "norm",
-        max_micro_batch_size: int | None = None,
+        max_microbatch_size: int | None = None,
         max_batch_size: int | None = None,
         schedule: BatchSizeSchedule | None = None,
         learning_rate: LearningRateRule = "auto",
@@ -97,14 +99,14 @@ class AdaptiveBatchSize(Callback):
         if statistics is None and learning_rate == "adascale":
             raise ValueError("`learning_rate='adascale'` needs the gradient noise: set `statistics='norm'`.")
         for name, value in (
-            ("max_micro_batch_size", max_micro_batch_size),
+            ("max_microbatch_size", max_microbatch_size),
             ("max_batch_size", max_batch_size),
             ("max_samples", max_samples),
             ("max_tokens", max_tokens),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {value}.")
-        self._micro_batch = MicroBatch(memory, max_micro_batch_size)
+        self._microbatch = Microbatch(memory, max_microbatch_size)
         self._statistics: Statistics | None = statistics
         self._max_batch_size = max_batch_size
         self._schedule = schedule
@@ -184,10 +186,10 @@ class AdaptiveBatchSize(Callback):
             self._state = BatchSizeState(batch_size=first, first_batch_size=first)
         on = control.measured_on
         if on != self._measured_on:
-            self._times, self._measured_on, self._micro_batch.samples = StepTimes(), on, None
-        if control.budget is None and self._micro_batch.is_sought:
+            self._times, self._measured_on, self._microbatch.samples = StepTimes(), on, None
+        if control.budget is None and self._microbatch.is_sought:
             batches = self._possible_batches(control, self._state.batch_size)
-            self._micro_batch.find(control, strategy.root_device, batches)
+            self._microbatch.find(control, strategy.root_device, batches)
         control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
         self._schedulers = SchedulersBySamples(trainer, self._state.first_batch_size)
         if self._statistics is not None:
@@ -211,7 +213,7 @@ class AdaptiveBatchSize(Callback):
                     f"`{name}` must be None with batches of a token budget: their numbers of samples and tokens "
                     f"differ from batch to batch. Got {value!r}. Only `memory` adapts them."
                 )
-        self._micro_batch.find_budget(control, device, self._max_batch_size)
+        self._microbatch.find_budget(control, device, self._max_batch_size)
 
     def _possible_batches(self, control: BatchSizeController, first: int) -> list[int]:
         limit = self._max_batch_size or control.epoch_samples or LADDER * first
@@ -228,8 +230,8 @@ class AdaptiveBatchSize(Callback):
         request = request or control.request
         first, replicas = control.first_under(request), request.layout.replicas
         min_parts = 2 if self._statistics is not None else 1
-        micro = self._micro_batch.within(first)
-        stays = self._micro_batch.samples is None and first.micro_batch_size == micro
+        micro = self._microbatch.within(first)
+        stays = self._microbatch.samples is None and first.microbatch_size == micro
         parts = replicas * first.accumulate * first.microbatches
         if stays and parts >= min_parts and batch_size == replicas * first.per_replica:
             return first
@@ -252,11 +254,11 @@ class AdaptiveBatchSize(Callback):
     def division_under(self, request: Request) -> BatchDivision:
         """Returns the division of the current global batch under `request`. Called by `BatchSizeController`."""
         control, state = self._batches, self._present
-        if self._micro_batch.memory is not None and request.layout != control.request.layout:
+        if self._microbatch.memory is not None and request.layout != control.request.layout:
             raise PartitionError(
                 f"`memory` of `AdaptiveBatchSize` has measured what fits under '{control.request.layout}', and "
                 f"measures before training only. Change to `layout='{request.layout}'` between two runs, or give "
-                "`max_micro_batch_size` instead of `memory`."
+                "`max_microbatch_size` instead of `memory`."
             )
         return self._division(control, state.batch_size, request) or self._refuse(control, state, request)
 
@@ -318,7 +320,7 @@ class AdaptiveBatchSize(Callback):
         self._forget_step()
         if self._spent(state):
             trainer.should_stop = True
-        if self._micro_batch.halve_if_short(control):
+        if self._microbatch.halve_if_short(control):
             self._divide_finer(control)
         if self._schedule is not None:
             self._follow_schedule(pl_module, self._schedule, state)
@@ -337,7 +339,7 @@ class AdaptiveBatchSize(Callback):
         division = self._division(control, self.batch_size)
         if division is not None:
             rank_zero_warn(
-                f"AdaptiveBatchSize: memory ran short in two consecutive steps; micro-batches are halved: {division}."
+                f"AdaptiveBatchSize: memory ran short in two consecutive steps; microbatches are halved: {division}."
             )
             control.change(division)
 
@@ -356,7 +358,7 @@ class AdaptiveBatchSize(Callback):
     ) -> None:
         consumed = state.samples if schedule.unit == "samples" else state.tokens
         control = self._batches
-        size = schedule.batch_size(consumed, control.replicas * control.first.micro_batch_size)
+        size = schedule.batch_size(consumed, control.replicas * control.first.microbatch_size)
         if size != state.batch_size:
             self._change(size)
             self._log(pl_module)
@@ -407,8 +409,8 @@ class AdaptiveBatchSize(Callback):
             "noise": asdict(self._noise),
             "times": asdict(self._times),
             "measured_on": self._measured_on,
-            "micro_batch_size": self._micro_batch.samples,
-            "token_budget": self._micro_batch.tokens,
+            "microbatch_size": self._microbatch.samples,
+            "token_budget": self._microbatch.tokens,
             "events": list(self.events),
         }
 
@@ -420,6 +422,6 @@ class AdaptiveBatchSize(Callback):
         self._state = BatchSizeState(**{**state, "votes": Votes(**state["votes"])})
         self._noise = NoiseScale(**state_dict["noise"])
         self._times, self._measured_on = StepTimes(**state_dict["times"]), state_dict["measured_on"]
-        self._micro_batch.samples = state_dict["micro_batch_size"]
-        self._micro_batch.tokens = state_dict.get("token_budget")
+        self._microbatch.samples = state_dict.get("microbatch_size", state_dict.get("micro_batch_size"))
+        self._microbatch.tokens = state_dict.get("token_budget")
         self.events = list(state_dict["events"])

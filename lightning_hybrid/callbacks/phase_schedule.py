@@ -161,14 +161,14 @@ class PhaseSchedule(Callback):
                 edit=edit,
             )
         strategy.sequence_length = phase.sequence_length or None
-        if phase.batch_size is not None or phase.micro_batch_size is not None:
+        if phase.batch_size is not None or phase.microbatch_size is not None:
             self._divide(strategy, phase)
 
     def _divide(self, strategy: HybridStrategy, phase: Phase) -> None:
         """Divides batches by the batch sizes of `phase`."""
         control = self._control = strategy.control_batches()
         batch = phase.batch_size or control.global_batch_size
-        limits = control.limits(phase.micro_batch_size or control.first.micro_batch_size, 1)
+        limits = control.limits(phase.microbatch_size or control.first.microbatch_size, 1)
         division = divide(batch, limits)
         if division is None:
             raise PartitionError(

@@ -190,11 +190,11 @@ class BatchSizeController:
         """Samples of an epoch, where that is known."""
         return self._flow.samples if self._flow is not None else None
 
-    def limits(self, micro_batch_size: int, min_parts: int, request: Request | None = None) -> DivisionLimits:
+    def limits(self, microbatch_size: int, min_parts: int, request: Request | None = None) -> DivisionLimits:
         """What a division of a global batch has to keep to.
 
         Args:
-            micro_batch_size: The largest micro-batch, in samples.
+            microbatch_size: The largest microbatch, in samples.
             min_parts: Parts with a gradient of their own that a step must have.
             request: In this layout; None: in the present one.
         """
@@ -205,7 +205,7 @@ class BatchSizeController:
             count = max(count, MICROBATCHES_PER_RANK * ranks)
         return DivisionLimits(
             replicas=request.layout.replicas,
-            micro_batch_size=micro_batch_size,
+            microbatch_size=microbatch_size,
             max_microbatches=count,
             runs=lambda parts: divides_into(schedule, ranks, parts),
             batch_size=None if self.can_rebatch else first.batch_size,
@@ -214,8 +214,8 @@ class BatchSizeController:
 
     # ---- memory
 
-    def find_micro_batch(self, sizes: Sequence[int], budget_bytes: int | None) -> ProbeResult:
-        """The largest of these micro-batches, in samples, that fits into the memory of all ranks. Collective.
+    def find_microbatch(self, sizes: Sequence[int], budget_bytes: int | None) -> ProbeResult:
+        """The largest of these microbatches, in samples, that fits into the memory of all ranks. Collective.
 
         Args:
             sizes: Ascending.

@@ -77,7 +77,7 @@ TOOLS = (
         package="lightning-hybrid",
         installed_here=True,
         layouts=("one", "ddp", "fsdp2", "pipeline"),
-        mid_training="the global batch follows the gradient's noise; micro-batches are halved when memory runs short",
+        mid_training="the global batch follows the gradient's noise; microbatches are halved when memory runs short",
     ),
     Tool(
         title="Lightning `BatchSizeFinder`, power (default)",
@@ -135,7 +135,7 @@ MISSING = {"fsdp2": "no FSDP2", "sharded": "not run, see FSDP2", "pipeline": "no
 """Where a tool does not offer the layout."""
 NOTES = (
     "`never tried`: on some rank, no trial of the search that fit was as large as the size that it answers with.",
-    "A micro-batch of `AdaptiveBatchSize` divides the global batch, here of 32, 128 or 512 samples per replica.",
+    "A microbatch of `AdaptiveBatchSize` divides the global batch, here of 32, 128 or 512 samples per replica.",
     "DeepSpeed chooses by throughput among sizes that fit, not the largest; the answer may change from run to run.",
     "Composer accepts `auto` on a GPU only; here its device is a subclass of both its CPU and its GPU device.",
     "accelerate ignores its FSDP plugin on a CPU, so `fully_shard` is called by hand inside the decorated function.",

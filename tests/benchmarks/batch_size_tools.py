@@ -27,7 +27,7 @@ from tests.benchmarks.batch_size_probe import JOB, READY, SEED, STEPS, Job, Log,
 
 
 def ours(job: Job, probe: Probe) -> None:
-    """`AdaptiveBatchSize(memory=...)`: a loader's batch of the largest size, run in micro-batches that fit."""
+    """`AdaptiveBatchSize(memory=...)`: a loader's batch of the largest size, run in microbatches that fit."""
     L = importlib.import_module("lightning.pytorch")
     package = importlib.import_module("lightning_hybrid")
     callbacks = importlib.import_module("lightning_hybrid.callbacks")
@@ -51,7 +51,7 @@ def ours(job: Job, probe: Probe) -> None:
 
     class Watch(L.Callback):
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            probe.found(job.size or adaptive.division.micro_batch_size)
+            probe.found(job.size or adaptive.division.microbatch_size)
             probe.searching, probe.optimizer = False, trainer.optimizers[0]
 
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:

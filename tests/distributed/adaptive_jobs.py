@@ -230,7 +230,7 @@ class Noisy(L.LightningModule):
     def __init__(self, optimizer: str = "adam", fits: dict[int, int] | None = None) -> None:
         super().__init__()
         self.fits, self.starts = fits, False
-        """By rank: samples of a micro-batch that its memory has room for; once the module is partitioned."""
+        """By rank: samples of a microbatch that its memory has room for; once the module is partitioned."""
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
         self.head = nn.Linear(8, 1)
         self.optimizer = optimizer
@@ -345,7 +345,7 @@ def adapt(
     trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
     division: Any = course.division
     return {
-        "micro_batch_size": adaptive._micro_batch.samples,
+        "microbatch_size": adaptive._microbatch.samples,
         "division": (division.batch_size, division.accumulate, division.microbatches),
         "events": adaptive.events,
         "steps": course.steps,

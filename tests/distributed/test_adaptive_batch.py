@@ -142,9 +142,9 @@ def test_run_is_that_of_a_plain_loop(request: pytest.FixtureRequest, layout: str
             {"optimizer": "sgd", "options": {"learning_rate": "adascale"}},
             marks=pytest.mark.slow,
         ),
-        pytest.param({20: "dp2-fsdp2"}, {"options": {"max_micro_batch_size": 2}}, marks=pytest.mark.slow),
+        pytest.param({20: "dp2-fsdp2"}, {"options": {"max_microbatch_size": 2}}, marks=pytest.mark.slow),
     ],
-    ids=["adam", "adascale", "small micro-batches"],
+    ids=["adam", "adascale", "small microbatches"],
 )
 def test_run_in_several_layouts_is_that_of_a_plain_loop(
     ranks4: RankGroup, layouts: dict[int, str], options: dict[str, Any]
@@ -158,7 +158,7 @@ def test_run_in_several_layouts_is_that_of_a_plain_loop(
         assert found["rates"] == pytest.approx(expected["rates"], rel=1e-6)
         for name, value in found["weights"].items():
             torch.testing.assert_close(value, expected["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
-    if "max_micro_batch_size" in options.get("options", {}):
+    if "max_microbatch_size" in options.get("options", {}):
         assert found["division"][0] == 2
 
 
@@ -304,11 +304,11 @@ def test_batch_that_replicas_cannot_share(ranks2: RankGroup) -> None:
 
 @pytest.mark.feature("`AdaptiveBatchSize(memory=...)`")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
-def test_micro_batch_that_fits_on_all_ranks(ranks2: RankGroup, layout: str) -> None:
+def test_microbatch_that_fits_on_all_ranks(ranks2: RankGroup, layout: str) -> None:
     options: dict[str, Any] = {"options": {"memory": "device"}, "fits": {0: 300, 1: 37}}
     found = ranks2.call(jobs.adapt, layout, samples=1600, batch=64, **options)
     for result in found:
-        assert result["micro_batch_size"] == 32  # the sizes that divide a batch are powers of two
+        assert result["microbatch_size"] == 32  # the sizes that divide a batch are powers of two
         size, _, microbatches = result["division"]
         assert size // microbatches <= 32
     expected = jobs.replayed(found[0]["events"], 1600, first=64)
@@ -326,7 +326,7 @@ def test_batch_larger_than_the_loaders_fits(ranks2: RankGroup) -> None:
 
 
 @pytest.mark.parametrize(("steps", "batch"), [((3, 4), 16), ((3, 5, 7), 32)])
-def test_memory_that_is_short_twice_halves_the_micro_batch(
+def test_memory_that_is_short_twice_halves_the_microbatch(
     ranks2: RankGroup, steps: tuple[int, ...], batch: int
 ) -> None:
     options: dict[str, Any] = {"rules": {"every_n_steps": 10**9}, "short_of_memory_at": steps}
@@ -345,12 +345,12 @@ def test_share_of_memory_is_for_accelerators(ranks2: RankGroup) -> None:
 
 
 def test_run_without_memory_says_how_it_goes_on(ranks2: RankGroup) -> None:
-    """As it says, with half of the micro-batch: the same global batch, trained to the same weights."""
+    """As it says, with half of the microbatch: the same global batch, trained to the same weights."""
     options: dict[str, Any] = {"rules": {"every_n_steps": 10**9}, "fits": {0: 16, 1: 16}, "batch": 64}
     advice = "".join(ranks2.call(jobs.advice, "dp2", samples=320, **options))
-    assert "ran out of memory with micro-batches of 32 samples" in advice
-    assert "`max_micro_batch_size=16`" in advice
-    found = ranks2.call(jobs.adapt, "dp2", samples=320, options={"max_micro_batch_size": 16}, **options)[0]
+    assert "ran out of memory with microbatches of 32 samples" in advice
+    assert "`max_microbatch_size=16`" in advice
+    found = ranks2.call(jobs.adapt, "dp2", samples=320, options={"max_microbatch_size": 16}, **options)[0]
     assert found["division"] == (16, 2, 1)
     expected = jobs.replayed([], 320, first=64)
     for name, value in found["weights"].items():

@@ -50,8 +50,8 @@ def test_batches_and_lengths(ranks2: RankGroup, layout: str) -> None:
     """Short sequences first; then longer ones and larger batches, in two parts; then all of them in one."""
     phases = [
         Phase(sequence_length=4),
-        Phase(at_step=3, sequence_length=8, batch_size=16, micro_batch_size=4),
-        Phase(at_step=5, sequence_length=0, micro_batch_size=8, layout="tp2"),
+        Phase(at_step=3, sequence_length=8, batch_size=16, microbatch_size=4),
+        Phase(at_step=5, sequence_length=0, microbatch_size=8, layout="tp2"),
     ]
     found = ranks2.call(jobs.train, layout, phases, kind="CausalLM", max_steps=7)[0]
     expected = jobs.in_one_process([8, 8, 8, 16, 16, 16, 16], [4, 4, 4, 8, 8, 16, 16])

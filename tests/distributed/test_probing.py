@@ -112,7 +112,7 @@ def test_an_error_of_one_rank_reaches_all(request: pytest.FixtureRequest, case: 
 def test_nothing_fits(ranks2: RankGroup) -> None:
     for ours in ranks2.call(jobs.probe, "dp2", [40, 80], faults={"limits": [300, 39]}):
         (error,) = ours["errors"]
-        assert error.startswith("Not even a micro-batch of 40 fits into the memory of rank 1. Use smaller ")
+        assert error.startswith("Not even a microbatch of 40 fits into the memory of rank 1. Use smaller ")
     for ours in ranks2.call(jobs.probe, "dp2", [4, 8], budget_bytes=[1000, 10**9]):
         (error,) = ours["errors"]
         assert "of 4 fits into the memory of rank 0, or its `budget_bytes`." in error
@@ -155,7 +155,7 @@ def test_one_rank_runs_out_of_real_memory(layout: str, microbatches: int) -> Non
     ],
 )
 def test_training_takes_the_memory_that_was_predicted(layout: str, microbatches: int) -> None:
-    """Resident memory of a real run with the micro-batch that was found, in processes that have done nothing else."""
+    """Resident memory of a real run with the microbatch that was found, in processes that have done nothing else."""
     with RankGroup(2) as ranks:
         for result, weights, growth in ranks.call(jobs.resident_growth, layout, 200 * 2**20, microbatches):
             if result.size == result.own_size:

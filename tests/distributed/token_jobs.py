@@ -52,7 +52,7 @@ class Tagger(L.LightningModule):
         self.blocks = nn.ModuleList(Block(16) for _ in range(4))
         self.head = nn.Linear(16, 8)
         self.fits, self.starts = fits, False
-        """By rank: elements of a micro-batch that its memory has room for; once the module is partitioned."""
+        """By rank: elements of a microbatch that its memory has room for; once the module is partitioned."""
         self.shapes: list[tuple[int, ...]] = []
 
     def on_fit_start(self):

@@ -165,24 +165,24 @@ def test_every_division_makes_the_global_batch() -> None:
         for micro in (1, 3, 8, 64):
             for most in (1, 4, 16):
                 for batch in range(1, 200):
-                    limits = DivisionLimits(replicas=replicas, micro_batch_size=micro, max_microbatches=most)
+                    limits = DivisionLimits(replicas=replicas, microbatch_size=micro, max_microbatches=most)
                     found = divide(batch, limits)
                     assert (found is None) == bool(batch % replicas)
                     if found is not None:
                         assert replicas * found.per_replica == batch
-                        assert found.micro_batch_size <= micro
+                        assert found.microbatch_size <= micro
                         assert found.microbatches <= most
                         assert found.batch_size % found.microbatches == 0
 
 
 def test_division_keeps_to_what_is_fixed() -> None:
-    fixed = DivisionLimits(replicas=2, micro_batch_size=8, batch_size=8)
+    fixed = DivisionLimits(replicas=2, microbatch_size=8, batch_size=8)
     assert str(divide(64, fixed)) == "4 x 8 samples per replica"
     assert divide(24, fixed) is None
-    parts = DivisionLimits(replicas=1, micro_batch_size=64, min_parts=2)
+    parts = DivisionLimits(replicas=1, microbatch_size=64, min_parts=2)
     assert str(divide(64, parts)) == "2 x 32 samples per replica"
     assert divide(1, parts) is None
-    odd = DivisionLimits(replicas=1, micro_batch_size=4, max_microbatches=8, runs=lambda n: n != 8)
+    odd = DivisionLimits(replicas=1, microbatch_size=4, max_microbatches=8, runs=lambda n: n != 8)
     assert str(divide(32, odd)) == "2 x 16 samples per replica in 4 microbatches"
 
 

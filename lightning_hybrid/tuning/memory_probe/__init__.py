@@ -1,1 +1,1 @@
-"""Measures the memory of a training step on each rank alone, to find the largest micro-batch that fits."""
+"""Measures the memory of a training step on each rank alone, to find the largest microbatch that fits."""

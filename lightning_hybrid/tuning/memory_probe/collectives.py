@@ -59,7 +59,7 @@ class _StandIns(DispatchMode):
         if operator not in table:
             raise UnknownCollectiveError(
                 f"A memory probe runs without the other ranks, and has no stand-in for the collective `{name}`. Give "
-                "the micro-batch size yourself instead of having it searched for."
+                "the microbatch size yourself instead of having it searched for."
             )
         return table[operator](self, *args, **(kwargs or {}))
 

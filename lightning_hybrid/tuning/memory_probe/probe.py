@@ -1,4 +1,4 @@
-"""The largest micro-batch that every rank has memory for, found before training, by trial steps of each rank alone."""
+"""The largest microbatch that every rank has memory for, found before training, by trial steps of each rank alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FITTED_SIZES = (2, 4)
 
 
 class ProbeError(RuntimeError):
-    """No micro-batch was found; raised on all ranks."""
+    """No microbatch was found; raised on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class ProbeResult:
     """What a memory probe has found."""
 
     size: int
-    """The micro-batch, in samples, that fits on all ranks; the same on all of them."""
+    """The microbatch, in samples, that fits on all ranks; the same on all of them."""
     limited_by: int
     """The first rank on which no larger one of the allowed sizes fits."""
     own_size: int
@@ -69,7 +69,7 @@ class _Found:
 
 
 class MemoryProbe:
-    """Tries micro-batches on this rank alone, with collectives stood in for, and has the ranks agree.
+    """Tries microbatches on this rank alone, with collectives stood in for, and has the ranks agree.
 
     A trial is what a step of training is, on a batch made of the samples of the first one: forward and backward pass,
     reduction of gradients, the gradients of the last step and the state of the optimizers being there. Afterwards
@@ -81,7 +81,7 @@ class MemoryProbe:
         runner: The partitioned module.
         optimizers: Its optimizers.
         batch: A first batch as its loader gives it (see `execute.batches.sample_batch`).
-        microbatches: Microbatches of a step under `pp`; a step takes as many times the micro-batch's samples.
+        microbatches: Microbatches of a step under `pp`; a step takes as many times the microbatch's samples.
         accumulates: Whether steps of the optimizer take the gradients of several batches.
         budget_bytes: Memory that may be used; None: what the device has.
     """
@@ -106,7 +106,7 @@ class MemoryProbe:
         if not runner.root.automatic_optimization:
             raise ValueError(
                 f"`automatic_optimization=False`: a trial step of {type(runner.root).__name__} would update its "
-                "weights. Give the micro-batch size yourself, or use automatic optimization."
+                "weights. Give the microbatch size yourself, or use automatic optimization."
             )
         self._runner, self._optimizers, self._batch = runner, list(optimizers), batch
         self._microbatches, self._accumulates, self._budget = microbatches, accumulates, budget_bytes
@@ -139,8 +139,8 @@ class MemoryProbe:
         if size == 0:
             limit = "" if self._budget is None else ", or its `budget_bytes`"
             raise ProbeError(
-                f"Not even a micro-batch of {ladder[0]} fits into the memory of rank {rank}{limit}. Use smaller "
-                "micro-batches, more shards (`fsdp`, `tp`, `pp`), or `recompute`."
+                f"Not even a microbatch of {ladder[0]} fits into the memory of rank {rank}{limit}. Use smaller "
+                "microbatches, more shards (`fsdp`, `tp`, `pp`), or `recompute`."
             )
         return ProbeResult(
             size=size,

@@ -1,4 +1,4 @@
-"""The micro-batch of `AdaptiveBatchSize`: found before training, halved when memory runs short."""
+"""The microbatch of `AdaptiveBatchSize`: found before training, halved when memory runs short."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_hybrid.adapt.division import BatchDivision, micro_batch_sizes
+from lightning_hybrid.adapt.division import BatchDivision, microbatch_sizes
 from lightning_hybrid.tuning.batch_size import BatchSizeController
 from lightning_hybrid.tuning.device_memory import share_of_memory
 
@@ -20,8 +20,8 @@ LADDER = 64
 Memory = int | float | Literal["device"]
 
 
-class MicroBatch:
-    """The largest micro-batch that a rank runs.
+class Microbatch:
+    """The largest microbatch that a rank runs.
 
     Args:
         memory: Memory per rank for the search (see `AdaptiveBatchSize`); None: no search.
@@ -38,28 +38,28 @@ class MicroBatch:
         self.memory: Memory | None = memory
         self._most = most
         self.samples: int | None = None
-        """Samples of the largest micro-batch, as found or halved since; None: that of the loader's batches."""
+        """Samples of the largest microbatch, as found or halved since; None: that of the loader's batches."""
         self.tokens: int | None = None
         """Tokens of the largest batch of a replica with a token budget; None: that of the loader's batches."""
         self._short_steps = 0
 
     @property
     def is_sought(self) -> bool:
-        """True if the micro-batch in samples has yet to be searched."""
+        """True if the microbatch in samples has yet to be searched."""
         return self.memory is not None and self.samples is None
 
     def find(self, control: BatchSizeController, device: torch.device, batches: Sequence[int]) -> None:
-        """Finds the largest micro-batch that fits on all ranks and divides one of `batches`. Collective.
+        """Finds the largest microbatch that fits on all ranks and divides one of `batches`. Collective.
 
         Args:
             control: Runs the trial steps.
             device: Device of this rank.
             batches: Global batch sizes, in samples.
         """
-        sizes = micro_batch_sizes(batches, control.limits(max(batches), 1))
-        found = control.find_micro_batch(sizes, self._bytes_on(device))
+        sizes = microbatch_sizes(batches, control.limits(max(batches), 1))
+        found = control.find_microbatch(sizes, self._bytes_on(device))
         rank_zero_info(
-            f"AdaptiveBatchSize: micro-batches of up to {found.size} samples fit, limited by the memory of rank "
+            f"AdaptiveBatchSize: microbatches of up to {found.size} samples fit, limited by the memory of rank "
             f"{found.limited_by}. Peak on rank 0: {found.measured_bytes / 2**20:.0f} MiB."
         )
         self.samples = found.size
@@ -90,11 +90,11 @@ class MicroBatch:
         return None if isinstance(self.memory, str) else self.memory
 
     def within(self, first: BatchDivision) -> int:
-        """Returns the largest micro-batch, in samples, if the loader's batches are divided like `first`."""
-        return min(self.samples or first.micro_batch_size, self._most or sys.maxsize)
+        """Returns the largest microbatch, in samples, if the loader's batches are divided like `first`."""
+        return min(self.samples or first.microbatch_size, self._most or sys.maxsize)
 
     def halve_if_short(self, control: BatchSizeController) -> bool:
-        """Halves the micro-batch after two consecutive steps that ran short of memory, before one fails. Collective.
+        """Halves the microbatch after two consecutive steps that ran short of memory, before one fails. Collective.
 
         Returns:
             True if batches of samples have to be divided again; batches of tokens are halved in the next epoch.
@@ -102,7 +102,7 @@ class MicroBatch:
         if self.memory is None:
             return False
         self._short_steps = self._short_steps + 1 if control.memory_is_short() else 0
-        micro = control.division.micro_batch_size
+        micro = control.division.microbatch_size
         if self._short_steps < 2 or micro < 2:
             return False
         self._short_steps = 0
@@ -117,9 +117,9 @@ class MicroBatch:
 
 def warn_of_memory(control: BatchSizeController, rank: int) -> None:
     """Warns after an out-of-memory failure on this rank with the argument to restart with."""
-    size, unit = control.division.micro_batch_size, "samples" if control.budget is None else "tokens"
+    size, unit = control.division.microbatch_size, "samples" if control.budget is None else "tokens"
     warnings.warn(
-        f"AdaptiveBatchSize: rank {rank} ran out of memory with micro-batches of {size} {unit}. Restart from the last "
-        f"checkpoint with `max_micro_batch_size={max(1, size // 2)}`; the global batch does not change.",
+        f"AdaptiveBatchSize: rank {rank} ran out of memory with microbatches of {size} {unit}. Restart from the last "
+        f"checkpoint with `max_microbatch_size={max(1, size // 2)}`; the global batch does not change.",
         stacklevel=2,
     )
