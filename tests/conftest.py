@@ -12,6 +12,16 @@ import pytest
 from tests import support
 from tests.harness import RankGroup
 
+TESTS = Path(__file__).parent
+TIERS = {
+    "unit": "unit",
+    "distributed": "distributed",
+    "faults": "distributed",
+    "recipes": "recipes",
+    "gpu": "gpu",
+}
+"""The mark of all tests in a folder; a folder that is not here has tests of several tiers, which carry their marks."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--support-table` and `--list-features`."""
@@ -23,6 +33,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Collects for the table, if there is to be one."""
     if config.getoption("--support-table"):
         config.pluginmanager.register(support.SupportTable(), "support table")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives each test the mark of its folder, unless the test names its tier."""
+    for item in items:
+        tier = TIERS.get(item.path.relative_to(TESTS).parts[0])
+        if tier is not None and not any(item.get_closest_marker(name) for name in TIERS.values()):
+            item.add_marker(tier)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -27,7 +27,7 @@ from lightning_hybrid.adapt.shares import pack, sequence_cost
 from lightning_hybrid.adapt.stage_cuts import best_cuts, step_seconds
 from tests.benchmarks.contestants import Model, Size, Tokens
 from tests.benchmarks.overhead import versions
-from tests.distributed import rebalancing_jobs as jobs
+from tests.distributed.callbacks import rebalancing_jobs as jobs
 from tests.harness import RankGroup
 
 BLOCKS, MICROBATCHES, SECONDS, SLOW = 16, 16, 0.01, {2: 2.0}

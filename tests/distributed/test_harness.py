@@ -11,8 +11,6 @@ import torch.distributed as dist
 
 from tests.harness import RankError, RankGroup
 
-pytestmark = pytest.mark.distributed
-
 
 def _sum_of_ranks() -> float:
     if not dist.is_initialized():

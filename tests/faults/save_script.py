@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from lightning_hybrid.checkpoint import content
 from lightning_hybrid.checkpoint import files as folder
 from lightning_hybrid.checkpoint import manifest as writer
-from tests.distributed import checkpoint_jobs as jobs
+from tests.distributed.checkpoint import checkpoint_jobs as jobs
 from tests.faults.inject import FailAt
 from tests.faults.script import own_rank
 

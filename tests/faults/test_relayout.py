@@ -11,8 +11,6 @@ import pytest
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from tests.faults.launch import Outcome, run
 
-pytestmark = pytest.mark.distributed
-
 SCRIPT = Path(__file__).with_name("relayout_script.py")
 BOUND_SECONDS = 15.0
 

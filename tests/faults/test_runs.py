@@ -12,8 +12,6 @@ import pytest
 from tests.faults.inject import MESSAGE
 from tests.faults.launch import Launcher, Outcome, run
 
-pytestmark = pytest.mark.distributed
-
 BOUND_SECONDS = 15.0
 TIMEOUT_SECONDS = 5.0
 """How long collectives wait in a run in which a rank hangs; the others cannot know before."""

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
-from tests.distributed import checkpoint_jobs as jobs
-from tests.distributed.test_checkpoints import LAST, assert_goes_on
+from tests.distributed.checkpoint import checkpoint_jobs as jobs
+from tests.distributed.checkpoint.test_checkpoints import LAST, assert_goes_on
 from tests.faults.launch import run
 from tests.harness import RankGroup
-
-pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("save_script.py")
 BOUND_SECONDS = 15.0

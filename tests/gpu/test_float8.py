@@ -22,7 +22,6 @@ LAST = 20
 BOUND = 0.0025
 
 pytestmark = [
-    pytest.mark.gpu,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),

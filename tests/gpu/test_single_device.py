@@ -26,7 +26,6 @@ TIMEOUT_SECONDS = 500.0
 TINY = Size(vocabulary=64, width=32, blocks=2, heads=2, time=16, batch=4)
 
 on_gpu = [
-    pytest.mark.gpu,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch.cuda.is_available() is False"),
 ]

@@ -12,7 +12,7 @@ from lightning_hybrid.checkpoint.consolidate import consolidate
 from lightning_hybrid.models import CausalLM
 from tests.harness import run_python
 
-pytestmark = [pytest.mark.recipes, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 STEPS = 6

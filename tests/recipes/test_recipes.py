@@ -19,7 +19,7 @@ from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.plan import make_partition
 from tests.harness import RankGroup, run_python, start_fake_ranks
 
-pytestmark = [pytest.mark.recipes, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TIMEOUT_SECONDS = 180

@@ -17,8 +17,6 @@ from lightning_hybrid.checkpoint.manifest import Party, write_checkpoint
 from lightning_hybrid.cli import main
 from lightning_hybrid.spec.tensor_index import whole_index
 
-pytestmark = pytest.mark.unit
-
 CONFIG = {
     "seed_everything": 0,
     "model": {

@@ -15,8 +15,6 @@ from lightning_hybrid.float8 import float8_forward, float8_linears
 from lightning_hybrid.models import CausalLM, TransformerConfig
 from tests.distributed.jobs import Classifier
 
-pytestmark = pytest.mark.unit
-
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 

@@ -10,8 +10,6 @@ import pytest
 
 from tests import support
 
-pytestmark = pytest.mark.unit
-
 ROOT = Path(__file__).parents[2]
 
 

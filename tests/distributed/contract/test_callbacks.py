@@ -1,0 +1,78 @@
+"""Lightning's callbacks decide and show on every rank what they do in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.contract import callbacks_jobs as jobs
+from tests.distributed.contract.layouts import LAYOUTS, assert_equal, assert_same_weights, call
+from tests.harness import RankGroup
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return jobs.decisions(None, str(tmp_path_factory.mktemp("one")))
+
+
+@pytest.mark.feature(
+    "`ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau` by a metric",
+    "`LearningRateMonitor`, `GradientAccumulationScheduler`, `Timer`",
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_decisions(request: pytest.FixtureRequest, one_process: dict, tmp_path: Path, layout: str) -> None:
+    assert one_process["stopped"] == [4, 9, 3]
+    assert len(one_process["files"]) == 3
+    for result in call(request, layout, jobs.decisions, str(tmp_path)):
+        assert_equal(result, one_process, layout)
+
+
+LESS_USED = [pytest.param(k, marks=pytest.mark.slow) for k in ("WeightAveraging", "by a function")]
+
+
+@pytest.mark.feature(by="kind", prefix="average of weights: ")
+@pytest.mark.parametrize(
+    "kind", ["StochasticWeightAveraging", "EMAWeightAveraging", "by a function of lists", *LESS_USED]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_averages(request: pytest.FixtureRequest, tmp_path: Path, layout: str, kind: str) -> None:
+    expected = jobs.averaged(None, kind, str(tmp_path))
+    results = call(request, layout, jobs.averaged, kind, str(tmp_path))
+    assert_same_weights(results[0]["weights"], expected["weights"])
+    for result in results:
+        assert_equal(result["metrics"], expected["metrics"])
+
+
+@pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "by a function of lists"])
+@pytest.mark.parametrize("layouts", ["fsdp2 then pp2", "pp2 then tp2", "tp2 then dp2"])
+def test_averages_go_on_under_another_layout(ranks2: RankGroup, tmp_path: Path, layouts: str, kind: str) -> None:
+    expected = jobs.averaged(None, kind, str(tmp_path))
+    results = ranks2.call(jobs.averaged, layouts, kind, str(tmp_path), resumed=True)
+    assert_same_weights(results[0]["weights"], expected["weights"])
+
+
+@pytest.mark.feature("`BackboneFinetuning`: freezing and unfreezing")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fine_tuning(request: pytest.FixtureRequest, layout: str) -> None:
+    expected = jobs.fine_tuned(None)
+    results = call(request, layout, jobs.fine_tuned)
+    assert_same_weights(results[0]["weights"], expected["weights"])
+    for result in results:
+        assert [rate for _, rate in result["groups"]] == [rate for _, rate in expected["groups"]]
+
+
+def test_a_copy_of_a_partitioned_module_can_not_be_run(ranks2: RankGroup) -> None:
+    for error in ranks2.call(jobs.copied, "fsdp2"):
+        assert "A copy of a module under `layout='fsdp2'` has the weights that one rank holds" in error
+
+
+@pytest.mark.feature("progress bars, `ModelSummary`, `DeviceStatsMonitor`")
+@pytest.mark.parametrize("bar", ["tqdm", "rich"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_progress_bars_summary_and_device_stats(request: pytest.FixtureRequest, layout: str, bar: str) -> None:
+    expected = jobs.shown(None, bar)
+    assert expected["stats"]
+    for rank, result in enumerate(call(request, layout, jobs.shown, bar)):
+        assert_equal(result, {**expected, "enabled": rank == 0}, layout)

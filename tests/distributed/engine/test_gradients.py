@@ -1,0 +1,101 @@
+"""What users do with gradients between backward pass and update is the same under every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.engine import gradient_jobs as jobs
+from tests.harness import RankGroup
+
+TWO = ["dp2", "fsdp2", "tp2", "pp2"]
+FEATURE = "`param.grad` in `on_after_backward` and `on_before_optimizer_step`"
+
+
+def group_of(request: pytest.FixtureRequest, layout: str) -> RankGroup:
+    return request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
+
+
+def check_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=name)
+
+
+def check_gradients(results: list[dict], expected: list[tuple[str, dict[str, torch.Tensor]]]) -> None:
+    """Every rank sees its part of one process's gradients, by name, and together they see all."""
+    for result in results:
+        assert [hook for hook, _ in result["found"]] == [hook for hook, _ in expected]
+    for i, (hook, gradients) in enumerate(expected):
+        for result in results:
+            for name, value in result["found"][i][1].items():
+                torch.testing.assert_close(value, gradients[name], rtol=1e-5, atol=1e-6, msg=f"{hook}, {name}")
+        assert set().union(*(r["found"][i][1] for r in results)) == set(gradients)
+
+
+@pytest.mark.feature(FEATURE)
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("layout", [*TWO, "dp2-pp2", "fsdp2-pp2"])
+def test_reading_gradients(request, layout, accumulate):
+    options: dict[str, Any] = {"gradient_clip_val": 0.05, "accumulate_grad_batches": accumulate}
+    expected = jobs.with_gradients(None, {}, **options)
+    results = group_of(request, layout).call(jobs.with_gradients, layout, {}, **options)
+    check_gradients(results, expected["found"])
+    check_weights(results[0]["weights"], expected["weights"])
+
+
+@pytest.mark.feature(FEATURE)
+@pytest.mark.parametrize("where", ["on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("layout", [*TWO, "dp2-pp2", "fsdp2-pp2"])
+def test_changing_gradients(request, layout, accumulate, where):
+    change = {"factor": 0.5, "where": where}
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
+    expected = jobs.with_gradients(None, change, **options)
+    results = group_of(request, layout).call(jobs.with_gradients, layout, change, **options)
+    check_gradients(results, expected["found"])
+    check_weights(results[0]["weights"], expected["weights"])
+
+
+@pytest.mark.parametrize("tied", ["trained", "frozen"])
+@pytest.mark.parametrize("layout", ["pp2", "fsdp2-pp2"])
+def test_a_weight_of_several_stages(request, layout, tied):
+    change: dict[str, Any] = {"factor": 0.5, "where": "on_after_backward"}
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "tied": tied}
+    expected = jobs.with_gradients(None, change, **options)
+    results = group_of(request, layout).call(jobs.with_gradients, layout, change, **options)
+    check_gradients(results, expected["found"])
+    check_weights(results[0]["weights"], expected["weights"])
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+def test_a_callback_of_one_rank(ranks2: RankGroup, layout):
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "alone": True}
+    results = ranks2.call(jobs.with_gradients, layout, {}, **options)
+    check_weights(results[0]["weights"], jobs.with_gradients(None, {}, **options)["weights"])
+
+
+@pytest.mark.feature("norms of gradients (`strategy.gradient_norms`)")
+@pytest.mark.parametrize("optimizer", ["sgd", "head"])
+@pytest.mark.parametrize("layout", [*TWO, "dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"])
+def test_norms_of_gradients(request, layout, optimizer):
+    expected = jobs.norms_of_gradients(None, {"optimizer": optimizer})
+    assert len(expected["found"][0]) == (3 if optimizer == "head" else 21)
+    for result in group_of(request, layout).call(jobs.norms_of_gradients, layout, {"optimizer": optimizer}):
+        for found, norms in zip(result["found"], expected["found"], strict=True):
+            assert found == pytest.approx(norms, rel=1e-4)
+        assert result["logged"] == pytest.approx(expected["logged"], rel=1e-4)
+
+
+@pytest.mark.feature("`optimizer.add_param_group` while training")
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("layout", [*TWO, "fsdp2-pp2"])
+def test_an_added_parameter_group(request, tmp_path, layout, save):
+    expected = jobs.with_an_added_group(None)
+    path = str(tmp_path / "added.ckpt") if save else None
+    results = group_of(request, layout).call(jobs.with_an_added_group, layout, save=path)
+    check_weights(results[0]["weights"], expected["weights"])
+    names = list(expected["weights"])
+    body, head = [n for n in names if not n.startswith("head")], ["head.weight", "head.bias"]
+    assert all(r["groups"] == [head, body] for r in results)

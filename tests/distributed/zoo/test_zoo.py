@@ -1,0 +1,110 @@
+"""Every architecture of the zoo under every layout: exact, or refused as the table says; never wrong, crashed or hung.
+
+By default each case runs on two ranks with one axis each; the other schedules and the products of axes run for cases
+that differ in what they ask of the mechanism. Everything else is marked slow: `pytest -m slow tests/distributed`, or
+the same with a table as its result: `python -m tests.zoo.report`.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.harness import RankGroup
+from tests.zoo.cases import CASES
+from tests.zoo.expected import expected_refusal
+from tests.zoo.reference import NEGLIGIBLE, compare, run_ddp, update_sizes
+from tests.zoo.run import SCHEDULES, Combination, References, evaluate
+
+ONE_AXIS = [Combination("dp2"), Combination("fsdp2"), Combination("tp2"), Combination("pp2", "1F1B")]
+OTHER_SCHEDULES = [Combination("pp2", schedule) for schedule in SCHEDULES if schedule != "1F1B"]
+TWO_AXES = [Combination("dp2-pp2"), Combination("tp2-pp2"), Combination("fsdp2-tp2")]
+THREE_AXES = Combination("dp2-tp2-pp2")
+
+EXPERTS = [Combination(layout) for layout in ("ep2", "ep2-pp2", "ep2-tp2", "ep4", "fsdp2-ep2", "dp2-ep2")]
+
+WITH_EXPERTS = ("scheme", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
+"""Fused experts: ours and unmodified ones of transformers."""
+WITH_EXPERTS_SLOW = ("expert_groups", "olmoe", "qwen2_moe", "granitemoe", "deepseek_v2")
+WITH_EVERY_SCHEDULE = {"llama", "gpt2", "t5", "bert", "mixtral", "encoder", "tied", "losses"}
+"""Untied and tied decoders, an encoder-decoder, an encoder, experts, modules of torch, auxiliary losses."""
+WITH_TWO_AXES = {"llama", "gpt2", "t5", "bert", "encoder", "tied", "resnet"}
+VALIDATED = {"llama", "gpt2", "bart", "vit", "mlp", "tied", "metrics"}
+"""Cases that also validate, before and after the training."""
+
+
+def _grid() -> Iterator[Any]:
+    for combination in [*ONE_AXIS, *OTHER_SCHEDULES, *TWO_AXES]:
+        for name, case in CASES.items():
+            slow = (
+                case.slow
+                or (combination in OTHER_SCHEDULES and name not in WITH_EVERY_SCHEDULE)
+                or (combination in TWO_AXES and name not in WITH_TWO_AXES)
+            )
+            marks = [pytest.mark.slow] if slow else []
+            yield pytest.param(name, combination, id=f"{combination}-{name}", marks=marks)
+    for combination in EXPERTS:
+        for name in (*WITH_EXPERTS, *WITH_EXPERTS_SLOW):
+            slow = name in WITH_EXPERTS_SLOW or (str(combination) in ("ep2", "dp2-ep2") and name != "mixtral")
+            marks = [pytest.mark.slow] if slow else []
+            yield pytest.param(name, combination, id=f"{combination}-{name}", marks=marks)
+    yield pytest.param("llama", THREE_AXES, id=f"{THREE_AXES}-llama")
+
+
+@pytest.fixture(scope="module")
+def references() -> References:
+    """Single-process runs, made once a case."""
+    return References()
+
+
+@pytest.fixture
+def ranks(combination: Combination, request: pytest.FixtureRequest) -> RankGroup:
+    """As many ranks as the layout needs."""
+    return request.getfixturevalue(f"ranks{combination.devices}")
+
+
+@pytest.mark.parametrize(("name", "combination"), list(_grid()))
+def test_exact_or_refused(name: str, combination: Combination, ranks: RankGroup, references: References) -> None:
+    outcome = evaluate(CASES[name], combination, ranks, references)
+    pattern = expected_refusal(name, combination)
+    if pattern is not None:
+        assert outcome.status == "refused", outcome.detail
+        assert re.search(pattern, outcome.detail), outcome.detail
+    else:
+        assert outcome.status == ("exact" if CASES[name].exact else "trained"), outcome.detail
+
+
+@pytest.mark.parametrize("combination", [*ONE_AXIS, Combination("pp2", "ZBVZeroBubble")], ids=str)
+@pytest.mark.parametrize("name", sorted(VALIDATED))
+def test_validation_is_exact(name: str, combination: Combination, ranks: RankGroup, references: References) -> None:
+    outcome = evaluate(CASES[name], combination, ranks, references, validate=True)
+    assert outcome.status == "exact", outcome.detail
+
+
+@pytest.mark.parametrize("name", ["llama", "mlp"])
+def test_comparison_is_fair(name: str, ranks2: RankGroup, references: References) -> None:
+    """Lightning's own DDPStrategy passes the comparison of weights and losses."""
+    comparison = compare(references.get(CASES[name]), ranks2.call(run_ddp, name, 2), check_metrics=False)
+    assert not comparison.problems
+
+
+@pytest.mark.parametrize("name", ["bert", "mamba", "deepseek_v3", "whisper"])
+def test_comparison_sees_a_small_error(name: str, references: References) -> None:
+    """Five percent of the update of any one tensor is noticed, unless the update is zero but for rounding."""
+    single = references.get(CASES[name])
+    sizes = update_sizes(single)
+    medium = statistics.median(sizes.values())
+    seen = 0
+    for parameter in [parameter for parameter, size in sizes.items() if size > NEGLIGIBLE * medium]:
+        update = single.final[parameter] - single.initial[parameter]
+        wrong = replace(single, final={**single.final, parameter: single.final[parameter] + 0.05 * update})
+        comparison = compare(single, [wrong])
+        assert comparison.worst == parameter
+        assert comparison.problems
+        seen += 1
+    assert seen > 0.7 * len(sizes)

@@ -1,0 +1,87 @@
+"""What a rank finds out about the others: gone, silent on another machine, or left because their run is over."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
+
+from lightning_hybrid.launch.failures import Cause, failure_of
+from lightning_hybrid.launch.peers import PeerMonitor
+from lightning_hybrid.launch.processes import Process, RankGroup, this_process
+from lightning_hybrid.launch.store import FailureStore
+
+ELSEWHERE = Process("another machine", 1)
+
+
+def _dead() -> Process:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return Process(this_process().host, process.pid)
+
+
+def _lookout(store: Store, *others: Process) -> PeerMonitor:
+    party = RankGroup(store=store, rank=0, processes=[this_process(), *others], facts=[], rank0_has_store=True)
+    return PeerMonitor(party, [], lambda: "training_step of batch 7")
+
+
+def _kinds(lookout: PeerMonitor) -> list[tuple[int, str]]:
+    return [(f.rank, f.kind) for f in lookout.failures]
+
+
+def test_gone() -> None:
+    store = HashStore()
+    FailureStore(store, 1).beat("training_step of batch 6")
+    lookout = _lookout(store, _dead(), ELSEWHERE)
+    lookout.look()
+    lookout.look()
+    assert _kinds(lookout) == [(1, "ended")]
+    assert lookout.failures[0].doing == "training_step of batch 6"
+
+
+def test_left_is_not_gone() -> None:
+    store = HashStore()
+    FailureStore(store, 1).leave()
+    lookout = _lookout(store, _dead())
+    lookout.look()
+    assert not lookout.failures
+    assert lookout.leave()
+
+
+def test_one_that_said_why_is_not_gone_without_a_word() -> None:
+    store = HashStore()
+    FailureStore(store, 1).post(failure_of(ValueError("bad"), 1, "setup"))
+    lookout = _lookout(store, _dead())
+    lookout.look()
+    assert _kinds(lookout) == [(1, "raised")]
+    assert FailureStore(store, 0).answers(2)[0].doing == "training_step of batch 7"
+
+
+@pytest.mark.parametrize(("a_connection_broke", "looks"), [(True, 13), (False, 123)])
+def test_silence_of_another_machine(a_connection_broke: bool, looks: int) -> None:
+    store = HashStore()
+    lookout = _lookout(store, ELSEWHERE, ELSEWHERE)
+    beats = [FailureStore(store, rank) for rank in (1, 2)]
+    for i in range(5):
+        beats[0].beat(f"{i}")
+        beats[1].beat(f"{i}")
+        lookout.look()
+    if a_connection_broke:
+        beats[1].post(failure_of(RuntimeError("gloo/transport: Connection closed by peer"), 2, "backward"))
+    for i in range(looks):
+        beats[1].beat(f"{i} again")
+        assert (1, "ended") not in _kinds(lookout) or i > looks - 4
+        lookout.look()
+    assert (1, "ended") in _kinds(lookout)
+    assert (2, "ended") not in _kinds(lookout)
+
+
+def test_one_cause_and_one_speaker_for_all() -> None:
+    store = HashStore()
+    causes = [Cause(kind="ended", rank=r, text=str(r), reporter=None) for r in (0, 1)]
+    boards = [FailureStore(store, r) for r in (0, 1)]
+    assert boards[1].decide(lambda: causes[1]) == causes[1]
+    assert boards[0].decide(lambda: causes[0]) == causes[1]
+    assert [board.claim_report() for board in boards] == [True, False]
