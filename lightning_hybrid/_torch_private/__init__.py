@@ -1,5 +1,7 @@
 """Every private PyTorch API that this package uses, one file per subject. Checked with torch 2.13 on the CPU."""
 
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+
 from lightning_hybrid._torch_private.autograd import (
     after_this_backward,
     checkpoints_not_reentrant,
@@ -7,6 +9,7 @@ from lightning_hybrid._torch_private.autograd import (
     in_backward,
     is_view,
     recomputation_off,
+    version_of,
 )
 from lightning_hybrid._torch_private.collectives import (
     boxed_group,
@@ -18,14 +21,21 @@ from lightning_hybrid._torch_private.collectives import (
     store_client,
 )
 from lightning_hybrid._torch_private.dispatch import (
+    ATTENTION,
+    FLASH_ATTENTION_CPU,
+    GROUPED_MM,
+    READ_SCALAR,
+    TO_COPY,
     DispatchMode,
     disable_torch_function,
     foreach_copy,
+    is_mutable,
     make_wrapper,
     norms_of,
     run_on_meta,
     storage_resizes_seen,
     wrap_others,
+    written_arguments,
 )
 from lightning_hybrid._torch_private.frames import main_thread_location, user_location
 from lightning_hybrid._torch_private.fsdp import (
@@ -34,40 +44,74 @@ from lightning_hybrid._torch_private.fsdp import (
     forget_fully_shard,
     forget_sharded_step,
 )
-from lightning_hybrid._torch_private.modules import hook_tables, intercept_calls, intercepted_call
+from lightning_hybrid._torch_private.modules import (
+    BatchNorm,
+    check_input_dim,
+    compiled_call,
+    flat_weight_names,
+    gradient_hooks_of,
+    hook_tables,
+    intercept_calls,
+    intercepted_call,
+    mark_as_parameter,
+    own_buffers,
+    own_parameters,
+)
 from lightning_hybrid._torch_private.optimizers import agree_on_overflow, step_without_hooks
 
 __all__ = [
+    "ATTENTION",
+    "BatchNorm",
     "DispatchMode",
+    "FLASH_ATTENTION_CPU",
+    "GROUPED_MM",
+    "READ_SCALAR",
     "ReduceScatter",
+    "TO_COPY",
+    "TreeSpec",
     "after_this_backward",
     "agree_on_overflow",
     "boxed_group",
+    "check_input_dim",
     "checkpoints_not_reentrant",
     "coalescing_off",
+    "compiled_call",
     "completed_work",
     "default_group",
     "disable_torch_function",
     "finish_sharded_backward",
+    "flat_weight_names",
     "foreach_copy",
     "forget_fully_shard",
     "forget_sharded_step",
+    "gradient_hooks_of",
     "gradients_taken_by",
     "group_named",
     "hook_tables",
     "in_backward",
     "intercept_calls",
     "intercepted_call",
+    "is_mutable",
     "is_view",
     "limit_waiting",
     "main_thread_location",
     "make_wrapper",
+    "mark_as_parameter",
     "norms_of",
+    "own_buffers",
+    "own_parameters",
     "recomputation_off",
     "run_on_meta",
     "step_without_hooks",
     "storage_resizes_seen",
     "store_client",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
     "user_location",
+    "version_of",
     "wrap_others",
+    "written_arguments",
 ]

@@ -11,23 +11,28 @@ import torch.utils.checkpoint
 
 
 def is_view(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a view in the eyes of autograd."""
+    """Returns True if autograd counts `tensor` as a view."""
     return tensor._is_view()
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """Returns how often `tensor` was written in place."""
+    return tensor._version
+
+
 def after_this_backward(callback: Callable[[], None]) -> None:
-    """Runs `callback` at the end of the backward pass that is running, as DistributedDataParallel does."""
+    """Runs `callback` at the end of the running backward pass, as DistributedDataParallel does."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
 def in_backward() -> bool:
-    """Whether autograd runs in this thread: a forward pass in it is a recomputation."""
+    """Returns True while autograd runs in this thread; a forward pass is then a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager
 def gradients_taken_by(function: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `torch.autograd.grad` is `function`."""
+    """Replaces `torch.autograd.grad` by `function` for the duration of the context."""
     kept = torch.autograd.grad
     torch.autograd.grad = function
     try:
@@ -37,7 +42,7 @@ def gradients_taken_by(function: Callable[..., Any]) -> Iterator[None]:
 
 
 class _Direct:
-    """In the place of `CheckpointFunction`: no recomputation."""
+    """Replaces `CheckpointFunction` without recomputation."""
 
     @staticmethod
     def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
@@ -45,7 +50,7 @@ class _Direct:
 
 
 class _NotReentrant:
-    """In the place of `CheckpointFunction`: the other kind of recomputation."""
+    """Replaces `CheckpointFunction` by non-reentrant recomputation."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
@@ -54,7 +59,7 @@ class _NotReentrant:
 
 @contextmanager
 def recomputation_off() -> Iterator[None]:
-    """Inside, `torch.utils.checkpoint.checkpoint` calls its function and keeps what it saves for the backward pass."""
+    """Makes `torch.utils.checkpoint.checkpoint` call its function without recomputation, saving all activations."""
     module: Any = torch.utils.checkpoint
     kept = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
 
@@ -70,10 +75,10 @@ def recomputation_off() -> Iterator[None]:
 
 @contextmanager
 def checkpoints_not_reentrant() -> Iterator[None]:
-    """Inside, `torch.utils.checkpoint.checkpoint(use_reentrant=True)` works as with `use_reentrant=False`.
+    """Makes `torch.utils.checkpoint.checkpoint(use_reentrant=True)` work as with `use_reentrant=False`.
 
-    The results are the same. The reentrant kind keeps the arguments it is called with and finds their gradients only,
-    which a pipeline stage that begins inside the function receives by another way.
+    The results are the same. Reentrant recomputation computes gradients of the arguments of the call only; a pipeline
+    stage that begins inside the function receives its inputs in another way.
     """
     module: Any = torch.utils.checkpoint
     kept = module.CheckpointFunction

@@ -13,42 +13,42 @@ from torch._C._distributed_c10d import _resolve_process_group as resolve_process
 
 
 def default_group() -> dist.ProcessGroup:
-    """The process group of all ranks."""
+    """Returns the process group of all ranks."""
     return dist.distributed_c10d._get_default_group()
 
 
 def store_client() -> Any:
-    """A connection of its own to the store with which the ranks met, to be used beside the process groups' threads."""
+    """Returns a new connection to the store of the rendezvous, independent of the process groups' threads."""
     store: Any = dist.distributed_c10d._get_default_store()
     return store.clone()
 
 
 def limit_waiting(timeout: timedelta) -> None:
-    """Collectives of all groups of this process wait so long; groups that are made without a time-out wait 30 min."""
+    """Sets the timeout of collectives of all groups of this process to `timeout`; torch's default is 30 minutes."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def completed_work() -> Any:
-    """The handle of a collective that is done, in the box in which operators return it."""
+    """Returns the handle of a completed collective, boxed as operators of `c10d` return it."""
     return FakeWork().boxed()
 
 
 def boxed_group(box: Any) -> dist.ProcessGroup:
-    """The process group in the box in which operators of `c10d` take it."""
+    """Returns the process group in `box`, as operators of `c10d` are called with it."""
     return dist.ProcessGroup.unbox(box)
 
 
 def group_named(name: Any) -> dist.ProcessGroup:
-    """The process group that functional collectives take by name, or itself."""
+    """Returns the process group called `name`, as functional collectives are called; a group is returned as it is."""
     return name if isinstance(name, dist.ProcessGroup) else resolve_process_group(name)
 
 
 @contextmanager
 def coalescing_off() -> Iterator[None]:
-    """Inside, collectives that would be started together are operators of their own, which a `DispatchMode` sees.
+    """Runs collectives that would be coalesced as separate operators, which a `DispatchMode` sees.
 
-    Backends that coalesce (NCCL) are told so without an operator.
+    Backends that coalesce (NCCL) start and end a coalesced call without an operator.
     """
     module: Any = dist.distributed_c10d
     kept = module._coalescing_manager

@@ -7,45 +7,69 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_aten = torch.ops.aten
+GROUPED_MM = _aten._grouped_mm
+READ_SCALAR = _aten._local_scalar_dense
+"""The operator of `.item()`."""
+TO_COPY = _aten._to_copy
+"""The operator of `.to(...)` where it copies."""
+FLASH_ATTENTION_CPU = _aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION = (
+    FLASH_ATTENTION_CPU,
+    _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_efficient_attention,
+    _aten._scaled_dot_product_cudnn_attention,
+)
+"""The operators that `scaled_dot_product_attention` runs."""
+
 DispatchMode = TorchDispatchMode
-"""What sees every operator that runs, below autograd; results of collectives included."""
+"""Base class of modes that see every operator that runs, below autograd, results of collectives included."""
 
 
 def make_wrapper(cls: type, meta: torch.Tensor, device: torch.device, requires_grad: bool) -> Any:
-    """A storage-less tensor of class `cls` that claims the shape and dtype of `meta` on `device`."""
+    """Returns a tensor of class `cls` without storage, with the shape and dtype of `meta`, on `device`."""
     return torch.Tensor._make_wrapper_subclass(
         cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device, requires_grad=requires_grad
     )
 
 
 def run_on_meta(func: Any, args: tuple, kwargs: dict) -> Any:
-    """`func` on meta tensors, also where torch has a meta kernel for bfloat16 only (`_grouped_mm`)."""
-    if func.overloadpacket is not torch.ops.aten._grouped_mm:
+    """Runs `func` on meta tensors, also where torch has a meta kernel for bfloat16 only (`_grouped_mm`)."""
+    if func.overloadpacket is not GROUPED_MM:
         return func(*args, **kwargs)
     dtype = args[0].dtype
     return func(*(a.to(torch.bfloat16) for a in args[:2]), *args[2:], **kwargs).to(dtype)
 
 
 def disable_torch_function() -> AbstractContextManager:
-    """Inside, functions run without `__torch_function__` of tensor subclasses."""
+    """Returns a context in which functions run without `__torch_function__` of tensor subclasses."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
-def wrap_others(types: Any) -> bool:
-    """Whether any of these tensor classes runs operators itself, on other tensors, as DTensor does.
+def is_mutable(func: Any) -> bool:
+    """Returns True if the operator `func` writes to any of its arguments in place."""
+    return func._schema.is_mutable
 
-    `FakeTensor`, with which DTensor finds out shapes, leaves that to its mode.
+
+def written_arguments(func: Any) -> list[bool]:
+    """Returns, for each positional argument of the operator `func`, whether the operator writes to it in place."""
+    return [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
+
+
+def wrap_others(types: Any) -> bool:
+    """Returns True if any of the tensor classes `types` runs operators on other tensors, as DTensor does.
+
+    `FakeTensor`, which DTensor uses to infer shapes, leaves operators to its mode and does not count.
     """
     plain: Any = torch.Tensor.__dict__["__torch_dispatch__"]
     return any(getattr(kind, "__torch_dispatch__", plain) != plain and kind is not FakeTensor for kind in types)
 
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Copies every source into its target, in one kernel where there is one."""
+    """Copies every tensor of `sources` into that of `targets`, in one kernel if the device has one."""
     torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -53,7 +77,7 @@ _foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportU
 
 
 def norms_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The 2-norm of each tensor, those of half precision in float32; on accelerators in few kernels."""
+    """Returns the 2-norm of each tensor, in float32 for half precision; on accelerators in few kernels."""
     found: dict[int, torch.Tensor] = {}
     for half in (False, True):
         kind = [i for i, t in enumerate(tensors) if (t.dtype in (torch.float16, torch.bfloat16)) == half]
@@ -65,7 +89,7 @@ def norms_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 @contextmanager
 def storage_resizes_seen(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
-    """Inside, `seen` is called after a storage has been resized, which FSDP does and no operator shows."""
+    """Calls `seen` after each resize of a storage; FSDP resizes storages without an operator."""
     storage: Any = torch.UntypedStorage
     own = storage.__dict__.get("resize_")
     kept = storage.resize_

@@ -1,4 +1,4 @@
-"""Frames of the running threads: where the user's code is."""
+"""Frames of the running threads: locations in the user's code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import torch
-import torch.utils.checkpoint
 
 _TORCH, _PACKAGE = Path(torch.__file__).parent, Path(__file__).parent.parent
 _SKIPPED_FOLDERS = (str(_TORCH), str(_PACKAGE))
@@ -17,7 +16,7 @@ _OTHERS_CODE = (*_SKIPPED_FOLDERS, str(Path(threading.__file__).parent), str(_TO
 
 
 def user_location() -> str:
-    """File and line of the innermost frame outside torch and this package, as `file.py:12 (function)`."""
+    """Returns the innermost frame outside torch and this package, as `file.py:12 (function)`."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -28,9 +27,9 @@ def user_location() -> str:
 
 
 def main_thread_location() -> tuple[str, bool]:
-    """Where the main thread is, as `file.py:12 (function)`, and whether it waits in a collective.
+    """Returns the location of the main thread, as `file.py:12 (function)`, and whether it waits in a collective.
 
-    The place is the innermost frame of the user's code; without one, the innermost of all.
+    The location is the innermost frame of the user's code, or the innermost frame of all if there is none.
     """
     innermost = frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if innermost is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -15,7 +14,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as Reduc
 def finish_sharded_backward(module: FSDPModule) -> None:
     """Reduces the gradients that a fully sharded module has accumulated over the microbatches of a pipeline.
 
-    As `torch.distributed.pipelining` does it at the end of a schedule for a stage that is itself fully sharded.
+    Follows `torch.distributed.pipelining`, which does the same at the end of a schedule for a fully sharded stage.
     """
     module.set_is_last_backward(True)
     module.set_reshard_after_backward(True)
@@ -28,7 +27,7 @@ def finish_sharded_backward(module: FSDPModule) -> None:
 
 
 def forget_fully_shard(module: FSDPModule) -> None:
-    """Gives a fully sharded module its own class back; its parameters and hooks are the caller's to restore."""
+    """Restores the class of a fully sharded module; the caller restores parameters and hooks."""
     plain: Any = module
     plain.__class__ = type(module).__bases__[1]  # fully_shard makes `class FSDPX(FSDPModule, X)`
     for key in (STATE_KEY, REGISTRY_KEY):
@@ -37,17 +36,17 @@ def forget_fully_shard(module: FSDPModule) -> None:
 
 
 def forget_sharded_step(module: FSDPModule) -> None:
-    """Has a fully sharded module begin its next step anew, wherever the last one has ended; its gradients are lost."""
+    """Resets the state of an interrupted step, so that the next step starts from the beginning; drops gradients."""
     root = fully_shard.state(module)  # type: ignore[attr-defined]
     if root._is_root is None:
-        return  # no step has come as far as its forward pass
+        return  # no step has reached the forward pass
     if hasattr(module, "reset_iter_state"):
         module.reset_iter_state()
     else:
         _reset_iteration(root)
     for state in root._state_ctx.all_states:
         for parameter in (p for group in _sharding_groups(state) for p in group.fsdp_params):
-            # what a backward pass without reduction has added up; `reset_iter_state` leaves it
+            # accumulated by a backward pass without reduction; `reset_iter_state` keeps it
             parameter.unsharded_accumulated_grad = None
             unsharded = getattr(parameter, "_unsharded_param", None)
             if unsharded is not None:
@@ -59,13 +58,13 @@ def forget_sharded_step(module: FSDPModule) -> None:
 
 def _sharding_groups(state: Any) -> list[Any]:
     groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # earlier releases have one group a state
+    if groups is None:  # earlier releases: one group per state
         return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
     return groups
 
 
 def _reset_iteration(root: Any) -> None:
-    """What `FSDPModule.reset_iter_state` does, for releases before it (it is in torch 2.13)."""
+    """Does what `FSDPModule.reset_iter_state` does, for releases without it (torch 2.13 has it)."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()  # instead of waiting for each event
     root._comm_ctx.all_gather_state = None

@@ -1,28 +1,71 @@
-"""Private attributes of `nn.Module`."""
+"""Private attributes of `nn.Module`, of its parameters and of a few modules of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BatchNorm = _BatchNorm
+"""The base class of all modules that normalize with the statistics of the batch."""
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Returns the dictionary in which `module` registers its own parameters, without those of its children.
+
+    Changes of the dictionary change the module.
+    """
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Returns the dictionary in which `module` registers its own buffers, without those of its children."""
+    return module._buffers
+
+
+def flat_weight_names(module: nn.RNNBase) -> list[str]:
+    """Returns the names of the parameters that a recurrent module also keeps in its list `_flat_weights`."""
+    return module._flat_weights_names
+
+
+def mark_as_parameter(tensor: Any, is_parameter: bool) -> None:
+    """Makes `isinstance(tensor, nn.Parameter)` return `is_parameter` for a tensor of a subclass."""
+    tensor._is_param = is_parameter
+
+
+def gradient_hooks_of(tensor: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor | None]]:
+    """Returns the hooks that `register_hook` has added to `tensor`."""
+    return list((tensor._backward_hooks or {}).values())
+
+
+def check_input_dim(module: BatchNorm, tensor: torch.Tensor) -> None:
+    """Raises a ValueError if `tensor` does not have the number of dims that `module` normalizes."""
+    module._check_input_dim(tensor)
 
 
 def intercept_calls(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Routes `module(...)` to `call`, before any of its hooks; None ends it.
+    """Routes `module(...)` to `call`, which runs instead of its hooks and forward; None restores the module's own.
 
-    `nn.Module.__call__` hands over to `_compiled_call_impl` where it is set, which `nn.Module.compile` also uses.
+    `nn.Module.__call__` runs `_compiled_call_impl` if it is set; `nn.Module.compile` uses the same attribute.
     """
     module._compiled_call_impl = call
 
 
 def intercepted_call(module: nn.Module) -> Callable[..., Any]:
-    """What `module(...)` runs at present, to be called by an interceptor."""
+    """Returns what `module(...)` runs at present, to be called by an interceptor."""
     return module._compiled_call_impl or module._call_impl
 
 
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """Returns the call that `intercept_calls` or `nn.Module.compile` has set, or None."""
+    return module._compiled_call_impl
+
+
 def hook_tables(module: nn.Module) -> list[dict]:
-    """Every table in which hooks of a module are registered under their ids."""
+    """Returns every table in which `module` registers hooks by id."""
     return [
         module._forward_pre_hooks,
         module._forward_pre_hooks_with_kwargs,

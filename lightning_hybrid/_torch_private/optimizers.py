@@ -6,22 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch.distributed.tensor import DTensor
 
 
 def agree_on_overflow(scaler: Any, reduce: Callable[[torch.Tensor], Any]) -> Callable[[], None]:
-    """Has a `GradScaler` leave out a step on all ranks if gradients overflow on any.
+    """Makes a `GradScaler` skip a step on all ranks if gradients overflow on any rank.
 
-    Its own check sees this rank's gradients only, and raises where a rank has none. Both ways in which it unscales
-    (before the step, or inside of a fused optimizer) go through `_unscale_grads_`.
+    The scaler's own check covers gradients of this rank only, and raises if the rank has none. Both ways of unscaling
+    (before the step, or within a fused optimizer) call `_unscale_grads_`, which is replaced.
 
     Args:
         scaler: The scaler.
         reduce: Sums a tensor in place over all ranks.
 
     Returns:
-        Undoes it.
+        A function that restores the scaler.
     """
 
     def unscale(
@@ -44,7 +43,7 @@ def agree_on_overflow(scaler: Any, reduce: Callable[[torch.Tensor], Any]) -> Cal
 
 
 def step_without_hooks(optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> None:
-    """An optimizer's own step: no hooks on it, and nothing that learning-rate schedulers have wrapped it in."""
+    """Runs the step of `optimizer` without its hooks and without the wrappers of learning-rate schedulers."""
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__

@@ -85,7 +85,7 @@ class StepRunner:
         self.streams = StepRNG(device, self.mesh.replica, self.mesh.rank("tp"))
         partition.interceptor.streams = self.streams
         if partition.tensor is not None:
-            partition.tensor.draw_from(self.streams)
+            partition.tensor.use_rng(self.streams)
         self.pipeline: Pipeline | None = None
         if layout.pp > 1:
             self.pipeline = Pipeline(

@@ -39,7 +39,7 @@ from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.plan import Plan, stage_of
 from lightning_hybrid.spec.tensor_plan import TensorPlan
-from lightning_hybrid.tensor.plan import TensorParallel, apply_tensor_plan, part_of
+from lightning_hybrid.tensor.apply import TensorParallel, apply_tensor_plan, part_of
 
 
 class StepModule(nn.Module):
@@ -222,7 +222,7 @@ class Partition:
         """
         hooks = self._begin_removal()
         if self.tensor is not None:
-            self.tensor.take_off()
+            self.tensor.remove_hooks()
         self._take_off_modules()
         self.parameters.make_ghosts(shapes, device)
         if hooks is not None:

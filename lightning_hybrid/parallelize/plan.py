@@ -35,8 +35,8 @@ from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.plan import Plan, StagePlan, plan_stages
 from lightning_hybrid.spec.request import Request
 from lightning_hybrid.spec.stages import choose_microbatches
-from lightning_hybrid.tensor.flow import infer_tensor_plan
 from lightning_hybrid.tensor.heads import check_heads
+from lightning_hybrid.tensor.infer import infer_tensor_plan
 
 
 def make_partition(

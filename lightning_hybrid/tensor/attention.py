@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` with its heads divided over the ranks; same arguments and results as torch's own forward.
+"""The forward of `nn.MultiheadAttention` with heads divided over the ranks; arguments and results are torch's.
 
 Shapes: L query length, S key length, B batch, E width, H heads, h = H / ranks heads on this rank, D = E / H.
 """
@@ -17,7 +17,7 @@ from lightning_hybrid.tensor.scopes import Scopes
 
 
 class DividedAttention:
-    """The forward of one module; its weights are this rank's parts while it runs."""
+    """The forward of one module, whose weights are this rank's parts while it runs."""
 
     def __init__(self, module: nn.MultiheadAttention, group: dist.ProcessGroup, scopes: Scopes) -> None:
         self.module, self.group, self.scopes = module, group, scopes
@@ -34,7 +34,7 @@ class DividedAttention:
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `nn.MultiheadAttention.forward`."""
+        """Computes what `nn.MultiheadAttention.forward` computes."""
         if is_causal and attn_mask is None:
             raise RuntimeError("`is_causal` needs `attn_mask`, as in `nn.MultiheadAttention`.")
         batched = query.dim() == 3
@@ -68,7 +68,7 @@ class DividedAttention:
         return out.transpose(0, 1) if transposed else out, weights
 
     def _project(self, query: Any, key: Any, value: Any, key_is_query: bool, value_is_key: bool) -> list[torch.Tensor]:
-        """[B, L or S, E] each to [B, h, L or S, D]."""
+        """Projects [B, L or S, E] each to [B, h, L or S, D]."""
         module = self.module
         bias = module.in_proj_bias
         if module.in_proj_weight is not None and key_is_query and value_is_key:
@@ -87,7 +87,7 @@ class DividedAttention:
     def _mask(
         self, attn_mask: torch.Tensor | None, padding: torch.Tensor | None, query: torch.Tensor, keys: int
     ) -> torch.Tensor | None:
-        """Both masks as one to add, broadcastable to [B, h, L, S]."""
+        """Joins both masks to one additive mask, broadcastable to [B, h, L, S]."""
         total = None
         if attn_mask is not None:
             total = _additive(attn_mask, query.dtype)
@@ -100,7 +100,7 @@ class DividedAttention:
         return total
 
     def _close(self, out_BhLD: torch.Tensor) -> Any:
-        """To [B, L, E], summed over the ranks."""
+        """Projects to [B, L, E] and sums over the ranks."""
         projection = self.module.out_proj
         joined = out_BhLD.transpose(1, 2).flatten(-2)
         return sum_over_ranks(F.linear(joined, projection.weight, projection.bias), self.group)

@@ -1,7 +1,7 @@
 """Integer attributes that a rank has to divide: numbers of heads, widths of all heads, split sizes.
 
-A forward that reshapes by such a number does not run, or runs wrongly, on a rank's part of the channels. Which numbers
-have to be divided is found by trying, nearest modules first; `tensor_verify` says whether a choice is right.
+A forward that reshapes by such a number fails, or gives wrong results, on a rank's part of the channels. The numbers to
+divide are found by trial, nearest modules first; `verify` decides whether a choice is correct.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Attributes = dict[str, dict[str, int]]
 """By module name, then by attribute: `num_heads`, or `config.num_heads` of an object that the module holds."""
 
 _MAX_TOGETHER = 3
-"""Attributes that are divided together: for example number of heads, width of all heads, width of a chunk."""
+"""Most attributes divided together: for example number of heads, width of all heads, width of a chunk."""
 _MAX_CHOICES = 150
-"""Tried for one region before it is given up; empirical (unmodified transformers blocks need fewer than 90)."""
+"""Most choices tried for one region; empirical (unmodified transformers blocks need fewer than 90)."""
 _INDEX_NAMES = ("idx", "index", "_id", "number", "padding")
 """Attributes with these in their names are positions, not sizes."""
 
@@ -40,11 +40,11 @@ _Round = tuple[list[_Candidate], Callable[[_Candidate], Any], dict[str, int]]
 
 
 def candidates(plan: UnitPlan, region: UnitPlan, trial: Trial, ranks: int) -> Iterator[UnitPlan]:
-    """`plan`, then `plan` with attributes divided by `ranks`, the likelier first.
+    """Yields `plan`, then `plan` with attributes divided by `ranks`, the likelier choices first.
 
     Args:
         plan: The plan of the unit, the region included.
-        region: Whose modules to look around.
+        region: The region near whose modules attributes are searched.
         trial: A run of the whole unit.
         ranks: Number of ranks.
     """
@@ -67,7 +67,7 @@ def candidates(plan: UnitPlan, region: UnitPlan, trial: Trial, ranks: int) -> It
 
 
 def attribute_entries(unit: nn.Module, attributes: Attributes) -> list[tuple[nn.Module, str, Any]]:
-    """What to put into which instance dictionary for modules to have these attributes."""
+    """Returns (module, key, value) to set in instance dictionaries so that modules of `unit` have `attributes`."""
     entries: list[tuple[nn.Module, str, Any]] = []
     for name, values in attributes.items():
         module = unit.get_submodule(name)
@@ -114,7 +114,7 @@ def _rounds(start: Attributes, region: UnitPlan, trial: Trial, ranks: int) -> It
 
 
 def _candidates(name: str, unit: nn.Module, factor: int, local: bool) -> list[_Candidate]:
-    """The integers of one module divided by `factor`; with `local` also those of the objects that its code names."""
+    """Returns the integer attributes of one module, divided by `factor`; with `local` also those of objects it uses."""
     module = unit.get_submodule(name)
     words = _names_in_code(type(module))
     found = [
@@ -135,7 +135,7 @@ def _candidates(name: str, unit: nn.Module, factor: int, local: bool) -> list[_C
 
 
 def is_position(attribute: str) -> bool:
-    """Whether an integer attribute is, by its name, a position rather than a size."""
+    """Returns True if an integer attribute is a position rather than a size, judged by its name."""
     return any(word in attribute for word in _INDEX_NAMES)
 
 
@@ -144,7 +144,7 @@ def _divides(value: Any, ranks: int) -> bool:
 
 
 def _names_in_code(cls: type) -> set[str]:
-    """The attribute names that the methods of a module class use, other than its `__init__`."""
+    """Returns the attribute names that the methods of a module class use, without `__init__`."""
     words: set[str] = set()
     for base in cls.__mro__:
         if base in (nn.Module, object):

@@ -92,7 +92,7 @@ class _Select(torch.autograd.Function):
 
 
 def all_gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Every rank's `tensor`, joined along `dim` in order of rank."""
+    """Gathers `tensor` of all ranks and concatenates along `dim` in order of rank."""
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor, group=group)
@@ -100,36 +100,36 @@ def all_gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torc
 
 
 def copy_to_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> Any:
-    """`tensor`, equal on all ranks, each of which uses it for a part of the work: its gradients are summed."""
+    """Returns `tensor`, equal on all ranks, for use in a divided region; the gradients of all ranks are summed."""
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return tensor
     return _Copy.apply(tensor, group)
 
 
 def copy_channels_to_ranks(tensor: torch.Tensor, channels: torch.Tensor, group: dist.ProcessGroup) -> Any:
-    """As `copy_to_ranks`, for some channels (last dim); the gradients of the others are equal on all ranks already."""
+    """Does as `copy_to_ranks` for `channels` of the last dim; gradients of the others are equal on all ranks."""
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return tensor
     return _CopyChannels.apply(tensor, channels, group)
 
 
 def select_on_rank(tensor: torch.Tensor, dim: int, index: torch.Tensor, group: dist.ProcessGroup) -> Any:
-    """The entries of `tensor`, equal on all ranks, that this rank uses; the gradients of all ranks are summed."""
+    """Returns the entries `index` of `tensor`, which is equal on all ranks; the gradients of all ranks are summed."""
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return tensor.index_select(dim, index)
     return _Select.apply(tensor, dim, index, group)
 
 
 def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> Any:
-    """The sum of every rank's `tensor`, used equally by all."""
+    """Returns the sum of `tensor` over the ranks, equal on all ranks."""
     return _Sum.apply(tensor, group)
 
 
 def gather_from_ranks(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> Any:
-    """Every rank's `tensor` joined along `dim`, used equally by all."""
+    """Returns `tensor` of all ranks concatenated along `dim`, equal on all ranks."""
     return _Gather.apply(tensor, dim, group)
 
 
 def divided_by_ranks(bias: torch.Tensor, group: dist.ProcessGroup) -> Any:
-    """A bias that is added on every rank before a sum over them; its gradient is that of one whole bias."""
+    """Scales a bias that every rank adds before a sum over ranks; the gradient is that of one whole bias."""
     return _Scale.apply(bias, 1.0 / group.size())

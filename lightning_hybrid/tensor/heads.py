@@ -1,4 +1,4 @@
-"""Numbers of attention heads, which a `tp` axis must divide."""
+"""Checks that the `tp` axis divides the number of attention heads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 
 _ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "encoder_attention_heads")
-"""What torch, transformers and most hand-written models call the number of query heads."""
+"""Names of the number of query heads in torch, transformers and most hand-written models."""
 
 
 def attention_heads(root: nn.Module) -> dict[str, int]:
-    """The number of heads of every module whose class is called an attention, as far as it tells."""
+    """Returns the number of heads of every module whose class name contains "attention", where it is an attribute."""
     found = {}
     for name, module in root.named_modules():
         if "attention" not in type(module).__name__.lower():
@@ -29,10 +29,10 @@ def attention_heads(root: nn.Module) -> dict[str, int]:
 
 
 def check_heads(root: nn.Module, layout: Layout, overrides: Mapping[str, str] | None) -> None:
-    """Refuses a `tp` that divides the heads of no attention: most of the model would silently stay whole.
+    """Refuses a `tp` that does not divide the heads of any attention: most of the model would silently stay whole.
 
     Raises:
-        PartitionError: If so, unless an override keeps the attention whole on purpose.
+        PartitionError: If `layout.tp` divides the heads of no attention that `overrides` does not keep replicated.
     """
     kept = [pattern for pattern, choice in (overrides or {}).items() if choice == "replicate"]
     heads = {n: c for n, c in attention_heads(root).items() if not any(fnmatchcase(n, p) for p in kept)}

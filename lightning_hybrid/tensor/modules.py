@@ -1,4 +1,4 @@
-"""The hooks that make single modules tensor-parallel."""
+"""Hooks that make single modules tensor-parallel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Active = Callable[[], bool]
 
 
 def add_colwise(module: nn.Module, copied: Callable[[torch.Tensor], torch.Tensor], active: Active) -> RemovableHandle:
-    """The input is copied to the ranks; the output is this rank's channels."""
+    """Copies the input of `module` to the ranks (`copied`); the output has this rank's channels."""
 
     def before(_: nn.Module, args: tuple, kwargs: dict) -> Any:
         if not active():
@@ -35,7 +35,7 @@ def add_colwise(module: nn.Module, copied: Callable[[torch.Tensor], torch.Tensor
 
 
 def add_row(module: nn.Module, group: dist.ProcessGroup, active: Active) -> RemovableHandle:
-    """The output is summed over the ranks."""
+    """Sums the output of `module` over the ranks."""
 
     def after(_: nn.Module, args: tuple, output: torch.Tensor) -> Any:
         return sum_over_ranks(output, group) if active() else None
@@ -44,7 +44,7 @@ def add_row(module: nn.Module, group: dist.ProcessGroup, active: Active) -> Remo
 
 
 def add_gather(module: nn.Module, group: dist.ProcessGroup, active: Active) -> RemovableHandle:
-    """The output channels of the ranks are joined."""
+    """Gathers the output channels of `module` from the ranks."""
     convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     dim = -1 - len(module.kernel_size) if convolution else -1
 
@@ -57,7 +57,7 @@ def add_gather(module: nn.Module, group: dist.ProcessGroup, active: Active) -> R
 def add_shared_output(
     module: nn.Module, channels: tuple[int, ...], group: dist.ProcessGroup, active: Active
 ) -> RemovableHandle:
-    """These output channels are used for a part of the work by every rank."""
+    """Sums gradients over the ranks for the output `channels` of a replicated linear used inside a region."""
     index = _index(channels)
 
     def after(_: nn.Module, args: tuple, output: torch.Tensor) -> Any:
@@ -69,7 +69,7 @@ def add_shared_output(
 def add_selected_output(
     module: nn.Module, channels: tuple[tuple[int, ...], ...], group: dist.ProcessGroup, active: Active
 ) -> RemovableHandle:
-    """The rank uses only these output channels of a replicated linear."""
+    """Selects the output `channels[rank]` of a replicated linear."""
     index = _index(channels[group.rank()])
 
     def after(_: nn.Module, args: tuple, output: torch.Tensor) -> Any:
@@ -79,12 +79,12 @@ def add_selected_output(
 
 
 def _index(channels: tuple[int, ...]) -> Callable[[torch.device], torch.Tensor]:
-    """`channels` as a tensor, made once on each device."""
+    """Returns a function that gives `channels` as a tensor on a device, created once per device."""
     return cache(lambda device: torch.tensor(channels, device=device))
 
 
 def add_embedding(module: nn.Embedding, group: dist.ProcessGroup, active: Active) -> list[RemovableHandle]:
-    """Each rank looks up the ids of its own rows; the results are summed."""
+    """Looks up the ids of this rank's rows in `module`, and sums the results over the ranks."""
     length = module.num_embeddings // group.size()
     first = group.rank() * length
     padding = module.padding_idx
@@ -118,6 +118,10 @@ def add_embedding(module: nn.Embedding, group: dist.ProcessGroup, active: Active
 
 
 def _check_ids(ids: torch.Tensor, rows: int) -> None:
-    """An id that no rank has would be looked up as zeros. Only where reading it does not wait for a device."""
+    """Checks that `ids` are valid; a wrong id would read zeros. On the CPU only, to avoid waiting for a device.
+
+    Raises:
+        IndexError: If an id is out of range.
+    """
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
         raise IndexError(f"An id of an embedding with {rows} rows is out of range.")

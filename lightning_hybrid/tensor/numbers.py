@@ -1,7 +1,7 @@
-"""Stand-in numbers for a unit: every parameter, buffer and argument as a plain float32 tensor to compute with.
+"""Stand-in values for a unit: every parameter, buffer and argument as a plain float32 tensor.
 
-Parameters may be real, on the meta device or ghosts; a probe needs values, and random ones are better than the model's
-own (a zero-initialised projection hides the data flow behind it). Nothing here touches the global random generators.
+Parameters may be real, on the meta device or ghosts; a probe needs values, and random ones reveal more than those of
+the model (a zero-initialized projection hides the data flow behind it). The global random generators are not used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_hybrid._torch_private import recomputation_off
+from lightning_hybrid._torch_private import flat_weight_names, own_buffers, recomputation_off
 from lightning_hybrid.ghosts.ghost import Ghost, Slot
 from lightning_hybrid.ghosts.preserve import preserved_module_state
 from lightning_hybrid.ghosts.trees import map_tensors, sorted_slots, tensors_of
@@ -24,27 +24,27 @@ from lightning_hybrid.spec.tensor_plan import Path
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 _PROBE_BATCH, _PROBE_LENGTH = 2, 16
-"""Batch and sequence length of a probe where the unit runs with them: enough tokens that no ReLU channel is dead."""
+"""Batch and sequence length of a probe, if the unit accepts them: enough tokens that no ReLU channel is dead."""
 
 
 def buffer_slots(root: nn.Module) -> list[Slot]:
-    """Every buffer of `root` and its children, by name."""
+    """Returns every buffer of `root` and its children."""
     return [
         Slot(f"{prefix}.{key}" if prefix else key, module, key, tensor)
         for prefix, module in root.named_modules()
-        for key, tensor in module._buffers.items()
+        for key, tensor in own_buffers(module).items()
         if tensor is not None
     ]
 
 
 def is_float(tensor: torch.Tensor) -> bool:
-    """Whether gradients can flow through `tensor`."""
+    """Returns True if gradients can flow through `tensor`."""
     return tensor.dtype.is_floating_point
 
 
 @contextmanager
 def shadowed(entries: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Inside, `module.key` is the given value: the instance dictionary is found before parameters and buffers."""
+    """Sets `module.key` to a value for each entry; the instance dictionary is read before parameters and buffers."""
     saved: list[tuple[nn.Module, str, Any]] = []
     try:
         for module, key, value in entries:
@@ -60,9 +60,9 @@ def shadowed(entries: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
 
 
 def flat_weights(root: nn.Module, values: dict[tuple[int, str], torch.Tensor]) -> list[tuple[nn.Module, str, Any]]:
-    """Shadow entries for recurrent modules, which keep a second list of their weights."""
+    """Returns entries for `shadowed` for recurrent modules, which keep a second list of their weights."""
     return [
-        (module, "_flat_weights", [values[id(module), key] for key in module._flat_weights_names])
+        (module, "_flat_weights", [values[id(module), key] for key in flat_weight_names(module)])
         for module in root.modules()
         if isinstance(module, nn.RNNBase)
     ]
@@ -70,7 +70,7 @@ def flat_weights(root: nn.Module, values: dict[tuple[int, str], torch.Tensor]) -
 
 @contextmanager
 def probing(root: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients, no autocast or recomputation, fixed random streams; afterwards all is as before."""
+    """Runs in evaluation mode with gradients and a fixed seed, without autocast and recomputation; restores `root`."""
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(preserved_module_state(root))
@@ -86,9 +86,9 @@ def probing(root: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Numbers:
-    """Values for everything that a unit computes with.
+    """Values of all tensors that a unit computes with.
 
-    `parameters` and `buffers` are by relative name, `arguments` by path; `args` and `kwargs` hold the latter in place.
+    `parameters` and `buffers` are by relative name, `arguments` by path; `args` and `kwargs` contain the arguments.
     """
 
     module: nn.Module
@@ -96,7 +96,7 @@ class Numbers:
     buffers: dict[str, torch.Tensor]
     arguments: dict[Path, torch.Tensor]
     derived: set[Path]
-    """Arguments that depend on parameters, so that gradients flow back through them."""
+    """Arguments that depend on parameters, so gradients flow back through them."""
     args: tuple
     kwargs: dict
     slots: list[Slot] = field(default_factory=list)
@@ -105,14 +105,14 @@ class Numbers:
     def entries(
         self, parameters: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]
     ) -> list[tuple[nn.Module, str, Any]]:
-        """Shadow entries that make the unit compute with these values."""
+        """Returns entries for `shadowed` that make the unit compute with `parameters` and `buffers`."""
         entries: list[tuple[nn.Module, str, Any]] = [(s.module, s.key, parameters[s.name]) for s in self.slots]
         entries += [(s.module, s.key, buffers[s.name]) for s in self.buffer_slots]
         by_place = {(id(s.module), s.key): parameters[s.name] for s in self.slots}
         return entries + flat_weights(self.module, by_place)
 
     def call(self, arguments: dict[Path, torch.Tensor]) -> Any:
-        """Runs the unit on the given arguments."""
+        """Runs the unit on `arguments`, by path."""
         args = map_tensors(lambda path, _: arguments[path], self.args, ("args",))
         kwargs = map_tensors(lambda path, _: arguments[path], self.kwargs, ("kwargs",))
         return self.module(*args, **kwargs)
@@ -127,15 +127,15 @@ def make_numbers(
     sizes: dict[int, int] | None = None,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> Numbers:
-    """Draws the numbers of one trial.
+    """Draws the values of one trial.
 
     Args:
         module: The unit.
         args: Recorded positional arguments.
         kwargs: Recorded keyword arguments.
-        seed: Different trials see different numbers; every rank sees the same.
-        sizes: Dim lengths of the arguments to shorten, by length (see `shorter_sizes`).
-        weights: Weights to use again instead of drawing others, so that a large block is not held many times.
+        seed: Seed of the values; equal on all ranks, different for each trial.
+        sizes: Shorter dim lengths of the arguments, by full length (see `shorter_sizes`).
+        weights: Weights of an earlier trial to use again, so that a large block is in memory once.
     """
     generator = torch.Generator().manual_seed(seed)
     slots, buffers = sorted_slots(module), buffer_slots(module)
@@ -174,9 +174,9 @@ def make_numbers(
 
 
 def shorter_sizes(args: tuple, kwargs: dict) -> list[dict[int, int]]:
-    """Which dim lengths of the arguments to shorten for a cheap probe; the last choice is none.
+    """Returns choices of shorter dim lengths for a cheap probe, by full length; the last choice shortens none.
 
-    Taken from the first floating-point argument of shape [batch, length, ..., channels].
+    Batch and sequence length are those of the first floating-point argument of shape [batch, length, ..., channels].
     """
     main = next((t for t in tensors_of((args, kwargs)) if is_float(t) and t.ndim >= 2), None)
     if main is None:
@@ -188,7 +188,7 @@ def shorter_sizes(args: tuple, kwargs: dict) -> list[dict[int, int]]:
 
 
 def without_caches(tree: Any) -> Any:
-    """`tree` without key-value caches: a cache that a step has filled would be read and filled again by a probe."""
+    """Returns `tree` with None instead of key-value caches, which a probe would read and fill again."""
     if isinstance(tree, dict) and type(tree) is dict:
         return {k: without_caches(v) for k, v in tree.items()}
     if type(tree) in (list, tuple):
@@ -201,7 +201,7 @@ def _is_known(tensor: torch.Tensor) -> bool:
 
 
 def _random_weight(slot: Slot, generator: torch.Generator) -> torch.Tensor:
-    """Scales are about 1 and biases about 0, so that activations are not all on one side of a ReLU."""
+    """Draws scales around 1 and biases around 0, so that activations lie on both sides of a ReLU."""
     shape = slot.tensor.shape
     if not is_float(slot.tensor):
         return _known_or_random(slot.tensor, generator)

@@ -1,4 +1,4 @@
-"""Tensor parallelism of single modules: embeddings, heads, `nn.MultiheadAttention`, convolutions; proved by numbers."""
+"""Plans of single modules: embeddings, heads, `nn.MultiheadAttention`, convolutions; verified numerically."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lightning_hybrid._torch_private import own_parameters
 from lightning_hybrid.spec.tensor_plan import ShardedParameter
 from lightning_hybrid.tensor.numbers import Numbers, make_numbers, probing, shadowed
 from lightning_hybrid.tensor.probe import FORWARD_ERRORS, linear_dims
 from lightning_hybrid.tensor.verify import part_of
 
 Division = dict[str, ShardedParameter]
-"""Of the parameters of one module, by relative name."""
+"""How the parameters of one module are divided, by relative name."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PROBE_WIDTH = 12
-"""Spatial size of the input of a convolution in a proof, at least; larger for larger kernels."""
+"""Smallest spatial size of the input on which a convolution is verified; larger for larger kernels."""
 
 
 class NotDivisible(Exception):
-    """A module cannot be divided; says why."""
+    """A module cannot be divided; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Single:
-    """How one module is divided on its own."""
+    """The division of one module."""
 
     kind: str
     """`"embedding"`, `"gathered"` or `"attention"`."""
@@ -35,10 +36,10 @@ class Single:
 
 
 def divide_embedding(module: nn.Embedding, ranks: int) -> Single:
-    """By rows: each rank looks up its own part of the vocabulary, and the results are summed.
+    """Divides an embedding by rows: each rank looks up its part of the vocabulary, and the results are summed.
 
     Raises:
-        NotDivisible: If it cannot be.
+        NotDivisible: If the embedding cannot be divided.
     """
     if module.num_embeddings % ranks:
         raise NotDivisible(f"its {module.num_embeddings} rows are not divisible by {ranks}")
@@ -57,16 +58,20 @@ def divide_embedding(module: nn.Embedding, ranks: int) -> Single:
 
 
 def divide_gathered(module: nn.Module, ranks: int) -> Single:
-    """By output channels, with the output gathered again: linears, and convolutions without groups.
+    """Divides a linear, or a convolution without groups, by output channels; the outputs are gathered.
 
     Raises:
-        NotDivisible: If it cannot be.
+        NotDivisible: If the module cannot be divided.
     """
     dims = linear_dims(module)
     if dims is not None:
         dim, channels = dims[0], -1
         given = torch.randn(3, _shape(module, "weight")[dims[1]], generator=torch.Generator().manual_seed(0))
-    elif isinstance(module, _CONVOLUTIONS) and module.groups == 1 and "weight" in {*module._parameters, *vars(module)}:
+    elif (
+        isinstance(module, _CONVOLUTIONS)
+        and module.groups == 1
+        and "weight" in {*own_parameters(module), *vars(module)}
+    ):
         dim, channels = 0, 1
         reach = [(k - 1) * d + s for k, d, s in zip(module.kernel_size, module.dilation, module.stride, strict=True)]
         shape = (2, module.in_channels, *(max(r, _PROBE_WIDTH) for r in reach))
@@ -88,10 +93,10 @@ def divide_gathered(module: nn.Module, ranks: int) -> Single:
 
 
 def divide_attention(module: nn.MultiheadAttention, ranks: int) -> Single:
-    """By heads; `partition.tensor_attention` has its forward.
+    """Divides an attention by heads; its forward is `DividedAttention` in `attention`.
 
     Raises:
-        NotDivisible: If it cannot be.
+        NotDivisible: If the attention cannot be divided.
     """
     if type(module).forward is not nn.MultiheadAttention.forward:
         raise NotDivisible("its forward is not that of `nn.MultiheadAttention`")
@@ -126,10 +131,10 @@ def _prove(
     join: Callable[[list[torch.Tensor]], torch.Tensor],
     attributes: list[tuple[nn.Module, str, int]] | None = None,
 ) -> None:
-    """Runs `module` whole and as every rank, and compares.
+    """Runs `module` whole and as every rank, and compares the results.
 
     Raises:
-        NotDivisible: If the parts, joined, are not the whole.
+        NotDivisible: If the joined results of the ranks differ from that of the whole.
     """
     with probing(module):
         numbers = make_numbers(module, (), {}, seed=5)
@@ -154,6 +159,6 @@ def _weights(numbers: Numbers, divided: Division, rank: int | None, ranks: int) 
     }
     entries = numbers.entries(to_local, numbers.buffers)
     if isinstance(numbers.module, nn.Embedding) and rank is not None:
-        # The row of `padding_idx` only has no gradient; in a forward its position does not matter.
+        # `padding_idx` only stops the gradient of a row; it does not change the forward.
         entries.append((numbers.module, "padding_idx", None))
     return entries

@@ -1,4 +1,4 @@
-"""The user's say in a tensor plan: patterns over module names."""
+"""Choices of the user (`tensor_plan`): patterns over module names."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ CHOICES = ("colwise", "rowwise", "replicate", "colwise_gather")
 
 @dataclass(frozen=True)
 class Overrides:
-    """Module names by what the user wants of them."""
+    """The choice of the user for each named module."""
 
-    wanted: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
 
     def named(self, choice: str) -> set[str]:
-        """The modules with this choice."""
-        return {name for name, wanted in self.wanted.items() if wanted == choice}
+        """Returns the names of the modules with this choice."""
+        return {name for name, chosen in self.choices.items() if chosen == choice}
 
     def replicated(self, name: str) -> bool:
-        """Whether `name`, or a module that contains it, is kept replicated."""
+        """Returns True if the choice for `name`, or for a module that contains `name`, is `"replicate"`."""
         parts = name.split(".")
-        return any(self.wanted.get(".".join(parts[: i + 1])) == "replicate" for i in range(len(parts)))
+        return any(self.choices.get(".".join(parts[: i + 1])) == "replicate" for i in range(len(parts)))
 
     def check(self, plan: TensorPlan) -> None:
-        """Every wish must have come true.
+        """Checks that `plan` follows every choice.
 
         Raises:
-            PartitionError: If one has not; says why.
+            PartitionError: If an entry of `tensor_plan` was not applied; the message is the reason.
         """
         colwise: set[str] = set()
         rowwise: set[str] = set()
@@ -43,7 +43,7 @@ class Overrides:
             colwise |= {prefix + name for name in part.colwise}
             rowwise |= {prefix + name for name in part.rowwise}
         done = {"colwise": colwise, "rowwise": rowwise, "colwise_gather": set(plan.gathered)}
-        for name, choice in self.wanted.items():
+        for name, choice in self.choices.items():
             if choice in done and name not in done[choice]:
                 reason = plan.reasons.get(name) or self._reason_nearby(name, plan)
                 raise PartitionError(
@@ -55,16 +55,16 @@ class Overrides:
     def _reason_nearby(name: str, plan: TensorPlan) -> str:
         parent = name.rpartition(".")[0]
         near = [f"`{n}`: {r}" for n, r in plan.reasons.items() if n.rpartition(".")[0] == parent]
-        return "; ".join(near) or "no region of its block that gives the right numbers has it so"
+        return "; ".join(near) or "no region of its block with this choice computes correct values"
 
 
 def parse_overrides(root: nn.Module, overrides: Mapping[str, str] | None) -> Overrides:
     """Matches the patterns of `tensor_plan` with the modules of `root`; later patterns win.
 
     Raises:
-        ValueError: If a pattern matches nothing or asks for something unknown.
+        ValueError: If a pattern matches no module, or its choice is unknown.
     """
-    wanted: dict[str, str] = {}
+    choices: dict[str, str] = {}
     modules = dict(root.named_modules())
     linears = [name for name, module in modules.items() if linear_dims(module) is not None]
     for pattern, choice in (overrides or {}).items():
@@ -82,5 +82,5 @@ def parse_overrides(root: nn.Module, overrides: Mapping[str, str] | None) -> Ove
                 f"`tensor_plan`: the pattern {pattern!r} matches no {kind}. Patterns are matched with whole names such "
                 f"as {', '.join(repr(n) for n in linears[:3])}."
             )
-        wanted.update(dict.fromkeys(matched, choice))
-    return Overrides(wanted)
+        choices.update(dict.fromkeys(matched, choice))
+    return Overrides(choices)

@@ -1,9 +1,9 @@
-"""Which weights and channels of a unit feed which others, found by gradient probing.
+"""Data flow of a unit: which weights and channels feed which others, from gradients.
 
 The unit is run once on random numbers, with the autograd graph cut behind every linear module: the output of a linear
 becomes a leaf. The input of each linear is then a function of a few leaves only (outputs of earlier linears, other
-parameters, arguments, buffers), and a gradient that is exactly zero says that there is no dependency. A cotangent that
-is non-zero on some channels of the input only shows which channels of which leaves these depend on.
+parameters, arguments, buffers); a gradient that is exactly zero means that there is no dependency. A cotangent that is
+non-zero on some channels of the input only shows the channels of leaves that these input channels depend on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from lightning_hybrid._torch_private import own_parameters
 from lightning_hybrid.ghosts.trees import map_tensors, tensors_of
 from lightning_hybrid.spec.tensor_plan import Path
 from lightning_hybrid.tensor.numbers import Numbers, is_float, shadowed
@@ -31,26 +32,26 @@ FORWARD_ERRORS = (
     NotImplementedError,
     ZeroDivisionError,
 )
-"""What a user's forward may raise when its tensors or attributes do not have the shapes that it expects."""
+"""Errors of a user's forward whose tensors or attributes do not have the expected shapes."""
 
 
 LeafKind = Literal["linear", "opaque", "parameter", "buffer", "argument"]
 
 
 class Leaf(NamedTuple):
-    """Where the cut graph ends."""
+    """A leaf of the cut graph."""
 
     kind: LeafKind
     name: str | Path
 
 
 Reach = dict[Leaf, torch.Tensor]
-"""Boolean masks of what depends: of the last dim for linears and opaque modules, of the full shape for the rest."""
+"""Boolean masks of the dependencies: over the last dim for linears and opaque modules, else of the full shape."""
 
 
 def linear_dims(module: nn.Module) -> tuple[int, int] | None:
-    """(output dim, input dim) of the weight if `module` is a linear module that holds its own weight, else None."""
-    weight = module._parameters.get("weight", module.__dict__.get("weight"))
+    """Returns (output dim, input dim) of the weight if `module` is a linear that holds its weight, else None."""
+    weight = own_parameters(module).get("weight", module.__dict__.get("weight"))
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         return None
     if isinstance(module, nn.Linear):
@@ -60,13 +61,13 @@ def linear_dims(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Whether `module` computes with its children's weights itself and has its own tensor-parallel forward."""
+    """Returns True if `module` computes with weights of its children and has a special tensor-parallel forward."""
     return isinstance(module, nn.MultiheadAttention)
 
 
 @dataclass
 class Trial:
-    """One run of a unit, cut at every linear; tensors by name of the linear, one per call."""
+    """One run of a unit, cut at every linear; `inputs` and `outputs` by name of the linear, one per call."""
 
     numbers: Numbers
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
@@ -77,16 +78,16 @@ class Trial:
     unused_results: frozenset[int] = frozenset()
 
     def drop_results(self, positions: Collection[int]) -> None:
-        """Leaves out tensors of the result that nothing consumes."""
+        """Removes the results at `positions`, which nothing consumes."""
         self.unused_results = frozenset(positions)
         self.results = self.consumed(self.results)
 
     def consumed(self, results: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Those of the unit's results that something consumes."""
+        """Returns the consumed ones among the unit's results."""
         return [tensor for i, tensor in enumerate(results) if i not in self.unused_results]
 
     def new_leaf(self, leaf: Leaf, value: torch.Tensor) -> torch.Tensor:
-        """A leaf of the graph, as the copy that the unit sees and may write in place."""
+        """Adds a leaf with the given value; returns a copy for the unit, which may write to it in place."""
         if not is_float(value):
             return value.clone()
         tensor = value.detach().requires_grad_()
@@ -94,19 +95,19 @@ class Trial:
         return tensor.clone()
 
     def new_leaves(self, kind: LeafKind, values: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
-        """A leaf for each value; the same tensor under several names is one."""
-        made: dict[int, torch.Tensor] = {}
+        """Adds a leaf for each value; a tensor under several names becomes one leaf."""
+        leaves: dict[int, torch.Tensor] = {}
         for name, value in values.items():
-            if id(value) not in made:
-                made[id(value)] = self.new_leaf(Leaf(kind, name), value)
-        return {name: made[id(value)] for name, value in values.items()}
+            if id(value) not in leaves:
+                leaves[id(value)] = self.new_leaf(Leaf(kind, name), value)
+        return {name: leaves[id(value)] for name, value in values.items()}
 
     def reach(self, targets: Iterable[torch.Tensor], part: tuple[int, int] | None = None) -> Reach:
-        """What `targets` depend on.
+        """Returns the leaves and channels that `targets` depend on.
 
         Args:
             targets: Tensors of the cut graph.
-            part: `(rank, ranks)`: only that contiguous part of their last dim is probed.
+            part: `(rank, ranks)`: probes that contiguous part of the last dim only.
         """
         targets = [t for t in targets if t.requires_grad]
         if not targets:
@@ -137,7 +138,7 @@ def run_trial(numbers: Numbers) -> Trial:
     """Runs the unit once on `numbers`.
 
     Raises:
-        FORWARD_ERRORS: If the unit cannot run on them.
+        FORWARD_ERRORS: If the unit cannot run on `numbers`.
     """
     trial = Trial(numbers)
     names = {module: name for name, module in numbers.module.named_modules()}
@@ -169,25 +170,25 @@ def run_trial(numbers: Numbers) -> Trial:
 
 
 class Probe:
-    """The data flow of one unit, over several trials (a channel that is dead in one is alive in another)."""
+    """The data flow of one unit over several trials, since a channel that is dead in one may be alive in another."""
 
     def __init__(self, trials: list[Trial]) -> None:
         self.trials = trials
         self.linears = list(trials[0].inputs)
         """Linears in the order of their first call."""
         self.outside = merge([trial.reach(trial.results) for trial in trials])
-        """What the result of the unit depends on, other than through linears."""
+        """Dependencies of the unit's result, other than through linears."""
         self._whole: dict[str, Reach] = {}
         self._parts: dict[tuple[str, int], list[Reach]] = {}
 
     def whole(self, linear: str) -> Reach:
-        """What the input of `linear` depends on."""
+        """Returns the dependencies of the input of `linear`."""
         if linear not in self._whole:
             self._whole[linear] = merge([trial.reach(trial.inputs[linear]) for trial in self.trials])
         return self._whole[linear]
 
     def parts(self, linear: str, ranks: int) -> list[Reach]:
-        """What each of `ranks` equal parts of the input of `linear` depends on."""
+        """Returns the dependencies of each of `ranks` equal parts of the input of `linear`."""
         key = linear, ranks
         if key not in self._parts:
             self._parts[key] = [
@@ -198,7 +199,7 @@ class Probe:
 
 
 def merge(reaches: list[Reach]) -> Reach:
-    """The union of several reaches."""
+    """Returns the union of several reaches."""
     union: Reach = {}
     for reach in reaches:
         for leaf, mask in reach.items():

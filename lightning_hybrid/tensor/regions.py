@@ -2,7 +2,7 @@
 
 A **region** is opened by colwise linears (output channels divided), closed by rowwise linears (input channels divided,
 output summed over the ranks), and between them every rank computes its own channels with no communication. Proposals
-are checked by numbers in `tensor_verify`.
+are verified numerically in `verify`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from lightning_hybrid.tensor.probe import Leaf, Probe, Reach, linear_dims, merge
 
 
 class Rejection(Exception):
-    """A linear cannot close a region; says why."""
+    """A linear cannot close a region; the message is the reason."""
 
 
 @dataclass
 class Constraints:
-    """What the caller rules out; names are relative to the unit."""
+    """Restrictions set by the caller; names are relative to the unit."""
 
     replicated: Collection[str] = ()
-    """Linears that may be no part of a region's divided weights."""
+    """Linears whose weights must stay replicated."""
     used_elsewhere: Collection[str] = ()
-    """Parameters that are shared with, or used by, modules outside the unit: they stay whole."""
+    """Parameters shared with, or used by, modules outside the unit; they stay whole."""
     unused_results: Collection[int] = ()
     """Tensors of the unit's result, by position, that nothing consumes."""
 
 
 @dataclass
 class Region:
-    """A proposal; the fields are those of `UnitPlan`."""
+    """A proposed region; the fields are those of `UnitPlan`."""
 
     rowwise: list[str]
     colwise: dict[str, tuple[int, ...] | None]
@@ -48,7 +48,7 @@ class Region:
     shared_arguments: list[Path] = field(default_factory=list)
 
     def plan(self, numbers: Numbers, ranks: int) -> UnitPlan:
-        """With the weights of its linears filled in."""
+        """Returns the region as a `UnitPlan`, with the weights of its linears."""
         parameters = dict(self.parameters)
         attributes: dict[str, dict[str, int]] = {}
         for name, order in self.colwise.items():
@@ -56,10 +56,10 @@ class Region:
             dims = linear_dims(module)
             if dims is None:
                 continue
-            for key, value in own_parameters(numbers, name).items():
+            for key, value in _weight_and_bias(numbers, name).items():
                 dim = dims[0] if key == "weight" else 0
                 parameters[f"{name}.{key}"] = ShardedParameter(dim=dim, size=value.shape[dim], order=order)
-            if "nf" in module.__dict__:  # transformers' Conv1D shapes its output by it
+            if "nf" in module.__dict__:  # transformers' Conv1D reshapes its output to `nf` channels
                 attributes[name] = {"nf": module.__dict__["nf"] // ranks}
         for name in self.rowwise:
             dims = linear_dims(numbers.module.get_submodule(name))
@@ -81,14 +81,13 @@ class Region:
         )
 
 
-def own_parameters(numbers: Numbers, linear: str) -> dict[str, torch.Tensor]:
-    """Weight and bias of a linear."""
+def _weight_and_bias(numbers: Numbers, linear: str) -> dict[str, torch.Tensor]:
     names = {key: f"{linear}.{key}" if linear else key for key in ("weight", "bias")}
     return {key: numbers.parameters[name] for key, name in names.items() if name in numbers.parameters}
 
 
 def divide(masks: list[torch.Tensor]) -> ShardedParameter | None:
-    """How ranks that depend on `masks[rank]` divide one dim: disjoint parts of equal size that cover it, else None."""
+    """Divides one dim into `masks[rank]`; returns None if the masks are not disjoint, equal in size and covering."""
     size = masks[0].numel()
     count = torch.stack(masks).sum(0)
     if size % len(masks) or not bool((count == 1).all()) or any(int(m.sum()) != size // len(masks) for m in masks):
@@ -98,7 +97,7 @@ def divide(masks: list[torch.Tensor]) -> ShardedParameter | None:
 
 
 def divide_any_dim(masks: list[torch.Tensor]) -> ShardedParameter | None:
-    """As `divide`, for the first dim of a tensor along which it works."""
+    """Divides a tensor along the first dim for which `divide` succeeds."""
     for dim in range(masks[0].ndim):
         others = [d for d in range(masks[0].ndim) if d != dim]
         along = [m.amax(others) if others else m for m in masks]
@@ -108,10 +107,10 @@ def divide_any_dim(masks: list[torch.Tensor]) -> ShardedParameter | None:
 
 
 def propose(row: str, probe: Probe, numbers: Numbers, ranks: int, constraints: Constraints) -> Region:
-    """The region that `row` closes, with whatever else must be in it.
+    """Returns the region that `row` closes, with all other linears that must belong to the region.
 
     Raises:
-        Rejection: If there is none.
+        Rejection: If there is no such region.
     """
     rows = [row]
     while True:
@@ -154,7 +153,7 @@ def _weight_name(linear: str) -> str:
 
 
 def _classify(rows: list[str], probe: Probe, numbers: Numbers, ranks: int, constraints: Constraints) -> Region:
-    """Divides everything that the inputs of `rows` depend on."""
+    """Divides every linear, parameter, buffer and argument that the inputs of `rows` depend on."""
     parts = [merge([probe.parts(row, ranks)[rank] for row in rows]) for rank in range(ranks)]
     region = Region(rowwise=rows, colwise={})
     for leaf in sorted(merge(parts), key=str):
@@ -203,7 +202,7 @@ def _classify_argument(
 
 
 def _classify_tensor(leaf: Leaf, found: ShardedParameter | None, region: Region) -> None:
-    """A parameter or buffer."""
+    """Adds a parameter or buffer to `region`."""
     name = str(leaf.name)
     if leaf.kind == "buffer":
         region.buffers |= {} if found is None else {name: found}
@@ -214,7 +213,7 @@ def _classify_tensor(leaf: Leaf, found: ShardedParameter | None, region: Region)
 
 
 def _owners(found: ShardedParameter, ranks: int) -> tuple[int, ...]:
-    """Which rank uses index i, as the shortest period of the dim."""
+    """Returns the rank that uses each index, for the shortest period of the dim."""
     owner = [0] * found.size
     for rank in range(ranks):
         for index in found.part(rank, ranks):
@@ -226,13 +225,19 @@ def _owners(found: ShardedParameter, ranks: int) -> tuple[int, ...]:
 
 
 def _reached_outside(leaf: Leaf, rows: list[str], probe: Probe) -> torch.Tensor | None:
-    """The part of `leaf` that something other than the inputs of `rows` depends on."""
+    """Returns the part of `leaf` that reaches anything other than the inputs of `rows`; None if nothing else."""
     reaches = [probe.whole(name) for name in probe.linears if name not in rows] + [probe.outside]
     return merge(reaches).get(leaf)
 
 
 def _check_partial_gradients(region: Region, probe: Probe, numbers: Numbers, ranks: int) -> None:
-    """What is replicated but used inside the region has its gradient summed over the ranks: it feeds nothing else."""
+    """Checks that replicated tensors used inside the region are not used outside it.
+
+    Their gradients are summed over the ranks, which is wrong for a use outside the region.
+
+    Raises:
+        Rejection: If one is used in both places.
+    """
     for name, channels in region.shared_outputs.items():
         outside = _reached_outside(Leaf("linear", name), region.rowwise, probe)
         if outside is not None and bool(outside[list(channels)].any()):

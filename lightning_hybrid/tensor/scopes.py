@@ -1,7 +1,7 @@
-"""Where parameters are local: while a unit, a step or a single module runs, its modules compute with plain tensors.
+"""Replaces DTensor parameters by local tensors while a unit, a step or a single module runs.
 
-Each parameter is shadowed in its module's `__dict__`, where attribute lookup goes first, by its local part. Parameters
-are looked up at each entry, since `fully_shard` exchanges them.
+The local tensor is set in the module's `__dict__`, which attribute lookup reads first. Parameters are looked up at each
+entry, since `fully_shard` replaces them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hybrid._torch_private import flat_weight_names, own_buffers, own_parameters
 from lightning_hybrid.ghosts.trees import map_tensors
 from lightning_hybrid.spec.tensor_plan import ShardedParameter, UnitPlan
 from lightning_hybrid.tensor.collectives import copy_to_ranks, select_on_rank
@@ -22,7 +23,7 @@ from lightning_hybrid.tensor.width import NarrowTensor
 
 
 class Slot(NamedTuple):
-    """A parameter of a module and what is done to its local part."""
+    """A parameter of a module, and a function applied to its local part (None: no function)."""
 
     module: nn.Module
     key: str
@@ -30,19 +31,19 @@ class Slot(NamedTuple):
 
 
 class RegionRNG(Protocol):
-    """What gives the ranks random numbers of their own where each works on its own part."""
+    """Gives each rank different random numbers inside divided regions."""
 
     def enter_region(self, name: str) -> None:
-        """From here on this rank works on its own part; the region begins with the module `name`."""
+        """Switches to random numbers of this rank; the region begins with the module `name`."""
         ...
 
     def leave_region(self) -> None:
-        """From here on all ranks have the same values."""
+        """Switches to random numbers that are equal on all ranks."""
         ...
 
 
 def part_of(full: torch.Tensor, sharded: ShardedParameter, rank: int, ranks: int) -> torch.Tensor:
-    """The part of a full weight that `rank` of `ranks` holds, as a copy."""
+    """Returns a copy of the part of a full weight that `rank` of `ranks` holds."""
     if sharded.order is None:
         length = sharded.size // ranks
         return full.narrow(sharded.dim, rank * length, length).clone(memory_format=torch.contiguous_format)
@@ -50,30 +51,30 @@ def part_of(full: torch.Tensor, sharded: ShardedParameter, rank: int, ranks: int
 
 
 class Scopes:
-    """What is local at present, and the hooks that begin and end it."""
+    """The parameters that are local at present, and the hooks that replace and restore them."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.inert = False
-        self.streams: RegionRNG | None = None
+        self.rng: RegionRNG | None = None
         self.root: list[Slot] = []
         """Parameters outside the units."""
         self.units: dict[str, list[Slot]] = {}
         self._shadowed: dict[tuple[nn.Module, str], list[Any]] = {}
-        """For each parameter that is local: what stood in its place, outermost scope first (`...` for nothing)."""
+        """For each local parameter: the values it replaced in `__dict__`, outermost scope first (`...` for none)."""
         self._calls: list[_UnitCall] = []
 
     def active(self) -> bool:
-        """Whether hooks do anything."""
+        """Returns False while hooks do nothing."""
         return not self.inert
 
     def enter_root(self) -> None:
-        """A step begins."""
+        """Makes parameters outside the units local, before a step."""
         if not self.inert:
             self._shadow(self.root)
 
     def exit_root(self) -> None:
-        """A step has ended, perhaps by an exception: nothing is local any more."""
+        """Restores all parameters, after a step or an exception in a step."""
         for module, key in self._shadowed:
             module.__dict__.pop(key, None)
         self._shadowed.clear()
@@ -82,7 +83,7 @@ class Scopes:
             _refresh_flat_weights(slots)
 
     def colwise_input(self, linear: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The input of a column, copied to the ranks once in a unit call however many columns use it."""
+        """Copies the input of a colwise linear to the ranks, once per unit call even if several linears use it."""
         self.ran(linear)
         self.enter_region(linear)
         if isinstance(tensor, NarrowTensor):
@@ -96,45 +97,45 @@ class Scopes:
         return known[1]
 
     def ran(self, linear: str) -> None:
-        """A linear of the unit that runs at present has been called."""
+        """Records that a linear of the running unit was called."""
         if self._calls:
             self._calls[-1].ran.add(linear)
 
     def enter_region(self, name: str) -> None:
-        """A column is called: random numbers are this rank's own until the next row has returned.
+        """Switches to random numbers of this rank, at a colwise linear.
 
-        Not in compiled blocks, whose graphs cannot exchange the generator's state.
+        Compiled blocks are excluded: their graphs cannot exchange the generator's state.
         """
-        if self.streams is not None and not torch.compiler.is_compiling():
-            self.streams.enter_region(name)
+        if self.rng is not None and not torch.compiler.is_compiling():
+            self.rng.enter_region(name)
 
     def leave_region(self) -> None:
-        """A row has returned."""
-        if self.streams is not None and not torch.compiler.is_compiling():
-            self.streams.leave_region()
+        """Switches back to common random numbers, after a rowwise linear."""
+        if self.rng is not None and not torch.compiler.is_compiling():
+            self.rng.leave_region()
 
     # ---- hooks
 
     def add_module(self, module: nn.Module, slots: list[Slot]) -> list[RemovableHandle]:
-        """A module that is called outside its unit (a part that is recomputed) makes its own parameters local."""
-        made: list[Slot] = []
+        """Adds hooks that make `slots` local if `module` is called outside its unit, as in a partial recomputation."""
+        entered: list[Slot] = []
 
         def before(_: nn.Module, args: tuple) -> None:
             if not self.inert:
                 missing = [slot for slot in slots if slot.key not in module.__dict__]
                 if missing:
-                    made.extend(missing)
+                    entered.extend(missing)
                     self._shadow(missing)
 
         def after(_: nn.Module, args: tuple, output: Any) -> None:
-            if made:
-                self._unshadow(made)
-                made.clear()
+            if entered:
+                self._unshadow(entered)
+                entered.clear()
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
 
     def add_unit(self, name: str, module: nn.Module, plan: UnitPlan) -> list[RemovableHandle]:
-        """While the unit runs, everything in it is local."""
+        """Adds hooks that make parameters, buffers and arguments of the unit `name` local while it runs."""
         slots = self.units[name]
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -169,7 +170,7 @@ class Scopes:
 
     def _shadow(self, slots: list[Slot]) -> None:
         for slot in slots:
-            parameter = slot.module._parameters.get(slot.key)
+            parameter = own_parameters(slot.module).get(slot.key)
             if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
                 continue  # not owned, or still sharded by `fully_shard`
             to_local = parameter.to_local()
@@ -193,7 +194,7 @@ class Scopes:
         for name, sharded in plan.buffers.items():
             owner, _, key = name.rpartition(".")
             module = unit.get_submodule(owner)
-            buffer = module._buffers.get(key)
+            buffer = own_buffers(module).get(key)
             if buffer is not None:
                 module.__dict__[key] = part_of(buffer, sharded, self.group.rank(), self.group.size())
 
@@ -207,8 +208,8 @@ class Scopes:
             size = tensor.shape[dim]
             if size % len(owners):
                 raise ValueError(
-                    f"`{path[-1]}` has {size} entries along dim {dim}; this block is divided over ranks in a way "
-                    f"that needs a multiple of {len(owners)}. Keep the shape of the first batch, or keep the block "
+                    f"`{path[-1]}` has {size} entries along dim {dim}, but the division of this block over ranks "
+                    f"needs a multiple of {len(owners)}. Keep the shape of the first batch, or keep the block "
                     "whole with `tensor_plan`."
                 )
             index = [i for i in range(size) if owners[i % len(owners)] == self.group.rank()]
@@ -218,7 +219,7 @@ class Scopes:
 
 
 class _UnitCall:
-    """One running call of a unit."""
+    """State of one running call of a unit."""
 
     def __init__(self) -> None:
         self.copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -226,18 +227,22 @@ class _UnitCall:
 
 
 def _check_regions(unit: str, plan: UnitPlan, ran: set[str]) -> None:
-    """A region of which only some linears were called has not been summed over the ranks."""
+    """Checks that linears of a region were all called or none; otherwise outputs were not summed over the ranks.
+
+    Raises:
+        RuntimeError: If only some linears of a region were called.
+    """
     for region in plan.regions:
         missing = [name for name in region if name not in ran]
         if missing and len(missing) < len(region):
             raise RuntimeError(
-                f"`{unit}` was divided over the `tp` axis with `{missing[0]}`, which its forward has not called this "
-                f"time though it called `{next(n for n in region if n in ran)}`. It takes another path than in the dry "
-                f"run; keep it whole with `tensor_plan={{'{unit}.*': 'replicate'}}`."
+                f"`{unit}` was divided over the `tp` axis with `{missing[0]}`, which its forward did not call in this "
+                f"step, although it called `{next(n for n in region if n in ran)}`. The forward differs from that of "
+                f"the dry run. Keep the block whole with `tensor_plan={{'{unit}.*': 'replicate'}}`."
             )
 
 
 def _refresh_flat_weights(slots: list[Slot]) -> None:
-    """Recurrent modules keep a second list of their weights."""
+    """Rebuilds the second list of weights that recurrent modules keep."""
     for module in {slot.module: None for slot in slots if isinstance(slot.module, nn.RNNBase)}:
-        module.__dict__["_flat_weights"] = [getattr(module, key) for key in module._flat_weights_names]
+        module.__dict__["_flat_weights"] = [getattr(module, key) for key in flat_weight_names(module)]

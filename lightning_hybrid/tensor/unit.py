@@ -15,17 +15,17 @@ from lightning_hybrid.tensor.regions import Constraints, Rejection, propose
 from lightning_hybrid.tensor.verify import Mismatch, verify
 
 _ENOUGH_ROWS = 64
-"""A ReLU channel is dead for one row of the input in half of the cases: all 64 together give 1 channel in 10^19."""
+"""A ReLU channel is dead for a row of the input with probability 1/2, hence for 64 rows with 1 in 10^19."""
 _MAX_TRIALS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitFlow:
-    """What was found out about one unit; names are relative to it."""
+    """The inferred plan of one unit; names are relative to the unit."""
 
     plan: UnitPlan = field(default_factory=UnitPlan)
     called: tuple[str, ...] = ()
-    """Its linears whose forward ran, in order."""
+    """The linears of the unit whose forward ran, in order."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Why a linear does not close a region."""
 
@@ -33,15 +33,15 @@ class UnitFlow:
 def infer_unit(
     module: nn.Module, args: tuple, kwargs: dict, ranks: int, constraints: Constraints, forced: Callable[[str], bool]
 ) -> UnitFlow:
-    """Finds and proves the regions of one unit.
+    """Finds and verifies the regions of one unit.
 
     Args:
-        module: The unit; it is left as it was.
+        module: The unit; it is not changed.
         args: Positional arguments of a recorded call.
-        kwargs: Its keyword arguments.
+        kwargs: Keyword arguments of the call.
         ranks: Size of the `tp` axis.
-        constraints: What may not be divided.
-        forced: Whether a linear (by relative name) must be tried as a row before the others.
+        constraints: Restrictions of what is divided.
+        forced: Returns True for a linear (by relative name) that is tried as rowwise before the others.
     """
     linears = [n for n, m in module.named_modules() if linear_dims(m) is not None]
     if len(linears) < 2:
@@ -73,7 +73,7 @@ def infer_unit(
 
 
 def _trials(module: nn.Module, args: tuple, kwargs: dict) -> list[Trial]:
-    """As many trials as it takes for no channel to be dead in all of them, at least two."""
+    """Runs at least two trials, and enough that no channel is dead in all of them."""
     choices = shorter_sizes(args, kwargs)
     for sizes in choices:
         try:
@@ -85,7 +85,7 @@ def _trials(module: nn.Module, args: tuple, kwargs: dict) -> list[Trial]:
         rows = min((t[0].numel() // max(t[0].shape[-1], 1) for t in trials[0].inputs.values()), default=1)
         count = min(max(2, -(-_ENOUGH_ROWS // max(rows, 1))), _MAX_TRIALS)
         weights = trials[0].numbers.parameters
-        negated = {id(weight): -weight for weight in weights.values()}  # channels that were dead come to life
+        negated = {id(weight): -weight for weight in weights.values()}  # dead channels become alive
         signs = [weights, {name: negated[id(weight)] for name, weight in weights.items()}]
         return trials + [
             run_trial(make_numbers(module, args, kwargs, seed=seed, sizes=sizes, weights=signs[seed % 2]))
@@ -95,10 +95,10 @@ def _trials(module: nn.Module, args: tuple, kwargs: dict) -> list[Trial]:
 
 
 def _joined(plan: UnitPlan, region: UnitPlan) -> UnitPlan:
-    """Both together.
+    """Adds `region` to `plan`.
 
     Raises:
-        Rejection: If they divide the same weight differently.
+        Rejection: If both divide the same weight differently.
     """
     taken = {*plan.rowwise, *plan.colwise} & {*region.rowwise, *region.colwise}
     if taken:

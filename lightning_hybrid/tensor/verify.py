@@ -1,4 +1,4 @@
-"""Proves a plan of one unit by numbers: the unit is run as each rank would run it, and compared with the whole.
+"""Verifies a plan of one unit numerically: runs the unit as each rank would and compares with the whole.
 
 For every rank the divided weights are replaced by their parts and the unit is called on plain tensors. The input of
 each rowwise linear must be that rank's part of the recorded input, the input of every other linear and the unit's
@@ -21,15 +21,15 @@ from lightning_hybrid.tensor.probe import FORWARD_ERRORS, Trial, linear_dims
 from lightning_hybrid.tensor.width import add_narrowing, widen
 
 _TOLERANCE = 1e-4
-"""Relative to the largest value of the tensor; sums in another order differ by about 1e-6, a wrong part by 1."""
+"""Relative to the largest value of the tensor; another order of sums changes about 1e-6, a wrong part about 1."""
 
 
 class Mismatch(Exception):
-    """A rank's numbers are not what they should be; says where."""
+    """A rank computes wrong values; the message names the tensor."""
 
 
 def verify(candidates: Iterable[UnitPlan], trial: Trial, ranks: int) -> UnitPlan:
-    """Returns the first of `candidates` with which every rank's numbers are right.
+    """Returns the first of `candidates` with which every rank computes correct values.
 
     Args:
         candidates: Plans of the unit.
@@ -37,7 +37,7 @@ def verify(candidates: Iterable[UnitPlan], trial: Trial, ranks: int) -> UnitPlan
         ranks: Number of ranks.
 
     Raises:
-        Mismatch: If the numbers are wrong with every one; says what was wrong with the first.
+        Mismatch: If no candidate is correct; the message is that of the first candidate.
     """
     first: Mismatch | None = None
     for candidate in candidates:
@@ -55,16 +55,16 @@ def verify(candidates: Iterable[UnitPlan], trial: Trial, ranks: int) -> UnitPlan
 
 
 def part_of(tensor: torch.Tensor, sharded: ShardedParameter, rank: int, ranks: int) -> torch.Tensor:
-    """The part of a full tensor that belongs to `rank`."""
+    """Returns the part of a full tensor that belongs to `rank`."""
     index = torch.tensor(sharded.part(rank, ranks), device=tensor.device)
     return tensor.index_select(sharded.dim, index)
 
 
 def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[str, list[torch.Tensor]]) -> None:
-    """Runs the unit as `rank`; adds the outputs of its rows to `total`.
+    """Runs the unit as `rank`; adds the outputs of rowwise linears to `total`.
 
     Raises:
-        Mismatch: If a number is wrong or the unit does not run.
+        Mismatch: If a value is wrong or the unit does not run.
     """
     numbers = trial.numbers
     calls: dict[str, int] = {}
@@ -94,7 +94,7 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
         handles += add_narrowing(numbers.module.get_submodule(name), width, ranks)
     try:
         torch.manual_seed(0)
-        # Gradients stay on: without them some modules take other paths in evaluation mode.
+        # With gradients, since some modules run other code without gradients in evaluation mode.
         with shadowed(entries):
             result = tensors_of(numbers.call(_local_arguments(plan, numbers, rank, ranks)))
     except FORWARD_ERRORS as error:
@@ -118,7 +118,7 @@ def _local_weights(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) -> t
 
 
 def _local_arguments(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) -> dict[Path, torch.Tensor]:
-    copies = {id(value): value.clone() for value in numbers.arguments.values()}  # the same object stays the same
+    copies = {id(value): value.clone() for value in numbers.arguments.values()}  # a tensor passed twice stays one
     arguments = {path: copies[id(value)] for path, value in numbers.arguments.items()}
     for cut in plan.slices:
         value = arguments[cut.path]
@@ -130,8 +130,8 @@ def _local_arguments(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) ->
 def _check_all(where: str, values: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     if len(values) != len(expected):
         raise Mismatch(f"{where} has {len(values)} tensors instead of {len(expected)}")
-    for value, wanted in zip(values, expected, strict=True):
-        _check(where, value, wanted)
+    for value, correct in zip(values, expected, strict=True):
+        _check(where, value, correct)
 
 
 def _check(where: str, value: Any, expected: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
-"""Tensors that report a rank's width.
+"""Tensors whose last dim reads as the width of one rank.
 
 Hand-written attention often reads the width of all heads from its input (`batch, length, width = x.shape`) and reshapes
-its own, divided, tensors by it. There such a module gets its input as a tensor whose last dim reads as the width of one
-rank's heads; for every other purpose it is the whole tensor.
+its divided tensors by that width. The input of such a module is replaced by a tensor whose last dim reads as the width
+of one rank's heads; every operation uses the whole tensor.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
+
+from lightning_hybrid._torch_private import tree_map_only
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
 class NarrowTensor(torch.Tensor):
-    """See the module docstring; any operation on it is done on `whole`."""
+    """A tensor whose last dim reads as `width`; operations run on `whole`."""
 
     whole: torch.Tensor
     width: int
@@ -35,25 +36,25 @@ class NarrowTensor(torch.Tensor):
 
 
 def narrow(tensor: torch.Tensor, width: int) -> NarrowTensor:
-    """`tensor` with its last dim reading as `width`."""
+    """Returns `tensor` with a last dim that reads as `width`."""
     narrowed = tensor.as_subclass(NarrowTensor)
     narrowed.whole, narrowed.width = tensor, width
     return narrowed
 
 
 def widen(tree: Any) -> Any:
-    """`tree` with plain tensors again."""
+    """Returns `tree` with the whole tensor in place of each `NarrowTensor`."""
     return tree_map_only(NarrowTensor, lambda tensor: tensor.whole, tree)
 
 
 def add_narrowing(module: nn.Module, width: int, ranks: int, active: Any = None) -> list[RemovableHandle]:
-    """Floating-point arguments of `module` whose last dim is `width` read as a rank's part of it.
+    """Makes floating-point arguments of `module` whose last dim is `width` read as `width // ranks`.
 
     Args:
         module: The module.
         width: The width of all ranks together.
         ranks: Number of ranks.
-        active: Tells at each call whether to do it; None for always.
+        active: Returns True for calls whose arguments are replaced; None for all calls.
     """
 
     def narrowed(value: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ from torch.utils.data import default_collate
 
 from lightning_hybrid.ghosts.trace import UnitCall, trace_step
 from lightning_hybrid.ghosts.units import CallInterceptor, find_units
-from lightning_hybrid.tensor.flow import infer_tensor_plan
-from lightning_hybrid.tensor.plan import TensorParallel, apply_tensor_plan
+from lightning_hybrid.tensor.apply import TensorParallel, apply_tensor_plan
+from lightning_hybrid.tensor.infer import infer_tensor_plan
 from tests.harness import RankGroup
 from tests.zoo.cases import CASES
 

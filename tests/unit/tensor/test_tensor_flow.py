@@ -17,7 +17,7 @@ from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.ghosts.use import record_use
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import TensorPlan, UnitPlan
-from lightning_hybrid.tensor.flow import infer_tensor_plan
+from lightning_hybrid.tensor.infer import infer_tensor_plan
 from tests.zoo.cases import CASES
 
 

@@ -1,8 +1,7 @@
-"""Applies a tensor plan to a module in place, and takes it off again.
+"""Applies a tensor plan to a module in place, and removes it.
 
 Every owned parameter becomes a DTensor on the `tp` mesh, so that optimizers, clipping and `fully_shard` see one kind of
-tensor. Modules compute with plain local tensors (`tensor_scopes`), and hooks on single modules communicate
-(`tensor_modules`).
+tensor. Modules compute with plain local tensors (`scopes`), and hooks on single modules communicate (`modules`).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hybrid._torch_private import own_parameters
 from lightning_hybrid.spec.tensor_plan import ShardedParameter, TensorPlan, UnitPlan
 from lightning_hybrid.tensor.attention import DividedAttention
 from lightning_hybrid.tensor.attributes import attribute_entries
@@ -39,7 +39,7 @@ from lightning_hybrid.tensor.width import add_narrowing
 
 
 class _Original(NamedTuple):
-    """A parameter object of the user's and where it stood; its storage is empty while the plan is applied."""
+    """A parameter object of the user and its places in the module; its storage is empty while the plan is applied."""
 
     parameter: nn.Parameter
     places: list[tuple[str, nn.Module, str]]
@@ -52,15 +52,18 @@ def apply_tensor_plan(
     owned: Callable[[str], bool] = lambda name: True,
     divided: bool = False,
 ) -> TensorParallel:
-    """Divides the weights of `root` as `plan` says.
+    """Divides the weights of `root` according to `plan`.
 
     Args:
         root: The module that the plan was inferred for, with the same full weights on every rank.
         plan: The plan.
         mesh: The one-dimensional `tp` mesh.
-        owned: Whether this rank's stage owns a parameter, by full name. The others, and those that are not in
-            `_parameters`, are left alone.
-        divided: Whether the weights of `root` are this rank's parts already (see `part_of`).
+        owned: Returns True for the parameters (by full name) of this rank's stage. The others, and tensors that are not
+            registered as parameters, are not changed.
+        divided: True if the weights of `root` are this rank's parts already (see `part_of`).
+
+    Raises:
+        ValueError: If `mesh` does not have one dim of size `plan.size`.
     """
     if mesh.ndim != 1 or mesh.size() != plan.size:
         raise ValueError(f"`mesh` must have one dim of size {plan.size}. Got shape {tuple(mesh.shape)}.")
@@ -68,7 +71,7 @@ def apply_tensor_plan(
 
 
 class TensorParallel:
-    """An applied plan; see the module docstring. Made by `apply_tensor_plan`."""
+    """An applied tensor plan, created by `apply_tensor_plan`."""
 
     def __init__(
         self, root: nn.Module, plan: TensorPlan, mesh: DeviceMesh, owned: Callable[[str], bool], divided: bool
@@ -91,7 +94,7 @@ class TensorParallel:
     # ---- weights
 
     def full_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The full tensor in the user's order, of any tensor laid out like parameter `name` (collective).
+        """Gathers the full tensor in the user's order, of a tensor laid out like parameter `name` (collective).
 
         Args:
             name: Any name of the parameter.
@@ -109,7 +112,7 @@ class TensorParallel:
         return tensor.index_select(sharded.dim, inverse.to(tensor.device))
 
     def shard(self, name: str, full: torch.Tensor) -> DTensor:
-        """The reverse of `full_tensor`: a DTensor on the `tp` mesh; every rank gives the same full tensor."""
+        """Shards a full tensor, equal on all ranks, to a DTensor on the `tp` mesh; the inverse of `full_tensor`."""
         sharded = self.plan.parameters.get(name)
         return self._from_part(name, full if sharded is None else self._part(full, sharded))
 
@@ -124,7 +127,7 @@ class TensorParallel:
     def _replace(self, owned: Callable[[str], bool], divided: bool) -> None:
         originals: dict[int, _Original] = {}
         for prefix, module in self.root.named_modules():
-            for key, parameter in module._parameters.items():
+            for key, parameter in own_parameters(module).items():
                 if parameter is not None:
                     original = originals.setdefault(id(parameter), _Original(parameter, []))
                     original.places.append((f"{prefix}.{key}" if prefix else key, module, key))
@@ -140,7 +143,7 @@ class TensorParallel:
         self._originals = list(originals.values())
 
     def _local_kinds(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-        """By parameter: what is done to its local part."""
+        """Returns the function applied to the local part of each parameter that needs one."""
         kinds: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         for unit, plan in self.plan.units.items():
             prefix = f"{unit}." if unit else ""
@@ -152,21 +155,21 @@ class TensorParallel:
 
     # ---- steps
 
-    def draw_from(self, streams: RegionRNG) -> None:
-        """Inside divided regions, random numbers come from `streams`."""
-        self._scopes.streams = streams
+    def use_rng(self, rng: RegionRNG) -> None:
+        """Sets the source of random numbers inside divided regions."""
+        self._scopes.rng = rng
 
     def enter_root(self) -> None:
-        """Before a step: parameters outside the units become local."""
+        """Makes parameters outside the units local, before a step."""
         self._scopes.enter_root()
 
     def exit_root(self) -> None:
-        """After a step, also one that was left by an exception: nothing is local any more."""
+        """Restores all parameters, after a step or an exception in a step."""
         self._scopes.exit_root()
 
     @contextmanager
     def root_context(self) -> Iterator[None]:
-        """`enter_root` and `exit_root` around a step."""
+        """Surrounds a step with `enter_root` and `exit_root`."""
         self.enter_root()
         try:
             yield
@@ -175,7 +178,7 @@ class TensorParallel:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, modules have their own attributes and all hooks do nothing (dry runs on ghosts)."""
+        """Disables all hooks and restores the modules' attributes, for dry runs on ghosts."""
         before, self._scopes.inert = self._scopes.inert, True
         present = [(module, key, module.__dict__[key]) for module, key, _ in self._patched]
         self._restore_attributes()
@@ -195,7 +198,7 @@ class TensorParallel:
             slot = Slot(module, key, self._kinds.get(name))
             by_module.setdefault(module, []).append(slot)
             if name.rpartition(".")[0] in own_forward_only:
-                continue  # nothing else may use these weights; an error is better than a wrong number
+                continue  # no other code may use these weights; an error is better than a wrong result
             unit = _unit_of(name, self._scopes.units)
             if unit is not None:
                 self._scopes.units[unit].append(slot)
@@ -262,15 +265,15 @@ class TensorParallel:
             else:
                 module.__dict__[key] = value
 
-    # ---- taking it off
+    # ---- removal
 
     def remove(self) -> None:
-        """Puts the user's own parameter objects back, with their present full values (collective)."""
+        """Restores the user's parameter objects with their present full values (collective)."""
         originals = self._originals
-        self.take_off()
+        self.remove_hooks()
         for original, places in originals:
             name, module, key = places[0]
-            present = module._parameters[key]
+            present = own_parameters(module)[key]
             if present is None:
                 continue
             original.data = self.full_tensor(name, present.data)
@@ -279,8 +282,8 @@ class TensorParallel:
             for _, place, place_key in places:
                 _set_parameter(place, place_key, original)
 
-    def take_off(self) -> None:
-        """Takes hooks and attributes off; the weights stay as they are."""
+    def remove_hooks(self) -> None:
+        """Removes hooks and restores attributes; weights are not changed."""
         self.exit_root()
         for handle in self._handles:
             handle.remove()
@@ -298,6 +301,6 @@ def _unit_of(name: str, units: dict[str, Any]) -> str | None:
 
 def _set_parameter(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
     if type(module).__setattr__ is nn.Module.__setattr__:
-        module._parameters[key] = parameter
+        own_parameters(module)[key] = parameter
     else:
         setattr(module, key, parameter)  # recurrent modules keep a second list of their weights

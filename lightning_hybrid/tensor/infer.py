@@ -1,8 +1,8 @@
 """Infers how a model is divided over the `tp` axis, from its own data flow.
 
-Each unit (block) is run on random numbers in this process; which channels of which weights feed which is read off
-gradients, and every division is proved by running the unit as each rank would. No model is named. The result depends on
-the module and the seed in this file only, so it is the same on every rank.
+Runs each unit (block) on random numbers in this process, derives from gradients which channels of which weights feed
+which others, and verifies every division by running the unit as each rank would. No model is named. The result depends
+on the module and fixed seeds only, so it is equal on all ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lightning_hybrid.tensor.regions import Constraints
 from lightning_hybrid.tensor.unit import UnitFlow, infer_unit
 
 _WORTHWHILE = 0.01
-"""A module outside the blocks is divided if it has this fraction of the parameters: each costs a collective a step."""
+"""A module outside the blocks is divided if it has this fraction of the parameters; adds a collective per step."""
 _OTHER_SIZES = (2, 3, 4, 6, 8)
 _SHOWN_REASONS = 6
 
@@ -65,14 +65,14 @@ def infer_tensor_plan(
     overrides: Mapping[str, str] | None = None,
     use: StepUse | None = None,
 ) -> TensorPlan:
-    """Divides the weights of `root` over a `tp` axis.
+    """Infers how the weights of `root` are divided over a `tp` axis.
 
     Args:
-        root: The module; its parameters may be real, on the meta device or ghosts. It is left as it was.
-        calls: Recorded calls of its units, which do not contain each other; the first call of each counts.
+        root: The module; its parameters may be real, on the meta device or ghosts. It is not changed.
+        calls: Recorded calls of the units of `root`, which do not contain each other; the first call of each counts.
         size: Ranks on the axis.
         overrides: `{pattern: choice}` over module names: `"colwise"`, `"rowwise"`, `"replicate"` or `"colwise_gather"`.
-        use: What a step does with weights, from `record_use`. Without it, what is outside the units stays replicated.
+        use: How a step uses weights, from `record_use`. Without `use`, modules outside the units stay replicated.
 
     Returns:
         A plan that divides at least one weight.
@@ -99,7 +99,7 @@ def infer_tensor_plan(
 
 
 class _Inference:
-    """One inference; the methods run in the order in which they are written."""
+    """Infers the plan of one module; methods run in the order of their definitions."""
 
     def __init__(
         self, root: nn.Module, calls: list[RecordedCall], size: int, overrides: Overrides, use: StepUse | None
@@ -201,7 +201,7 @@ class _Inference:
                 self._try(name, module, divide_attention)
 
     def _infer_outside(self) -> None:
-        """Embeddings and heads, with those that share a weight together."""
+        """Divides embeddings and heads; modules that share a weight are divided together."""
         if self.use is None and not self.overrides.named("colwise_gather"):
             return
         candidates: dict[str, Single] = {}
@@ -219,7 +219,7 @@ class _Inference:
             self._accept(name, single)
 
     def _sharing_refused(self, candidates: dict[str, Single]) -> dict[str, str]:
-        """Candidates whose parameters something else computes with, and why that forbids to divide them."""
+        """Returns the candidates whose parameters another module computes with, and the reason for each."""
         refused: dict[str, str] = {}
         for name, single in candidates.items():
             for key, sharded in single.parameters.items():
@@ -234,7 +234,7 @@ class _Inference:
         return refused
 
     def _infer_fallback(self) -> None:
-        """Without any region: output channels of linears and convolutions, each gathered again."""
+        """Divides output channels of linears and convolutions, and gathers the outputs; used if there is no region."""
         for module, name in self.names.items():
             if name in self.singles or f"{name}.weight" not in self.slots or not self._was_called(name):
                 continue
@@ -262,7 +262,7 @@ class _Inference:
         return name in self.called or self._unit_of(name) is not None
 
     def _outside(self, name: str, module: nn.Module) -> bool:
-        """Whether a module that was called lies in no block and is large enough to be divided on its own."""
+        """Returns True if `module` was called, lies in no block and is large enough to be divided alone."""
         slot = self.slots.get(f"{name}.weight")
         if slot is None or name not in self.called or slot.tensor.numel() < _WORTHWHILE * self.total:
             return False
@@ -287,7 +287,7 @@ class _Inference:
             return None
 
     def _try(self, name: str, module: Any, divide: Callable[..., Single]) -> None:
-        """Accepts a module whose weights nothing else holds or computes with."""
+        """Divides `module` if no other module holds or computes with its weights."""
         single = self._attempt(name, module, divide)
         if single is None:
             return
@@ -307,7 +307,7 @@ class _Inference:
 
 
 def _signature(module: nn.Module, call: RecordedCall) -> Any:
-    """Equal for units that one analysis serves."""
+    """Returns a key that is equal for units that can share one inference."""
     found: list[Any] = [type(module)]
     for name, child in module.named_modules():
         values = {
