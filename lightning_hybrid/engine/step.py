@@ -83,7 +83,7 @@ class StepRunner:
         self.stage_logs = StageLogs(self.mesh, device, self.metrics)
         partition.on_remove = self._release
         self.streams = StepRNG(device, self.mesh.replica, self.mesh.rank("tp"))
-        partition.interceptor.streams = self.streams
+        partition.interceptor.rng = self.streams
         if partition.tensor is not None:
             partition.tensor.use_rng(self.streams)
         self.pipeline: Pipeline | None = None

@@ -1,1 +1,12 @@
-"""Parameters without storage: the dry run of a step, its trace, and modules built before their weights exist."""
+"""Tensors without storage: the dry run of a step, its trace, and modules built before their weights exist.
+
+ghost: the tensor without storage.
+parameters: replaces parameters that other ranks hold by ghosts.
+deferred_init: records the initialization of a module on ghosts, and replays it for single parameters.
+units: finds the blocks of a module and intercepts their calls.
+trace: runs a step on ghosts and records its data flow.
+use: records how a step uses weights and results of units.
+manual: optimizers that do nothing, for a dry run of manual optimization.
+preserve: restores module state after a dry run.
+trees: tensors in nested arguments.
+"""

@@ -1,9 +1,9 @@
-"""Building a model that no process could hold: first on ghosts, then each rank makes its own part real.
+"""Deferred initialization of a model that no process could hold: first on ghosts, then each rank's part is made real.
 
-While `configure_model` runs, `torch.empty` gives ghosts, and what is done to them (initialisation in place, views,
-copies) is written on a tape. Random operations are really drawn, into a scratch tensor that is thrown away, so that the
-generator advances as in one process; the state of the generator before the draw goes on the tape. To make a parameter
-real, the part of the tape that leads to it is played again.
+While `configure_model` runs, `torch.empty` returns ghosts, and operations on ghosts (initialization in place, views,
+copies) are recorded. Random operations also run on a scratch tensor, so that the generator advances as in a single
+process; the generator's state before each is recorded. To make a parameter real, the operations that lead to the
+parameter are replayed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_hybrid._torch_private import disable_torch_function
+from lightning_hybrid._torch_private import disable_torch_function, own_buffers, tree_leaves, tree_map
 from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver
 
 
@@ -29,16 +28,16 @@ class _Entry:
     args: tuple
     kwargs: dict
     results: list[int]
-    """Ids of the ghosts it returned, in the order of the leaves."""
+    """Ids of the returned ghosts, in the order of the leaves."""
     state: torch.Tensor | None
-    """State of the generator, for random operations."""
+    """State of the generator before a random operation; None for other operations."""
 
 
 class DeferredInit(Protocol):
-    """What makes the ghosts of a module real that has no weights yet."""
+    """Makes the ghosts of a module real whose weights do not exist yet."""
 
     def make_real(self, ghost: Ghost) -> torch.Tensor:
-        """The whole tensor that `ghost` stands for."""
+        """Returns the whole tensor that `ghost` represents."""
         ...
 
     def make_buffers_real(self, root: nn.Module) -> None:
@@ -47,7 +46,7 @@ class DeferredInit(Protocol):
 
 
 class EmptyInit:
-    """Gives memory without values: those of each rank's part are put there once everything stands.
+    """Allocates tensors without values; each rank writes the values of its part after the module is partitioned.
 
     Args:
         device: This rank's device.
@@ -57,15 +56,15 @@ class EmptyInit:
         self._device = device
 
     def make_real(self, ghost: Ghost) -> torch.Tensor:
-        """A tensor of the ghost's shape."""
+        """Returns an uninitialized tensor of the ghost's shape."""
         return torch.empty(ghost.shape, dtype=ghost.dtype, device=self._device)
 
     def make_buffers_real(self, root: nn.Module) -> None:
-        """Nothing: buffers are there."""
+        """Does nothing, since buffers are real."""
 
 
 class RecordedInit(GhostObserver):
-    """What was done to the ghosts of one `configure_model`."""
+    """The recorded operations on the ghosts of one `configure_model`."""
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
@@ -77,7 +76,7 @@ class RecordedInit(GhostObserver):
     # ---- recording
 
     def empty(self, *args: Any, **kwargs: Any) -> Ghost:
-        """A ghost instead of `torch.empty(*args, **kwargs)`."""
+        """Returns a ghost instead of `torch.empty(*args, **kwargs)`."""
         device = torch.device(kwargs.pop("device", None) or torch.get_default_device())
         requires_grad = kwargs.pop("requires_grad", False)
         kwargs.pop("pin_memory", None)
@@ -97,7 +96,7 @@ class RecordedInit(GhostObserver):
         self._note(func, args, kwargs, [x for x in tree_leaves(result) if isinstance(x, Ghost)], state)
 
     def read(self, ghost: Ghost) -> Any:
-        """Initialisation that looks at a value (as rejection sampling does) gets the one that it would have."""
+        """Returns the value that an initialization reads (as rejection sampling does), by a replay."""
         return self.make_real(ghost).item()
 
     def _note(self, func: Any, args: tuple, kwargs: dict, ghosts: list[Ghost], state: torch.Tensor | None) -> None:
@@ -119,35 +118,37 @@ class RecordedInit(GhostObserver):
             uid = self._group[uid]
         return uid
 
-    # ---- playing
+    # ---- replay
 
     def make_real(self, ghost: Ghost) -> torch.Tensor:
-        """The tensor that `ghost` would be had the module been built as usual."""
+        """Replays the initialization of `ghost`; returns the tensor that a module built without ghosts would have."""
         if self._grouped < len(self._entries):
             self._grouped = len(self._entries)
             self._by_group.clear()
             for entry in self._entries:
                 self._by_group[self._root(entry.results[0] if entry.results else _first_ref(entry))].append(entry)
-        made: dict[int, torch.Tensor] = {}
-        keep = torch.get_rng_state()
+        tensors_by_uid: dict[int, torch.Tensor] = {}
+        present_state = torch.get_rng_state()
         for entry in self._by_group[self._root(ghost.uid)]:
-            args, kwargs = tree_map(lambda x: made[x.uid] if isinstance(x, _Ref) else x, (entry.args, entry.kwargs))
+            args, kwargs = tree_map(
+                lambda x: tensors_by_uid[x.uid] if isinstance(x, _Ref) else x, (entry.args, entry.kwargs)
+            )
             if entry.state is not None:
                 torch.set_rng_state(entry.state)
                 kwargs = {**kwargs, "generator": None} if "generator" in kwargs else kwargs
             with torch.no_grad():
                 out = entry.func(*args, **kwargs)
             tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-            made.update(zip(entry.results, tensors, strict=True))
-        torch.set_rng_state(keep)
-        return made[ghost.uid].detach()
+            tensors_by_uid.update(zip(entry.results, tensors, strict=True))
+        torch.set_rng_state(present_state)
+        return tensors_by_uid[ghost.uid].detach()
 
     def make_buffers_real(self, root: nn.Module) -> None:
         """Makes every buffer of `root` real."""
         for module in root.modules():
-            for key, buffer in module._buffers.items():
+            for key, buffer in own_buffers(module).items():
                 if isinstance(buffer, Ghost):
-                    module._buffers[key] = self.make_real(buffer)
+                    own_buffers(module)[key] = self.make_real(buffer)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class _EmptyIsGhost(TorchFunctionMode):
 
 @contextmanager
 def recorded_init() -> Iterator[RecordedInit]:
-    """Inside, new tensors from `torch.empty` (and so the weights of torch's modules) are ghosts on the yielded tape."""
+    """Makes `torch.empty` (hence the weights of torch's modules) return ghosts, recorded by the yielded object."""
     deferred_init = RecordedInit()
     with _EmptyIsGhost(deferred_init):
         yield deferred_init

@@ -1,9 +1,9 @@
 """Ghost tensors: shape, dtype and the real device, but no storage.
 
-A parameter that a rank does not own is replaced by a ghost. Every operation that touches a ghost gives a ghost, so the
-user's own code runs unchanged up to the part that the rank owns; operations on real tensors (masks, position ids) stay
-real. Once the value that a ghost stands for has been received, `Ghost.materialize` makes every later use of it, from
-any list or local variable of the user's code, use the received tensor.
+A parameter that a rank does not own is replaced by a ghost. Every operation on a ghost returns a ghost, so the user's
+code runs unchanged up to the part that the rank owns; operations on real tensors (masks, position ids) stay real. Once
+the tensor that a ghost represents has been received, `Ghost.materialize` makes every later use of the ghost, from any
+list or local variable of the user's code, use the received tensor.
 """
 
 from __future__ import annotations
@@ -14,39 +14,52 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hybrid._torch_private import disable_torch_function, make_wrapper, run_on_meta, user_location
+from lightning_hybrid._torch_private import (
+    READ_SCALAR,
+    TO_COPY,
+    disable_torch_function,
+    is_mutable,
+    make_wrapper,
+    mark_as_parameter,
+    own_parameters,
+    run_on_meta,
+    tree_flatten,
+    tree_map_only,
+    tree_unflatten,
+    user_location,
+    written_arguments,
+)
 
 _aten = torch.ops.aten
 _WHOLE_READS = ("tolist", "numpy", "__array__")
-"""Methods that give all values of a tensor to Python; the result of `read` stands for each."""
-_VALUE_READS = {_aten._local_scalar_dense, _aten.equal, _aten.is_nonzero}
+"""Methods that return all values of a tensor to Python; each value is the result of `read`."""
+_VALUE_READS = {READ_SCALAR, _aten.equal, _aten.is_nonzero}
 
 
 class GhostReadError(RuntimeError):
-    """The value of a ghost was read (`.item()`, `if tensor:`), which needs a tensor that lives on another rank."""
+    """The value of a ghost was read (`.item()`, `if tensor:`), which needs a tensor of another rank."""
 
 
 class GhostWriteError(RuntimeError):
-    """A real tensor was written in place with the value of a ghost; going on would lose the write."""
+    """A real tensor was written in place with the value of a ghost, which would lose the write."""
 
 
 class GhostObserver:
-    """What happens to ghosts; the dry run overrides these to record it. The defaults are those of a real run."""
+    """Callbacks for operations on ghosts. The dry run overrides them to record; the defaults serve a real run."""
 
     def used(self, func: Any, ghosts: list[Ghost]) -> None:
         """Called before `func` runs on `ghosts`."""
 
     def made(self, func: Any, args: tuple, kwargs: dict, out: Any, ghosts: list[Ghost]) -> None:
-        """Called after `func(*args, **kwargs)` (on meta tensors) gave `out`; `ghosts` are the new ghosts."""
+        """Called after `func(*args, **kwargs)` (on meta tensors) returned `out`; `ghosts` are the new ghosts."""
 
     def ran(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
-        """Called after `func(*args, **kwargs)` (on ghosts) gave `result`."""
+        """Called after `func(*args, **kwargs)` (on ghosts) returned `result`."""
 
     def read(self, ghost: Ghost) -> Any:
-        """Called when the value of `ghost` is read; returns the value to go on with, or raises."""
+        """Called when the value of `ghost` is read; returns the value for the caller, or raises a GhostReadError."""
         raise GhostReadError(
             f"{user_location()} reads the value of a tensor of shape {tuple(ghost.shape)} that is computed on another "
             "pipeline stage."
@@ -61,17 +74,17 @@ class GhostObserver:
 
 
 class Ghost(torch.Tensor):
-    """A tensor of the real device with no storage; see the module docstring."""
+    """A tensor with shape, dtype and device, but without storage."""
 
     meta: torch.Tensor
     received: torch.Tensor | None
     observer: GhostObserver
     uid: int
-    """Given by the observer; -1 if it gives none."""
+    """Id set by the observer; -1 if none is set."""
     wants_grad: bool
-    """For a ghost in place of a parameter: whether the parameter is trained."""
+    """For a ghost of a parameter: True if the parameter is trained."""
     gradient_hooks: dict[str, OrderedDict]
-    """For a ghost in place of a parameter: hooks on its gradient, by the table of the parameter they belong to."""
+    """For a ghost of a parameter: hooks on its gradient, by the name of the parameter's table of hooks."""
 
     @staticmethod
     def __new__(  # noqa: D102 -- the class docstring describes it
@@ -88,11 +101,11 @@ class Ghost(torch.Tensor):
         return self
 
     def register_hook(self, hook: Any) -> RemovableHandle:
-        """Keeps the hook for the parameter that this ghost stands for; on other ranks it never runs."""
+        """Keeps `hook` for the parameter that this ghost represents; it runs on the rank that has the parameter."""
         return self._keep_hook("_backward_hooks", hook)
 
     def register_post_accumulate_grad_hook(self, hook: Any) -> RemovableHandle:
-        """As `register_hook`."""
+        """Keeps `hook` as `register_hook` does."""
         return self._keep_hook("_post_accumulate_grad_hooks", hook)
 
     def _keep_hook(self, table: str, hook: Any) -> RemovableHandle:
@@ -102,7 +115,7 @@ class Ghost(torch.Tensor):
         return handle
 
     def materialize(self, real: torch.Tensor) -> None:
-        """From now on every use of this ghost uses `real` (same shape and dtype)."""
+        """Makes every later use of this ghost use `real` (same shape and dtype)."""
         self.received = real
 
     def __deepcopy__(self, memo: dict) -> Ghost:
@@ -135,22 +148,22 @@ class Ghost(torch.Tensor):
             return observer.read(ghosts[0])
         observer.used(func, ghosts)
         _check_real_writes(func, args, observer)
-        if packet is _aten._to_copy:
+        if packet is TO_COPY:
             device = (kwargs or {}).get("device") or device
         meta_args, meta_kwargs = tree_unflatten([_to_meta(x) for x in flat], spec)
         out = run_on_meta(func, meta_args, meta_kwargs)
         known = {id(g.meta): g for g in ghosts}
-        made: list[Ghost] = []
+        new: list[Ghost] = []
 
         def wrap(tensor: torch.Tensor) -> Ghost:
             if id(tensor) in known:
                 return known[id(tensor)]  # an in-place operation returns its own argument
             ghost = Ghost(tensor, device, observer)
-            made.append(ghost)
+            new.append(ghost)
             return ghost
 
         wrapped = tree_map_only(torch.Tensor, wrap, out)
-        observer.made(func, meta_args, meta_kwargs, out, made)
+        observer.made(func, meta_args, meta_kwargs, out, new)
         observer.ran(func, args, kwargs or {}, wrapped)
         return wrapped
 
@@ -164,16 +177,15 @@ def _to_meta(x: Any) -> Any:
 
 
 def _check_real_writes(func: Any, args: tuple, observer: GhostObserver) -> None:
-    if not func._schema.is_mutable:
+    if not is_mutable(func):
         return
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        written = argument.alias_info is not None and argument.alias_info.is_write
+    for written, value in zip(written_arguments(func), args, strict=False):
         if written and isinstance(value, torch.Tensor) and not isinstance(value, Ghost):
             observer.written(func, value)
 
 
 class Slot(NamedTuple):
-    """Where a tensor stands in a module tree."""
+    """A tensor and its place in a module tree."""
 
     name: str
     module: nn.Module
@@ -182,10 +194,10 @@ class Slot(NamedTuple):
 
 
 def parameter_slots(root: nn.Module) -> Iterator[Slot]:
-    """Every parameter of `root` and its children, real or ghost, in their order; shared ones under each name."""
+    """Yields every parameter of `root` and its children, real or ghost, in order; shared ones under each name."""
     for prefix, module in root.named_modules():
         ghosts = {k: v for k, v in module.__dict__.items() if isinstance(v, Ghost)}
-        for key, tensor in {**module._parameters, **ghosts}.items():
+        for key, tensor in {**own_parameters(module), **ghosts}.items():
             if tensor is not None:
                 yield Slot(f"{prefix}.{key}" if prefix else key, module, key, tensor)
 
@@ -193,11 +205,11 @@ def parameter_slots(root: nn.Module) -> Iterator[Slot]:
 def ghost_like(
     tensor: torch.Tensor, observer: GhostObserver | None = None, device: torch.device | None = None
 ) -> Ghost:
-    """A leaf ghost with the shape, dtype and `requires_grad` of `tensor`, on `device` (default: that of `tensor`)."""
+    """Returns a leaf ghost with shape, dtype and `requires_grad` of `tensor`, on `device` (None: that of `tensor`)."""
     if isinstance(tensor, Ghost):
         meta = tensor.meta
     else:
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     ghost = Ghost(meta, device or tensor.device, observer, tensor.requires_grad)
-    ghost._is_param = isinstance(tensor, nn.Parameter)  # isinstance(ghost, nn.Parameter) as for the original
+    mark_as_parameter(ghost, isinstance(tensor, nn.Parameter))
     return ghost

@@ -1,4 +1,4 @@
-"""A dry run of a step that optimizes by hand: the optimizers are there, and do nothing."""
+"""Optimizers that do nothing, for the dry run of a step with manual optimization."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.core.optimizer import _configure_optimizers
 from torch import nn
+
+from lightning_hybrid._lightning_private import fresh_optimizers
 
 
 class IdleOptimizer:
-    """Stands for one of the user's optimizers."""
+    """Replaces one of the user's optimizers in a dry run."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.param_groups, self.optimizer = optimizer.param_groups, self
@@ -30,17 +31,17 @@ class IdleOptimizer:
 
 
 def idle_optimizers(root: Any) -> list[IdleOptimizer]:
-    """One for each optimizer that the module configures; to be called while it still has its parameters."""
-    return [IdleOptimizer(optimizer) for optimizer in _configure_optimizers(root.configure_optimizers())[0]]
+    """Returns one for each optimizer that `root` configures. Call it before parameters are replaced."""
+    return [IdleOptimizer(optimizer) for optimizer in fresh_optimizers(root)]
 
 
 def optimize_idly(root: nn.Module, optimizers: list[IdleOptimizer], used: Callable[[Any], None]) -> None:
-    """Shadows, in `root.__dict__`, what a step calls to optimize by hand.
+    """Replaces, in `root.__dict__`, the methods that a step with manual optimization calls.
 
     Args:
         root: The LightningModule.
-        optimizers: What `self.optimizers()` returns.
-        used: Called with each loss that is handed to `manual_backward`.
+        optimizers: The result of `self.optimizers()`.
+        used: Called with each loss passed to `manual_backward`.
     """
     one = len(optimizers) == 1
     root.__dict__.update(

@@ -1,4 +1,4 @@
-"""Which parameters a rank holds: the others stand in the module as ghosts, under the same names."""
+"""The parameters that a rank holds; the others are ghosts in the module, under the same names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lightning_hybrid._torch_private import own_parameters
 from lightning_hybrid.ghosts.ghost import Ghost, Slot, ghost_like, parameter_slots
 
 
 class Place(NamedTuple):
-    """Where a parameter stands in the module tree; unlike a `Slot` it does not keep the tensor alive."""
+    """The place of a parameter in the module tree; unlike `Slot`, does not keep the tensor alive."""
 
     name: str
     module: nn.Module
@@ -24,7 +25,7 @@ class Place(NamedTuple):
 class Parameters:
     """All parameters of a module by name, held or not; a shared parameter has one entry, under its first name.
 
-    Ghosts stand in a module's `__dict__`, so `parameters()` and optimizers see the held ones only.
+    Ghosts are set in a module's `__dict__`, so `parameters()` and optimizers see only the parameters held by this rank.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -41,19 +42,19 @@ class Parameters:
         for first, places in self.slots.items():
             for place in places:
                 owned[id(place.module)].append((place.key, first))
-        modules = root.named_modules(remove_duplicate=False)  # a module may stand at several places itself
+        modules = root.named_modules(remove_duplicate=False)  # a module may have several names
         self.first_names = {
             f"{path}.{key}" if path else key: first for path, module in modules for key, first in owned[id(module)]
         }
-        """The first name of the parameter that stands at each name."""
+        """The first name of the parameter at each name."""
 
     @property
     def names(self) -> list[str]:
-        """First names, in the order of `named_parameters`."""
+        """Returns first names, in the order of `named_parameters`."""
         return list(self.slots)
 
     def inside(self, module: str) -> set[str]:
-        """First names of the parameters that stand inside the submodule `module`."""
+        """Returns first names of the parameters inside the submodule `module`."""
         return {n for n, places in self.slots.items() if any(slot.name.startswith(f"{module}.") for slot in places)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -61,19 +62,19 @@ class Parameters:
         return slot.module.__dict__[slot.key] if slot.key in slot.module.__dict__ else self.visible(name)
 
     def visible(self, name: str) -> torch.Tensor:
-        """The parameter or ghost that `parameters()` shows for `name` at present."""
+        """Returns the parameter or ghost registered at `name` at present."""
         slot = self.slots[name][0]
-        return slot.module._parameters[slot.key]  # type: ignore[return-value]
+        return own_parameters(slot.module)[slot.key]  # type: ignore[return-value]
 
     def local(self) -> dict[str, nn.Parameter]:
-        """The parameters that this rank holds, by first name."""
+        """Returns the parameters that this rank holds, by first name."""
         return {n: self[n] for n in self.slots if not isinstance(self[n], Ghost)}  # type: ignore[misc]
 
     def put(self, name: str, value: torch.Tensor) -> None:
-        """Puts a parameter or a ghost at every place of `name`."""
+        """Sets a parameter or a ghost at every place of `name`."""
         for slot in self.slots[name]:
-            # FSDP and tensor parallelism replace the object under the name, so it is looked up anew each time
-            slot.module._parameters.pop(slot.key, None)
+            # looked up each time, since FSDP and tensor parallelism replace the registered object
+            own_parameters(slot.module).pop(slot.key, None)
             slot.module.__dict__.pop(slot.key, None)
             if isinstance(value, Ghost):
                 slot.module.__dict__[slot.key] = value
@@ -81,7 +82,7 @@ class Parameters:
                 slot.module.register_parameter(slot.key, value)  # type: ignore[arg-type]
 
     def release(self, names: Collection[str], device: torch.device) -> None:
-        """Replaces the parameters `names` by ghosts on `device`; their memory is free."""
+        """Replaces the parameters `names` by ghosts on `device`, which frees their memory."""
         for name in names:
             ghost = ghost_like(self[name], device=device)
             ghost.requires_grad_(False)
@@ -89,9 +90,10 @@ class Parameters:
             self.put(name, ghost)
 
     def make_ghosts(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
-        """Replaces every parameter by a ghost of the given shape, which stands among the parameters.
+        """Replaces every parameter by a ghost of the given shape, registered as a parameter.
 
-        As in a module that was built on a `RecordedInit`: it can be partitioned, and each rank makes its own part real.
+        The module is then as one that was built with `RecordedInit`: it can be partitioned, and each rank makes its
+        part real.
         """
         modules = {slot.module: None for places in self.slots.values() for slot in places}
         for name in self.names:
@@ -101,15 +103,15 @@ class Parameters:
             ghost.wants_grad = self.requires_grad[name]
             self.put(name, ghost)
             for slot in self.slots[name]:
-                slot.module._parameters[slot.key] = slot.module.__dict__.pop(slot.key)
+                own_parameters(slot.module)[slot.key] = slot.module.__dict__.pop(slot.key)
         self._sort(modules)
 
     @contextmanager
     def all_visible(self) -> Iterator[set[int]]:
-        """Inside, ghosts stand among the parameters, so that `configure_optimizers` finds every name and shape.
+        """Registers ghosts as parameters, so that `configure_optimizers` sees every name and shape.
 
         Yields:
-            The ids of the ghosts, to be taken out of the optimizers' groups.
+            The ids of the ghosts, which the caller removes from the optimizers' groups.
         """
         ghosts = {n: self[n] for n in self.slots if isinstance(self[n], Ghost)}
         orders = {slot.module: None for places in self.slots.values() for slot in places}
@@ -117,7 +119,7 @@ class Parameters:
             ghost.requires_grad_(self.requires_grad[name])
             for slot in self.slots[name]:
                 slot.module.__dict__.pop(slot.key)
-                slot.module._parameters[slot.key] = ghost  # type: ignore[assignment]
+                own_parameters(slot.module)[slot.key] = ghost  # type: ignore[assignment]
         self._sort(orders)
         try:
             yield {id(g) for g in ghosts.values()}
@@ -127,14 +129,15 @@ class Parameters:
                 self.put(name, ghost)
 
     def _sort(self, modules: Mapping[nn.Module, None]) -> None:
-        """Parameters of a module in their original order: optimizers number them by it."""
-        wanted: dict[nn.Module, list[str]] = {module: [] for module in modules}
+        """Restores the original order of each module's parameters, by which optimizers number them."""
+        orders: dict[nn.Module, list[str]] = {module: [] for module in modules}
         for places in self.slots.values():
             for slot in places:
-                wanted[slot.module].append(slot.key)
-        for module, keys in wanted.items():
-            present = dict(module._parameters)
-            module._parameters.clear()
+                orders[slot.module].append(slot.key)
+        for module, keys in orders.items():
+            registered = own_parameters(module)
+            present = dict(registered)
+            registered.clear()
             for key in [*keys, *(k for k in present if k not in keys)]:
                 if key in present:
-                    module._parameters[key] = present[key]
+                    registered[key] = present[key]

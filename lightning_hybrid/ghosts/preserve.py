@@ -1,4 +1,4 @@
-"""Running a user's step without leaving a trace: module state and random streams are put back afterwards."""
+"""Restores objects and module state after a dry run of a user's step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_hybrid._torch_private import own_buffers, version_of
+
 _CONTAINERS = (dict, list, set, deque)
 
 
 @contextmanager
 def preserved_objects(objects: Iterable[Any]) -> Iterator[None]:
-    """The attributes of objects, and the containers among them, are afterwards as they were before."""
+    """Restores the attributes of `objects`, and the content of containers among them, at exit."""
     attributes = [(obj, dict(vars(obj))) for obj in objects]
     containers: list[tuple[Any, Any]] = [
         (v, copy.copy(v)) for _, saved in attributes for v in saved.values() if isinstance(v, _CONTAINERS)
@@ -34,18 +36,18 @@ def preserved_objects(objects: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def preserved_module_state(root: nn.Module) -> Iterator[None]:
-    """Attributes, containers (one level deep) and tensors of every submodule are afterwards as they were before."""
+    """Restores attributes, containers (one level deep) and tensors of every submodule of `root` at exit."""
     tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
     for module in root.modules():
-        for tensor in [*module._buffers.values(), *module.__dict__.values()]:
+        for tensor in [*own_buffers(module).values(), *module.__dict__.values()]:
             # exact type: subclasses (ghosts, DTensors) have no plain storage, and parameters are not written by a step
             if type(tensor) is torch.Tensor and id(tensor) not in tensors and not tensor.requires_grad:
-                tensors[id(tensor)] = (tensor, tensor._version, tensor.detach().clone())
+                tensors[id(tensor)] = (tensor, version_of(tensor), tensor.detach().clone())
     try:
         with preserved_objects(root.modules()):
             yield
     finally:
         with torch.no_grad():
             for tensor, version, saved in tensors.values():
-                if tensor._version != version:
+                if version_of(tensor) != version:
                     tensor.copy_(saved)

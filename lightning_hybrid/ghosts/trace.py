@@ -1,8 +1,8 @@
-"""The dry run: the user's step once, with every parameter a ghost, to learn its data flow and its cost.
+"""The dry run: runs the user's step once on ghost parameters, and records its data flow and its cost.
 
-Time is counted in unit calls: **interval** k runs from the entry of unit call k to the entry of unit call k + 1, and
-interval -1 is what comes before the first call. Cutting at call c puts the intervals before c on one stage and the rest
-on the next; what crosses is every value made before c and consumed at or after it.
+Time is counted in unit calls: **interval** k is the time from the entry of unit call k to the entry of unit call k + 1;
+interval -1 is the time before the first call. Cutting at call c puts the intervals before c on one stage and the rest
+on the next; every value computed before c and consumed at or after c crosses the cut.
 """
 
 from __future__ import annotations
@@ -16,10 +16,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from lightning_hybrid._torch_private import gradients_taken_by, user_location
+from lightning_hybrid._torch_private import (
+    FLASH_ATTENTION_CPU,
+    GROUPED_MM,
+    TreeSpec,
+    gradients_taken_by,
+    is_mutable,
+    own_parameters,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+    user_location,
+)
 from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver, GhostWriteError, ghost_like, parameter_slots
 from lightning_hybrid.ghosts.manual import idle_optimizers, optimize_idly
 from lightning_hybrid.ghosts.preserve import preserved_module_state
@@ -40,12 +50,12 @@ class CrossingValue:
     shape: tuple[int, ...]
     dtype: torch.dtype
     written: bool
-    """Written in place after it crossed (a receiver must not use the received buffer itself)."""
+    """True if the value is written in place after the cut; the receiver then needs a copy of the received buffer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """What crosses at the entry of one unit call, or why this is no place to cut."""
+    """The values that cross at the entry of one unit call, or the reason why the step cannot be cut there."""
 
     values: tuple[CrossingValue, ...] = ()
     refusal: str | None = None
@@ -60,11 +70,11 @@ class UnitCall:
     kwargs: dict = field(default_factory=dict)
     spec: TreeSpec | None = None
     leaves: list[Any] = field(default_factory=list)
-    """How to make the output again without running the unit: `("in", i)`, `("ghost", meta)` or `("value", x)`."""
+    """How to rebuild the output without running the unit: `("in", i)`, `("ghost", meta)` or `("value", x)`."""
     skippable: bool = True
-    """False where it returns real tensors made from the batch alone: stages that do not own it run it on ghosts."""
+    """False if the unit returns real tensors computed from the batch; stages without the unit run it on ghosts."""
     concrete: bool = False
-    """The unit's own control flow depends on values (routing), so it was run on random values instead of ghosts."""
+    """True if the unit ran on random values instead of ghosts, since its control flow depends on values (routing)."""
 
 
 @dataclass(kw_only=True)
@@ -73,18 +83,18 @@ class Trace:
 
     calls: list[UnitCall]
     cuts: dict[int, Cut]
-    """By the index of the call at whose entry the cut would be; 1 to len(calls) - 1."""
+    """Cuts by the index of the call at whose entry the step is cut; 1 to len(calls) - 1."""
     parameter_uses: dict[str, tuple[int, ...]]
-    """Intervals in which a parameter (by its first name) is used; absent: never used."""
+    """Intervals that use each parameter (by first name); unused parameters are absent."""
     flops: list[float]
     """Forward FLOPs of interval -1 and of each call's interval, for this microbatch; length len(calls) + 1."""
     takes_gradients: bool = False
-    """Whether the step calls `torch.autograd.grad`."""
+    """True if the step calls `torch.autograd.grad`."""
     use: StepUse | None = None
-    """How weights and results of units are used, if it was asked for."""
+    """How weights and results of units are used; None if not recorded."""
 
     def release(self) -> None:
-        """Frees the ghosts and copies of the dry run, once plans have been made of them."""
+        """Frees the ghosts and copies of the dry run, after planning."""
         for call in self.calls:
             call.args, call.kwargs = (), {}
         self.use = None
@@ -115,20 +125,20 @@ class Tracer(GhostObserver):
         self.flops: dict[int, float] = defaultdict(float)
         self.reads: list[tuple[int, str]] = []
         self.ghosts: list[Ghost] = []
-        """The ghosts of parameters, kept so that their ids stay theirs."""
+        """The ghosts of parameters, kept alive so that their ids stay unique."""
         self.inside = self.takes_gradients = False
 
     @property
     def interval(self) -> int:
-        """The interval that the step is in."""
+        """Returns the current interval."""
         return len(self.calls) - 1
 
     # ---- GhostObserver
 
-    # What these do is said in `GhostObserver` and `CallHandler`.
+    # Described in `GhostObserver` and `CallHandler`.
 
     def used(self, func: Any, ghosts: list[Ghost]) -> None:  # noqa: D102
-        written = func._schema.is_mutable
+        written = is_mutable(func)
         for ghost in ghosts:
             self.consume(ghost)
             if written and ghost.uid in self.values and ghost is ghosts[0]:
@@ -141,9 +151,9 @@ class Tracer(GhostObserver):
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops[self.interval] += count(*args, **kwargs, out_val=out)
-        elif func.overloadpacket is torch.ops.aten._grouped_mm:
+        elif func.overloadpacket is GROUPED_MM:
             self.flops[self.interval] += 2 * args[0].numel() * args[1].shape[-1]  # each row goes to one group
-        elif func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        elif func.overloadpacket is FLASH_ATTENTION_CPU:
             query, key = args[0], args[1]
             self.flops[self.interval] += 4 * query.numel() * key.shape[-2]
 
@@ -156,33 +166,33 @@ class Tracer(GhostObserver):
 
     def written(self, func: Any, target: torch.Tensor) -> None:  # noqa: D102
         if self.inside:
-            return  # a buffer (running statistics): the owner of the unit keeps it
+            return  # a buffer (running statistics), kept by the stage of the unit
         super().written(func, target)
 
     # ---- bookkeeping
 
     def register(self, ghost: Ghost, location: str = "") -> None:
-        """A new value has been made."""
+        """Records a new value, computed at `location`."""
         ghost.uid = len(self.values)
         self.values[ghost.uid] = _Value(ghost.uid, self.interval, ghost.meta, self.inside, location)
 
     def consume(self, ghost: Ghost) -> None:
-        """A value or a parameter is used now."""
+        """Records that a value or parameter is used in the current interval."""
         if ghost.uid in self.values:
             self.values[ghost.uid].last_use = self.interval
         elif id(ghost) in self.parameters:
             self.uses[self.parameters[id(ghost)]].add(self.interval)
 
     def consume_all(self, tree: Any) -> None:
-        """Marks every ghost in `tree` as used now (logged, returned, given to a metric)."""
+        """Records that every ghost in `tree` is used (logged, returned, passed to a metric)."""
         tree_map(lambda x: self.consume(x) if isinstance(x, Ghost) else None, tree)
 
     def gradients(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Ghost, ...]:
-        """Instead of `torch.autograd.grad`: a ghost for every gradient."""
+        """Returns a ghost for every gradient; replaces `torch.autograd.grad`."""
         self.takes_gradients = True
         self.consume_all((outputs, inputs))
-        wanted = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
-        ghosts = [Ghost(torch.empty_like(x, device="meta"), x.device, self) for x in wanted]
+        sequence = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+        ghosts = [Ghost(torch.empty_like(x, device="meta"), x.device, self) for x in sequence]
         for ghost in ghosts:
             self.register(ghost, user_location())
         return tuple(ghosts)
@@ -219,7 +229,7 @@ class Tracer(GhostObserver):
         return out
 
     def _run_concrete(self, record: UnitCall, call: Callable[..., Any], args: Any, kwargs: Any, flat: list) -> Any:
-        """The unit reads values (as a router does): run it on random values of the right shapes instead."""
+        """Runs a unit that reads values (as a router does) on random values of the right shapes."""
         record.concrete = True
         module = self.root.get_submodule(record.name)
         real = {id(g): _random_like(g) for g in flat if isinstance(g, Ghost)}
@@ -270,7 +280,7 @@ class Tracer(GhostObserver):
     # ---- result
 
     def result(self, parameter_names: list[str]) -> Trace:
-        """The trace, once the step has ended."""
+        """Returns the trace of the step, after its end."""
         cuts = {c: self._cut(c) for c in range(1, len(self.calls))}
         uses = {n: tuple(sorted(self.uses[n])) for n in parameter_names if n in self.uses}
         flops = [self.flops[k] for k in range(-1, len(self.calls))]
@@ -320,16 +330,16 @@ def trace_step(
     """Runs `step(*args)` once on ghosts and returns its data flow.
 
     Args:
-        root: The LightningModule; its parameters may be real, sharded or already ghosts. It is left as it was.
+        root: The LightningModule; its parameters may be real, sharded or already ghosts. It is not changed.
         interceptor: The installed `CallInterceptor` of `root`.
         step: A bound method of `root`, such as `root.training_step`.
-        args: Its arguments; tensors (the microbatch) are real.
+        args: Arguments of `step`; tensors (the microbatch) are real.
         device: The device of the parameters.
         context: Entered around the step (autocast).
-        use_of: Names of units for which `Trace.use` is to be recorded.
+        use_of: Names of units for which `Trace.use` is recorded; None: not recorded.
 
     Raises:
-        PartitionError: If the step cannot run on ghosts at all.
+        PartitionError: If the step writes values of ghosts to real tensors.
     """
     tracer = Tracer(root)
     with ExitStack() as stack:
@@ -356,7 +366,7 @@ def trace_step(
 
 
 def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -> list[str]:
-    """Every parameter of `root` becomes a ghost of `tracer`; shared parameters become one ghost."""
+    """Replaces every parameter of `root` by a ghost of `tracer`; shared parameters become one ghost."""
     ghosts: dict[int, Ghost] = {}
     names: list[str] = []
     for name, module, key, parameter in list(parameter_slots(root)):
@@ -366,7 +376,7 @@ def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -
             ghosts[id(parameter)] = ghost
             names.append(name)
             tracer.parameters[id(ghost)] = name
-        module._parameters.pop(key, None)
+        own_parameters(module).pop(key, None)
         module.__dict__[key] = ghosts[id(parameter)]
     tracer.ghosts = list(ghosts.values())
     return names
@@ -379,7 +389,7 @@ def _random_like(ghost: Ghost) -> torch.Tensor:
 
 
 def _copy_objects(tree: Any) -> Any:
-    """Copies objects that a call may change (caches); tensors and plain values stay."""
+    """Copies objects that a call may change (caches); tensors and plain values are not copied."""
     flat, spec = tree_flatten(tree)
     plain = (torch.Tensor, str, int, float, bool, type(None), nn.Module, torch.dtype, torch.device)
     return tree_unflatten([x if isinstance(x, plain) or callable(x) else deepcopy(x) for x in flat], spec)

@@ -13,12 +13,12 @@ from lightning_hybrid.spec.tensor_plan import Path
 
 
 def sorted_slots(root: nn.Module) -> list[Slot]:
-    """The parameter slots of `root` by name, an order that does not depend on how it was built."""
+    """Returns the parameter slots of `root` sorted by name, independent of the order of construction."""
     return sorted(parameter_slots(root), key=lambda slot: slot.name)
 
 
 def map_tensors(function: Callable[[Path, torch.Tensor], Any], tree: Any, path: Path = ()) -> Any:
-    """`tree` (nested tuples, lists, dicts) with every tensor replaced by `function(path, tensor)`."""
+    """Returns `tree` (nested tuples, lists, dicts) with every tensor replaced by `function(path, tensor)`."""
     if isinstance(tree, torch.Tensor):
         return function(path, tree)
     if isinstance(tree, dict):
@@ -38,7 +38,7 @@ def _like_dict(tree: dict, mapped: dict) -> Any:
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
-    """The tensors of `tree`, in order."""
+    """Returns the tensors of `tree`, in order."""
     found: list[torch.Tensor] = []
     map_tensors(lambda _, tensor: found.append(tensor), tree)
     return found

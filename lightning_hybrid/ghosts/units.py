@@ -1,4 +1,4 @@
-"""Which modules are the blocks of a model, and at which module calls a model may be cut into stages.
+"""Finds the blocks of a model and the module calls at which it may be cut into stages; intercepts these calls.
 
 A **unit** is a module that always runs whole on one stage; the entry of a unit call is a possible cut. Units are the
 elements of the model's repeated stacks (its **blocks**) and the modules beside them (embedding, final norm, head).
@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_hybrid._torch_private import intercept_calls, intercepted_call
+from lightning_hybrid._torch_private import compiled_call, intercept_calls, intercepted_call, own_parameters
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -28,18 +28,18 @@ class Units:
     names: tuple[str, ...]
     """All units, in the order of `named_modules`."""
     blocks: tuple[str, ...]
-    """Those that are elements of a repeated stack."""
+    """The units that are elements of a repeated stack."""
 
 
 def find_units(root: nn.Module) -> Units:
-    """Finds the units of `root` from its module tree alone; nothing is run."""
+    """Finds the units of `root` from its module tree, without running it."""
     search = _Search(root)
     search.walk("", root, True)
     return Units(names=tuple(search.names), blocks=tuple(search.blocks))
 
 
 class _Search:
-    """Walks down the module tree until it meets units."""
+    """Walks down the module tree to its units."""
 
     def __init__(self, root: nn.Module) -> None:
         self.names: list[str] = []
@@ -48,7 +48,13 @@ class _Search:
         self._stacked = _has_stack(root)
 
     def walk(self, name: str, module: nn.Module, trunk: bool) -> None:
-        """`trunk`: on the path from the root along which every module is opened."""
+        """Adds the units of `module`.
+
+        Args:
+            name: The full name of `module`.
+            module: The module.
+            trunk: True on the path from the root whose modules are all searched.
+        """
         if isinstance(module, _CONTAINERS):
             self._elements(name, module)
         elif trunk or _has_stack(module):
@@ -75,13 +81,13 @@ class _Search:
             self.blocks.append(name)
 
     def _is_trunk(self, child: nn.Module, parent: nn.Module) -> bool:
-        """Without any stack, the child that holds most of the weights is opened in search of places to cut."""
+        """Returns True for a child with all weights of `parent`, or without any stack with more than half of them."""
         share = _size(child) / max(1, _size(parent))
         return len(list(child.children())) > 0 and (share == 1 or (share > 0.5 and not self._stacked))
 
 
 def _size(module: nn.Module) -> int:
-    values = {id(v): v for m in module.modules() for v in [*m._parameters.values(), *m.__dict__.values()]}
+    values = {id(v): v for m in module.modules() for v in [*own_parameters(m).values(), *m.__dict__.values()]}
     return sum(v.numel() for v in values.values() if isinstance(v, nn.Parameter))
 
 
@@ -95,90 +101,90 @@ def _has_stack(module: nn.Module) -> bool:
 
 
 class CallHandler(Protocol):
-    """What takes over the calls of units and metrics while it is active."""
+    """Handles the calls of units and metrics while active."""
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Instead of the unit `name` being called with `args` and `kwargs`."""
+        """Handles a call of the unit `name`, instead of `call(*args, **kwargs)`."""
         ...
 
     def metric_call(
         self, metric: Metric, kind: Literal["forward", "update"], call: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Any:
-        """Instead of a torchmetrics object being called (`forward`) or updated."""
+        """Handles a call (`forward`) or an update of a torchmetrics object, instead of `call(*args, **kwargs)`."""
         ...
 
 
 class UnitRNG(Protocol):
-    """What gives units their random numbers."""
+    """Gives units their random numbers."""
 
     def enter_unit(self) -> int | None:
-        """A unit is called; returns what `leave_unit` needs."""
+        """Called before a unit runs; returns the argument of `leave_unit`."""
         ...
 
     def leave_unit(self, seed: int | None) -> None:
-        """The unit has returned."""
+        """Called after the unit has returned."""
         ...
 
 
 @dataclass
 class CallInterceptor:
-    """Hands the calls of the units (and metrics) of `root` to the active handler; inactive, they run as ever."""
+    """Routes calls of the units and metrics of `root` to the active handler; without one they run unchanged."""
 
     root: nn.Module
     units: Units
     active: CallHandler | None = None
-    streams: UnitRNG | None = None
-    """Told of every unit call, whoever handles it; also when a unit is recomputed in the backward pass."""
-    _taken: list[Callable[[], None]] = field(default_factory=list)
+    rng: UnitRNG | None = None
+    """Entered at every unit call, with any handler, and at recomputations in the backward pass."""
+    _undo: list[Callable[[], None]] = field(default_factory=list)
     _originals: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def install(self) -> None:
-        """Starts intercepting."""
+        """Starts to intercept calls."""
         for name in self.units.names:
-            self._take(name, self.root.get_submodule(name))
+            self._intercept(name, self.root.get_submodule(name))
         for module in self.root.modules():
             if isinstance(module, (Metric, MetricCollection)):
-                self._take_metric(module)
+                self._intercept_metric(module)
 
     def remove(self) -> None:
-        """Stops intercepting; the modules are as before."""
-        while self._taken:
-            self._taken.pop()()
+        """Stops to intercept calls and restores the modules."""
+        while self._undo:
+            self._undo.pop()()
 
     def wrap(self, names: Iterable[str], wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Has these units run as `wrapper` makes them, compiled or recomputed; they stay intercepted."""
+        """Wraps the calls of the units `names` by `wrapper` (compilation, recomputation); they stay intercepted."""
         for name in names:
             self._originals[name] = wrapper(self._originals[name])
 
     @contextmanager
     def handled_by(self, handler: CallHandler) -> Iterator[None]:
-        """Inside, `handler` gets the calls."""
+        """Routes the calls to `handler` for the duration of the context."""
         before, self.active = self.active, handler
         try:
             yield
         finally:
             self.active = before
 
-    def _take(self, name: str, module: nn.Module) -> None:
-        compiled = module._compiled_call_impl
+    def _intercept(self, name: str, module: nn.Module) -> None:
+        compiled = compiled_call(module)
         originals = self._originals
         originals[name] = intercepted_call(module)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            seed = None if self.streams is None else self.streams.enter_unit()
+            seed = None if self.rng is None else self.rng.enter_unit()
             if self.active is None:
                 out = originals[name](*args, **kwargs)
             else:
                 out = self.active.unit_call(name, originals[name], args, kwargs)
-            if self.streams is not None:
-                self.streams.leave_unit(seed)
+            if self.rng is not None:
+                self.rng.leave_unit(seed)
             return out
 
         intercept_calls(module, call)
-        self._taken.append(lambda: intercept_calls(module, compiled))
+        self._undo.append(lambda: intercept_calls(module, compiled))
 
-    def _take_metric(self, metric: Any) -> None:
-        compiled = metric._compiled_call_impl
+    def _intercept_metric(self, metric: Any) -> None:
+        compiled = compiled_call(metric)
         original, update = intercepted_call(metric), metric.update
 
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -202,11 +208,11 @@ class CallInterceptor:
             else:
                 metric.__dict__["update"] = had
 
-        self._taken.append(undo)
+        self._undo.append(undo)
 
 
 class _NotCopied:
-    """A function that a copy of its owner does without: copies of metrics (by `deepcopy`) are called as ever."""
+    """A function that `deepcopy` replaces by None, so that copies of metrics are not intercepted."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function

@@ -1,8 +1,8 @@
-"""What a step does with weights and with the results of units, seen from outside the modules.
+"""Records how a step uses weights, and results of units, outside their modules.
 
-A weight that code outside its own module computes with (`hidden @ self.embedding.weight.T`) must stay whole, and a
-result that nothing consumes (attention probabilities that the model drops) need not be right. Both are recorded while
-the step runs, for example during the dry run on ghosts.
+A weight used by code outside its module (`hidden @ self.embedding.weight.T`) must stay whole, and a result that nothing
+consumes (attention probabilities that the model drops) need not be correct. Both are recorded while the step runs, for
+example during the dry run on ghosts.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
 
+from lightning_hybrid._torch_private import tree_flatten
 from lightning_hybrid.ghosts.trees import sorted_slots, tensors_of
 
 _METADATA = {"size", "dim", "stride", "numel", "ndimension", "element_size", "is_floating_point", "is_contiguous"}
 
 
 class StepUse(TorchFunctionMode):
-    """See the module docstring; made by `record_use`."""
+    """The recorded uses of one step, created by `record_use`."""
 
     def __init__(self, root: nn.Module, units: Collection[str]) -> None:
         super().__init__()
         self.called: set[str] = set()
         """Names of the modules whose forward ran."""
         self.computing: dict[str, set[str]] = {}
-        """By parameter: the innermost modules in whose forward it was computed with ("" is the root)."""
+        """The innermost modules in whose forward each parameter was used ("" is the root)."""
         self._names = {id(module): name for name, module in root.named_modules()}
         self._units = {id(root.get_submodule(name)): name for name in units}
         self._results: dict[int, tuple[str, int, torch.Tensor]] = {}
@@ -42,23 +42,23 @@ class StepUse(TorchFunctionMode):
             self._parameters.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(slot.name)
 
     def unused_results(self, unit: str) -> set[int]:
-        """Which tensors of the result of `unit` nothing consumed, by position."""
+        """Returns the positions of the tensors in the result of `unit` that nothing consumed."""
         used = self._used.get(unit)
         return set(range(self._counts[unit])) - used if used else set()
 
     def users(self, parameter: str, within: str) -> set[str]:
-        """Modules that compute with `parameter`, other than `within` and what it contains."""
+        """Returns the modules that compute with `parameter`, other than `within` and its submodules."""
         found = self.computing.get(parameter, set())
         return {user for user in found if within and user != within and not user.startswith(f"{within}.")}
 
     def entered(self, module: nn.Module) -> None:
-        """A module's forward begins."""
+        """Records that a module's forward begins."""
         self._running.append(id(module))
         if id(module) in self._names:
             self.called.add(self._names[id(module)])
 
     def left(self, module: nn.Module, output: Any) -> None:
-        """A module's forward has ended."""
+        """Records that a module's forward has ended with `output`."""
         if id(module) in self._running:
             while self._running.pop() != id(module):
                 continue
@@ -95,9 +95,9 @@ def _is_metadata(func: Any, out: Any) -> bool:
 
 @contextmanager
 def record_use(root: nn.Module, units: Collection[str]) -> Iterator[StepUse]:
-    """Records a step of `root` that runs inside the context; `units` are the names of its units.
+    """Records a step of `root` that runs in the context; `units` are names of its units.
 
-    The parameters must be those (real or ghost) that the step will compute with.
+    The parameters (real or ghost) must be those that the step computes with.
     """
     use = StepUse(root, units)
     before = register_module_forward_pre_hook(lambda module, args: use.entered(module))
