@@ -1,9 +1,11 @@
-"""Copies of experts: a rank computes experts of other ranks, too, which so share the tokens of a hot one.
+"""Copies of experts: several ranks compute a hot expert and share its tokens.
 
-A copy is there for one forward and backward pass: the weights come from the rank that has the expert, the gradients go
-back and are added to those of its own tokens. Parameters, optimizers and checkpoints know of one expert only.
+A copy exists for one forward and backward pass: the weights are sent from the rank that holds the expert, and the
+gradients are sent back and added to those of the tokens computed there. Parameters, optimizers and checkpoints contain
+one expert only.
 
-Reference: He et al., FasterMoE, PPoPP 2022, section 4.2 (shadowed experts: their weights go to the tokens).
+Reference: He et al., FasterMoE, PPoPP 2022, section 4.2 (shadowed experts: weights are sent to the tokens), implemented
+in `ExpertCopies.choose()` and `ExpertCopies.gathered_weights()`.
 """
 
 from __future__ import annotations
@@ -16,19 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_hybrid._torch_private import own_parameters
 from lightning_hybrid.experts.all_to_all import exchange_rows
 from lightning_hybrid.spec.expert_plan import ExpertPlan
 
 
 class ExpertCopies:
-    """Where the experts of one module are computed, and their weights on this rank.
+    """The places at which experts of one module are computed, and the weights of this rank's copies.
 
-    Every rank has as many places: those of its own experts in their order, then those of copies. A place without one
-    gets no tokens.
+    All ranks have the same number of places: first those of the rank's experts in order, then those of copies. A place
+    without an expert receives no tokens.
 
     Args:
         plan: How the module is divided.
-        hosts: By rank, the experts that it computes.
+        hosts: The experts that each rank computes.
         group: The ranks of the `ep` axis.
     """
 
@@ -41,13 +44,13 @@ class ExpertCopies:
             sorted((e for e in hosted if owner[e] != r), key=lambda e: (owner[e], e)) for r, hosted in enumerate(hosts)
         ]
         self.experts = len(parts[rank]) + len(foreign[rank])
-        """That this rank has the weights of in a pass."""
+        """Number of experts that this rank computes."""
         self.places = len(parts[rank]) + max(map(len, foreign))
-        """Of each rank."""
-        given = [[parts[rank].index(e) for e in of_rank if owner[e] == rank] for of_rank in foreign]
-        self._sent = [len(rows) for rows in given]
+        """Number of places of each rank."""
+        copied = [[parts[rank].index(e) for e in of_rank if owner[e] == rank] for of_rank in foreign]
+        self._sent = [len(rows) for rows in copied]
         self._received = [sum(owner[e] == r for e in foreign[rank]) for r in range(ranks)]
-        self._given = torch.tensor([row for rows in given for row in rows], dtype=torch.long)
+        self._copied = torch.tensor([row for rows in copied for row in rows], dtype=torch.long)
         places: list[list[int]] = [[] for _ in range(plan.experts)]
         for r, hosted in enumerate(hosts):
             slots = parts[r] + foreign[r]
@@ -58,42 +61,42 @@ class ExpertCopies:
         self._places_EC = torch.tensor([p + p[:1] * (most - len(p)) for p in places])
 
     def choose(self, index_M: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the chosen experts are computed; the tokens of an expert are dealt to its places in turn.
+        """Chooses a place for each token; the tokens of an expert are assigned round-robin to its places.
 
         Args:
             index_M: The expert of each token.
             counts_E: Tokens of each expert.
 
         Returns:
-            The place for each token, and how many tokens go to each place of all ranks.
+            The place of each token, and the number of tokens for each place of all ranks.
         """
         if self._copies_E.device != index_M.device:
-            self._copies_E, self._places_EC, self._given = (
-                t.to(index_M.device) for t in (self._copies_E, self._places_EC, self._given)
+            self._copies_E, self._places_EC, self._copied = (
+                t.to(index_M.device) for t in (self._copies_E, self._places_EC, self._copied)
             )
         expert_M, order_M = index_M.sort(stable=True)
         turn_M = torch.arange(len(index_M), device=index_M.device) - (counts_E.cumsum(0) - counts_E)[expert_M]
-        turn_M += self._group.rank()  # so that odd tokens of all ranks do not go to the same place
+        turn_M += self._group.rank()  # otherwise odd tokens of all ranks would go to the same place
         place_M = self._places_EC[expert_M, turn_M % self._copies_E[expert_M]]
         counts_P = torch.bincount(place_M, minlength=self._group.size() * self.places)
         return torch.empty_like(index_M).index_copy(0, order_M, place_M), counts_P
 
     @contextmanager
-    def brought(self, module: nn.Module, attributes: tuple[str, ...]) -> Iterator[None]:
-        """Inside, the module has the weights of all experts that this rank computes. Collective over `ep`.
+    def gathered_weights(self, module: nn.Module, attributes: tuple[str, ...]) -> Iterator[None]:
+        """Gives `module` the weights of all experts that this rank computes. Collective over `ep`.
 
         Args:
             module: The module.
-            attributes: Its attributes that hold the number of experts.
+            attributes: Attributes of `module` with the number of experts.
         """
         present = module.__dict__
         entries: dict[str, Any] = dict.fromkeys(attributes, self.experts)
-        for key in [k for k, parameter in module._parameters.items() if parameter is not None]:
-            own = getattr(module, key)  # under `tp` its local tensor stands in `__dict__`
-            given = exchange_rows(own.index_select(0, self._given), self._sent, self._received, self._group)
-            entries[key] = torch.cat([own, given])
+        for key in [k for k, parameter in own_parameters(module).items() if parameter is not None]:
+            own = getattr(module, key)  # under `tp` the local tensor is in `__dict__`
+            received = exchange_rows(own.index_select(0, self._copied), self._sent, self._received, self._group)
+            entries[key] = torch.cat([own, received])
         before = {key: present[key] for key in entries if key in present}
-        present.update(entries)  # where attributes are looked up before `_parameters`
+        present.update(entries)  # attribute lookup reads `__dict__` before the registered parameters
         try:
             yield
         finally:

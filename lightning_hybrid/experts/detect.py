@@ -1,9 +1,9 @@
-"""Finding modules of experts in any model, and making sure by numbers that their experts can be divided over ranks.
+"""Finds modules of experts in any model, and verifies numerically that their experts can be divided over ranks.
 
-No model is named here. A candidate is a module whose parameters all have the same first dim and of which one has at
-least three dims: experts fused into one tensor. It is one of experts if the step calls it with tokens `(N, D)`, the
-numbers of the experts chosen `(N, A)` and their weights `(N, A)`; and if, run with random numbers, it gives the same
-when each token and expert is computed by itself, by a module that has a part of the experts.
+No model is named. A candidate is a module whose parameters all have the same first dim, at least one of them with three
+dims or more: experts fused into one tensor. A candidate is a module of experts if the step calls it with tokens
+`(N, D)`, indices of the chosen experts `(N, A)` and their weights `(N, A)`; and if, on random values, the result is the
+same when each pair of token and expert is computed separately, by a module with a part of the experts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_hybrid._torch_private import own_parameters
 from lightning_hybrid.ghosts.ghost import parameter_slots
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.expert_plan import ExpertPlan
@@ -25,17 +26,17 @@ from lightning_hybrid.tensor.numbers import is_float, probing, shadowed
 
 _PROBED_EXPERTS, _PROBED_TOKENS, _PROBED_CHOICES = 4, 16, 2
 _TOLERANCE = 1e-4
-"""Relative; a wrong division is wrong by about 1."""
+"""Relative; the error of a wrong division is about 1."""
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
-"""What a module may raise that does not expect to have a part of its experts."""
+"""Errors of a module that does not support a part of its experts."""
 
 
 def candidates(root: nn.Module) -> dict[str, int]:
-    """Modules that may hold fused experts, by name, with the number of experts."""
+    """Returns the number of experts of each module that may hold fused experts, by name."""
     found = {}
     for name, module in root.named_modules():
         shapes = [p.shape for p in module.parameters()]
-        own = [p for p in module._parameters.values() if p is not None]
+        own = [p for p in own_parameters(module).values() if p is not None]
         if not own or len(own) < len(shapes) or type(module).__module__.startswith("torch.nn."):
             continue
         first = {shape[0] if len(shape) else 0 for shape in shapes}
@@ -46,7 +47,7 @@ def candidates(root: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def recorded_calls(root: nn.Module, names: Mapping[str, int]) -> Iterator[dict[str, dict[Path, Tensor]]]:
-    """Inside, calls of the modules `names` are recorded: the tensors among the arguments of the last one."""
+    """Records the tensor arguments of the last call of each module in `names`."""
     calls: dict[str, dict[Path, Tensor]] = {}
     handles = []
     for name in names:
@@ -70,15 +71,15 @@ def plan_experts(
 
     Args:
         root: The LightningModule.
-        names: The candidates.
-        calls: What they were called with.
+        names: The candidates, with their number of experts.
+        calls: Tensor arguments of each candidate's call.
         layout: The layout, with `ep > 1`.
 
     Raises:
         PartitionError: If there are no experts, or their number is not divisible by `ep`.
     """
     plans, refusals = {}, []
-    known: dict[tuple, str | None] = {}  # what was found for modules of one kind: the blocks of a stack are alike
+    known: dict[tuple, str | None] = {}  # results by kind of module, since blocks of a stack are alike
     for name, count in names.items():
         paths = _paths(calls.get(name, {}))
         if paths is None:
@@ -114,7 +115,7 @@ def plan_experts(
 
 
 def _paths(call: Mapping[Path, Tensor]) -> tuple[Path, Path, Path] | None:
-    """Where tokens, chosen experts and weights stand among the arguments."""
+    """Returns the arguments that are tokens, chosen experts and their weights; None if there are none."""
     index = next((p for p, t in call.items() if t.ndim == 2 and not is_float(t) and t.dtype != torch.bool), None)
     if index is None:
         return None
@@ -125,7 +126,7 @@ def _paths(call: Mapping[Path, Tensor]) -> tuple[Path, Path, Path] | None:
 
 
 def _problem(module: nn.Module, plan: ExpertPlan, call: Mapping[Path, Tensor]) -> str | None:
-    """Why the module's experts cannot be divided, found out by numbers; None if they can."""
+    """Returns the reason why the module's experts cannot be divided, from a run on random values; None if they can."""
     generator = torch.Generator().manual_seed(0)
     width = call[plan.tokens].shape[1]
     experts = min(_PROBED_EXPERTS, plan.experts)

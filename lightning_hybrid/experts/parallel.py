@@ -1,12 +1,13 @@
-"""Expert parallelism: each rank of the `ep` axis holds a part of the experts and computes them for all these ranks.
+"""Expert parallelism: each rank of the `ep` axis holds a part of the experts and computes them for all ranks of `ep`.
 
-A module of experts is called with this rank's tokens as ever. What it does then: tokens are sorted by expert and sent
-to the ranks that hold their experts (all-to-all, as many as there are: none is dropped); the module itself runs on what
-has arrived, as if it had only this rank's experts; the outputs go back the same way and are weighted and summed here.
+A module of experts is called with the tokens of this rank. Dispatch: tokens are sorted by expert and sent to the ranks
+that hold their experts (all-to-all with variable sizes, no token is dropped). The module runs on the received tokens
+with the experts of this rank. Combine: outputs are sent back by the same all-to-all, weighted and summed.
 
 References:
     Lepikhin et al., GShard, arXiv:2006.16668, section 3.1 (experts over data-parallel ranks).
-    DeepSeek-V3, arXiv:2412.19437, section 3.2 (dispatch and combine, no dropped token).
+    DeepSeek-V3, arXiv:2412.19437, section 3.2 (dispatch and combine, no dropped token), implemented in
+    `DividedExperts.forward()`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hybrid._torch_private import in_backward
+from lightning_hybrid._torch_private import in_backward, own_parameters
 from lightning_hybrid.experts.all_to_all import exchange_rows
 from lightning_hybrid.experts.copies import ExpertCopies
 from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
@@ -26,11 +27,11 @@ from lightning_hybrid.spec.tensor_plan import Path
 
 
 class DividedExperts:
-    """One module of experts; its `forward` takes the place of the module's.
+    """One module of experts; its `forward` replaces that of the module.
 
     Args:
         module: The module; its parameters are this rank's part already.
-        plan: How it is divided.
+        plan: The division of the module.
         group: The ranks of the `ep` axis.
     """
 
@@ -40,22 +41,22 @@ class DividedExperts:
         self._local = plan.experts // group.size()
         self._copies = None if plan.hosts is None else ExpertCopies(plan, plan.hosts, group)
         self._order: tuple[Tensor, Tensor] | None = None
-        """The expert at each place, and the place of each expert; on the device of the tokens, once there are some."""
+        """The expert at each place and the place of each expert; None before the first call."""
         self._attributes = {key: module.__dict__[key] for key in plan.attributes}
         module.__dict__.update(dict.fromkeys(plan.attributes, self._local))
         self.load: Tensor | None = None
-        """Tokens that this rank has sent to each expert in training since the load was last taken, shape `(E,)`."""
+        """Tokens sent by this rank to each expert in training since the last `collect_loads()`, shape `(E,)`."""
 
     def restore(self) -> None:
-        """Gives the module its number of experts back."""
+        """Restores the module's attributes with the number of experts."""
         self._module.__dict__.update(self._attributes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's `forward`, computed on the ranks that hold the experts."""
+        """Computes the module's `forward` on the ranks that hold the experts."""
         plan = self._plan
         x_ND, index_NA, weights_NA = (_argument(p, args, kwargs) for p in (plan.tokens, plan.index, plan.weights))
         counts_E = torch.bincount(index_NA.flatten(), minlength=plan.experts)
-        if torch.is_grad_enabled() and not in_backward():  # where the block is computed again
+        if torch.is_grad_enabled() and not in_backward():  # a recomputation does not count
             self.load = counts_E if self.load is None else self.load + counts_E
         place_M, counts_P = self._places(index_NA.flatten(), counts_E)
         order_M = place_M.argsort(stable=True)
@@ -68,7 +69,7 @@ class DividedExperts:
         return y_NAD.sum(dim=1).to(x_ND.dtype)
 
     def _places(self, index_M: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        """The places at which the chosen experts stand, and how many tokens go to each place of all ranks."""
+        """Returns the place of each token, and the number of tokens for each place of all ranks."""
         if self._copies is not None:
             return self._copies.choose(index_M, counts_E)
         if self._plan.order is None:
@@ -80,13 +81,17 @@ class DividedExperts:
         return place_E[index_M], counts_E[expert_P]
 
     def dry(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's `forward` in a dry run, where shapes count: every token goes to an expert of this rank."""
+        """Computes the module's `forward` with experts of this rank only, for a dry run, where only shapes matter."""
         index_NA = _argument(self._plan.index, args, kwargs)
         args, kwargs = _with_argument(self._plan.index, index_NA % self._local, args, kwargs)
         return self._whole_forward(*args, **kwargs)
 
     def _exchange_counts(self, counts_P: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """How many tokens come from each rank for each place here; how many go to and come from each rank."""
+        """Exchanges token counts over `ep`.
+
+        Returns:
+            Tokens from each rank for each place of this rank; tokens sent to each rank; tokens received from each rank.
+        """
         counts_RP = counts_P.view(self._group.size(), -1)
         received_RP = torch.empty_like(counts_RP)
         dist.all_to_all_single(received_RP, counts_RP, group=self._group)
@@ -95,11 +100,11 @@ class DividedExperts:
         return received_RP, sent, received
 
     def _compute(self, x_MD: Tensor, received_RP: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The module on the tokens that have arrived, with one expert for each."""
+        """Runs the module on the received tokens, each with one expert."""
         experts_RP = torch.arange(received_RP.shape[1], device=x_MD.device).expand_as(received_RP)
         index_M1 = experts_RP.flatten().repeat_interleave(received_RP.flatten())[:, None]
         rows = len(x_MD)
-        if not rows:  # so that the backward pass comes by here on every rank
+        if not rows:  # the backward pass has to reach the all-to-all on every rank
             x_MD, index_M1 = torch.cat([x_MD, x_MD.new_zeros(1, x_MD.shape[1])]), index_M1.new_zeros(1, 1)
         weights = _argument(self._plan.weights, args, kwargs)
         for path, value in (
@@ -110,7 +115,7 @@ class DividedExperts:
             args, kwargs = _with_argument(path, value, args, kwargs)
         if self._copies is None:
             return self._whole_forward(*args, **kwargs)[:rows]
-        with self._copies.brought(self._module, self._plan.attributes):
+        with self._copies.gathered_weights(self._module, self._plan.attributes):
             return self._whole_forward(*args, **kwargs)[:rows]
 
 
@@ -119,7 +124,7 @@ class ExpertParallel:
 
     Args:
         root: The LightningModule.
-        plans: How each module is divided, by name.
+        plans: The division of each module, by name.
         group: The ranks of the `ep` axis.
     """
 
@@ -130,11 +135,11 @@ class ExpertParallel:
         self._divided: dict[str, DividedExperts] = {}
 
     def plan_of(self, parameter: str) -> ExpertPlan | None:
-        """The plan of the module that a parameter belongs to; None if it is no expert's."""
+        """Returns the plan of the module that `parameter` belongs to; None if it is not a parameter of experts."""
         return plan_of(self.plans, parameter)
 
     def part_of(self, parameter: str, whole: Tensor) -> Tensor:
-        """This rank's part of a parameter, as a copy; the whole of one that is no expert's."""
+        """Returns a copy of this rank's part of `parameter`; `whole` itself if it is not a parameter of experts."""
         plan = self.plan_of(parameter)
         if plan is None:
             return whole
@@ -142,11 +147,11 @@ class ExpertParallel:
         return whole[torch.tensor(list(part), device=whole.device)]
 
     def whole_shape(self, parameter: str, shape: torch.Size) -> torch.Size:
-        """The shape of the whole parameter, of which a part has `shape`."""
+        """Returns the shape of the whole parameter whose part has `shape`."""
         return shape if self.plan_of(parameter) is None else torch.Size((shape[0] * self.group.size(), *shape[1:]))
 
     def gathered(self, parameter: str, part: Tensor) -> Tensor:
-        """The whole of a tensor laid out like a parameter. Collective over `ep` for those of experts."""
+        """Gathers the whole of a tensor laid out like `parameter`. Collective over `ep` for parameters of experts."""
         if self.plan_of(parameter) is None:
             return part
         places = part.new_empty(self.whole_shape(parameter, part.shape))
@@ -155,37 +160,40 @@ class ExpertParallel:
         return places if order is None else places[torch.tensor(order, device=part.device).argsort()]
 
     def install(self, local: Callable[[str], bool]) -> list[tuple[nn.Module, Callable]]:
-        """Takes over the modules that this rank's stage holds; their parameters are this rank's parts by now.
+        """Replaces the `forward` of the modules held by this rank's stage, whose parameters are divided already.
+
+        Args:
+            local: Returns True for the parameters (by name) that this rank's stage holds.
 
         Returns:
-            Modules with the `forward` that they were given.
+            The modules with their new `forward`.
         """
         overrides: list[tuple[nn.Module, Callable]] = []
         for name, plan in self.plans.items():
             module = self._root.get_submodule(name)
-            if any(local(f"{name}.{key}") for key in module._parameters):
+            if any(local(f"{name}.{key}") for key in own_parameters(module)):
                 divided = self._divided[name] = DividedExperts(module, plan, self.group)
-                # how many rows arrive is read in every call, which no compiled graph can do
+                # reads the number of received rows in each call, which a compiled graph cannot do
                 forward = module.__dict__["forward"] = torch.compiler.disable(divided.forward)
                 overrides.append((module, forward))
         return overrides
 
     def remove(self) -> None:
-        """Ends it; the caller takes the `forward`s off."""
+        """Restores the modules' attributes; the caller restores each `forward`."""
         for divided in self._divided.values():
             divided.restore()
         self._divided.clear()
 
     def modules(self) -> list[nn.Module]:
-        """The modules of experts on this rank."""
+        """Returns the modules of experts on this rank."""
         return [self._root.get_submodule(name) for name in self._divided]
 
     def dry_forwards(self) -> list[tuple[nn.Module, Callable]]:
-        """What stands for `forward` in a dry run."""
+        """Returns the modules of experts with their `forward` for a dry run."""
         return [(self._root.get_submodule(name), divided.dry) for name, divided in self._divided.items()]
 
     def collect_loads(self) -> dict[str, Tensor]:
-        """Tokens that this rank has sent to each expert in training since the last call, by module; those held here."""
+        """Returns and resets the tokens sent to each expert in training since the last call, by module of this rank."""
         loads = {}
         for name, divided in self._divided.items():
             if divided.load is not None:

@@ -1,1 +1,7 @@
-"""From a request to a partitioned module: decides the plan, and applies it in the one wrapping order."""
+"""From a request to a partitioned module, in one wrapping order.
+
+plan: decides how a module is partitioned, from a dry run.
+apply: applies the plan to the module, and removes it (`Partition`).
+recompute: activation checkpointing of blocks.
+placement: the part of each parameter that a rank holds, and the ranks with the same part.
+"""

@@ -1,4 +1,4 @@
-"""A LightningModule under a plan: what was put on, in which order, and taking it off again."""
+"""Applies a plan to a LightningModule in the one wrapping order, and removes it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_hybrid._torch_private import forget_fully_shard, hook_tables
+from lightning_hybrid._torch_private import BatchNorm, forget_fully_shard, hook_tables
 from lightning_hybrid.experts.parallel import ExpertParallel
 from lightning_hybrid.ghosts.deferred_init import DeferredInit
 from lightning_hybrid.ghosts.ghost import Ghost
@@ -43,7 +42,7 @@ from lightning_hybrid.tensor.apply import TensorParallel, apply_tensor_plan, par
 
 
 class StepModule(nn.Module):
-    """Runs a step of the LightningModule inside its own `forward`, so that hooks of `fully_shard` surround it."""
+    """Runs a step of the LightningModule in its `forward`, so that hooks of `fully_shard` surround the step."""
 
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
@@ -60,7 +59,7 @@ class StepModule(nn.Module):
 
 @dataclass
 class Partition:
-    """Everything that `apply` put on a module."""
+    """A plan and everything that `apply` installs on a module."""
 
     root: nn.Module
     mesh: Mesh
@@ -72,19 +71,19 @@ class Partition:
     tensor_plan: TensorPlan | None = None
     tensor: TensorParallel | None = None
     expert_plans: Mapping[str, ExpertPlan] = field(default_factory=dict)
-    """How modules of experts are divided over `ep`."""
+    """The division of modules of experts over `ep`, by name."""
     experts: ExpertParallel | None = None
     gradient_sync: GradientSync = GradientSync()
-    """How replicas agree on gradients."""
+    """Gradient synchronization between replicas."""
     whole: set[str] = field(default_factory=set)
-    """Parameters that `fsdp` leaves whole (scalars)."""
+    """Parameters that `fsdp` does not shard (scalars)."""
     tied_weight_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
-    """For each weight that several pipeline ranks hold, this one included: the group of its holders."""
+    """The group of holders of each weight that several pipeline ranks hold, this rank included."""
     padding: bool = False
     """Whether what this replica runs at present counts for nothing (see `execute.data.dealing.BatchWeights`)."""
     gradient_hooks: GradientHooks | None = None
     on_remove: Callable[[], None] | None = None
-    """What is undone first when the partition is taken off."""
+    """Called first when the partition is removed."""
     _overrides: list[tuple[nn.Module, Callable]] = field(default_factory=list)
     _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
 
@@ -94,17 +93,17 @@ class Partition:
         wrappers: Sequence[Callable[[Callable], Callable]],
         deferred_init: DeferredInit | None,
     ) -> None:
-        """Puts everything on. This is the one place where the order is written.
+        """Applies the plan to the module. The wrapping order is defined here only.
 
-        1. parameters of other stages become ghosts; 2. what stays becomes real, or goes to the device; 3. experts are
+        1. parameters of other stages become ghosts; 2. the others become real, or move to the device; 3. experts are
         divided; 4. tensor parallelism; 5. common batch statistics; 6. recomputation and compilation of blocks;
-        7. sharded replicas; 8. groups for shared weights. A model that was built on a tape becomes real piece by piece,
-        each divided before the next.
+        7. sharded replicas; 8. groups for tied weights. Parameters of a model with deferred initialization become real
+        one at a time, each divided before the next.
 
         Args:
             device: This rank's device.
-            wrappers: What the calls of the blocks go through (recomputation, compilation), the innermost first.
-            deferred_init: The tape on which the module was built, if it has no weights yet.
+            wrappers: Wrappers of the blocks' calls (recomputation, compilation), the innermost first.
+            deferred_init: The recorded initialization of a module without weights; None for a module with weights.
         """
         before = {m: [set(table) for table in hook_tables(m)] for m in self.root.modules()}
         self.gradient_hooks = GradientHooks(self.parameters)
@@ -134,7 +133,7 @@ class Partition:
         if layout.fsdp > 1:
             self._shard(local, blocks, deferred_init, device)
         self.gradient_hooks.attach()
-        self.gradient_hooks.pass_on([self.step_module, *self.root.modules()])
+        self.gradient_hooks.run_on_gathered([self.step_module, *self.root.modules()])
         self._create_tied_weight_groups()
         self._hooks = self._new_hooks(before)
 
@@ -148,7 +147,7 @@ class Partition:
         )
         step_module = self.step_module
         if not getattr(self.root, "automatic_optimization", True):
-            # weights change within a step, so nothing may stay gathered for all of it: every unit by itself
+            # weights change within a step, so none may stay gathered: shard every unit
             step_module, blocks = None, [u for u in self.interceptor.units.names if local & self.parameters.inside(u)]
         experts = [] if self.experts is None else self.experts.modules()
         self.whole, overrides = shard_replicas(
@@ -162,7 +161,7 @@ class Partition:
                     module.set_custom_reduce_scatter(reduce_scatter)
 
     def reduction(self) -> Reduction:
-        """How whole gradients are added up over replicas. Collective."""
+        """Returns the reduction of whole gradients over replicas. Collective."""
         sync = self.gradient_sync
         if sync.kind == "hierarchical":
             return Hierarchical(*self.mesh.nested_groups(sync.inner or self.mesh.neighbours))
@@ -170,7 +169,7 @@ class Partition:
         return known[sync.kind]()
 
     def _divide_experts(self, local: Collection[str], divided: bool) -> None:
-        """Cuts this rank's experts out, unless they are or will be made real as such; takes their modules over."""
+        """Keeps this rank's part of the experts, unless `divided` already, and installs their `forward`."""
         experts = self.experts
         if experts is None:
             return
@@ -180,12 +179,12 @@ class Partition:
         self._overrides += experts.install(local.__contains__)
 
     def _make_real(self, deferred_init: DeferredInit, names: Collection[str], device: torch.device) -> None:
-        """Gives the parameters `names` their initial values, each divided as soon as it is there."""
+        """Initializes the parameters `names`, and divides each before the next."""
         plan = self.tensor_plan
         for name in [n for n in self.parameters.names if n in names]:
             present = self.parameters[name]
             if isinstance(present, DTensor):
-                continue  # sharded by itself already, as experts are
+                continue  # sharded already, as experts are
             real = deferred_init.make_real(present) if isinstance(present, Ghost) else present.detach()
             if self.experts is not None and self.experts.plan_of(name) is not None:
                 real = self.experts.part_of(name, real)
@@ -197,7 +196,7 @@ class Partition:
             self.parameters.put(name, nn.Parameter(real.to(device), requires_grad=wants))
 
     def remove(self) -> None:
-        """Takes everything off. Collective; afterwards every rank has the user's module with all present weights."""
+        """Removes the partition; then every rank has the user's module with all present weights. Collective."""
         hooks = self._begin_removal()
         wholes = {name: self.whole_parameter(name) for name in self.parameters.names}
         if self.tensor is not None:
@@ -212,12 +211,12 @@ class Partition:
         self._share_buffers()
 
     def take_off(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
-        """Takes everything off and leaves ghosts in the place of all parameters, to be partitioned anew.
+        """Removes the partition and replaces all parameters by ghosts, for another partition.
 
-        No weight is gathered: the caller has kept this rank's parts.
+        No weight is gathered: the caller keeps this rank's parts.
 
         Args:
-            shapes: Of the whole parameters, by name.
+            shapes: Shapes of the whole parameters, by name.
             device: This rank's device.
         """
         hooks = self._begin_removal()
@@ -251,26 +250,26 @@ class Partition:
         self.interceptor.remove()
 
     def sharded_blocks(self) -> list[nn.Module]:
-        """The modules that `fsdp` gathers one by one, of which none has another one inside."""
+        """Returns the modules that `fsdp` gathers, without those that contain another one."""
         sharded = [m for m in self.root.modules() if isinstance(m, FSDPModule)]
         return [m for m in sharded if not any(isinstance(c, FSDPModule) for c in m.modules() if c is not m)]
 
     def reshard(self) -> None:
-        """Frees what `fsdp` has gathered for evaluation, so that parameters are the sharded ones again."""
+        """Frees weights that `fsdp` has gathered for evaluation, so that the parameters are the sharded ones."""
         for module in [self.step_module, *self.root.modules()]:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def whole_parameter(self, name: str) -> torch.Tensor:
-        """The whole of a parameter on every rank. Collective."""
+        """Returns the whole of parameter `name` on every rank. Collective."""
         return self.whole_of(name, self.parameters[name].detach())
 
     def whole_of(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
-        """The whole of a tensor that is laid out like parameter `name`, on every rank. Collective.
+        """Returns the whole of a tensor laid out like parameter `name`, on every rank. Collective.
 
         Args:
             name: A parameter's first name.
-            tensor: This rank's part; anything where the rank does not hold the parameter.
+            tensor: This rank's part; not used on ranks that do not hold the parameter.
         """
         source = self.plan.ranks_of(name)[0]
         present = self.parameters[name]
@@ -284,7 +283,7 @@ class Partition:
         return whole
 
     def gathered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The whole of a tensor that is laid out like parameter `name`. Collective over the ranks that hold it."""
+        """Returns the whole of a tensor laid out like parameter `name`. Collective over the ranks that hold it."""
         if self.tensor is not None:
             tensor = self.tensor.full_tensor(name, tensor)
         elif isinstance(tensor, DTensor):
@@ -292,11 +291,11 @@ class Partition:
         return tensor if self.experts is None else self.experts.gathered(name, tensor)
 
     def expert_plan_of(self, name: str) -> ExpertPlan | None:
-        """How the parameter `name` is divided over `ep`; None if it is no expert's."""
+        """Returns the division of parameter `name` over `ep`; None if it is not a parameter of experts."""
         return plan_of(self.expert_plans, name)
 
     def shape_of(self, name: str) -> torch.Size:
-        """The shape of the whole of parameter `name`."""
+        """Returns the shape of the whole parameter `name`."""
         present = self.parameters[name]
         if self.experts is None or isinstance(present, Ghost):
             return present.shape
@@ -310,7 +309,7 @@ class Partition:
             dist.broadcast(buffer, dist.get_global_rank(group, self.buffer_rank(name)), group=group)
 
     def buffer_rank(self, name: str) -> int:
-        """The pipeline rank whose stage uses the buffer `name`."""
+        """Returns the pipeline rank whose stage uses the buffer `name`."""
         for stage in self.plan.stages:
             if any(name.startswith(f"{unit}.") for unit in stage.units):
                 return stage.rank
@@ -322,13 +321,13 @@ class Partition:
 
     def _share_batch_statistics(self) -> None:
         for module in self.root.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BatchNorm):
                 forward = global_batch_norm(module, self.mesh.replica_group, lambda: self.padding)
                 self._overrides.append((module, forward))
                 module.__dict__["forward"] = forward
 
     def _create_tied_weight_groups(self) -> None:
-        """Groups of pipeline ranks that hold the same weight; every rank takes part in creating every group."""
+        """Creates the groups of pipeline ranks that hold the same weight. Collective over all ranks."""
         shared = {n: self.plan.ranks_of(n) for n in self.parameters.names if len(self.plan.ranks_of(n)) > 1}
         groups = {ranks: self.mesh.holder_group(ranks) for ranks in sorted(set(shared.values()))}
         self.tied_weight_groups = {n: group for n, ranks in shared.items() if (group := groups[ranks]) is not None}
@@ -337,7 +336,7 @@ class Partition:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Inside, calls of the module run without anything that was put on, as a dry run on ghosts needs it."""
+        """Disables everything installed on the module, for a dry run on ghosts."""
         with ExitStack() as stack:
             for module, ours in self._hooks.items():
                 for table, ids in zip(hook_tables(module), ours, strict=True):
@@ -362,10 +361,10 @@ class Partition:
     # ---- stages
 
     def stage_bounds(self, name: str, trace: Trace) -> list[int]:
-        """Where the stages of the plan begin in the trace of a step function: one index a stage, and the end.
+        """Returns the call at which each stage begins in the trace of a step function, and the number of calls.
 
         Raises:
-            PartitionError: If this step goes through the model in another order than the one that was planned with.
+            PartitionError: If this step calls modules in another order than the step used for planning.
         """
         planned = {}
         for key, index in _occurrences(self.trace or trace).items():
@@ -407,7 +406,7 @@ class Partition:
 
 
 def _occurrences(trace: Trace) -> dict[tuple[str, int], int]:
-    """(unit, how many calls of it came before) to the index of the call."""
+    """Maps (unit, number of its earlier calls) to the index of the call."""
     seen: dict[str, int] = {}
     result = {}
     for index, call in enumerate(trace.calls):

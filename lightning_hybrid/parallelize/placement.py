@@ -1,4 +1,4 @@
-"""Where the parts of a parameter are: which part a rank has, and which ranks have the same part."""
+"""Placement of parameters: the part that a rank holds, and the ranks that hold the same part."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_hybrid.spec.tensor_index import Index, Run, runs_of, whole_index
 
 
 def index_of(partition: Partition, name: str) -> Index:
-    """Which part of parameter `name` this rank holds: divided over `ep` or `tp`, then over `fsdp` along dim 0."""
+    """Returns this rank's part of parameter `name`: divided over `ep` or `tp`, then over `fsdp` along dim 0."""
     return index_at(partition, name, partition.shape_of(name), partition.mesh.place)
 
 
 def index_at(partition: Partition, name: str, shape: Sequence[int], place: Place) -> Index:
-    """Which part of parameter `name`, whose whole has `shape`, the rank at `place` holds, if it holds any."""
+    """Returns the part of parameter `name`, with whole shape `shape`, of a rank at `place` that holds the parameter."""
     dims: list[tuple[Run, ...]] = list(whole_index(shape))
     layout = partition.plan.layout
     sharded = partition.tensor_plan.parameters.get(name) if partition.tensor_plan is not None else None
@@ -32,14 +32,14 @@ def index_at(partition: Partition, name: str, shape: Sequence[int], place: Place
 
 
 def writes(partition: Partition, name: str, whole: bool = False) -> bool:
-    """Whether this rank, among those that hold the same part of `name`, is the one that writes it.
+    """Returns True if this rank writes its part of `name`, among the ranks that hold the same part.
 
-    The parts of a model are spread over the replicas, so that all ranks write about equally much.
+    The parts of a model are spread over the replicas, so that all ranks write about equal amounts.
 
     Args:
         partition: The applied partition.
         name: A parameter that this rank holds.
-        whole: Whether the question is of something that every holder has whole (a step count).
+        whole: True for state of the parameter that every holder has whole (a step count).
     """
     layout, mesh = partition.plan.layout, partition.mesh
     holders = partition.plan.ranks_of(name)
@@ -59,7 +59,7 @@ def writes(partition: Partition, name: str, whole: bool = False) -> bool:
 
 
 def _chunk(runs: tuple[Run, ...], count: int, position: int) -> tuple[Run, ...]:
-    """What `torch.chunk` gives a position: `fully_shard` splits dim 0 like that."""
+    """Returns the chunk at `position` of `count`, as by `torch.chunk`, which `fully_shard` uses to split dim 0."""
     length = sum(stop - start for start, stop in runs)
     step = -(-length // count)
     first, last = min(position * step, length), min((position + 1) * step, length)

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.precision import (
 )
 
 from lightning_hybrid._lightning_private import detects_anomalies
+from lightning_hybrid._torch_private import own_buffers
 from lightning_hybrid.batches import batch_size, split_batch
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
 from lightning_hybrid.ghosts.parameters import Parameters
@@ -128,9 +129,10 @@ def _placed(name: str, plan: ExpertPlan, request: Request) -> ExpertPlan:
 
 def _move_buffers(root: pl.LightningModule, device: torch.device) -> None:
     for owner in root.modules():
-        for key, buffer in owner._buffers.items():
+        buffers = own_buffers(owner)
+        for key, buffer in buffers.items():
             if buffer is not None and buffer.device != device:
-                owner._buffers[key] = buffer.to(device)
+                buffers[key] = buffer.to(device)
 
 
 def _check_pipeline(root: pl.LightningModule, request: Request, name: str) -> None:

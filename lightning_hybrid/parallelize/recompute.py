@@ -1,9 +1,9 @@
-"""Recomputation of blocks: what the backward pass needs is computed again instead of kept.
+"""Activation checkpointing of blocks: the backward pass recomputes activations instead of storing them.
 
 References:
     Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174 (whole blocks).
-    Korthikanti et al., Reducing Activation Recomputation, arXiv:2205.05198, section 5 (what is large and cheap).
-    DeepSeek-V3, arXiv:2412.19437, section 3.2.3 (norms, up-projections of latents, SwiGLU).
+    Korthikanti et al., Reducing Activation Recomputation, arXiv:2205.05198, section 5 (selective recomputation).
+    DeepSeek-V3, arXiv:2412.19437, section 3.2.3 (norms, up-projections of latents, SwiGLU), implemented in `_policy()`.
 """
 
 from __future__ import annotations
@@ -16,28 +16,24 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lightning_hybrid._torch_private import ATTENTION, GROUPED_MM
+
 Recompute = Literal["selective", "full"]
 
 _aten = torch.ops.aten
-_MATMULS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten._grouped_mm, _aten.convolution}
-_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention_for_cpu,
-    _aten._scaled_dot_product_flash_attention,
-    _aten._scaled_dot_product_efficient_attention,
-    _aten._scaled_dot_product_cudnn_attention,
-}
+_MATMULS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, GROUPED_MM, _aten.convolution}
 _CHEAP_SHARE = 0.25
-"""A matmul over an inner dim of at most this share of the block's width is computed again: its result costs little an
+"""A matmul over an inner dim of at most this share of the block's width is recomputed, since it costs little per output
 element. In DeepSeek-V3 these are the up-projections of latents (512 and 1536 of 7168), not those of experts (2048)."""
 
 
 def recomputed(call: Callable[..., Any], how: Recompute) -> Callable[..., Any]:
-    """`call`, a block, with its activations computed again in the backward pass.
+    """Returns `call`, a block, with recomputation of its activations in the backward pass.
 
     Args:
         call: The block.
-        how: `"full"`: only the block's input is kept. `"selective"`: results of matmuls and attention are kept, except
-            of matmuls over a small inner dim; everything else (norms, activations, casts) is computed again.
+        how: `"full"`: stores the block's input only. `"selective"`: stores results of matmuls and attention, except of
+            matmuls over a small inner dim; everything else (norms, activations, casts) is recomputed.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -52,14 +48,14 @@ def recomputed(call: Callable[..., Any], how: Recompute) -> Callable[..., Any]:
 
 
 def _width(arguments: tuple[Any, ...]) -> int:
-    """The width of what goes through the block: the last dim of its first floating-point argument."""
+    """Returns the width of a block: the last dim of its first floating-point argument."""
     return next((x.shape[-1] for x in arguments if isinstance(x, Tensor) and x.is_floating_point() and x.ndim), 0)
 
 
 def _policy(width: int) -> Callable[..., CheckpointPolicy]:
     def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         packet = op.overloadpacket
-        if packet in _ATTENTION:
+        if packet in ATTENTION:
             return CheckpointPolicy.MUST_SAVE
         if packet in _MATMULS:
             left = args[1] if packet in (_aten.addmm, _aten.baddbmm) else args[0]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_hybrid._torch_private import BatchNorm, check_input_dim
 
 
 class _SumOverReplicas(torch.autograd.Function):
@@ -29,11 +30,11 @@ class _SumOverReplicas(torch.autograd.Function):
 
 def has_batch_norm(root: nn.Module) -> bool:
     """Whether a module normalises with the statistics of the batch."""
-    return any(isinstance(m, _BatchNorm) for m in root.modules())
+    return any(isinstance(m, BatchNorm) for m in root.modules())
 
 
 def global_batch_norm(
-    module: _BatchNorm, group: dist.ProcessGroup, padding: Callable[[], bool] = lambda: False
+    module: BatchNorm, group: dist.ProcessGroup, padding: Callable[[], bool] = lambda: False
 ) -> Callable[[Tensor], Tensor]:
     """A `forward` for `module` with the statistics of all replicas together.
 
@@ -48,7 +49,7 @@ def global_batch_norm(
     def forward(x_NC: Tensor) -> Tensor:  # noqa: N803 -- N samples, C channels, then any spatial dimensions
         if not module.training:
             return original(x_NC)
-        module._check_input_dim(x_NC)
+        check_input_dim(module, x_NC)
         dims = [d for d in range(x_NC.ndim) if d != 1]
         shape = [1, -1] + [1] * (x_NC.ndim - 2)
         counts = 0.0 if padding() else 1.0
@@ -64,7 +65,7 @@ def global_batch_norm(
     return forward
 
 
-def _update_running(module: _BatchNorm, mean_C: Tensor, variance_C: Tensor) -> None:  # noqa: N803
+def _update_running(module: BatchNorm, mean_C: Tensor, variance_C: Tensor) -> None:  # noqa: N803
     if not module.track_running_stats or module.running_mean is None or module.running_var is None:
         return
     with torch.no_grad():

@@ -1,11 +1,11 @@
-"""DiLoCo: replicas step by themselves, and every H steps they agree on where to go on.
+"""DiLoCo: replicas make local steps, and every H steps synchronize by a step of an outer optimizer.
 
-With x the weights at the last agreement and x_r those of replica r after H steps of its own optimizer, the outer
-gradient is x - mean_r x_r, and an outer SGD with Nesterov momentum makes a step with it. Momentum 0 and learning rate 1
-is the mean of the replicas (local SGD).
+With x the weights at the last synchronization and x_r those of replica r after H local steps, the outer gradient is
+x - mean_r x_r, used by an outer SGD with Nesterov momentum. Momentum 0 and learning rate 1 give the mean of the
+replicas (local SGD).
 
 Reference: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", arXiv:2311.08105,
-algorithm 1.
+algorithm 1, implemented in `DiLoCo.agree()`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lightning_hybrid.spec.gradient_sync import GradientSync
 
 
 class DiLoCo:
-    """The agreement of replicas that step by themselves.
+    """Synchronizes replicas that make local steps.
 
     Args:
-        parameters: This rank's trainable parameters, by name; equal on all replicas now.
-        group: The ranks that hold them too, one of each replica.
-        sync: How often, and the outer step.
+        parameters: This rank's trainable parameters, by name; equal on all replicas at construction.
+        group: The ranks that hold the same parameters, one of each replica.
+        sync: Local steps per synchronization, and options of the outer optimizer.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup, sync: GradientSync) -> None:
@@ -45,17 +45,17 @@ class DiLoCo:
 
     @property
     def sent_bytes(self) -> float:
-        """What this rank sends, for one of the steps."""
+        """Bytes that this rank sends per local step, on average."""
         return self._mean.sent_bytes / self._every
 
     def after_step(self) -> None:
-        """The replica's optimizer has made a step. Collective over the group every H steps."""
+        """Counts a local step; synchronizes after H of them. Collective over the group every H steps."""
         self._steps += 1
         if self._steps == self._every:
             self.agree()
 
     def agree(self) -> None:
-        """Makes the outer step now, unless there is nothing to agree on. Collective over the group."""
+        """Makes the outer step, unless there was no local step since the last one. Collective over the group."""
         if self._steps == 0:
             return
         self._steps = 0
@@ -68,21 +68,21 @@ class DiLoCo:
             to_local(self._parameters[name].detach()).copy_(anchor.detach())
 
     def agreed(self, name: str) -> Tensor | None:
-        """The weight at the last agreement, laid out as the parameter is; None for one that is not trained."""
+        """Returns the weight at the last synchronization, laid out as the parameter; None if it is not trained."""
         if name not in self._anchors:
             return None
-        found = torch.empty_like(self._parameters[name]).detach()
-        to_local(found).copy_(self._anchors[name].detach())
-        return found
+        weight = torch.empty_like(self._parameters[name]).detach()
+        to_local(weight).copy_(self._anchors[name].detach())
+        return weight
 
     def state_dict(self) -> dict[str, Any]:
-        """What only this replica has, and the outer momentum."""
+        """Returns this replica's weights and step count, and the outer momentum."""
         outer = {n: self._outer.state[a]["momentum_buffer"] for n, a in self._anchors.items() if self._outer.state[a]}
         weights = {n: to_local(p.detach()) for n, p in self._parameters.items()}
         return {"steps": self._steps, "weights": weights, "outer": outer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on there, after `begin` with the weights of the last agreement."""
+        """Restores this replica's state. Call it after `begin()` with the weights of the last synchronization."""
         self._steps = state["steps"]
         with torch.no_grad():
             for name, weight in state["weights"].items():
@@ -92,6 +92,6 @@ class DiLoCo:
                 self._outer.state[anchor]["momentum_buffer"] = buffer.to(anchor.device)
 
     def begin(self) -> None:
-        """The present weights, equal on all replicas, are those of the last agreement."""
+        """Uses the present weights, equal on all replicas, as those of the last synchronization."""
         for name, anchor in self._anchors.items():
             anchor.detach().copy_(to_local(self._parameters[name].detach()))

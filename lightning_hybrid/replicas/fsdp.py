@@ -1,4 +1,4 @@
-"""Sharded replicas: `fully_shard` on every block and on our own step module, never on the LightningModule itself."""
+"""Sharded replicas: applies `fully_shard` to every block and to `StepModule`, never to the LightningModule itself."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ def shard_replicas(
     mesh: Mesh,
     make_real: Callable[[Collection[str]], None] | None,
 ) -> tuple[set[str], list[tuple[nn.Module, Callable]]]:
-    """Shards the held parameters over the `fsdp` axis, with replicas over `dp`.
+    """Shards the parameters of this rank over the `fsdp` axis, with replicas over `dp`.
 
-    Weights outside the experts are sharded over `ep` too; the experts, which `ep` has divided already, are not.
+    Weights outside the experts are also sharded over `ep`; experts are divided over `ep` already.
 
     Args:
         root: The LightningModule.
-        step_module: The module around it, which takes what is in no block; None: that stays whole.
-        blocks: Names of the held blocks.
-        experts: The modules of experts that `ep` has divided.
+        step_module: The module around `root`, which shards the parameters outside the blocks; None: they stay whole.
+        blocks: Names of the blocks on this rank.
+        experts: The modules of experts divided over `ep`.
         parameters: The parameters of `root`.
-        local: Names of those that this rank holds.
+        local: Names of the parameters that this rank holds.
         mesh: The device mesh.
-        make_real: Makes the parameters it is given real, where they are still ghosts; called just before they are
-            sharded, so that no more than a block is ever whole.
+        make_real: Makes named parameters real that are still ghosts; called just before each block is sharded, so that
+            at most one block is whole at a time.
 
     Returns:
-        Names of parameters that stay whole, as scalars do, which cannot be split; and modules with the `forward` that
-        they were given.
+        Names of parameters that stay whole (scalars cannot be sharded), and modules with their new `forward`.
     """
     overrides: list[tuple[nn.Module, Callable]] = []
     scalars = {name for name in local if parameters[name].ndim == 0}
@@ -51,9 +50,9 @@ def shard_replicas(
         if make_real is not None:
             make_real({name for name in local if any(slot.module is module for slot in parameters.slots[name])})
         fully_shard(module, mesh=mesh.sharding(experts=True))
-        # a rank's experts have had the tokens of all ranks of `ep`: their gradients are sums over these
+        # experts receive tokens of all ranks of `ep`, so their gradients are sums over `ep`
         module.set_gradient_divide_factor(float(mesh.layout.replicas))  # type: ignore[operator]
-        module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator] -- gloo can't divide while it sums
+        module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator] -- gloo cannot average
     for block in blocks:
         inside = parameters.inside(block) & set(local)
         alone = all(slot.name.startswith(f"{block}.") for name in inside for slot in parameters.slots[name])
@@ -73,7 +72,7 @@ def shard_replicas(
 
 
 def _call_instead_of_forward(block: nn.Module) -> Callable:
-    """Turns `block.forward(...)`, as some models call their blocks, into `block(...)`, which runs the hooks."""
+    """Makes `block.forward(...)`, which some models call, run `block(...)` with its hooks."""
     forward, called = block.forward, []
 
     def inside(_: nn.Module, args: tuple) -> None:

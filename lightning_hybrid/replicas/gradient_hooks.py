@@ -1,7 +1,7 @@
-"""Hooks that the user has put on gradients go along when a parameter becomes another object.
+"""Moves the user's gradient hooks to the objects that replace parameters.
 
-`register_hook` and `register_post_accumulate_grad_hook` keep their functions in a table on the parameter. The object
-that takes a parameter's place takes over the tables themselves, so that handles still remove what they added.
+`register_hook` and `register_post_accumulate_grad_hook` keep their functions in a table on the parameter. The new
+object gets the same tables, so that handles of the user still remove their hooks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_hybrid._torch_private import gradient_hooks_of, own_parameters
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.parameters import Parameters
 
@@ -21,10 +22,10 @@ _TABLES = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class GradientHooks:
-    """The hooks on the gradients of all parameters, held or not.
+    """The gradient hooks of all parameters, real or ghost.
 
     Args:
-        parameters: The parameters, before any of them is exchanged.
+        parameters: The parameters, before any of them is replaced.
     """
 
     def __init__(self, parameters: Parameters) -> None:
@@ -33,18 +34,18 @@ class GradientHooks:
         self.collect()
 
     def collect(self) -> None:
-        """Notes the tables that parameters have now."""
+        """Collects the tables of the present parameters."""
         for name in self._parameters.names:
             parameter = self._parameters[name]
             if isinstance(parameter, Ghost):
-                found = {key: table for key, table in parameter.gradient_hooks.items() if table}
+                tables = {key: table for key, table in parameter.gradient_hooks.items() if table}
             else:
-                found = {key: table for key in _TABLES if (table := getattr(parameter, key, None))}
-            if found:
-                self._tables.setdefault(name, {}).update(found)
+                tables = {key: table for key in _TABLES if (table := getattr(parameter, key, None))}
+            if tables:
+                self._tables.setdefault(name, {}).update(tables)
 
     def attach(self) -> None:
-        """Gives the tables to the objects that stand for the parameters now."""
+        """Sets the collected tables on the present parameters."""
         for name, tables in self._tables.items():
             parameter = self._parameters[name]
             if isinstance(parameter, Ghost):
@@ -54,13 +55,13 @@ class GradientHooks:
                 if getattr(parameter, key, None) is not table:
                     setattr(parameter, key, table)
 
-    def pass_on(self, modules: Iterable[nn.Module]) -> None:
-        """Has hooks of sharded parameters run on the gradients of the gathered ones, which autograd computes.
+    def run_on_gathered(self, modules: Iterable[nn.Module]) -> None:
+        """Runs hooks of sharded parameters on the gradients of the gathered parameters, which autograd computes.
 
-        They see the whole gradient of this replica's samples, before it is averaged over replicas.
+        Hooks see the whole gradient of this replica's samples, before the average over replicas.
 
         Args:
-            modules: Those that `fully_shard` was applied to; each is asked before it runs.
+            modules: The modules, of which those with `fully_shard` are used.
         """
         done: set[int] = set()
         for module in modules:
@@ -69,28 +70,28 @@ class GradientHooks:
 
 
 class _Gathered:
-    """Before a fully sharded module runs, and after its parameters have been gathered.
+    """Registers hooks on gathered parameters before a fully sharded module runs.
 
     Args:
         module: The module.
-        done: Ids of the gathered parameters that have got their hook, shared with the modules around and inside.
+        done: Ids of the gathered parameters that have their hook, shared by all modules.
     """
 
     def __init__(self, module: nn.Module, done: set[int]) -> None:
-        # at this time `_parameters` still holds the sharded ones
+        # the sharded parameters, which are registered at this time
         self._places = [
             (owner, key, parameter)
             for owner in module.modules()
-            for key, parameter in owner._parameters.items()
+            for key, parameter in own_parameters(owner).items()
             if isinstance(parameter, DTensor)
         ]
         self._done = done
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         for owner, key, sharded in self._places:
-            if not sharded._backward_hooks:
+            if not gradient_hooks_of(sharded):
                 continue
-            gathered = owner._parameters.get(key)
+            gathered = own_parameters(owner).get(key)
             if gathered is None or gathered is sharded or id(gathered) in self._done or not gathered.requires_grad:
                 continue
             self._done.add(id(gathered))  # `fully_shard` keeps this object as long as the sharded one
@@ -98,13 +99,13 @@ class _Gathered:
 
 
 class _Run:
-    """Runs the hooks that a sharded parameter has at the time."""
+    """Runs the hooks that a sharded parameter has at the time of the call."""
 
     def __init__(self, sharded: torch.Tensor) -> None:
         self._sharded = sharded
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
-        for hook in list((self._sharded._backward_hooks or {}).values()):
+        for hook in gradient_hooks_of(self._sharded):
             changed = hook(gradient)
             gradient = gradient if changed is None else changed
         return gradient

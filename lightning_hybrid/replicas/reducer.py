@@ -1,4 +1,4 @@
-"""Gradient synchronisation: the mean over replicas, and the sum over stages that share a weight."""
+"""Gradient synchronization: the mean over replicas, and the sum over stages that share a weight."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 
 BUCKET_BYTES = 25 * 1024 * 1024
-"""As in DistributedDataParallel (Li et al., 2020, section 4.2: 25 MB is robust across models)."""
+"""The bucket size of DistributedDataParallel (Li et al., 2020, section 4.2: 25 MB is robust across models)."""
 
 
 class _Bucket:
-    """Gradients that are reduced together, as views into one flat buffer; the last elements flag the used ones."""
+    """Gradients reduced together, as views into one flat buffer; the last elements flag the used parameters."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -49,11 +49,11 @@ class _Bucket:
             self.views[i].zero_()
             self.flags[i] = 0.0
         grads = [to_local(self.parameters[i].grad) for i in present]  # type: ignore[arg-type]
-        moved = [
+        copies = [
             (self.views[i], g) for i, g in zip(present, grads, strict=True) if g.data_ptr() != self.views[i].data_ptr()
         ]
-        if moved:
-            foreach_copy([v for v, _ in moved], [g for _, g in moved])
+        if copies:
+            foreach_copy([v for v, _ in copies], [g for _, g in copies])
         self.flat.mul_(scale)
         if dist.get_world_size(group) > 1:
             self.finish = reduction.begin(self.flat, group)
@@ -76,15 +76,15 @@ class _Bucket:
 class ReplicaReducer:
     """Averages gradients over replicas in buckets, overlapping with the backward pass.
 
-    Unlike DistributedDataParallel it takes DTensor parameters, parameters that some replicas do not use, and gradients
-    that a pipeline schedule has accumulated before; buckets are reduced in one fixed order, so replicas always match.
+    Unlike DistributedDataParallel, supports DTensor parameters, parameters that some replicas do not use, and gradients
+    accumulated by a pipeline schedule; buckets are reduced in a fixed order, equal on all replicas.
 
     Args:
         parameters: This rank's trainable parameters, in the order of the forward pass.
-        group: The ranks that hold them too.
-        replicas: The number of replicas whose mean is taken. More than the group has, where a rank's gradients are sums
-            over several replicas, as those of experts are.
-        reduction: How they are added up.
+        group: The ranks that hold the same parameters.
+        replicas: The divisor of the mean. Larger than the group if a rank's gradients are sums over several replicas,
+            as those of experts.
+        reduction: The kind of all-reduce; None: `Exact()`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ReplicaReducer:
     ) -> None:
         self.group, self.enabled, self._reduction = group, True, reduction or Exact()
         self.on_complete: Callable[[], None] = lambda: None
-        """Called when this rank has all gradients, before it waits."""
+        """Called when this rank has all gradients, before the wait for other ranks."""
         self._scale = 1.0 / replicas
         self._buckets = [_Bucket(chunk) for chunk in _chunks(list(parameters)[::-1])]
         self._bucket_of = {p: b for b in self._buckets for p in b.parameters}
@@ -105,17 +105,17 @@ class ReplicaReducer:
         self._hooks: list[RemovableHandle] = []
 
     def overlap(self) -> None:
-        """Starts reducing a bucket as soon as its gradients are complete in the backward pass."""
+        """Overlaps with the backward pass: reduces each bucket as soon as its gradients are complete."""
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._bucket_of]  # type: ignore[attr-defined]
 
     @property
     def sent_bytes(self) -> float:
-        """What this rank sends for the gradients of a step."""
+        """Bytes that this rank sends for the gradients of one step."""
         ranks = dist.get_world_size(self.group)
         return sum(self._reduction.sent_bytes(len(b.flat), b.flat.element_size(), ranks) for b in self._buckets)
 
     def release(self) -> None:
-        """Ends it; another reducer takes over."""
+        """Removes the hooks, before another reducer is used."""
         for hook in self._hooks:
             hook.remove()
 
@@ -134,7 +134,7 @@ class ReplicaReducer:
             self._next += 1
 
     def finish(self) -> None:
-        """Reduces what has not been reduced yet and waits; afterwards every `.grad` is the mean over the replicas."""
+        """Reduces the remaining buckets and waits; then every `.grad` is the mean over the replicas."""
         if not self.enabled:
             return
         self.on_complete()
@@ -165,12 +165,12 @@ def sum_over_holders(
     parameter: Callable[[str], Tensor],
     summed: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Sums the gradients of weights that several pipeline ranks hold, so that all copies take the same update.
+    """Sums the gradients of weights that several pipeline ranks hold, so that all copies get the same update.
 
     Args:
         shared: The group of the holders of each of these weights.
-        parameter: Gives a weight by name.
-        summed: What of a weight's gradient is a sum over the holders already.
+        parameter: Returns a weight by name.
+        summed: The part of each gradient that is already a sum over the holders.
     """
     for name, group in shared.items():
         weight = parameter(name)
@@ -179,7 +179,7 @@ def sum_over_holders(
         users = torch.tensor(float(weight.grad is not None), device=weight.device)
         dist.all_reduce(users, group=group)
         if weight.grad is None:
-            if users.item() == 0:  # as in one process: an optimizer would take a zero and decay the weight
+            if users.item() == 0:  # as in a single process: with a zero gradient an optimizer would decay the weight
                 continue
             weight.grad = torch.zeros_like(weight)
         gradient, earlier = to_local(weight.grad), summed.get(name)
@@ -191,44 +191,47 @@ def sum_over_holders(
 
 
 def gradients_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of this rank's parts of the gradients that these weights have."""
+    """Returns copies of this rank's parts of the gradients of `parameters`."""
     return {name: to_local(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
 
 
 def seen_after_backward(trainer: pl.Trainer) -> bool:
-    """Whether user code sees, and may change, the gradients after every backward pass, so of every accumulated batch.
+    """Returns True if user code may read or change the gradients after the backward pass of every accumulated batch.
 
-    In one process they are complete there.
+    In a single process gradients are complete there.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     return any(is_overridden("on_after_backward", x) for x in (trainer.lightning_module, *callbacks))
 
 
 def refusal_of_gradients(layout: Layout) -> str:
-    """Why `torch.autograd.grad` cannot be called in a step."""
+    """Returns the error message for `torch.autograd.grad` in a step under `layout`."""
     return (
         f"`layout='{layout}'`: `training_step` calls `torch.autograd.grad`. Under `pp` no stage has the whole graph; "
-        "under `fsdp` the weights that a second pass through it needs are not there any more. Use a layout of `dp` or "
-        "`tp`."
+        "under `fsdp` the gathered weights that a second pass through the graph needs are freed. Use a layout of `dp` "
+        "or `tp`."
     )
 
 
 def refuse_gradients(layout: Layout) -> Callable[..., Any]:
-    """To stand for `torch.autograd.grad` where a later backward pass cannot go through the same graph again."""
-    take = torch.autograd.grad
+    """Returns a replacement of `torch.autograd.grad` where a later backward pass cannot use the same graph again.
+
+    The replacement raises a PartitionError for `create_graph` or `retain_graph`.
+    """
+    original = torch.autograd.grad
 
     def grad(*args: Any, create_graph: bool = False, retain_graph: bool | None = None, **kwargs: Any) -> Any:
         if create_graph or retain_graph:
             raise PartitionError(refusal_of_gradients(layout))
-        return take(*args, **kwargs)
+        return original(*args, **kwargs)
 
     return grad
 
 
 class StashedGradients:
-    """Gradients made inside `training_step` by a pipeline schedule, kept until Lightning calls `backward`.
+    """Gradients computed inside `training_step` by a pipeline schedule, kept until Lightning calls `backward`.
 
-    Lightning's order is training_step, zero_grad, backward; without this, zero_grad would erase them.
+    Lightning's order is training_step, zero_grad, backward; without the stash, zero_grad would erase the gradients.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -239,14 +242,14 @@ class StashedGradients:
             parameter.grad = None
 
     def keep(self) -> None:
-        """After the schedule: takes its gradients away and puts the earlier ones back."""
+        """Stashes the gradients of the schedule and restores the earlier ones."""
         self._new = [p.grad for p in self._parameters]
         for parameter, old in zip(self._parameters, self._old, strict=True):
             parameter.grad = old
         self._old = []
 
     def add(self) -> None:
-        """In `backward`: adds them to what is there."""
+        """Adds the stashed gradients to the present ones, in `backward`."""
         for parameter, new in zip(self._parameters, self._new, strict=True):
             if new is not None:
                 parameter.grad = new if parameter.grad is None else parameter.grad + new
@@ -254,7 +257,7 @@ class StashedGradients:
 
 
 class DeliverGradients(torch.autograd.Function):
-    """A loss whose backward pass runs `deliver`: the pipeline has already computed its gradients."""
+    """A loss whose backward pass runs `deliver`, since the pipeline has already computed its gradients."""
 
     @staticmethod
     def forward(ctx, anchor: Tensor, loss: Tensor, deliver: Callable[[], None]) -> Tensor:  # type: ignore[override]

@@ -1,6 +1,6 @@
-"""How gradients are added up over replicas: exactly, in bfloat16 on the wire, or first within a node.
+"""Kinds of gradient reduction over replicas: exact, in bfloat16 on the wire, or hierarchical.
 
-`ReplicaReducer` hands whole buckets to a `Reduction`; `fully_shard` takes a reduce-scatter in its place.
+`ReplicaReducer` passes whole buckets to a `Reduction`; `fully_shard` uses a custom reduce-scatter instead.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from torch import Tensor
 from lightning_hybrid._torch_private import ReduceScatter
 
 Finish = Callable[[], None]
-"""Waits for a reduction that was begun; afterwards the tensor has the sum."""
+"""Waits for a started reduction; the tensor then contains the sum."""
 
 
 class Reduction(Protocol):
-    """Adds up a tensor over a group of ranks."""
+    """Sums a tensor over a group of ranks."""
 
     def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
-        """Begins to add up `flat`, of shape `(elements,)`, in place; all ranks begin and finish in the same order."""
+        """Starts to sum `flat`, of shape `(elements,)`, in place; all ranks start and finish in the same order."""
         ...
 
     def sent_bytes(self, elements: int, itemsize: int, ranks: int) -> float:
-        """What a rank sends for a tensor of so many elements."""
+        """Returns the bytes that a rank sends for a tensor of `elements` elements of `itemsize` bytes."""
         ...
 
 
 def _ring_bytes(elements: int, itemsize: int, ranks: int) -> float:
-    """What a rank sends in a ring that adds up and spreads a tensor: 2 (n - 1) / n of it."""
+    """Returns the bytes that a rank sends in a ring all-reduce: 2 (n - 1) / n of the tensor, with n = `ranks`."""
     return 2 * (ranks - 1) / ranks * elements * itemsize
 
 
 class Exact:
-    """As the backend does it."""
+    """Sums in the gradients' dtype, by the backend's all-reduce."""
 
     def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
         """See `Reduction`."""
@@ -49,7 +49,7 @@ class Exact:
 
 
 class InBfloat16:
-    """Cast to bfloat16, and added up in it: half of the bytes, and an error that grows with the number of ranks."""
+    """Sends and sums in bfloat16: half of the bytes, with an error that grows with the number of ranks."""
 
     def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
         """See `Reduction`."""
@@ -68,7 +68,7 @@ class InBfloat16:
 
 
 class InBfloat16AddedExactly:
-    """Sent as bfloat16, each rank's share added up in float32: the same bytes, and an error that does not grow."""
+    """Sends in bfloat16 and sums each rank's share in float32: the same bytes, with an error that does not grow."""
 
     def begin(self, flat: Tensor, group: dist.ProcessGroup) -> Finish:
         """See `Reduction`."""
@@ -97,8 +97,8 @@ class Hierarchical:
     The slow network between nodes carries 1 / inner of what a flat ring would send over it.
 
     Args:
-        near: This rank's neighbours.
-        far: The ranks with the same place among theirs.
+        near: The ranks of this node.
+        far: The ranks with the same position in each node.
     """
 
     def __init__(self, near: dist.ProcessGroup, far: dist.ProcessGroup) -> None:
@@ -127,23 +127,23 @@ class Hierarchical:
 
 
 class ShardedInBfloat16(ReduceScatter):
-    """For `fully_shard`: the gradients that are scattered go over the wire as bfloat16.
+    """Reduce-scatter for `fully_shard` with gradients sent in bfloat16.
 
     Args:
-        added_exactly: Whether they are added up in float32.
+        added_exactly: True to sum in float32.
     """
 
     def __init__(self, added_exactly: bool) -> None:
         self._added_exactly = added_exactly
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer for one call."""
+        """Returns a buffer for one call."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
-        """Scatters the sum, or the mean, of `input_tensor`."""
+        """Scatters the sum or the mean of `input_tensor` to `output_tensor`."""
         short = input_tensor.bfloat16()
         if self._added_exactly:
             arrived = torch.empty_like(short)
@@ -159,5 +159,5 @@ class ShardedInBfloat16(ReduceScatter):
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The same memory as bytes: not every backend sends every type."""
+    """Returns a view of the memory as bytes, since not every backend sends every dtype."""
     return tensor.view(torch.uint8)
