@@ -1,4 +1,4 @@
-"""When the optimizer makes a step: windows of accumulated batches."""
+"""Windows of accumulated batches: when the optimizer makes a step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 
 
 def begin_window(trainer: pl.Trainer, batches: int) -> None:
-    """Gradients of `batches` batches are accumulated, counted from the training batch that is about to run.
+    """Accumulates gradients of `batches` batches, counted from the training batch that is about to run.
 
     Lightning counts from the beginning of an epoch, in two places that disagree when the number changes: a window
-    would begin in the middle of another, and steps be made with gradients of too few batches or of too many.
+    would begin in the middle of another, and steps would use gradients of too few or too many batches.
     """
     loop: Any = trainer.fit_loop.epoch_loop
     progress, optimization = loop.batch_progress, loop.automatic_optimization
@@ -24,7 +24,7 @@ def begin_window(trainer: pl.Trainer, batches: int) -> None:
 
 
 def end_windows(trainer: pl.Trainer) -> None:
-    """Lightning counts again."""
+    """Restores Lightning's own count of accumulated batches."""
     loop: Any = trainer.fit_loop.epoch_loop
     loop.__dict__.pop("_first_of_window", None)
     loop.__dict__.pop("_accumulated_batches_reached", None)
@@ -32,7 +32,7 @@ def end_windows(trainer: pl.Trainer) -> None:
 
 
 def batches_left_in_window(trainer: pl.Trainer) -> int:
-    """Batches up to the optimizer's next step, the one that is about to run included."""
+    """Returns the number of batches up to the optimizer's next step, including the one that is about to run."""
     loop: Any = trainer.fit_loop.epoch_loop
     done = loop.batch_progress.current.ready - 1
     whole = trainer.accumulate_grad_batches
@@ -41,11 +41,11 @@ def batches_left_in_window(trainer: pl.Trainer) -> int:
 
 
 def steps_after_batch(trainer: pl.Trainer) -> bool:
-    """Whether the optimizer makes a step with the training batch that runs, or has just run."""
+    """Returns True if the optimizer makes a step with the training batch that runs, or has just run."""
     return not trainer.fit_loop._should_accumulate()
 
 
 def between_steps(trainer: pl.Trainer) -> bool:
-    """Whether no batch has been run since the optimizer's last step."""
+    """Returns True if no batch has run since the optimizer's last step."""
     loop: Any = trainer.fit_loop.epoch_loop
     return loop.batch_progress.current.ready == 0 or loop.batch_progress.is_last_batch or steps_after_batch(trainer)

@@ -16,26 +16,26 @@ from torch.optim import Optimizer
 
 
 def averaged_once_per_epoch(trainer: pl.Trainer) -> list[Any]:
-    """The callbacks that average weights over epochs (`_average_model` has the average)."""
+    """Returns the callbacks that average weights over epochs (the average is in `_average_model`)."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     return [c for c in callbacks if isinstance(c, StochasticWeightAveraging)]
 
 
 def averaged_per_step(trainer: pl.Trainer) -> list[Any]:
-    """The callbacks with an `AveragedModel` (in `_average_model`, made with `_kwargs`), while a module is trained."""
+    """Returns the callbacks with an `AveragedModel` (in `_average_model`, made with `_kwargs`) during training."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     return [c for c in callbacks if isinstance(c, WeightAveraging) and c._average_model is not None]
 
 
 def forget_schedulers_before_averaging(callback: Any, trainer: pl.Trainer) -> None:
-    """For a run that goes on within the epochs that are averaged: the saved scheduler is that of the averaging."""
+    """Removes schedulers of a run that resumes within the averaged epochs: the saved one is that of the averaging."""
     if callback._scheduler_state is not None:
         callback._clear_schedulers(trainer)
 
 
 @contextmanager
 def parameters_compared_by_identity() -> Iterator[None]:
-    """Inside, `BaseFinetuning` finds out by identity, not by value, whether an optimizer has a parameter."""
+    """Makes `BaseFinetuning` compare parameters of optimizers by identity instead of by value."""
 
     def padding(optimizer: Optimizer, params: Iterable[Any]) -> list[Any]:
         present = {id(p) for group in optimizer.param_groups for p in group["params"]}

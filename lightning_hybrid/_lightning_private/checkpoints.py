@@ -1,4 +1,4 @@
-"""Which checkpoint a trainer loads, and where its callbacks save."""
+"""The checkpoint that a trainer loads, and the folders that its callbacks save to."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def find_last_by(trainer: pl.Trainer, find: Callable[[], str | None]) -> None:
 
 
 def checkpoint_of_run(trainer: pl.Trainer) -> str | None:
-    """What the trainer is about to load, from `setup` on; Lightning keeps it to itself until then."""
+    """Returns the path of the checkpoint that the trainer is about to load; known from `setup` on."""
     connector: Any = trainer._checkpoint_connector
     return connector._hpc_resume_path or connector.__dict__.get("_hybrid_path")
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[str]:
-    """The folders that the trainer's callbacks save checkpoints to."""
+    """Returns the folders that the trainer's callbacks save checkpoints to."""
     found = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined] -- set by a connector
         if isinstance(callback, ModelCheckpoint):

@@ -14,13 +14,13 @@ Synchronize = Callable[[Metric], None]
 
 
 def route_metric_sync(synchronize: Synchronize) -> Callable[[], None]:
-    """Has every torchmetrics object of this process synchronize its states by `synchronize`, until it is undone.
+    """Makes every torchmetrics object of this process synchronize its states by `synchronize`.
 
-    Metrics are made anywhere and at any time (in callbacks, as copies of others), so the class is where to do it.
-    A metric with a process group or a function for synchronization of its own keeps them.
+    Metrics are created anywhere and at any time (in callbacks, as copies of others), so the class is patched. A metric
+    that was given a process group or a function for synchronization keeps it.
 
     Returns:
-        Undoes it.
+        A function that restores the class.
     """
     original: Any = Metric._sync_dist
 
@@ -40,28 +40,28 @@ def route_metric_sync(synchronize: Synchronize) -> Callable[[], None]:
 
 
 def metric_reductions(metric: Metric) -> dict[str, Callable[[Any], Any] | None]:
-    """The states of a metric, with the function that reduces each over ranks."""
+    """Returns the states of a metric, with the function that reduces each over ranks."""
     return dict(metric._reductions)  # type: ignore[arg-type]
 
 
 def concatenates(reduction: Callable[[Any], Any] | None) -> bool:
-    """Whether a state's reduction joins what the ranks hold."""
+    """Returns True if a state's reduction concatenates the states of the ranks."""
     return reduction is dim_zero_cat
 
 
 def counts_as_updated(metric: Metric) -> None:
-    """Notes an update that another rank has made: no cached result is valid any more."""
+    """Records an update on another rank and drops the cached result."""
     metric._update_count += 1
     metric._computed = None
 
 
 def set_step_value(metric: Metric, value: Any) -> None:
-    """Sets what `metric(...)` returned last, which Lightning logs for a step."""
+    """Sets the last result of `metric(...)`, which Lightning logs for a step."""
     metric._forward_cache = value
 
 
 def samples_of_running_batch(trainer: pl.Trainer) -> int | None:
-    """Samples of the batch that the trainer's loop is at, as Lightning counts them; None between batches."""
+    """Returns the number of samples of the running batch, as Lightning counts them; None between batches."""
     results = trainer._results
     if results is None or results.batch is None:
         return None
@@ -69,7 +69,7 @@ def samples_of_running_batch(trainer: pl.Trainer) -> int | None:
 
 
 def running_hook(module: pl.LightningModule) -> str | None:
-    """The hook that the trainer is running."""
+    """Returns the name of the hook that the trainer is running."""
     return module._current_fx_name
 
 

@@ -16,12 +16,12 @@ TunerExit = _TunerExitException
 
 
 def training_batch(trainer: pl.Trainer) -> int:
-    """The number of the training batch that runs, over all epochs; a checkpoint has it."""
+    """Returns the number of the running training batch over all epochs, which checkpoints contain."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
 def evaluation_batch(trainer: pl.Trainer) -> int:
-    """The place of the evaluation batch that runs, in its loop over all dataloaders."""
+    """Returns the number of the running evaluation batch, in its loop over all dataloaders."""
     loops: dict[Any, Any] = {
         TrainerFn.FITTING: trainer.fit_loop.epoch_loop.val_loop,
         TrainerFn.VALIDATING: trainer.validate_loop,
@@ -32,17 +32,17 @@ def evaluation_batch(trainer: pl.Trainer) -> int:
 
 
 def running_batch(trainer: pl.Trainer) -> int:
-    """The index, in its epoch, of the training batch that runs."""
+    """Returns the index of the running training batch in its epoch."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
 
 
 class PlaceInEpoch(NamedTuple):
-    """Batches of the running training epoch."""
+    """Numbers of batches of the running training epoch."""
 
     fetched: int
-    """Taken from the loaders."""
+    """Fetched from the loaders."""
     ready: int
-    """Begun."""
+    """Started."""
     processed: int
     """Trained on."""
     completed: int
@@ -50,7 +50,7 @@ class PlaceInEpoch(NamedTuple):
 
 
 def place_in_epoch(trainer: pl.Trainer) -> PlaceInEpoch:
-    """Where the training loop is."""
+    """Returns the position of the training loop in its epoch."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     fetcher = trainer.fit_loop._data_fetcher
     return PlaceInEpoch(
@@ -59,7 +59,7 @@ def place_in_epoch(trainer: pl.Trainer) -> PlaceInEpoch:
 
 
 def share_cores(processes: int) -> None:
-    """Divides this machine's cores among its processes, unless the user has."""
+    """Divides this machine's cores among its processes, unless the user has set the number of threads."""
     _set_num_threads_if_needed(num_processes=processes)
 
 
@@ -72,16 +72,16 @@ def route_sigterm(trainer: pl.Trainer, handler: Callable[..., None], before_batc
 
 
 def set_received_sigterm(trainer: pl.Trainer) -> None:
-    """Has the trainer's loops stop at the next place where they look for a SIGTERM."""
+    """Makes the trainer's loops stop at their next check for a SIGTERM."""
     trainer._signal_connector.received_sigterm = True
 
 
 def detects_anomalies(trainer: pl.Trainer) -> bool:
-    """The Trainer's `detect_anomaly`."""
+    """Returns the Trainer's `detect_anomaly`."""
     return trainer._detect_anomaly
 
 
 def fresh_optimizers(module: pl.LightningModule) -> list[Any]:
-    """What `configure_optimizers` gives now; the trainer keeps its own."""
-    made: Any = module.configure_optimizers()
-    return _configure_optimizers(made)[0]
+    """Calls `configure_optimizers` and returns the optimizers; those of the trainer are not changed."""
+    configured: Any = module.configure_optimizers()
+    return _configure_optimizers(configured)[0]
