@@ -119,7 +119,7 @@ class PartitionedStrategy(ConnectedStrategy):
         That function itself sees this rank's parts only. In `on_before_optimizer_step`:
         `self.log_dict(self.trainer.strategy.gradient_norms())`.
         """
-        return gradient_norms(self.runner)
+        return gradient_norms(self.runner.partition, self.runner.device)
 
     def control_batches(self, policy: BatchSizePolicy | None = None) -> BatchSizeController:
         """For callbacks that change the batch size while training goes on, from `on_train_start` on.

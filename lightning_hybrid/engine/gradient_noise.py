@@ -7,17 +7,16 @@ part's gradient to the hooks of a weight, under `fsdp` to those of the gathered 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hybrid._torch_private import norms_of
 from lightning_hybrid.adapt.gradient_noise import PartNorms
-from lightning_hybrid.collectives import to_local
+from lightning_hybrid.engine.norms import local_norms, local_square
 from lightning_hybrid.parallelize.apply import Partition
-from lightning_hybrid.parallelize.placement import writes
 
 
 class GradientNoise:
@@ -73,11 +72,8 @@ class GradientNoise:
 
     def _noted_in(self, norms: list[Tensor]) -> Callable[[Tensor], None]:
         def note(gradient: Tensor) -> None:
-            if not self.measures:
-                return
-            gradient = to_local(gradient)
-            values = gradient.coalesce().values() if gradient.is_sparse else gradient
-            norms.append(norms_of([values.detach()])[0])
+            if self.measures:
+                norms.extend(local_norms([gradient]))
 
         return note
 
@@ -98,11 +94,11 @@ class GradientNoise:
             norms: Of its gradients, by the `id` of the parameter.
         """
         found = torch.zeros(self.numbers, dtype=torch.float64, device=self._device)
-        for i, (parts, whole) in enumerate(zip(self._norms, self._whole(norms), strict=True)):
+        for i, parts in enumerate(self._norms):
             if parts:
                 found[2 * i] = torch.stack(parts).double().square().sum()
-            if whole:
-                found[2 * i + 1] = torch.stack(whole).double().square().sum()
+            whole = local_square(self._partition, norms, self._device, partial(self._belongs, experts=bool(i)))
+            found[2 * i + 1] = whole / self._partition.plan.layout.dp
         if self._scaler is not None:  # the parts' gradients are of the scaled loss
             scale = self._scaler.get_scale() ** 2
             found[0::2] /= scale
@@ -111,15 +107,9 @@ class GradientNoise:
         found[4] = float(self._even and len(self._sizes) == self.accumulate and len(set(self._sizes)) == 1)
         return found
 
-    def _whole(self, norms: Mapping[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _belongs(self, name: str, experts: bool) -> bool:
         partition = self._partition
-        found: tuple[list[Tensor], list[Tensor]] = [], []
-        for name, parameter in partition.parameters.local().items():
-            norm = norms.get(id(parameter))
-            if norm is None or name in partition.tied_weight_groups or not writes(partition, name):
-                continue
-            found[partition.expert_plan_of(name) is not None].append(norm)
-        return found
+        return name not in partition.tied_weight_groups and (partition.expert_plan_of(name) is not None) == experts
 
     def take(self, numbers: list[float], ranks: int) -> None:
         """The sums over all ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,14 +11,15 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hybrid._torch_private import norms_of
 from lightning_hybrid.collectives import gather_objects, to_local
+from lightning_hybrid.engine.clipping import clips_untouched_gradients
 from lightning_hybrid.engine.gradient_noise import GradientNoise
+from lightning_hybrid.engine.norms import local_square, norms_by_id
 from lightning_hybrid.launch.preemption import Preemption
-from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.spec.errors import NonFiniteError
 
 _NAMED = 3
@@ -51,28 +52,27 @@ class _Finding:
 class NonFiniteCheck:
     """Checks an optimizer's gradients on all ranks before its step.
 
-    The check is one norm of this rank's gradients and one all-reduce of two numbers, which are read once. Gradients are
-    synchronised and not yet clipped. Only what is not finite is looked at closer. The other number is whether a rank
-    was asked to stop: an all-reduce of its own would make the ranks wait for each other once more in every step.
+    The check is one norm of each of this rank's gradients and one all-reduce of a few numbers, which are read once.
+    Gradients are synchronised and not yet clipped. Only what is not finite is looked at closer. The other numbers are
+    whether a rank was asked to stop, and the norm for clipping: an all-reduce for each of them would make the ranks
+    wait for each other once more in every step.
 
     Args:
-        mesh: The device mesh.
+        partition: The applied partition.
         device: This rank's device.
-        parameters: Gives this rank's parameters by name.
         on_nonfinite: `"raise"`: all ranks raise `NonFiniteError`. `"skip"`: all ranks leave out the step.
         preemption: This rank's note of a SIGTERM; takes what the ranks tell each other.
     """
 
     def __init__(
         self,
-        mesh: Mesh,
+        partition: Partition,
         device: torch.device,
-        parameters: Callable[[], Mapping[str, nn.Parameter]],
         on_nonfinite: Literal["raise", "skip"],
         preemption: Preemption,
     ) -> None:
         self._preemption = preemption
-        self._mesh, self._device, self._parameters, self._mode = mesh, device, parameters, on_nonfinite
+        self._partition, self._device, self._mode = partition, device, on_nonfinite
         self._loss: Tensor | None = None
         self.skipped = 0
         """Steps left out so far."""
@@ -84,25 +84,30 @@ class NonFiniteCheck:
         loss = loss.detach().float()
         self._loss = loss if self._loss is None else self._loss + loss
 
-    def check(self, optimizer: Optimizer, trainer: pl.Trainer) -> None:
+    def check(self, optimizer: Optimizer, trainer: pl.Trainer) -> Tensor | None:
         """Checks what the optimizer is about to use; collective over all ranks.
+
+        Returns:
+            The norm of all gradients, if they are clipped by it before anything on any rank can change them.
 
         Raises:
             NonFiniteError: On all ranks, if anything is not finite on any of them.
             SkipStep: Instead, with `"skip"`; the optimizer's gradients are gone then.
         """
         loss, self._loss = self._loss, None
-        norms = gradient_norms_of(optimizer)
+        norms = norms_by_id(optimizer)
         total = torch.zeros((), device=self._device)
         if norms:
             total = torch.linalg.vector_norm(torch.stack([n.to(self._device) for n in norms.values()]))
         if loss is not None:
             total = total + loss
-        if not self._any_rank_suspects(~torch.isfinite(total), optimizer, norms):
-            return
+        clips = clips_untouched_gradients(trainer) and self._partition.gradient_sync.kind != "diloco"
+        suspects, norm = self._agree(~torch.isfinite(total), clips, optimizer, norms)
+        if not suspects:
+            return norm
         findings = self._look_closer(optimizer, loss)
         if not findings:  # a norm of finite gradients has overflowed
-            return
+            return norm
         if self._mode == "raise":
             raise NonFiniteError(
                 f"{_described(findings, trainer)} All ranks stop before the update: the weights are those of the step "
@@ -120,29 +125,33 @@ class NonFiniteCheck:
         """For steps that are not checked, since a loss scaler does. Collective over all ranks."""
         if not noise.measures:
             return
-        numbers = noise.local_numbers(optimizer, gradient_norms_of(optimizer))
+        numbers = noise.local_numbers(optimizer, norms_by_id(optimizer))
         dist.all_reduce(numbers)
         noise.take(numbers.tolist(), dist.get_world_size())
 
-    def _any_rank_suspects(self, suspect: Tensor, optimizer: Optimizer, norms: Mapping[int, Tensor]) -> bool:
+    def _agree(
+        self, suspect: Tensor, clips: bool, optimizer: Optimizer, norms: Mapping[int, Tensor]
+    ) -> tuple[bool, Tensor | None]:
+        """Whether any rank suspects its gradients, and the norm of all gradients if each rank `clips` by it."""
         ranks, noise = dist.get_world_size(), self.noise if self.noise is not None and self.noise.measures else None
-        if ranks == 1 and noise is None:
-            return bool(suspect)
-        told = torch.stack([suspect, torch.tensor(self._preemption.requested, device=self._device)]).float()
+        told = torch.zeros(4, dtype=torch.float64, device=self._device)
+        told[0], told[1], told[2] = suspect, self._preemption.requested, not clips
+        if clips:
+            told[3] = local_square(self._partition, norms, self._device) / self._partition.plan.layout.dp
         if noise is not None:
-            told = torch.cat([told.double(), noise.local_numbers(optimizer, norms)])
+            told = torch.cat([told, noise.local_numbers(optimizer, norms)])
         if ranks > 1:
             dist.all_reduce(told)
-        suspects, requests, *numbers = told.tolist()
+        suspects, requests, others, _, *numbers = told.tolist()
         if ranks > 1:
             self._preemption.hear(requests > 0)
         if noise is not None:
             noise.take(numbers, ranks)
-        return suspects > 0
+        return suspects > 0, None if others else told[3].sqrt()
 
     def _look_closer(self, optimizer: Optimizer, loss: Tensor | None) -> list[_Finding]:
         value = 0.0 if loss is None else float(loss)
-        names = {id(p): n for n, p in self._parameters().items()}
+        names = {id(p): n for n, p in self._partition.parameters.local().items()}
         parameters = [
             f"the gradient of `{names.get(id(p), 'a parameter')}` is {what}"
             for group in optimizer.param_groups
@@ -151,19 +160,11 @@ class NonFiniteCheck:
         ]
         own = None
         if parameters or not math.isfinite(value):
-            rank, stage, replica = dist.get_rank(), self._mesh.rank("pp"), self._mesh.replica
+            mesh = self._partition.mesh
+            rank, stage, replica = dist.get_rank(), mesh.rank("pp"), mesh.replica
             text = None if math.isfinite(value) else str(value)
             own = _Finding(rank, stage, replica, text, parameters[:_NAMED], len(parameters))
         return [f for f in gather_objects(own) if f is not None]
-
-
-def gradient_norms_of(optimizer: Optimizer) -> dict[int, Tensor]:
-    """The norms of this rank's gradients, by the `id` of the parameter."""
-    gradients = {
-        id(p): to_local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    }
-    values = [g.coalesce().values() if g.is_sparse else g for g in gradients.values()]
-    return dict(zip(gradients, norms_of(values), strict=True))
 
 
 def _not_finite(gradient: Tensor) -> str | None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
 
 from lightning_hybrid._torch_private import agree_on_overflow
-from lightning_hybrid.engine.clipping import clip_by_value
+from lightning_hybrid.engine.clipping import clip_by_norm, clip_by_value
 from lightning_hybrid.engine.nonfinite import NonFiniteCheck, SkipStep
+from lightning_hybrid.engine.norms import global_norm
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.launch.preemption import Preemption
 from lightning_hybrid.spec.errors import PartitionError
@@ -33,9 +34,9 @@ class OptimizerWrapper:
         self, runner: StepRunner, precision: Precision, on_nonfinite: Literal["raise", "skip"], preemption: Preemption
     ) -> None:
         self.runner, self.precision, self._on_nonfinite = runner, precision, on_nonfinite
-        self.nonfinite = NonFiniteCheck(
-            runner.mesh, runner.device, runner.partition.parameters.local, on_nonfinite, preemption
-        )
+        self.nonfinite = NonFiniteCheck(runner.partition, runner.device, on_nonfinite, preemption)
+        self._known_norm: Tensor | None = None
+        """The norm that the check has measured, while it is that of the gradients."""
         self._after_closure: Callable[..., None] = type(precision)._after_closure.__get__(precision)
         self._scaler: Any = getattr(precision, "scaler", None)
         self._undo: Callable[[], None] | None = None
@@ -46,7 +47,7 @@ class OptimizerWrapper:
         """Puts it on."""
         plugin = self.precision.__dict__
         plugin["_after_closure"] = self._checked
-        plugin["clip_grad_by_norm"] = self.runner.clip
+        plugin["clip_grad_by_norm"] = self._clip_by_norm
         plugin["clip_grad_by_value"] = clip_by_value
         if self._scaler is not None and self._undo is None:
             self._undo = agree_on_overflow(self._scaler, dist.all_reduce)
@@ -62,12 +63,21 @@ class OptimizerWrapper:
     def _checked(self, model: Any, optimizer: Any) -> None:
         """Gradients are complete; hooks, clipping and the update come next."""
         if self._scaler is None:  # with one, infinite gradients are usual: it leaves out the step on all ranks
-            self.nonfinite.check(optimizer, model.trainer)
+            self._known_norm = self.nonfinite.check(optimizer, model.trainer)
         elif self.nonfinite.noise is not None:
             self.nonfinite.measure_noise(self.nonfinite.noise, optimizer)
-        self._after_closure(model, optimizer)
+        try:
+            self._after_closure(model, optimizer)
+        finally:
+            self._known_norm = None
         for group in optimizer.param_groups if self.learning_rate_factor != 1.0 else ():
             group["lr"] = group["lr"] * self.learning_rate_factor
+
+    def _clip_by_norm(self, optimizer: Optimizer, max_norm: int | float) -> None:
+        norm = self._known_norm
+        if norm is None:
+            norm = global_norm(self.runner.partition, optimizer, self.runner.device)
+        clip_by_norm(optimizer, float(max_norm), norm)
 
     def step(
         self, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any

@@ -21,7 +21,6 @@ from lightning_hybrid._torch_private import finish_sharded_backward, gradients_t
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.collectives import gather_objects, to_local
 from lightning_hybrid.dataloader.sharding import BatchWeights
-from lightning_hybrid.engine.clipping import clip_by_global_norm
 from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.gradient_noise import GradientNoise
 from lightning_hybrid.engine.pipeline import Pipeline
@@ -356,21 +355,6 @@ class StepRunner:
                 members = set().union(*groups)
                 known.append([n for n in self.partition.parameters.names if n in members])
         return known
-
-    def clip(self, optimizer: Optimizer, max_norm: int | float) -> Tensor:
-        """Clips by the norm over the optimizer's parameters on all ranks; returns that norm."""
-        rank, plan = self.mesh.rank("pp"), self.partition.plan
-        counted = {id(p) for n, p in self.partition.parameters.local().items() if plan.ranks_of(n)[0] == rank}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        pipeline = self.mesh.group("pp") if plan.layout.pp > 1 else None
-        experts = None
-        if plan.layout.ep > 1:
-            local = self.partition.parameters.local()
-            ids = {id(p) for n, p in local.items() if self.partition.expert_plan_of(n) is not None}
-            experts = ids, self.mesh.group("ep")
-        return clip_by_global_norm(
-            parameters, float(max_norm), counted=counted, experts=experts, pipeline=pipeline, device=self.device
-        )
 
     # ---- experts
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import grad_norm
 from torch.utils.data import DataLoader
 
+from lightning_hybrid.engine import norms
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 
 
@@ -89,6 +90,61 @@ def norms_of_gradients(layout: str | None, module_options: dict[str, Any], **opt
     trainer.fit(Classifier(**module_options), DataLoader(Numbers(), batch_size=16 // replicas))
     logged = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("grad_")}
     return {"found": callback.found, "logged": logged}
+
+
+class _Halves(L.Callback):
+    """Halves the gradients before they are clipped."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+
+
+class _Looks(L.Callback):
+    """A hook at this place that changes nothing."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        pass
+
+
+class _ClipsTwice(Classifier):
+    """Clips by itself, the second time more than the first."""
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        for _ in range(2):
+            self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.mul_(3.0)
+
+
+def clipped(layout: str | None, hook: str = "") -> dict[str, Any]:
+    """Trains with clipping, and counts how often this rank's gradients were measured.
+
+    Args:
+        layout: The layout; None: one process.
+        hook: Between backward pass and clipping: none, `"halves"`, `"looks on rank 0"` or `"clips twice"`.
+    """
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = _ClipsTwice() if hook == "clips twice" else Classifier()
+    callbacks: list[L.Callback] = [_Halves()] if hook == "halves" else []
+    if hook == "looks on rank 0" and os.environ.get("RANK", "0") == "0":
+        callbacks.append(_Looks())
+    trainer, replicas = trainer_for(layout, callbacks=callbacks, max_steps=3, gradient_clip_val=0.05)
+    measured = []
+
+    def counting(tensors: Any) -> list[torch.Tensor]:
+        measured.append(len(tensors))
+        return norms_of(tensors)
+
+    norms_of, norms.norms_of = norms.norms_of, counting
+    try:
+        trainer.fit(module, DataLoader(Numbers(), batch_size=16 // replicas))
+    finally:
+        norms.norms_of = norms_of
+    return {"weights": weights(trainer, module), "measured": measured}
 
 
 class _Unfreezes(L.Callback):

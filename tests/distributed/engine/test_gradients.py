@@ -88,6 +88,16 @@ def test_norms_of_gradients(request, layout, optimizer):
         assert result["logged"] == pytest.approx(expected["logged"], rel=1e-4)
 
 
+@pytest.mark.parametrize("hook", ["", "halves", "looks on rank 0", "clips twice"])
+@pytest.mark.parametrize("layout", TWO)
+def test_gradients_are_measured_again_only_after_a_hook(ranks2: RankGroup, layout, hook):
+    expected = jobs.clipped(None, hook)
+    times = {"": 1, "clips twice": 3}.get(hook, 2)  # the check for NaN, and what hooks make necessary on any rank
+    results = ranks2.call(jobs.clipped, layout, hook)
+    assert [len(result["measured"]) for result in results] == [times * 3] * 2
+    check_weights(results[0]["weights"], expected["weights"])
+
+
 @pytest.mark.feature("`optimizer.add_param_group` while training")
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("layout", [*TWO, "fsdp2-pp2"])
