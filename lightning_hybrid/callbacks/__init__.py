@@ -1,5 +1,8 @@
 """Callbacks that a user adds to a run. Decisions are made in `adapt`, state is changed by the strategy."""
 
+import warnings
+from typing import Any
+
 from lightning_hybrid.adapt.batch_schedule import BatchSizeSchedule
 from lightning_hybrid.adapt.batch_size import DecisionRules
 from lightning_hybrid.adapt.phases import Phase, Plateau
@@ -8,7 +11,7 @@ from lightning_hybrid.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_hybrid.callbacks.load_rebalancing import LoadRebalancing
 from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.callbacks.sample import GenerateSample
-from lightning_hybrid.callbacks.throughput import ThroughputMonitor
+from lightning_hybrid.callbacks.throughput import TokenThroughput
 
 __all__ = [
     "AdaptiveBatchSize",
@@ -20,5 +23,17 @@ __all__ = [
     "PhaseSchedule",
     "Plateau",
     "RebalancingRules",
-    "ThroughputMonitor",
+    "TokenThroughput",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ThroughputMonitor":  # Lightning has a callback of this name
+        warnings.warn(
+            "`lightning_hybrid.callbacks.ThroughputMonitor` is called `TokenThroughput` now; the old name goes with "
+            "the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return TokenThroughput
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

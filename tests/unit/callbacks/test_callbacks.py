@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hybrid.callbacks import GenerateSample, ThroughputMonitor, throughput
+from lightning_hybrid.callbacks import GenerateSample, TokenThroughput, throughput
 from lightning_hybrid.models import CausalLM, TransformerConfig
 
 
@@ -71,7 +72,7 @@ def test_throughput_is_that_of_training_alone(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(throughput, "time", clock)
-    trainer = fit(tmp_path, small_model(), byte_batches(6), Passing(clock), ThroughputMonitor(2), **options)
+    trainer = fit(tmp_path, small_model(), byte_batches(6), Passing(clock), TokenThroughput(2), **options)
     # A batch is 4 windows of 8 bytes and takes a second.
     assert trainer.callback_metrics["tokens_per_second"] == pytest.approx(32)
     assert "tokens_per_second" in trainer.progress_bar_metrics
@@ -81,12 +82,12 @@ def test_throughput_counts_every_replica(tmp_path: Path, monkeypatch: pytest.Mon
     clock = Clock()
     monkeypatch.setattr(throughput, "time", clock)
     monkeypatch.setattr(Trainer, "distributed_sampler_kwargs", {"num_replicas": 3, "rank": 0})
-    trainer = fit(tmp_path, small_model(), byte_batches(6), Passing(clock), ThroughputMonitor(2), max_steps=5)
+    trainer = fit(tmp_path, small_model(), byte_batches(6), Passing(clock), TokenThroughput(2), max_steps=5)
     assert trainer.callback_metrics["tokens_per_second"] == pytest.approx(96)
 
 
 def test_throughput_is_not_known_before_a_window_is_full(tmp_path: Path) -> None:
-    trainer = fit(tmp_path, small_model(), byte_batches(6), ThroughputMonitor(10), max_steps=5)
+    trainer = fit(tmp_path, small_model(), byte_batches(6), TokenThroughput(10), max_steps=5)
     assert "tokens_per_second" not in trainer.callback_metrics
 
 
@@ -97,7 +98,19 @@ def test_throughput_of_a_batch_without_tensors_is_refused() -> None:
 
 def test_throughput_window_must_hold_a_batch() -> None:
     with pytest.raises(ValueError, match=r"`every_n_batches` must be at least 1\. Got 0"):
-        ThroughputMonitor(0)
+        TokenThroughput(0)
+
+
+def test_the_old_name_of_the_throughput_callback_works_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="`TokenThroughput`"):
+        from lightning_hybrid.callbacks import ThroughputMonitor
+    assert ThroughputMonitor is TokenThroughput
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    with pytest.warns(DeprecationWarning, match="`TokenThroughput`"):
+        given = parser.parse_object({"callback": {"class_path": "lightning_hybrid.callbacks.ThroughputMonitor"}})
+    with pytest.warns(DeprecationWarning, match="`TokenThroughput`"):
+        assert isinstance(parser.instantiate(given).callback, TokenThroughput)
 
 
 def test_sample_is_what_the_trained_module_generates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
