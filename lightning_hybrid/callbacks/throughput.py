@@ -73,6 +73,7 @@ class TokenThroughput(Callback):
         seconds = time.perf_counter() - self._validation_seconds
         self._throughput.update(time=seconds, batches=batches, samples=batches, lengths=tokens)
 
+
 def _tokens(batch: Any) -> int:
     tokens = count_tokens(batch)
     if tokens is None:
