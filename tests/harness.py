@@ -5,9 +5,10 @@ on all of them and returns every rank's result. The environment of the ranks is 
 Lightning would set, so Lightning's own cluster environment finds them; the process group is made by the strategy inside
 the first call and stays for the calls that follow.
 
-A call that takes longer than its time-out has hung: the stacks of all ranks are put into the error. After any error the
-ranks may be out of step with each other, so they are ended, by process id, and the next call starts new ones. They are
-forked from a server that has torch, Lightning and transformers imported already, so this costs a fraction of a second.
+A call that takes longer than its time-out has hung: the stacks of all ranks are put into the error. Where all ranks
+report an error, as with a refused layout, and meet at a barrier afterwards, they serve the next call. After any other
+error they may be out of step with each other, so they are ended, by process id, and the next call starts new ones. They
+are forked from a server that has torch, Lightning and this package imported already.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ PRELOADED_MODULES = (
     "torch.distributed.tensor.parallel",
     "torchmetrics",
     "lightning.pytorch",
+    "lightning_hybrid",
     "transformers.models.llama.modeling_llama",
+    "tests.distributed.jobs",
 )
 """Imported once, by the server that the ranks are forked from."""
 
@@ -50,6 +53,12 @@ SECONDARY_ERROR = re.compile(
 
 GRACE_SECONDS = 2.0
 """How long the other ranks may take to report after the first error; empirical."""
+
+BARRIER_SECONDS = 2.0
+"""How long ranks may take to meet after an error; empirical."""
+
+_ENDED = ("Hang", "Exit")
+"""Kinds of failures after which a rank does not answer."""
 
 LOG_TAIL_CHARACTERS = 6000
 
@@ -145,9 +154,19 @@ class RankGroup:
         results, failures = self._collect(self.timeout_seconds if timeout_seconds is None else timeout_seconds)
         if failures:
             log = self._log_tail(RankError(failures, self.world_size).failure.rank)
-            self.close(graceful=False)
+            if not self._can_continue(failures):
+                self.close(graceful=False)
             raise RankError(failures, self.world_size, log)
         return [results[rank] for rank in range(self.world_size)]
+
+    def _can_continue(self, failures: list[RankFailure]) -> bool:
+        """Whether every rank has come back with an error, and all meet at a barrier."""
+        if {f.rank for f in failures} != set(range(self.world_size)) or any(f.kind in _ENDED for f in failures):
+            return False
+        for connection in self._connections:
+            connection.send_bytes(pickle.dumps((_meet, (), {})))
+        met, missing = self._collect(BARRIER_SECONDS + 1, hangs=False)
+        return not missing and len(met) == self.world_size
 
     def output(self, rank: int) -> str:
         """All that the rank has written to stdout and stderr since it was started."""
@@ -178,6 +197,8 @@ class RankGroup:
         self._context.set_forkserver_preload(list(PRELOADED_MODULES))
         self._logs = Path(tempfile.mkdtemp(prefix="ranks-"))
         port = free_port()
+        # The server finds this package and the tests by the environment, whatever this process was started with.
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
         for rank in range(self.world_size):
             (self._logs / f"{rank}.log").touch()
             ours, theirs = self._context.Pipe()
@@ -192,8 +213,11 @@ class RankGroup:
             self._processes.append(process)
             self._connections.append(ours)
 
-    def _collect(self, timeout_seconds: float) -> tuple[dict[int, Any], list[RankFailure]]:
-        """Wait for a report of every rank; after a failure only for as long as its cause may take to show."""
+    def _collect(self, timeout_seconds: float, *, hangs: bool = True) -> tuple[dict[int, Any], list[RankFailure]]:
+        """Wait for a report of every rank; after a failure only for as long as its cause may take to show.
+
+        With `hangs` ranks that do not report are failures, if there is no other.
+        """
         results: dict[int, Any] = {}
         failures: list[RankFailure] = []
         waiting = dict(enumerate(self._connections))
@@ -208,7 +232,7 @@ class RankGroup:
                 if not failures:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
                 failures.append(failure)
-        if waiting and not failures:
+        if hangs and waiting and not failures:
             failures = [self._hang(rank, timeout_seconds) for rank in waiting]
         return results, failures
 
@@ -288,6 +312,16 @@ def start_fake_ranks(size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+
+
+def _meet() -> None:
+    """Waits for the other ranks at a barrier, if the ranks have a process group."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier(async_op=True).wait(timedelta(seconds=BARRIER_SECONDS))  # type: ignore[union-attr]
 
 
 def free_port() -> int:
