@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from lightning_hybrid.replicas.reducer import seen_after_backward
 from lightning_hybrid.reshard.relayout import Moved, Relayout
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
+from lightning_hybrid.spec.plan import Plan
 from lightning_hybrid.spec.request import Request
 from lightning_hybrid.tuning.batch_size import BatchSizeController, BatchSizePolicy
 
@@ -102,16 +103,16 @@ class PartitionedStrategy(ConnectedStrategy):
             raise RuntimeError("`strategy.data` is there only after the processes have been connected (Trainer.fit).")
         return self._data
 
-    @property
-    def _wrappers(self) -> list[Any]:
-        """What calls of blocks go through (recomputation, compilation)."""
-        return []
-
     def _during(self, operation: str) -> AbstractContextManager:
         trainer = self._module.trainer
         return self._watch.during(operation, running_batch(trainer), trainer.global_step)
 
     # ---- what it shows
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the partitioned module; `plan.to_yaml(path)` writes a file that `layout` takes."""
+        return self.runner.partition.plan
 
     def gradient_norms(self) -> dict[str, Tensor]:
         """What `lightning.pytorch.utilities.grad_norm(module, 2)` gives in one process. Collective.
@@ -187,6 +188,7 @@ class PartitionedStrategy(ConnectedStrategy):
         wanted = replace(
             present,
             layout=Layout.parse(layout) if isinstance(layout, str) else layout,
+            plan=None,
             schedule=schedule or present.schedule,
             microbatches=microbatches or present.microbatches,
             gradient_sync=present.gradient_sync if gradient_sync is None else GradientSync.of(gradient_sync),
@@ -195,7 +197,7 @@ class PartitionedStrategy(ConnectedStrategy):
             expert_hosts={name: tuple(map(tuple, hosts)) for name, hosts in (expert_hosts or {}).items()},
         )
         with self._during("relayout"):
-            return Relayout(self, wanted, self._wrappers, edit).run()
+            return Relayout(self, wanted, edit).run()
 
     def take_layout(self, request: Request, mesh: Mesh, runner: StepRunner) -> None:
         """For `Relayout`: everything of this strategy goes on with the module as it is partitioned now."""

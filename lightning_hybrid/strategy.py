@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,14 +36,13 @@ from lightning_hybrid.launch.launcher import HybridLauncher
 from lightning_hybrid.launch.monitor import FailureMonitor
 from lightning_hybrid.launch.processes import DEFAULT_TIMEOUT, meet
 from lightning_hybrid.mesh import Mesh
-from lightning_hybrid.parallelize.recompute import Recompute, recomputed
 from lightning_hybrid.partitioned import PartitionedStrategy, Schedule
 from lightning_hybrid.replicas.reducer import seen_after_backward
 from lightning_hybrid.rng.state import agree
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
+from lightning_hybrid.spec.plan import Recompute
 from lightning_hybrid.spec.request import Request
-from lightning_hybrid.spec.stages import SCHEDULES
 from lightning_hybrid.spec.tensor_plan import renamed_choices
 
 
@@ -54,7 +51,8 @@ class HybridStrategy(PartitionedStrategy):
 
     Args:
         layout: Sizes of the axes, such as `"dp2-tp2-pp2"`; their product is the number of devices. None: `fsdp` over
-            all devices.
+            all devices. Or the path of a plan (`plan.yaml`) that `strategy.plan.to_yaml` has written: the run uses it
+            as it is, and arguments beside it, where they are not left at their defaults, must say the same.
         schedule: The pipeline schedule: `GPipe`, `1F1B`, `Interleaved1F1B`, `ZBVZeroBubble` or `DualPipeV`.
         microbatches: Into how many parts a replica's batch is split under `pp`; `"auto"` chooses.
         tensor_plan: Overrides of the inferred tensor plan: patterns of module names to `"colwise"`, `"rowwise"`,
@@ -91,38 +89,25 @@ class HybridStrategy(PartitionedStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
-        if schedule not in SCHEDULES:
-            raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}. Got {schedule!r}.")
-        if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
-            raise ValueError(f"`microbatches` must be 'auto' or a whole number of at least 1. Got {microbatches!r}.")
-        if recompute not in (None, "selective", "full"):
-            raise ValueError(f"`recompute` must be None, 'selective' or 'full'. Got {recompute!r}.")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {on_nonfinite!r}.")
-        given = Layout.parse(layout) if isinstance(layout, str) else layout
         request = Request(
-            layout=given or Layout(),
+            layout=Layout(),
             schedule=schedule,
             microbatches=microbatches,
             tensor_plan=renamed_choices(tensor_plan),
             gradient_sync=GradientSync.of(gradient_sync),
+            recompute=recompute,
+            compile=compile,
         )
+        given, request = request.in_layout(layout)
         super().__init__(
             process_group_backend, FailureMonitor(timeout or DEFAULT_TIMEOUT), given, request, on_nonfinite, timeout
         )
-        self._compile = compile
-        self._recompute: Recompute | None = recompute
         self.checkpoints = Checkpoints(checkpoints, timeout)
         self._splits_data: bool | None = None
 
     # ---- what Lightning asks about
-
-    @property
-    @override
-    def _wrappers(self) -> list[Any]:
-        """What calls of blocks go through."""
-        wrappers: list[Any] = [partial(recomputed, how=self._recompute)] if self._recompute is not None else []
-        return wrappers + ([torch.compile] if self._compile else [])
 
     @property
     @override
@@ -170,8 +155,7 @@ class HybridStrategy(PartitionedStrategy):
     def _meet(self) -> None:
         if self.world_size == 1:
             return
-        arguments = vars(self.request) | {"compile": self._compile, "recompute": self._recompute}
-        arguments |= {"on_nonfinite": self._on_nonfinite}
+        arguments = self.request.arguments() | {"on_nonfinite": self._on_nonfinite}
         facts = agreement.facts_of(self._module.trainer, arguments)
         check = self._watch.check_children
         with self._watch.during("the meeting of the ranks"):
@@ -200,10 +184,9 @@ class HybridStrategy(PartitionedStrategy):
         if self.accelerator is not None:
             self.accelerator.setup(trainer)
         if self._runner is None or self._runner.root is not self.lightning_module:
-            # what belongs to another module
-            self._request = replace(self._request, cuts=None, expert_orders={}, expert_hosts={})
+            self._request = self._request.for_another_module()
             self.model = self.precision_plugin.convert_module(self._module)
-            self._runner = start.partition(trainer, self, self.request, self._wrappers)
+            self._runner = start.partition(trainer, self, self.request)
             limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
         self._runner.install_logs()
         follow_partition(trainer, self._runner)

@@ -54,7 +54,7 @@ class GradientNoise:
     def install(self) -> None:
         """Hooks every trainable weight that this rank counts; those that have a hook keep it."""
         partition = self._partition
-        divided = partition.tensor_plan.parameters if partition.tensor_plan is not None else {}
+        divided = {} if partition.plan.tensor_plan is None else partition.plan.tensor_plan.parameters
         for name, parameter in partition.parameters.local().items():
             copied = name not in divided and partition.mesh.rank("tp") > 0
             if copied or name in partition.tied_weight_groups or not parameter.requires_grad:

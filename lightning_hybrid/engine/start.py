@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,12 +24,10 @@ from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.ghosts.deferred_init import RecordedInit, recorded_init
 from lightning_hybrid.launch.agreement import check_parameters
 from lightning_hybrid.metrics.loggers import log_plan, watch_local_parts
-from lightning_hybrid.metrics.table import plan_record, plan_table, print_table
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.plan import check_precision, check_trainer, make_partition
 from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.spec.request import Request
-from lightning_hybrid.spec.tensor_plan import one_of_many
 
 if TYPE_CHECKING:
     from lightning_hybrid.strategy import HybridStrategy
@@ -80,9 +78,7 @@ def built_on_ghosts(root: pl.LightningModule | None) -> Iterator[None]:
     root.__dict__["_hybrid_tape"] = deferred_init
 
 
-def partition(
-    trainer: pl.Trainer, strategy: HybridStrategy, request: Request, wrappers: Sequence[Callable[[Callable], Callable]]
-) -> StepRunner:
+def partition(trainer: pl.Trainer, strategy: HybridStrategy, request: Request) -> StepRunner:
     """Plans and partitions the trainer's module; collective.
 
     Raises:
@@ -109,31 +105,13 @@ def partition(
         )
 
     made = plan()
-    sizes = {name: made.parameters[name].numel() for name in made.parameters.names}
-    made.apply(strategy.root_device, wrappers, deferred_init)
+    made.apply(strategy.root_device, deferred_init)
     root.__dict__["_hybrid_partition"] = made
-    rows = _sharded_rows(made)
     if dist.get_rank() == 0:
-        print_table(plan_table(made.plan, sizes, made.interceptor.units.blocks, rows))
-    log_plan(trainer, plan_record(made.plan, sizes, rows))
+        print(made.plan, file=sys.stderr)  # noqa: T201 -- where progress bars and warnings go
+    log_plan(trainer, made.plan.record())
     watch_local_parts(trainer)
     return StepRunner(root, made, strategy.root_device, precision, request.microbatches)
-
-
-def _sharded_rows(made: Partition) -> list[tuple[str, str]]:
-    rows = []
-    layout = made.plan.layout
-    if made.tensor_plan is not None:
-        rows += made.tensor_plan.rows()
-    if made.expert_plans:
-        name, plan = next(iter(made.expert_plans.items()))
-        here = plan.experts // layout.ep
-        rows.append((f"{len(made.expert_plans)} x {one_of_many(name)}", f"ep: {here} of {plan.experts} experts"))
-    if layout.fsdp > 1:
-        whole = f", {len(made.whole)} scalars whole" if made.whole else ""
-        what = "all weights" if layout.shards == layout.fsdp else "all other weights"
-        rows.append((f"{what}{whole}", f"1/{layout.shards} a rank"))
-    return rows
 
 
 def _agree_on_weights(root: pl.LightningModule, device: torch.device) -> None:

@@ -92,7 +92,7 @@ class StepRunner:
             )
         local = partition.parameters.local()
         names = partition.whole.intersection(local) if layout.fsdp > 1 else local
-        self._steps_alone = partition.gradient_sync.kind == "diloco" and layout.replicas > 1
+        self._steps_alone = partition.plan.gradient_sync.kind == "diloco" and layout.replicas > 1
         self._reduced = {n: local[n] for n in local if n in names} if layout.replicas > 1 else {}
         self.diloco: DiLoCo | None = None
         """Where replicas step by themselves."""
@@ -112,7 +112,7 @@ class StepRunner:
         if self._steps_alone:
             if self.diloco is not None:
                 self.diloco.agree()
-            self.diloco = DiLoCo(wanted, self.mesh.replica_group, self.partition.gradient_sync)
+            self.diloco = DiLoCo(wanted, self.mesh.replica_group, self.partition.plan.gradient_sync)
             return
         experts = [n for n in wanted if self.partition.expert_plan_of(n) is not None]
         replicas = self.mesh.layout.replicas
@@ -137,7 +137,7 @@ class StepRunner:
         if self.diloco is not None:
             total += self.diloco.sent_bytes
         if layout.fsdp > 1:
-            item = 2 if self.partition.gradient_sync.kind in ("bf16", "bf16_fp32acc") else None
+            item = 2 if self.partition.plan.gradient_sync.kind in ("bf16", "bf16_fp32acc") else None
             for name, parameter in self.partition.parameters.local().items():
                 if parameter.requires_grad and name not in self.partition.whole:
                     shards = layout.shards if self.partition.expert_plan_of(name) is None else layout.fsdp

@@ -22,6 +22,7 @@ from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.trace import Trace
 from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.parallelize.recompute import recomputed
 from lightning_hybrid.replicas.batch_norm import global_batch_norm
 from lightning_hybrid.replicas.fsdp import shard_replicas
 from lightning_hybrid.replicas.gradient_hooks import GradientHooks
@@ -34,10 +35,8 @@ from lightning_hybrid.replicas.reduction import (
     ShardedInBfloat16,
 )
 from lightning_hybrid.spec.errors import PartitionError
-from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
-from lightning_hybrid.spec.gradient_sync import GradientSync
+from lightning_hybrid.spec.expert_plan import ExpertPlan
 from lightning_hybrid.spec.plan import Plan, stage_of
-from lightning_hybrid.spec.tensor_plan import TensorPlan
 from lightning_hybrid.tensor.apply import TensorParallel, apply_tensor_plan, part_of
 
 
@@ -64,17 +63,11 @@ class Partition:
     root: nn.Module
     mesh: Mesh
     plan: Plan
-    trace: Trace | None
     interceptor: CallInterceptor
     parameters: Parameters
     step_module: StepModule
-    tensor_plan: TensorPlan | None = None
     tensor: TensorParallel | None = None
-    expert_plans: Mapping[str, ExpertPlan] = field(default_factory=dict)
-    """The division of modules of experts over `ep`, by name."""
     experts: ExpertParallel | None = None
-    gradient_sync: GradientSync = GradientSync()
-    """Gradient synchronization between replicas."""
     whole: set[str] = field(default_factory=set)
     """Parameters that `fsdp` does not shard (scalars)."""
     tied_weight_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
@@ -87,12 +80,7 @@ class Partition:
     _overrides: list[tuple[nn.Module, Callable]] = field(default_factory=list)
     _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
 
-    def apply(
-        self,
-        device: torch.device,
-        wrappers: Sequence[Callable[[Callable], Callable]],
-        deferred_init: DeferredInit | None,
-    ) -> None:
+    def apply(self, device: torch.device, deferred_init: DeferredInit | None) -> None:
         """Applies the plan to the module. The wrapping order is defined here only.
 
         1. parameters of other stages become ghosts; 2. the others become real, or move to the device; 3. experts are
@@ -102,34 +90,35 @@ class Partition:
 
         Args:
             device: This rank's device.
-            wrappers: Wrappers of the blocks' calls (recomputation, compilation), the innermost first.
             deferred_init: The recorded initialization of a module without weights; None for a module with weights.
         """
         before = {m: [set(table) for table in hook_tables(m)] for m in self.root.modules()}
         self.gradient_hooks = GradientHooks(self.parameters)
         local = self._local_names()
-        layout = self.plan.layout
+        plan, layout = self.plan, self.plan.layout
         self.parameters.release([n for n in self.parameters.names if n not in local], device)
-        if self.expert_plans:
-            self.experts = ExpertParallel(self.root, self.expert_plans, self.mesh.group("ep"))
+        if plan.expert_plans:
+            self.experts = ExpertParallel(self.root, plan.expert_plans, self.mesh.group("ep"))
         if deferred_init is not None:
             deferred_init.make_buffers_real(self.root)
-            if self.tensor_plan is not None or layout.fsdp == 1:
+            if plan.tensor_plan is not None or layout.fsdp == 1:
                 self._make_real(deferred_init, local, device)
         self._divide_experts(local, deferred_init is not None)
         self.root.to(device)
-        if self.tensor_plan is not None:
+        if plan.tensor_plan is not None:
             mesh = self.mesh.device_mesh["tp"]
             self.tensor = apply_tensor_plan(
-                self.root, self.tensor_plan, mesh, local.__contains__, deferred_init is not None
+                self.root, plan.tensor_plan, mesh, local.__contains__, deferred_init is not None
             )
             self.step_module.tensor = self.tensor
         if layout.replicas > 1:
             self._share_batch_statistics()
         units = self.interceptor.units
         blocks = [b for b in units.blocks if local & self.parameters.inside(b)]
-        for wrapper in wrappers:
-            self.interceptor.wrap(blocks, wrapper)
+        if plan.recompute is not None:
+            self.interceptor.wrap(blocks, partial(recomputed, how=plan.recompute))
+        if plan.compile:
+            self.interceptor.wrap(blocks, torch.compile)
         if layout.fsdp > 1:
             self._shard(local, blocks, deferred_init, device)
         self.gradient_hooks.attach()
@@ -154,15 +143,16 @@ class Partition:
             self.root, step_module, blocks, experts, self.parameters, local, self.mesh, make_real
         )
         self._overrides += overrides
-        if self.gradient_sync.kind in ("bf16", "bf16_fp32acc"):
-            reduce_scatter = ShardedInBfloat16(self.gradient_sync.kind == "bf16_fp32acc")
+        sync = self.plan.gradient_sync
+        if sync.kind in ("bf16", "bf16_fp32acc"):
+            reduce_scatter = ShardedInBfloat16(sync.kind == "bf16_fp32acc")
             for module in [self.step_module, *self.root.modules()]:
                 if isinstance(module, FSDPModule):
                     module.set_custom_reduce_scatter(reduce_scatter)
 
     def reduction(self) -> Reduction:
         """Returns the reduction of whole gradients over replicas. Collective."""
-        sync = self.gradient_sync
+        sync = self.plan.gradient_sync
         if sync.kind == "hierarchical":
             return Hierarchical(*self.mesh.nested_groups(sync.inner or self.mesh.neighbours))
         known = {"exact": Exact, "diloco": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
@@ -180,7 +170,6 @@ class Partition:
 
     def _make_real(self, deferred_init: DeferredInit, names: Collection[str], device: torch.device) -> None:
         """Initializes the parameters `names`, and divides each before the next."""
-        plan = self.tensor_plan
         for name in [n for n in self.parameters.names if n in names]:
             present = self.parameters[name]
             if isinstance(present, DTensor):
@@ -188,8 +177,8 @@ class Partition:
             real = deferred_init.make_real(present) if isinstance(present, Ghost) else present.detach()
             if self.experts is not None and self.experts.plan_of(name) is not None:
                 real = self.experts.part_of(name, real)
-            elif plan is not None and name in plan.parameters:
-                real = part_of(real, plan.parameters[name], self.mesh.rank("tp"), plan.size)
+            elif (sharded := self.plan.sharded_over_tp(name)) is not None:
+                real = part_of(real, sharded, self.mesh.rank("tp"), self.plan.layout.tp)
             elif not isinstance(present, Ghost):
                 continue
             wants = self.parameters.requires_grad[name]
@@ -292,7 +281,7 @@ class Partition:
 
     def expert_plan_of(self, name: str) -> ExpertPlan | None:
         """Returns the division of parameter `name` over `ep`; None if it is not a parameter of experts."""
-        return plan_of(self.expert_plans, name)
+        return self.plan.expert_plan_of(name)
 
     def shape_of(self, name: str) -> torch.Size:
         """Returns the shape of the whole parameter `name`."""
@@ -367,10 +356,10 @@ class Partition:
             PartitionError: If this step calls modules in another order than the step used for planning.
         """
         planned = {}
-        for key, index in _occurrences(self.trace or trace).items():
+        for key, index in _occurrences(self.plan.model.calls).items():
             planned[key] = next(s.index for s in self.plan.stages if s.first <= index < s.stop)
         bounds, stage = [0], 0
-        for key, index in _occurrences(trace).items():
+        for key, index in _occurrences([call.name for call in trace.calls]).items():
             target = planned.get(key, stage)
             if target < stage:
                 raise PartitionError(
@@ -405,13 +394,13 @@ class Partition:
                     )
 
 
-def _occurrences(trace: Trace) -> dict[tuple[str, int], int]:
+def _occurrences(calls: Sequence[str]) -> dict[tuple[str, int], int]:
     """Maps (unit, number of its earlier calls) to the index of the call."""
     seen: dict[str, int] = {}
     result = {}
-    for index, call in enumerate(trace.calls):
-        result[call.name, seen.get(call.name, 0)] = index
-        seen[call.name] = seen.get(call.name, 0) + 1
+    for index, name in enumerate(calls):
+        result[name, seen.get(name, 0)] = index
+        seen[name] = seen.get(name, 0) + 1
     return result
 
 

@@ -19,7 +19,7 @@ def index_at(partition: Partition, name: str, shape: Sequence[int], place: Place
     """Returns the part of parameter `name`, with whole shape `shape`, of a rank at `place` that holds the parameter."""
     dims: list[tuple[Run, ...]] = list(whole_index(shape))
     layout = partition.plan.layout
-    sharded = partition.tensor_plan.parameters.get(name) if partition.tensor_plan is not None else None
+    sharded = partition.plan.sharded_over_tp(name)
     if sharded is not None:
         dims[sharded.dim] = runs_of(sharded.part(place.tp, layout.tp))
     experts = partition.expert_plan_of(name)
@@ -49,8 +49,7 @@ def writes(partition: Partition, name: str, whole: bool = False) -> bool:
         places.append((mesh.rank("fsdp"), layout.fsdp))
     if whole or (partition.expert_plan_of(name) is None and not sharded):
         places.append((mesh.rank("ep"), layout.ep))
-    divided = partition.tensor_plan is not None and name in partition.tensor_plan.parameters
-    if whole or not divided:
+    if whole or partition.plan.sharded_over_tp(name) is None:
         places.append((mesh.rank("tp"), layout.tp))
     own, copies = 0, 1
     for position, count in places:

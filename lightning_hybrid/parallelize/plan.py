@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,16 +24,18 @@ from lightning_hybrid.batches import batch_size, split_batch
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.trace import Trace, trace_step
-from lightning_hybrid.ghosts.units import CallInterceptor, Units, find_units
+from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import silent
 from lightning_hybrid.parallelize.apply import Partition, StepModule
+from lightning_hybrid.parallelize.describe import describe, divided_attributes, with_calls
 from lightning_hybrid.replicas.batch_norm import has_batch_norm
 from lightning_hybrid.replicas.reducer import refusal_of_gradients
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.expert_plan import ExpertPlan
 from lightning_hybrid.spec.layout import Layout
-from lightning_hybrid.spec.plan import Plan, StagePlan, plan_stages
+from lightning_hybrid.spec.model import ModelSpec
+from lightning_hybrid.spec.plan import Plan, choose_cuts
 from lightning_hybrid.spec.request import Request
 from lightning_hybrid.spec.stages import choose_microbatches
 from lightning_hybrid.tensor.heads import check_heads
@@ -70,45 +72,120 @@ def make_partition(
     units = find_units(root)
     interceptor = CallInterceptor(root, units)
     parameters = Parameters(root)
-    layout = request.layout
     interceptor.install()
     try:
-        if layout.pp == layout.tp == layout.ep == 1:
-            _check_experts(request, ())
-            plan = _whole_plan(layout, parameters, units)
-            partition = Partition(root, mesh, plan, None, interceptor, parameters, StepModule(root))
-            partition.gradient_sync = request.gradient_sync
-            return partition
-        if layout.tp > 1:
-            check_heads(root, layout, request.tensor_plan)
-        name, args = sample()
-        _check_pipeline(root, request, name)
-        count = microbatches_for(root, request, args[0])
-        _move_buffers(root, device)
-        arguments = (split_batch(args[0], count)[0], *args[1:])
-        watched = units.names if layout.tp > 1 else None
-        fused = candidates(root) if layout.ep > 1 else {}
-        with recorded_calls(root, fused) as expert_calls:
-            step = getattr(root, name)
-            trace = trace_step(root, interceptor, step, arguments, device=device, context=precision, use_of=watched)
-        if layout.pp > 1:
-            plan = _staged_plan(request, units, trace, parameters, count)
-        else:
-            plan = _whole_plan(layout, parameters, units)
-        partition = Partition(root, mesh, plan, trace, interceptor, parameters, StepModule(root))
-        partition.gradient_sync = request.gradient_sync
-        with silent(root):
-            if layout.ep > 1:
-                plans = plan_experts(root, fused, expert_calls, layout)
-                partition.expert_plans = {n: _placed(n, p, request) for n, p in plans.items()}
-            _check_experts(request, partition.expert_plans)
-            if layout.tp > 1:
-                partition.tensor_plan = infer_tensor_plan(root, trace.calls, layout.tp, request.tensor_plan, trace.use)
-        trace.release()
-        return partition
+        model = describe(root, units, parameters)
+        if request.plan is not None:
+            _check_model(root, request.plan, model)
+        run = _DryRun(root, request, device, precision, sample, interceptor)
+        plan = (
+            _decide(run, model, parameters) if request.plan is None else _follow(run, request.plan, model, parameters)
+        )
+        return Partition(root, mesh, plan, interceptor, parameters, StepModule(root))
     except BaseException:
         interceptor.remove()
         raise
+
+
+@dataclass
+class _DryRun:
+    """The module's first step, which can be run on ghosts."""
+
+    root: pl.LightningModule
+    request: Request
+    device: torch.device
+    precision: Callable[[], AbstractContextManager]
+    sample: Callable[[], tuple[str, tuple]]
+    interceptor: CallInterceptor
+    step: str = ""
+    microbatches: int = 1
+
+    def prepare(self) -> tuple:
+        """Returns the arguments of the step, the first batch leading."""
+        self.step, args = self.sample()
+        _check_pipeline(self.root, self.request, self.step)
+        self.microbatches = microbatches_for(self.root, self.request, args[0])
+        return args
+
+    def trace(self, args: tuple, watched: Collection[str] | None = None) -> Trace:
+        """Runs the step on the first microbatch."""
+        _move_buffers(self.root, self.device)
+        arguments = (split_batch(args[0], self.microbatches)[0], *args[1:])
+        step = getattr(self.root, self.step)
+        trace = trace_step(
+            self.root, self.interceptor, step, arguments, device=self.device, context=self.precision, use_of=watched
+        )
+        if trace.takes_gradients and self.request.layout.pp > 1:
+            raise PartitionError(refusal_of_gradients(self.request.layout))
+        return trace
+
+
+def _decide(run: _DryRun, model: ModelSpec, parameters: Parameters) -> Plan:
+    """Decides what the request leaves open."""
+    root, request, layout = run.root, run.request, run.request.layout
+    base = Plan(
+        layout=Layout(),
+        gradient_sync=request.gradient_sync,
+        recompute=request.recompute,
+        compile=request.compile,
+        model=model,
+    )
+    if layout.pp == layout.tp == layout.ep == 1:
+        _check_experts(request, ())
+        return replace(base, layout=layout)
+    if layout.tp > 1:
+        check_heads(root, layout, request.tensor_plan)
+    args = run.prepare()
+    fused = candidates(root) if layout.ep > 1 else {}
+    with recorded_calls(root, fused) as expert_calls:
+        trace = run.trace(args, model.units if layout.tp > 1 else None)
+    cuts, schedule = (), "1F1B"
+    if layout.pp > 1:
+        model, schedule = with_calls(model, run.step, trace, parameters), request.schedule
+        refusals = {c: cut.refusal for c, cut in trace.cuts.items()}
+        chosen = choose_cuts(layout, schedule, model, refusals)
+        cuts = chosen if request.cuts is None else request.cuts
+    tensor_plan, expert_plans = None, {}
+    with silent(root):
+        if layout.ep > 1:
+            found = plan_experts(root, fused, expert_calls, layout)
+            expert_plans = {n: _placed(n, p, request) for n, p in found.items()}
+        _check_experts(request, expert_plans)
+        if layout.tp > 1:
+            tensor_plan = infer_tensor_plan(root, trace.calls, layout.tp, request.tensor_plan, trace.use)
+    trace.release()
+    return replace(
+        base,
+        layout=layout,
+        schedule=schedule,
+        microbatches=run.microbatches,
+        cuts=cuts,
+        tensor_plan=tensor_plan,
+        expert_plans=expert_plans,
+        model=replace(model, attributes=divided_attributes(root, tensor_plan, expert_plans)),
+    )
+
+
+def _follow(run: _DryRun, plan: Plan, model: ModelSpec, parameters: Parameters) -> Plan:
+    """Uses a plan as it is; under `pp` the step is run on ghosts, to compare its calls with those of the plan."""
+    if plan.layout.pp > 1:
+        args = run.prepare()
+        if run.step == plan.model.step:
+            trace = run.trace(args)
+            _check_model(run.root, plan, with_calls(model, run.step, trace, parameters))
+            trace.release()
+    return plan
+
+
+def _check_model(root: pl.LightningModule, plan: Plan, model: ModelSpec) -> None:
+    model = replace(model, attributes=divided_attributes(root, plan.tensor_plan, plan.expert_plans))
+    difference = plan.model.difference(model)
+    if difference is not None:
+        raise PartitionError(
+            f"The plan that `layout` names was made for another model than this {type(root).__name__}. The first "
+            f"difference is {difference}. Give `layout='{plan.layout}'` to plan this model; `strategy.plan.to_yaml` "
+            "writes that plan."
+        )
 
 
 def _check_experts(request: Request, known: Collection[str]) -> None:
@@ -211,29 +288,3 @@ def microbatches_for(root: pl.LightningModule, request: Request, batch: Any) -> 
             f"`pp={layout.pp}` microbatches. Use {count} or 'auto'."
         )
     return asked
-
-
-def _whole_plan(layout: Layout, parameters: Parameters, units: Units) -> Plan:
-    names = tuple(parameters.names)
-    stage = StagePlan(
-        index=0, rank=0, first=0, stop=len(units.names), units=units.names, parameters=names, flop_share=1.0
-    )
-    return Plan(layout=layout, schedule="1F1B", microbatches=1, stages=(stage,), holders={n: (0,) for n in names})
-
-
-def _staged_plan(request: Request, units: Units, trace: Trace, parameters: Parameters, count: int) -> Plan:
-    if trace.takes_gradients:
-        raise PartitionError(refusal_of_gradients(request.layout))
-    chosen = set(units.blocks)
-    return plan_stages(
-        layout=request.layout,
-        schedule=request.schedule,
-        microbatches=count,
-        names=[call.name for call in trace.calls],
-        parameters=parameters.names,
-        uses={parameters.first_names[n]: intervals for n, intervals in trace.parameter_uses.items()},
-        flops=trace.flops,
-        refusals={c: cut.refusal for c, cut in trace.cuts.items()},
-        blocks=sum(call.name in chosen for call in trace.calls),
-        cuts=request.cuts,
-    )

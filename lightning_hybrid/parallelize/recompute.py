@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_hybrid._torch_private import ATTENTION, GROUPED_MM
-
-Recompute = Literal["selective", "full"]
+from lightning_hybrid.spec.plan import Recompute
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, GROUPED_MM, _aten.convolution}

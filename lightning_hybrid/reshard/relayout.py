@@ -15,7 +15,7 @@ An error in phases 4 and 5 ends the run on all ranks, as any error does; nothing
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,7 +61,6 @@ class Relayout:
     Args:
         strategy: The strategy.
         request: The new layout and what belongs to it.
-        wrappers: What calls of blocks go through (recomputation, compilation).
         edit: Adds new weights to the module, or None.
     """
 
@@ -69,10 +68,9 @@ class Relayout:
         self,
         strategy: PartitionedStrategy,
         request: Request,
-        wrappers: Sequence[Callable],
         edit: Callable[[], None] | None = None,
     ) -> None:
-        self._strategy, self._request, self._wrappers, self._edit = strategy, request, wrappers, edit
+        self._strategy, self._request, self._edit = strategy, request, edit
         self._trainer: pl.Trainer = strategy.runner.root.trainer
         self._old = strategy.runner
 
@@ -98,7 +96,7 @@ class Relayout:
         if self._edit is not None:
             self._edit()
         partition, problem = self._plan(mesh)
-        partition.apply(self._strategy.root_device, self._wrappers, EmptyInit(self._strategy.root_device))
+        partition.apply(self._strategy.root_device, EmptyInit(self._strategy.root_device))
         share_whole(partition)
         runner = StepRunner(
             self._old.root, partition, self._strategy.root_device, self._old.precision, self._request.microbatches

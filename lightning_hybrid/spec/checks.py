@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_hybrid.spec.stages import SCHEDULES
+
 
 def check_at_least(values: object, least: int, *names: str) -> None:
     """Whether these attributes, where they are not None, are at least so large.
@@ -13,3 +15,17 @@ def check_at_least(values: object, least: int, *names: str) -> None:
         value = getattr(values, name)
         if value is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}. Got {value}.")
+
+
+def check_choices(schedule: str, microbatches: int | str, recompute: str | None) -> None:
+    """Checks what a request and a plan have in common.
+
+    Raises:
+        ValueError: If a value is not one of its possible values.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}. Got {schedule!r}.")
+    if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
+        raise ValueError(f"`microbatches` must be 'auto' or a whole number of at least 1. Got {microbatches!r}.")
+    if recompute not in (None, "selective", "full"):
+        raise ValueError(f"`recompute` must be None, 'selective' or 'full'. Got {recompute!r}.")

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
+from lightning_hybrid.spec import codec
+from lightning_hybrid.spec.checks import check_choices
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
+from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
+from lightning_hybrid.spec.model import ModelSpec
+from lightning_hybrid.spec.plan_yaml import arranged, rearranged
 from lightning_hybrid.spec.stages import balance, bubble, stage_ranks, stages_per_rank
+from lightning_hybrid.spec.table import table_text
+from lightning_hybrid.spec.tensor_plan import ShardedParameter, TensorPlan, one_of_many
+
+Recompute = Literal["selective", "full"]
+
+_HEADINGS = (
+    ("stage", True),
+    ("rank", True),
+    ("modules", False),
+    ("blocks", True),
+    ("parameters", True),
+    ("FLOPs", True),
+)
+_HEADER = """\
+# A plan of lightning_hybrid. `HybridStrategy(layout="this file")` runs it as it stands here.
+# Pipeline stages list their units in the order of the step: move the first or last unit of a stage to its neighbour.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +56,82 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which rank holds what, and in which order the microbatches run."""
+    """Which rank holds what, in which order the microbatches run, and how replicas agree.
+
+    `str(plan)` is the table that is printed at the start of a run. `to_yaml` writes everything; `from_yaml` reads an
+    equal plan.
+
+    Raises:
+        ValueError: If its parts do not fit together.
+    """
 
     layout: Layout
-    schedule: str
-    microbatches: int
-    stages: tuple[StagePlan, ...]
-    holders: Mapping[str, tuple[int, ...]]
-    """Parameter name to the stages that hold it; more than one for weights shared across stages."""
-    costs: tuple[float, ...] = ()
-    """FLOPs of each call of the training step, with what follows it; for `pp`."""
-    places: tuple[int, ...] = ()
-    """Calls before which the model may be cut; for `pp`."""
+    schedule: str = "1F1B"
+    microbatches: int = 1
+    gradient_sync: GradientSync = GradientSync()
+    """How replicas agree on gradients."""
+    recompute: Recompute | None = None
+    """Which activations of blocks the backward pass recomputes."""
+    compile: bool = False
+    """Whether each block is compiled."""
+    cuts: tuple[int, ...] = ()
+    """The first call of each pipeline stage but the first."""
+    expert_plans: Mapping[str, ExpertPlan] = field(default_factory=dict)
+    """How modules of experts are divided over `ep`, by name."""
+    tensor_plan: TensorPlan | None = None
+    """How weights are divided over `tp`."""
+    model: ModelSpec
+    """The model that this is a plan of."""
 
-    @property
-    def cuts(self) -> tuple[int, ...]:
-        """The first call of each stage but the first."""
-        return tuple(stage.first for stage in self.stages[1:])
+    def __post_init__(self) -> None:
+        check_choices(self.schedule, self.microbatches, self.recompute)
+        self._check_cuts()
+        size = 1 if self.tensor_plan is None else self.tensor_plan.size
+        if size != self.layout.tp:
+            raise PartitionError(f"`tensor_plan` is for tp={size}, and `layout='{self.layout}'` has {self.layout.tp}.")
+        if bool(self.expert_plans) != (self.layout.ep > 1):
+            raise PartitionError(
+                f"`layout='{self.layout}'` has ep={self.layout.ep}, and `expert_plans` has {len(self.expert_plans)} "
+                "modules of experts."
+            )
+        for name, plan in self.expert_plans.items():
+            plan.check(name, self.layout.ep)
+
+    # ---- what follows from it
+
+    @cached_property
+    def stages(self) -> tuple[StagePlan, ...]:
+        """The pipeline stages; one of all units without `pp`."""
+        model, ranks = self.model, stage_ranks(self.schedule, self.layout.pp)
+        calls = model.calls or tuple(model.units)
+        bounds = [0, *self.cuts, len(calls)]
+        used: list[list[str]] = [[] for _ in bounds[1:]]
+        for name, parameter in model.parameters.items():
+            # what is never used is held by the first stage
+            for stage in sorted({stage_of(call, bounds) for call in parameter.calls or (0,)}) if self.cuts else (0,):
+                used[stage].append(name)
+        total = sum(model.costs) or 1.0
+        return tuple(
+            StagePlan(
+                index=s,
+                rank=ranks[s],
+                first=first,
+                stop=stop,
+                units=calls[first:stop],
+                parameters=tuple(used[s]),
+                flop_share=sum(model.costs[first:stop]) / total if model.costs else 1.0,
+            )
+            for s, (first, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        )
+
+    @cached_property
+    def holders(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name to the stages that hold it; more than one for weights shared across stages."""
+        found: dict[str, tuple[int, ...]] = dict.fromkeys(self.model.parameters, ())
+        for stage in self.stages:
+            for name in stage.parameters:
+                found[name] += (stage.index,)
+        return found
 
     @property
     def bubble(self) -> float:
@@ -56,82 +142,143 @@ class Plan:
         """The pipeline ranks that hold `parameter`, ascending."""
         return tuple(sorted({self.stages[s].rank for s in self.holders[parameter]}))
 
+    def sharded_over_tp(self, parameter: str) -> ShardedParameter | None:
+        """How `parameter` is divided over `tp`; None if every rank has the whole."""
+        return None if self.tensor_plan is None else self.tensor_plan.parameters.get(parameter)
 
-def plan_stages(
-    *,
-    layout: Layout,
-    schedule: str,
-    microbatches: int,
-    names: Sequence[str],
-    parameters: Sequence[str],
-    uses: Mapping[str, Sequence[int]],
-    flops: Sequence[float],
-    refusals: Mapping[int, str | None],
-    blocks: int,
-    cuts: Sequence[int] | None = None,
-) -> Plan:
-    """Decides the stages of a model from its trace.
+    def expert_plan_of(self, parameter: str) -> ExpertPlan | None:
+        """How `parameter` is divided over `ep`; None if it is no expert's."""
+        return plan_of(self.expert_plans, parameter)
+
+    # ---- as a table and a record
+
+    def __str__(self) -> str:
+        title = f"{self.layout}: {self.schedule}, {self.microbatches} microbatches, predicted bubble {self.bubble:.0%}"
+        rows = []
+        blocks = set(self.model.blocks)
+        for stage in self.stages:
+            span = f"{stage.units[0]} .. {stage.units[-1]}" if len(stage.units) > 1 else "".join(stage.units)
+            share = f"{stage.flop_share:.0%}" if stage.flop_share else "-"
+            count = str(sum(u in blocks for u in stage.units))
+            elements = f"{self._elements(stage):,}"
+            rows.append((str(stage.index), str(stage.rank), span or "all", count, elements, share))
+        rows += [("", "", what, "", "", how) for what, how in self._sharded()]
+        return table_text(title if self.layout.pp > 1 else str(self.layout), _HEADINGS, rows)
+
+    def record(self) -> dict[str, Any]:
+        """Returns the plan in numbers, texts, lists and dictionaries, for the hyperparameters that loggers keep."""
+        record: dict[str, Any] = {"layout": str(self.layout), "devices": self.layout.devices}
+        if self.layout.pp > 1:
+            record |= {"schedule": self.schedule, "microbatches": self.microbatches, "bubble": round(self.bubble, 4)}
+            record["stages"] = [
+                {
+                    "rank": stage.rank,
+                    "first_module": stage.units[0],
+                    "last_module": stage.units[-1],
+                    "parameters": self._elements(stage),
+                    "flop_share": round(stage.flop_share, 4),
+                }
+                for stage in self.stages
+            ]
+        if sharded := self._sharded():
+            record["sharded"] = [f"{what}: {how}" for what, how in sharded]
+        return record
+
+    def _elements(self, stage: StagePlan) -> int:
+        return sum(self.model.parameters[name].elements for name in stage.parameters)
+
+    def _sharded(self) -> list[tuple[str, str]]:
+        """What is divided, and how."""
+        rows, layout = [], self.layout
+        if self.tensor_plan is not None:
+            rows += self.tensor_plan.rows()
+        if self.expert_plans:
+            name, plan = next(iter(self.expert_plans.items()))
+            here = plan.experts // layout.ep
+            rows.append((f"{len(self.expert_plans)} x {one_of_many(name)}", f"ep: {here} of {plan.experts} experts"))
+        if layout.fsdp > 1:
+            scalars = sum(not parameter.shape for parameter in self.model.parameters.values())
+            what = "all weights" if layout.shards == layout.fsdp else "all other weights"
+            rows.append((f"{what}, {scalars} scalars whole" if scalars else what, f"1/{layout.shards} a rank"))
+        return rows
+
+    # ---- as YAML
+
+    def to_text(self) -> str:
+        """Returns everything as YAML."""
+        return _HEADER + codec.to_text(arranged(codec.encode(self), [list(stage.units) for stage in self.stages]))
+
+    @classmethod
+    def from_text(cls, text: str) -> Plan:
+        """Reads what `to_text` has made.
+
+        Raises:
+            ValueError: If the text is no plan.
+        """
+        return codec.decode(cls, rearranged(codec.from_text(text)), "plan")
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything into a file, which is there whole or not at all."""
+        target = Path(path)
+        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+        unfinished.write_text(self.to_text(), encoding="utf-8")
+        os.replace(unfinished, target)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a file that `to_yaml` has written, and a person may have changed.
+
+        Raises:
+            ValueError: If there is no such file, or what it says is no plan; names the file and the place.
+        """
+        try:
+            return cls.from_text(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`{path}` cannot be read as a plan: {error}") from None
+
+    # ---- checks
+
+    def _check_cuts(self) -> None:
+        calls, places = self.model.calls, self.model.places
+        count = self.layout.pp * stages_per_rank(self.schedule) - 1 if self.layout.pp > 1 else 0
+        if len(self.cuts) == count and set(self.cuts) <= set(places) and list(self.cuts) == sorted(set(self.cuts)):
+            return
+        raise PartitionError(
+            f"`cuts` must be {count} ascending numbers of calls before which the model may be cut, {list(places)}. Got "
+            f"{self.cuts}, before {', '.join(calls[c] for c in self.cuts if c < len(calls)) or 'nothing'}."
+        )
+
+
+def call_costs(flops: Sequence[float]) -> tuple[float, ...]:
+    """Returns the cost of each call, with what follows it.
+
+    Args:
+        flops: Cost of interval -1 and of each call's interval (see `Trace`).
+    """
+    # interval -1 belongs to the first call; a thousandth of the mean keeps calls without FLOPs from costing nothing
+    floor = sum(flops) / max(1, len(flops) - 1) * 1e-3 or 1.0
+    return (flops[0] + flops[1] + floor, *(f + floor for f in flops[2:]))
+
+
+def choose_cuts(layout: Layout, schedule: str, model: ModelSpec, refusals: Mapping[int, str | None]) -> tuple[int, ...]:
+    """Decides the first call of each stage but the first, so that the most expensive stage is as cheap as possible.
 
     Args:
         layout: The layout; `layout.pp` ranks.
         schedule: Name of the pipeline schedule.
-        microbatches: Microbatches a step.
-        names: The unit of each call, in order.
-        parameters: All parameter names, shared ones once.
-        uses: Intervals in which each parameter is used (see `Trace`).
-        flops: Cost of interval -1 and of each call's interval.
+        model: The model, with the calls of a step.
         refusals: For each call index, why the model cannot be cut there, or None.
-        blocks: How many calls of blocks there are; 0 if the model has no repeated stack.
-        cuts: The first call of each stage but the first; None: balanced by cost.
 
     Raises:
-        PartitionError: If there are more stages than places to cut, or `cuts` are none of them.
+        PartitionError: If there are more stages than places to cut.
     """
     count = layout.pp * stages_per_rank(schedule)
-    _check_block_count(layout, schedule, count, blocks or len(names), "block" if blocks else "module")
-    places = [c for c, refusal in refusals.items() if refusal is None]
-    # interval -1 belongs to the first call; a thousandth of the mean keeps calls without FLOPs from costing nothing
-    floor = sum(flops) / max(1, len(names)) * 1e-3 or 1.0
-    costs = [flops[0] + flops[1] + floor, *(f + floor for f in flops[2:])]
+    blocks = sum(call in set(model.blocks) for call in model.calls)
+    _check_block_count(layout, schedule, count, blocks or len(model.calls), "block" if blocks else "module")
+    cuts = balance(model.costs, count, model.places)
     if cuts is None:
-        cuts = balance(costs, count, places)
-    elif len(cuts) != count - 1 or not set(cuts) <= set(places) or list(cuts) != sorted(set(cuts)):
-        raise PartitionError(
-            f"`cuts` must be {count - 1} ascending numbers of calls before which the model may be cut, {places}. Got "
-            f"{tuple(cuts)}."
-        )
-    if cuts is None:
-        _refuse(layout, schedule, count, len(places), refusals, names)
-    bounds = [0, *cuts, len(names)]  # type: ignore[misc]
-    stages, holders = [], {name: [] for name in parameters}
-    ranks = stage_ranks(schedule, layout.pp)
-    for s in range(count):
-        first, stop = bounds[s], bounds[s + 1]
-        used = [n for n in parameters if any(stage_of(k, bounds) == s for k in uses.get(n, ()))]
-        if s == 0:
-            used = [n for n in parameters if n in used or n not in uses]  # never used: kept by the first stage
-        for name in used:
-            holders[name].append(s)
-        stages.append(
-            StagePlan(
-                index=s,
-                rank=ranks[s],
-                first=first,
-                stop=stop,
-                units=tuple(names[first:stop]),
-                parameters=tuple(used),
-                flop_share=sum(costs[first:stop]) / sum(costs),
-            )
-        )
-    return Plan(
-        layout=layout,
-        schedule=schedule,
-        microbatches=microbatches,
-        stages=tuple(stages),
-        holders={name: tuple(stages) for name, stages in holders.items()},
-        costs=tuple(costs),
-        places=tuple(places),
-    )
+        _refuse(layout, schedule, count, len(model.places), refusals, model.calls)
+    return cuts
 
 
 def stage_of(interval: int, bounds: Sequence[int]) -> int:
@@ -163,7 +310,7 @@ def _without_pipeline(layout: Layout) -> str:
 
 def _refuse(
     layout: Layout, schedule: str, count: int, places: int, refusals: Mapping[int, str | None], names: Sequence[str]
-) -> None:
+) -> NoReturn:
     reasons = [f"before `{names[c]}`: {why}" for c, why in refusals.items() if why is not None]
     possible = (places + 1) // stages_per_rank(schedule)
     smaller = f"a `pp` of at most {possible}, or " if possible > 1 else ""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from lightning_hybrid.spec.checks import check_choices
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
+from lightning_hybrid.spec.plan import Plan, Recompute
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for."""
+    """What the user asked for.
+
+    Raises:
+        ValueError: If a value is not one of its possible values.
+    """
 
     layout: Layout
-    schedule: str
-    microbatches: int | str
-    tensor_plan: Mapping[str, str] | None
+    schedule: str = "1F1B"
+    microbatches: int | str = "auto"
+    tensor_plan: Mapping[str, str] | None = None
     cuts: tuple[int, ...] | None = None
     """Where pipeline stages begin, by number of the call in the step's trace; None: by FLOPs."""
     gradient_sync: GradientSync = GradientSync()
@@ -25,3 +32,67 @@ class Request:
     """By name of a module of experts: which expert stands at each place over the ranks of `ep`; else in their order."""
     expert_hosts: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     """By name of a module of experts: the experts that each rank of `ep` computes; else those that it has."""
+    recompute: Recompute | None = None
+    """Which activations of blocks the backward pass recomputes."""
+    compile: bool = False
+    """Whether each block is compiled."""
+    plan: Plan | None = None
+    """A plan to be used as it is; the other fields say the same."""
+
+    def __post_init__(self) -> None:
+        check_choices(self.schedule, self.microbatches, self.recompute)
+
+    def in_layout(self, layout: str | Layout | None) -> tuple[Layout | None, Request]:
+        """Returns the layout that `layout` says, if any, and this request in it.
+
+        Args:
+            layout: A layout or its text form; or the path of a plan, which ends in `.yaml` or `.yml`.
+
+        Raises:
+            ValueError: If `layout` cannot be read, or this request contradicts the plan.
+        """
+        if not isinstance(layout, str) or not layout.endswith((".yaml", ".yml")):
+            given = Layout.parse(layout) if isinstance(layout, str) else layout
+            return given, replace(self, layout=given or Layout())
+        plan = Plan.from_yaml(layout)
+        usual, request = Request(layout=plan.layout), Request.of(plan)
+        names = ["tensor_plan", "gradient_sync", "recompute", "compile"]
+        if plan.layout.pp > 1:
+            names += ["schedule", "microbatches"]
+        else:  # the plan has none; later layouts may
+            request = replace(request, schedule=self.schedule, microbatches=self.microbatches)
+        for name in names:
+            given = getattr(self, name)
+            if given == getattr(usual, name) or given == getattr(plan, name):
+                continue
+            planned = "a plan for every weight" if name == "tensor_plan" else repr(getattr(plan, name))
+            raise ValueError(
+                f"`{name}={given!r}` contradicts `layout={layout!r}`, a plan that has {planned}. Leave `{name}` out, "
+                f"or give `layout='{plan.layout}'` instead of the plan."
+            )
+        return plan.layout, request
+
+    @classmethod
+    def of(cls, plan: Plan) -> Request:
+        """Returns the request for exactly this plan."""
+        return cls(
+            layout=plan.layout,
+            schedule=plan.schedule,
+            microbatches=plan.microbatches if plan.layout.pp > 1 else "auto",
+            cuts=plan.cuts or None,
+            gradient_sync=plan.gradient_sync,
+            expert_orders={n: e.order for n, e in plan.expert_plans.items() if e.order is not None},
+            expert_hosts={n: e.hosts for n, e in plan.expert_plans.items() if e.hosts is not None},
+            recompute=plan.recompute,
+            compile=plan.compile,
+            plan=plan,
+        )
+
+    def for_another_module(self) -> Request:
+        """Returns the request without cuts and experts' places, which were chosen for one module; a plan stays."""
+        return self if self.plan is not None else replace(self, cuts=None, expert_orders={}, expert_hosts={})
+
+    def arguments(self) -> dict[str, object]:
+        """Returns the fields by name, a plan by its SHA-256: what all ranks must have alike."""
+        plan = None if self.plan is None else hashlib.sha256(self.plan.to_text().encode()).hexdigest()[:12]
+        return {**vars(self), "plan": plan}

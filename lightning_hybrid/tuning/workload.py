@@ -102,8 +102,8 @@ class Workload:
         plan, pipeline = runner.partition.plan, runner.pipeline
         if pipeline is None or len(now) < len(plan.stages) or stages_per_rank(plan.schedule) > 1:
             return None
-        costs, speeds = fit_costs(plan.costs, seen, plan.layout.pp)
-        cuts = best_cuts(costs, speeds, pipeline.parts, plan.places)
+        costs, speeds = fit_costs(plan.model.costs, seen, plan.layout.pp)
+        cuts = best_cuts(costs, speeds, pipeline.parts, plan.model.places)
         if cuts is None:
             return None
         bounds = [0, *cuts, len(costs)]
@@ -141,7 +141,7 @@ class Workload:
             copies: How many experts a rank computes beside as many as it has.
         """
         runner = self.strategy.runner
-        ranks, plans = runner.mesh.layout.ep, runner.partition.expert_plans
+        ranks, plans = runner.mesh.layout.ep, runner.partition.plan.expert_plans
         loads = {name: of_module for name, of_module in loads.items() if sum(of_module)}
         if ranks < 2 or not loads:
             return None
@@ -164,5 +164,5 @@ class Workload:
 
     def _imbalance(self, name: str, loads: Sequence[int]) -> float:
         runner = self.strategy.runner
-        plan, ranks = runner.partition.expert_plans[name], runner.mesh.layout.ep
+        plan, ranks = runner.partition.plan.expert_plans[name], runner.mesh.layout.ep
         return imbalance(loads, [plan.computed(rank, ranks) for rank in range(ranks)])

@@ -135,6 +135,6 @@ def train(
         "first": median(watching.seconds[:4]),
         "weights": weights(trainer, module),
         "cuts": plan.cuts if plan is not None else None,
-        "places": plan.places if plan is not None else None,
+        "places": plan.model.places if plan is not None else None,
         "logged": {k: float(v) for k, v in trainer.callback_metrics.items()},
     }

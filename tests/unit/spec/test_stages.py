@@ -6,7 +6,8 @@ import pytest
 
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
-from lightning_hybrid.spec.plan import plan_stages
+from lightning_hybrid.spec.model import ModelSpec, ParameterSpec
+from lightning_hybrid.spec.plan import Plan, call_costs, choose_cuts
 from lightning_hybrid.spec.stages import (
     SCHEDULES,
     balance,
@@ -67,17 +68,19 @@ def test_bubble_formulas():
 def plan(pp, schedule="1F1B", refusals=None, blocks=4):
     names = ["embed", "b0", "b1", "b2", "b3", "head"]
     uses = {"embed.weight": (0, 5), **{f"{n}.weight": (i,) for i, n in enumerate(names) if n.startswith("b")}}
-    return plan_stages(
-        layout=Layout(pp=pp),
-        schedule=schedule,
-        microbatches=4,
-        names=names,
-        parameters=[*uses, "unused"],
-        uses=uses,
-        flops=[0, 0, 10, 10, 10, 10, 2],
-        refusals={c: None for c in range(1, 6)} | (refusals or {}),
-        blocks=blocks,
+    refusals = {c: None for c in range(1, 6)} | (refusals or {})
+    model = ModelSpec(
+        units=dict.fromkeys(names, "Linear"),
+        blocks=tuple(names[1 : blocks + 1]),
+        parameters={n: ParameterSpec(dtype="float32", shape=(2,), calls=uses.get(n, ())) for n in [*uses, "unused"]},
+        step="training_step",
+        calls=tuple(names),
+        costs=call_costs([0, 0, 10, 10, 10, 10, 2]),
+        places=tuple(c for c, refusal in refusals.items() if refusal is None),
     )
+    layout = Layout(pp=pp)
+    cuts = choose_cuts(layout, schedule, model, refusals)
+    return Plan(layout=layout, schedule=schedule, microbatches=4, cuts=cuts, model=model)
 
 
 def test_a_plan_covers_every_module_and_weight_once():

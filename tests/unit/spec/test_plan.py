@@ -6,8 +6,6 @@ import pytest
 
 from lightning_hybrid import HybridStrategy
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.mark.parametrize(
     ("old", "new"), [("column", "colwise"), ("row", "rowwise"), ("column_gather", "colwise_gather")]
