@@ -35,6 +35,7 @@ from lightning_hybrid._lightning_private.loaders import (
     training_loaders,
 )
 from lightning_hybrid._lightning_private.metrics import (
+    as_hook,
     Synchronize,
     concatenates,
     counts_as_updated,
@@ -60,6 +61,7 @@ from lightning_hybrid._lightning_private.trainer import (
 )
 
 __all__ = [
+    "as_hook",
     "IndexBatches",
     "PlaceInEpoch",
     "Synchronize",

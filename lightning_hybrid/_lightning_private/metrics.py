@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -71,6 +72,16 @@ def samples_of_running_batch(trainer: pl.Trainer) -> int | None:
 def running_hook(module: pl.LightningModule) -> str | None:
     """Returns the name of the hook that the trainer is running."""
     return module._current_fx_name
+
+
+@contextmanager
+def as_hook(module: pl.LightningModule, name: str) -> Iterator[None]:
+    """Has `self.log` belong to the hook or step `name`, whichever the trainer is running."""
+    running, module._current_fx_name = module._current_fx_name, name
+    try:
+        yield
+    finally:
+        module._current_fx_name = running
 
 
 def watch_parts(experiment: Any, part: Callable[[Any], Any]) -> None:

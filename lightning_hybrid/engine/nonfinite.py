@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from lightning_hybrid.collectives import gather_objects, to_local
 from lightning_hybrid.engine.clipping import clips_untouched_gradients
+from lightning_hybrid.engine.exchange import StepExchange
 from lightning_hybrid.engine.gradient_noise import GradientNoise
 from lightning_hybrid.engine.norms import local_square, norms_by_id
-from lightning_hybrid.launch.preemption import Preemption
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.spec.errors import NonFiniteError
 
@@ -52,16 +52,14 @@ class _Finding:
 class NonFiniteCheck:
     """Checks an optimizer's gradients on all ranks before its step.
 
-    The check is one norm of each of this rank's gradients and one all-reduce of a few numbers, which are read once.
-    Gradients are synchronised and not yet clipped. Only what is not finite is looked at closer. The other numbers are
-    whether a rank was asked to stop, and the norm for clipping: an all-reduce for each of them would make the ranks
-    wait for each other once more in every step.
+    The check is one norm of each of this rank's gradients and a few numbers in the all-reduce of the step. Gradients
+    are synchronised and not yet clipped. Only what is not finite is looked at closer. The norm for clipping goes along.
 
     Args:
         partition: The applied partition.
         device: This rank's device.
         on_nonfinite: `"raise"`: all ranks raise `NonFiniteError`. `"skip"`: all ranks leave out the step.
-        preemption: This rank's note of a SIGTERM; takes what the ranks tell each other.
+        exchange: The all-reduce of the step.
     """
 
     def __init__(
@@ -69,9 +67,9 @@ class NonFiniteCheck:
         partition: Partition,
         device: torch.device,
         on_nonfinite: Literal["raise", "skip"],
-        preemption: Preemption,
+        exchange: StepExchange,
     ) -> None:
-        self._preemption = preemption
+        self._exchange = exchange
         self._partition, self._device, self._mode = partition, device, on_nonfinite
         self._loss: Tensor | None = None
         self.skipped = 0
@@ -121,33 +119,32 @@ class NonFiniteCheck:
         optimizer.zero_grad()
         raise SkipStep
 
-    def measure_noise(self, noise: GradientNoise, optimizer: Optimizer) -> None:
+    def exchange_unchecked(self, optimizer: Optimizer) -> None:
         """For steps that are not checked, since a loss scaler does. Collective over all ranks."""
-        if not noise.measures:
-            return
-        numbers = noise.local_numbers(optimizer, norms_by_id(optimizer))
-        dist.all_reduce(numbers)
-        noise.take(numbers.tolist(), dist.get_world_size())
+        noise = self._measuring
+        numbers = None if noise is None else noise.local_numbers(optimizer, norms_by_id(optimizer))
+        sums, _ = self._exchange.run(numbers)
+        if noise is not None:
+            noise.take(sums, dist.get_world_size())
+
+    @property
+    def _measuring(self) -> GradientNoise | None:
+        return self.noise if self.noise is not None and self.noise.measures else None
 
     def _agree(
         self, suspect: Tensor, clips: bool, optimizer: Optimizer, norms: Mapping[int, Tensor]
     ) -> tuple[bool, Tensor | None]:
         """Whether any rank suspects its gradients, and the norm of all gradients if each rank `clips` by it."""
-        ranks, noise = dist.get_world_size(), self.noise if self.noise is not None and self.noise.measures else None
-        told = torch.zeros(4, dtype=torch.float64, device=self._device)
-        told[0], told[1], told[2] = suspect, self._preemption.requested, not clips
+        noise, told = self._measuring, torch.zeros(3, dtype=torch.float64, device=self._device)
+        told[0], told[1] = suspect, not clips
         if clips:
-            told[3] = local_square(self._partition, norms, self._device) / self._partition.plan.layout.dp
+            told[2] = local_square(self._partition, norms, self._device) / self._partition.plan.layout.dp
         if noise is not None:
             told = torch.cat([told, noise.local_numbers(optimizer, norms)])
-        if ranks > 1:
-            dist.all_reduce(told)
-        suspects, requests, others, _, *numbers = told.tolist()
-        if ranks > 1:
-            self._preemption.hear(requests > 0)
+        (suspects, others, _, *numbers), sums = self._exchange.run(told)
         if noise is not None:
-            noise.take(numbers, ranks)
-        return suspects > 0, None if others else told[3].sqrt()
+            noise.take(numbers, dist.get_world_size())
+        return suspects > 0, None if others else sums[2].sqrt()
 
     def _look_closer(self, optimizer: Optimizer, loss: Tensor | None) -> list[_Finding]:
         value = 0.0 if loss is None else float(loss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
@@ -16,6 +17,7 @@ from lightning_hybrid.engine.nonfinite import NonFiniteCheck, SkipStep
 from lightning_hybrid.engine.norms import global_norm
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.launch.preemption import Preemption
+from lightning_hybrid.metrics.step_logs import seen_before_step
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 
@@ -27,14 +29,17 @@ class OptimizerWrapper:
         runner: The partitioned module.
         precision: The plugin.
         on_nonfinite: See `NonFiniteCheck`.
-        preemption: See `NonFiniteCheck`.
+        preemption: This rank's note of a SIGTERM.
     """
 
     def __init__(
         self, runner: StepRunner, precision: Precision, on_nonfinite: Literal["raise", "skip"], preemption: Preemption
     ) -> None:
         self.runner, self.precision, self._on_nonfinite = runner, precision, on_nonfinite
-        self.nonfinite = NonFiniteCheck(runner.partition, runner.device, on_nonfinite, preemption)
+        self._exchange = runner.exchange
+        self._exchange.preemption = preemption
+        self._logs_wait = False
+        self.nonfinite = NonFiniteCheck(runner.partition, runner.device, on_nonfinite, self._exchange)
         self._known_norm: Tensor | None = None
         """The norm that the check has measured, while it is that of the gradients."""
         self._after_closure: Callable[..., None] = type(precision)._after_closure.__get__(precision)
@@ -44,7 +49,10 @@ class OptimizerWrapper:
         """On the learning rates, in the update only: schedulers and checkpoints have those of the user."""
 
     def install(self) -> None:
-        """Puts it on."""
+        """Puts it on; collective over all ranks."""
+        seen = torch.tensor(float(seen_before_step(self.runner.root.trainer)), device=self.runner.device)
+        dist.all_reduce(seen)
+        self._logs_wait = not seen.item()
         plugin = self.precision.__dict__
         plugin["_after_closure"] = self._checked
         plugin["clip_grad_by_norm"] = self._clip_by_norm
@@ -64,8 +72,8 @@ class OptimizerWrapper:
         """Gradients are complete; hooks, clipping and the update come next."""
         if self._scaler is None:  # with one, infinite gradients are usual: it leaves out the step on all ranks
             self._known_norm = self.nonfinite.check(optimizer, model.trainer)
-        elif self.nonfinite.noise is not None:
-            self.nonfinite.measure_noise(self.nonfinite.noise, optimizer)
+        else:
+            self.nonfinite.exchange_unchecked(optimizer)
         try:
             self._after_closure(model, optimizer)
         finally:
@@ -87,13 +95,17 @@ class OptimizerWrapper:
             closure = self._of_all_replicas(closure)
         rates = [group["lr"] for group in optimizer.param_groups] if self.learning_rate_factor != 1.0 else []
         try:
+            self._exchange.check_follows = self._logs_wait
             out = step(optimizer, closure, *args, **kwargs)
+            if self._exchange.logs.pending:  # a precision plugin of the user's has not asked for the check
+                self._exchange.run()
             if self.runner.diloco is not None:
                 self.runner.diloco.after_step()
             return out
         except SkipStep:
             return None
         finally:
+            self._exchange.check_follows = False
             for group, rate in zip(optimizer.param_groups, rates, strict=False):
                 group["lr"] = rate
 

@@ -49,9 +49,11 @@ class _StageModule(nn.Module):
     def __init__(self, pipeline: Pipeline, stage: int, program: StageProgram) -> None:
         super().__init__()
         self._run, self._program, self._stage = pipeline.run_stage, program, stage
+        self.microbatch = 0
+        """The index of the microbatch that comes next."""
 
-    def forward(self, *received: Tensor, index: Tensor) -> Any:
-        out = self._run(self._stage, self._program, received if self._program.first else (), int(index))
+    def forward(self, *received: Tensor) -> Any:
+        out = self._run(self._stage, self._program, received if self._program.first else (), self.microbatch)
         return out if isinstance(out, Tensor) or len(out) > 1 else out[0]
 
 
@@ -60,10 +62,11 @@ class _TimedStage(PipelineStage):
 
     pipeline: Pipeline
 
-    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """One microbatch forward."""
+        self.submod.microbatch = fwd_chunk_id  # type: ignore[assignment]
         with self._timed():
-            return super().forward_one_chunk(*args, **kwargs)
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """One microbatch backward."""
@@ -152,7 +155,6 @@ class Pipeline:
         try:
             prepared.schedule.step(
                 *first,
-                index=torch.arange(count),
                 target=torch.zeros(count) if self.has_last else None,
                 losses=losses if self.has_last else None,
                 return_outputs=False,

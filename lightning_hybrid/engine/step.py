@@ -22,10 +22,13 @@ from lightning_hybrid.batches import count_samples
 from lightning_hybrid.collectives import gather_objects, to_local
 from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.engine.clocks import Clocks
+from lightning_hybrid.engine.exchange import StepExchange
 from lightning_hybrid.engine.gradient_noise import GradientNoise
 from lightning_hybrid.engine.pipeline import Pipeline
-from lightning_hybrid.metrics.logs import HookLogs, LogRecorder, leave_out, reduce_over_replicas, replay
-from lightning_hybrid.metrics.stages import StageLogs
+from lightning_hybrid.metrics.hook_logs import HookLogs
+from lightning_hybrid.metrics.logs import LogRecorder, leave_out
+from lightning_hybrid.metrics.stages import StageOutputs
+from lightning_hybrid.metrics.step_logs import StepLogs
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.replicas.batch_norm import has_batch_norm
@@ -79,7 +82,7 @@ class StepRunner:
         layout = partition.plan.layout
         self.metrics = Metrics(root, self.mesh, device)
         self.hook_logs = HookLogs(root, self.mesh, device)
-        self.stage_logs = StageLogs(self.mesh, device, self.metrics)
+        self.exchange = StepExchange(device, StepLogs(root, self.mesh, device, self.metrics))
         partition.on_remove = self._release
         self.streams = StepRNG(device, self.mesh.replica, self.mesh.rank("tp"))
         partition.interceptor.rng = self.streams
@@ -90,6 +93,7 @@ class StepRunner:
             self.pipeline = Pipeline(
                 root, partition, self.mesh, device, precision.forward_context, self.metrics, self.streams
             )
+            self.stage_outputs = StageOutputs(self.mesh, device, self.pipeline.last_rank)
         local = partition.parameters.local()
         names = partition.whole.intersection(local) if layout.fsdp > 1 else local
         self._steps_alone = partition.plan.gradient_sync.kind == "diloco" and layout.replicas > 1
@@ -272,18 +276,23 @@ class StepRunner:
             sum_over_holders(self.partition.tied_weight_groups, shared.__getitem__, summed)
 
     def _log(
-        self, step: str, recorder: LogRecorder, loss: Tensor | None = None, extras: dict[str, Any] | None = None
+        self,
+        step: str,
+        recorder: LogRecorder,
+        loss: Tensor | None = None,
+        extras: dict[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Logs a step on every rank; gives every stage the last one's loss and what was returned with it."""
+        """Logs a step on every rank, now or with the check of its gradients; gives every stage the last one's loss."""
         entries = recorder.entries
         if self.padding:
             leave_out(entries)
-        with self.clocks.waiting() if self.clocks is not None else nullcontext():
-            reduce_over_replicas(entries, self.mesh, self.device)
-        shared, returned = torch.zeros(()), {}
-        if self.pipeline is not None:
-            shared, entries, returned = self.stage_logs.share(step, entries, loss, extras)
-        replay(self.root, entries, self.metrics.prepare)
+        shared, returned = torch.zeros(()), extras or {}
+        if self.pipeline is not None and step == "training_step":
+            shared, returned = self.stage_outputs.share(loss, returned)
+        self.exchange.logs.take(step, entries)
+        if step != "training_step" or not self.exchange.check_follows:
+            with self.clocks.waiting() if self.clocks is not None else nullcontext():
+                self.exchange.run()
         return shared, returned
 
     @contextmanager

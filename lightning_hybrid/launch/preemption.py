@@ -1,10 +1,10 @@
 """SIGTERM to any rank: all ranks end the batch that they are at, and stop together.
 
 Lightning's handler broadcasts inside of the signal's handler, which meets the collectives of a step on other ranks and
-hangs. Here the handler only takes a note. The notes travel with the all-reduce that checks the gradients before an
-optimizer step. So all ranks know already when a training batch begins, where Lightning broadcasts rank 0's note; only
-if there was no such step since the last batch do they ask each other. Then all of them raise Lightning's
-`SIGTERMException` at the same place, so that callbacks may save a checkpoint together.
+hangs. Here the handler only takes a note. The notes travel with the all-reduce of a step. So all ranks know already
+when a training batch begins, where Lightning broadcasts rank 0's note; only if there was no all-reduce since the last
+batch do they ask each other. Then all of them raise Lightning's `SIGTERMException` at the same place, so that callbacks
+may save a checkpoint together.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class Preemption:
         self._heard = None
 
         def before_batch() -> None:
-            heard, self._heard = self._heard, None
-            if self.agree(trainer, heard):
+            if self.agree(trainer):
                 raise SIGTERMException
 
         route_sigterm(trainer, self._note, before_batch)
@@ -46,16 +45,15 @@ class Preemption:
         self.requested = True
 
     def hear(self, any_rank: bool) -> None:
-        """What all ranks have just told each other; saves the question before the next training batch."""
+        """Takes what all ranks have just told each other; saves the next question."""
         self._heard = any_rank
 
-    def agree(self, trainer: pl.Trainer, heard: bool | None = None) -> bool:
-        """Whether any rank was asked to stop; Lightning's loops of all ranks are told.
+    def agree(self, trainer: pl.Trainer) -> bool:
+        """Returns whether any rank was asked to stop, and has Lightning's loops of all ranks stop then.
 
-        Args:
-            trainer: The trainer.
-            heard: What all ranks have told each other already; None: they ask, which is collective.
+        Collective, unless the ranks have told each other since the last time.
         """
+        heard, self._heard = self._heard, None
         wanted = self._any_rank(self.requested) if heard is None else heard
         if wanted:
             set_received_sigterm(trainer)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,18 +18,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_hybrid._lightning_private import running_hook, samples_of_running_batch
-from lightning_hybrid.mesh import Mesh
-
 _SIGNATURE = inspect.signature(LightningModule.log)
 _OPTIONS = frozenset(_SIGNATURE.parameters) - {"self", "name", "value"}
-_SLOTS = 32
-"""Values that fit in the first all-reduce; a step that logs more needs a second one."""
 _NOT_REPLAYED = ("sync_dist", "sync_dist_group", "enable_graph")
 """Options that have done their work once a value is recorded."""
 
@@ -56,7 +49,7 @@ class LogEntry:
         return not self.options.get("rank_zero_only", False)
 
 
-def _by_name(root: pl.LightningModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(root: pl.LightningModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a `self.log` call by name."""
     if len(args) == 2 and _OPTIONS.issuperset(kwargs):  # nearly all calls; binding would take most of their time
         return {"name": args[0], "value": args[1], **kwargs}
@@ -84,7 +77,7 @@ class LogRecorder:
 
         def log(*args: Any, **kwargs: Any) -> None:
             if owner is None or owner.own:
-                options = _by_name(self.root, args, kwargs)
+                options = by_name(self.root, args, kwargs)
                 self.record(samples, (stage, options["name"], seen[options["name"]]), **options)
                 seen[options["name"]] += 1
 
@@ -156,62 +149,6 @@ def leave_out(entries: list[LogEntry]) -> None:
             entry.value = torch.tensor(empty[entry.reduction], dtype=torch.float64)
 
 
-# ---- over replicas
-
-
-def reduce_over_replicas(entries: list[LogEntry], mesh: Mesh, device: torch.device, hook: str = "") -> None:
-    """Makes each entry that of the global batch; collective over the replicas, which must have logged the same keys.
-
-    Args:
-        entries: What this rank has logged, in order.
-        mesh: The mesh.
-        device: This rank's device.
-        hook: The hook that logged, if it was none of the steps.
-
-    Raises:
-        ValueError: On every replica, if the keys differ.
-    """
-    if mesh.layout.replicas == 1:
-        return
-    group, n = mesh.log_group, mesh.layout.replicas
-    entries = [e for e in entries if e.everywhere]
-    keys = [f"{hook}: {e.name}" if hook else e.name for e in entries]
-    text = "\n".join(f"{k} {e.reduction}" for k, e in zip(keys, entries, strict=True))
-    code = float(zlib.crc32(text.encode()) % 1_000_003)
-    head = torch.zeros(2 + 2 * _SLOTS, dtype=torch.float64, device=device)
-    head[:2] = torch.tensor([code, code * code], dtype=torch.float64)
-    summed = [e for e in entries if e.reduction in ("mean", "sum")]
-    for i, entry in enumerate(summed[:_SLOTS]):
-        head[2 + 2 * i] = entry.value
-        head[3 + 2 * i] = entry.weight
-    dist.all_reduce(head, group=group)
-    if head[0].item() != code * n or head[1].item() != code * code * n:
-        _raise_different_keys(keys, mesh)
-    if len(summed) > _SLOTS:
-        rest = torch.tensor([[float(e.value), e.weight] for e in summed[_SLOTS:]], dtype=torch.float64, device=device)
-        dist.all_reduce(rest, group=group)
-        for entry, (value, weight) in zip(summed[_SLOTS:], rest, strict=True):
-            entry.value, entry.weight = value, float(weight)
-    for i, entry in enumerate(summed[:_SLOTS]):
-        entry.value, entry.weight = head[2 + 2 * i].clone(), float(head[3 + 2 * i])
-    for entry in entries:
-        if entry.reduction in ("max", "min"):
-            entry.value = torch.as_tensor(entry.value, device=device).clone()
-            largest = entry.reduction == "max"
-            dist.all_reduce(entry.value, dist.ReduceOp.MAX if largest else dist.ReduceOp.MIN, group=group)
-        if entry.reduction in ("max", "min", "metric"):
-            entry.weight *= n
-
-
-def _raise_different_keys(keys: list[str], mesh: Mesh) -> None:
-    gathered: list[Any] = [None] * mesh.layout.replicas
-    dist.all_gather_object(gathered, keys, group=mesh.log_group)
-    raise ValueError(
-        f"`self.log` must be called with the same keys on every replica, in the same order. Got {gathered}. "
-        "Log a key on all of them or on none, or with `rank_zero_only=True`."
-    )
-
-
 # ---- on every rank
 
 
@@ -251,74 +188,3 @@ def silent(root: pl.LightningModule) -> Iterator[None]:
 
 def _nothing(*_: Any, **__: Any) -> None:
     return None
-
-
-class HookLogs:
-    """`self.log` and `self.log_dict` outside the steps, in hooks of the module and of callbacks.
-
-    Every rank calls them, as Lightning asks; their values are reduced over the replicas, whatever `sync_dist` says.
-    """
-
-    def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device) -> None:
-        self._root, self._mesh, self._device = root, mesh, device
-        self.padding = False
-        """Whether the samples of the running batch count for nothing."""
-
-    def install(self) -> None:
-        """Starts taking the calls of the LightningModule."""
-        if self._mesh.layout.replicas > 1:
-            self._root.__dict__.update(log=self._log, log_dict=self._log_dict)
-
-    def remove(self) -> None:
-        """Ends it."""
-        for key in ("log", "log_dict"):
-            self._root.__dict__.pop(key, None)
-
-    def _log(self, *args: Any, **kwargs: Any) -> None:
-        self._log_all([_by_name(self._root, args, kwargs)])
-
-    def _log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
-        calls: list[dict[str, Any]] = []
-        collector = _Collector(self._root, calls)
-        LightningModule.log_dict(collector, dictionary, *args, **kwargs)  # type: ignore[arg-type]
-        if "log" in self._root.__dict__ and self._root.__dict__["log"] != self._log:
-            for call in calls:  # inside a step, whose recorder takes them
-                self._root.log(**call)
-        else:
-            self._log_all(calls)
-
-    def _log_all(self, calls: list[dict[str, Any]]) -> None:
-        recorder = LogRecorder(self._root)
-        samples = samples_of_running_batch(self._root.trainer)
-        weighed = {}
-        for i, call in enumerate(calls):
-            if isinstance(call["value"], Metric) or call.get("rank_zero_only", False):
-                LightningModule.log(self._root, **{k: v for k, v in call.items() if k != "sync_dist"})
-                continue
-            weighed[0, call["name"], i] = samples is not None or call.get("batch_size") is not None
-            recorder.record(samples or 1, (0, call["name"], i), **call)
-        if self.padding and samples is not None:
-            leave_out(recorder.entries)
-        if not recorder.calls:
-            return
-        reduce_over_replicas(recorder.entries, self._mesh, self._device, running_hook(self._root) or "no hook")
-        for key, entry in recorder.calls.items():
-            if not weighed[key]:  # between batches each rank's value counts once, as in one process
-                entry.value = entry.value / entry.weight if entry.reduction == "mean" else entry.value
-                entry.weight = 1.0
-        replay(self._root, recorder.entries)
-
-
-@dataclass
-class _Collector:
-    """Stands in for a LightningModule while its `log_dict` takes a dictionary apart."""
-
-    root: pl.LightningModule
-    calls: list[dict[str, Any]]
-
-    @property
-    def _fabric(self) -> Any:
-        return self.root._fabric
-
-    def log(self, **call: Any) -> None:
-        self.calls.append(call)

@@ -1,120 +1,115 @@
-"""What the stages of a pipeline tell each other after a step: what they logged, and the loss of the last one."""
+"""The loss of a pipeline's last stage, and what `training_step` returned beside it, sent to the other stages."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_hybrid.collectives import share_object
 from lightning_hybrid.mesh import Mesh
-from lightning_hybrid.metrics.logs import LogEntry
-from lightning_hybrid.metrics.torchmetrics import Metrics
+from lightning_hybrid.metrics.reduction import as_numbers
+
+_EXACT = 2**53
+"""Whole numbers below have a float64 of their own."""
 
 
-@dataclass
-class _Content:
-    """What a rank has to tell in a step, values apart."""
-
-    entries: list[tuple[str, dict[str, Any], str, tuple[int, int], Any]]
-    """Name, options, reduction, place and, for torchmetrics objects, the module name, of each logged value."""
-    metrics: tuple[tuple[str, bool], ...]
-    """See `Metrics.updated`."""
-    extras: bool
-    """Whether `training_step` returned more than the loss."""
+class _Array(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
 
 
-@dataclass
-class _Agreement:
-    own: _Content
-    all: list[_Content]
-    first: int
-    """Where this rank's values stand in the common buffer."""
-    size: int
+class _Form(NamedTuple):
+    """The extras without the values of tensors and numbers."""
+
+    structure: TreeSpec
+    leaves: list[Any]
+    """Of each leaf: an `_Array`; `int` or `float`; a constant; or an object that equals no other."""
+
+    @property
+    def numbers(self) -> int:
+        """How many leaves are numbers."""
+        return sum(leaf in (int, float) for leaf in self.leaves)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each tensor."""
+        return [x.shape.numel() * x.dtype.itemsize for x in self.leaves if isinstance(x, _Array)]
 
 
-class StageLogs:
-    """Shares a step's logged values over the stages.
+class StageOutputs:
+    """Shares the loss and the extras over the stages, in one broadcast while the extras keep their form.
 
-    From one step to the next only the values change, as a rule, so they travel as one small all-reduce. A rank with
-    something else to tell than last time says so in it; then all tell each other what they have, as objects.
+    Args:
+        mesh: The mesh.
+        device: This rank's device.
+        last: The pipeline rank of the last stage.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device, metrics: Metrics) -> None:
-        self._mesh, self._device, self._metrics = mesh, device, metrics
-        self._agreed: dict[str, _Agreement] = {}
+    def __init__(self, mesh: Mesh, device: torch.device, last: int) -> None:
+        self._group, self._device, self._last = mesh.log_stage_group, device, last
+        self._form = _form_of({})
         self.objects_sent = 0
-        """How often ranks had to tell each other what they have."""
+        """How often extras were sent as an object."""
 
-    def share(
-        self, step: str, entries: list[LogEntry], loss: Tensor | None = None, extras: dict[str, Any] | None = None
-    ) -> tuple[Tensor, list[LogEntry], dict[str, Any]]:
-        """Gives every pipeline rank the entries of all stages, the loss and what came with it; collective over `pp`.
+    def share(self, loss: Tensor | None, extras: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Gives every stage the loss and the extras of the last one; collective over the ranks of a pipeline.
 
         Args:
-            step: Name of the step function.
-            entries: What this rank has logged.
-            loss: The loss, on the rank of the last stage.
+            loss: The loss, on the rank of the last stage; None elsewhere.
             extras: What `training_step` returned beside it, there.
-
-        Returns:
-            The same three, for the whole pipeline.
         """
-        own = _Content(
-            [(e.name, e.options, e.reduction, e.place, e.value if e.reduction == "metric" else None) for e in entries],
-            self._metrics.updated,
-            bool(extras),
-        )
-        agreed = self._agreed.get(step)
-        changed = agreed is None or agreed.own != own
-        values = self._exchange(agreed, changed, entries, loss)
-        if changed or values[0] > 0:
-            agreed = self._agreed[step] = self._agree(own)
-            values = self._exchange(agreed, False, entries, loss)
-        return self._take(agreed, values, extras)  # type: ignore[arg-type]
-
-    def _exchange(
-        self, agreed: _Agreement | None, changed: bool, entries: list[LogEntry], loss: Tensor | None
-    ) -> list[float]:
-        """[Ranks with other content than agreed, the loss, value and weight of every entry of every rank]."""
-        size = 0 if agreed is None else agreed.size
-        own = [0.0] * (2 + 2 * size)
-        own[0] = float(changed)
+        form, header = self._form, 8 * (2 + self._form.numbers)
+        message = torch.zeros(header + sum(form.sizes), dtype=torch.uint8, device=self._device)
+        new = False
         if loss is not None:
-            own[1] = float(loss.detach())
-        if agreed is not None and not changed:
-            for i, entry in enumerate(entries, start=1 + agreed.first):
-                own[2 * i] = 0.0 if entry.reduction == "metric" else float(entry.value)
-                own[2 * i + 1] = entry.weight
-        buffer = torch.tensor(own, dtype=torch.float64, device=self._device)
-        dist.all_reduce(buffer, group=self._mesh.log_stage_group)
-        return buffer.tolist()
+            form = _form_of(extras)
+            new = form != self._form
+            own = self._message(loss, {} if new else extras, new)
+            message[: own.numel()] = own
+        dist.broadcast(message, dist.get_global_rank(self._group, self._last), group=self._group)
+        head, tensors = message[:header].clone().view(torch.float64), message[header:]
+        numbers: list[float] = []
+        if loss is None:
+            new, _, *numbers = head.tolist()
+        if new:
+            self.objects_sent += 1
+            extras = share_object(extras, self._last, self._group, self._device)
+            self._form = _form_of(extras) if loss is None else form
+        elif loss is None:
+            extras = self._read(numbers, tensors)
+        return head[1].float(), extras
 
-    def _agree(self, own: _Content) -> _Agreement:
-        self.objects_sent += 1
-        gathered: list[Any] = [None] * self._mesh.layout.pp
-        dist.all_gather_object(gathered, own, group=self._mesh.log_stage_group)
-        sizes = [len(content.entries) for content in gathered]
-        return _Agreement(own, gathered, sum(sizes[: self._mesh.rank("pp")]), sum(sizes))
+    def _message(self, loss: Tensor, extras: dict[str, Any], new: bool) -> Tensor:
+        """The bytes of whether the form is `new`, the loss, numbers, and tensors."""
+        leaves = tree_flatten(extras)[0]
+        tensors = [x.to(self._device).contiguous() for x in leaves if isinstance(x, Tensor)]
+        numbers = as_numbers([float(new), 0.0, *(float(x) for x in leaves if type(x) in (int, float))], self._device)
+        numbers[1] = loss.detach()
+        return torch.cat([x.reshape(-1).view(torch.uint8) for x in (numbers, *tensors)])
 
-    def _take(
-        self, agreed: _Agreement, values: list[float], extras: dict[str, Any] | None
-    ) -> tuple[Tensor, list[LogEntry], dict[str, Any]]:
-        entries, i = [], 1
-        for rank, content in enumerate(agreed.all):
-            self._metrics.updated_elsewhere(rank, content.metrics)
-            for name, options, reduction, place, metric in content.entries:
-                value = metric if reduction == "metric" else values[2 * i]
-                entries.append(LogEntry(name, options, value, values[2 * i + 1], reduction, place))
-                i += 1
-        loss = torch.tensor(values[1], device=self._device)
-        return loss, sorted(entries, key=lambda e: e.place), self._shared_extras(agreed, extras)
+    def _read(self, numbers: list[float], tensors: Tensor) -> dict[str, Any]:
+        found: list[Any] = []
+        numbers_left, tensors_left = iter(numbers), iter(tensors.split(self._form.sizes))
+        for leaf in self._form.leaves:
+            if isinstance(leaf, _Array):
+                found.append(next(tensors_left).clone().view(leaf.dtype).view(leaf.shape))
+            else:
+                found.append(leaf(next(numbers_left)) if leaf in (int, float) else leaf)
+        return tree_unflatten(found, self._form.structure)
 
-    def _shared_extras(self, agreed: _Agreement, extras: dict[str, Any] | None) -> dict[str, Any]:
-        for rank, content in enumerate(agreed.all):
-            if content.extras:
-                return share_object(extras, rank, self._mesh.log_stage_group, self._device)
-        return {}
+
+def _form_of(extras: dict[str, Any]) -> _Form:
+    leaves, structure = tree_flatten(extras)
+    return _Form(structure, [_described(leaf) for leaf in leaves])
+
+
+def _described(leaf: Any) -> Any:
+    if type(leaf) is Tensor and leaf.layout == torch.strided:
+        return _Array(leaf.shape, leaf.dtype)
+    if type(leaf) is float or (type(leaf) is int and abs(leaf) <= _EXACT):
+        return type(leaf)
+    return leaf if isinstance(leaf, str | bytes | bool | int | None) else object()

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.contract import call
 from tests.distributed.contract_jobs import make_trainer, start
-from tests.harness import RankGroup
 
 pytestmark = pytest.mark.distributed
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_hybrid._torch_private import default_group
 from lightning_hybrid.mesh import Mesh
-from lightning_hybrid.metrics.logs import LogRecorder, reduce_over_replicas
+from lightning_hybrid.metrics.logs import LogRecorder
+from lightning_hybrid.metrics.reduction import reduce_over_replicas
 from lightning_hybrid.replicas import reducer as gradients
 from lightning_hybrid.replicas.reducer import ReplicaReducer, sum_over_holders
 from lightning_hybrid.spec.layout import Layout

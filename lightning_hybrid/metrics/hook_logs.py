@@ -1,0 +1,87 @@
+"""`self.log` in hooks of the LightningModule and of callbacks: its values are reduced over the replicas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import LightningModule
+from torchmetrics import Metric
+
+from lightning_hybrid._lightning_private import running_hook, samples_of_running_batch
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.metrics.logs import LogRecorder, by_name, leave_out, replay
+from lightning_hybrid.metrics.reduction import reduce_over_replicas
+
+
+class HookLogs:
+    """`self.log` and `self.log_dict` outside the steps, in hooks of the module and of callbacks.
+
+    Every rank calls them, as Lightning asks; their values are reduced over the replicas, whatever `sync_dist` says.
+    """
+
+    def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device) -> None:
+        self._root, self._mesh, self._device = root, mesh, device
+        self.padding = False
+        """Whether the samples of the running batch count for nothing."""
+
+    def install(self) -> None:
+        """Starts taking the calls of the LightningModule."""
+        if self._mesh.layout.replicas > 1:
+            self._root.__dict__.update(log=self._log, log_dict=self._log_dict)
+
+    def remove(self) -> None:
+        """Ends it."""
+        for key in ("log", "log_dict"):
+            self._root.__dict__.pop(key, None)
+
+    def _log(self, *args: Any, **kwargs: Any) -> None:
+        self._log_all([by_name(self._root, args, kwargs)])
+
+    def _log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        calls: list[dict[str, Any]] = []
+        collector = _Collector(self._root, calls)
+        LightningModule.log_dict(collector, dictionary, *args, **kwargs)  # type: ignore[arg-type]
+        if "log" in self._root.__dict__ and self._root.__dict__["log"] != self._log:
+            for call in calls:  # inside a step, whose recorder takes them
+                self._root.log(**call)
+        else:
+            self._log_all(calls)
+
+    def _log_all(self, calls: list[dict[str, Any]]) -> None:
+        recorder = LogRecorder(self._root)
+        samples = samples_of_running_batch(self._root.trainer)
+        weighed = {}
+        for i, call in enumerate(calls):
+            if isinstance(call["value"], Metric) or call.get("rank_zero_only", False):
+                LightningModule.log(self._root, **{k: v for k, v in call.items() if k != "sync_dist"})
+                continue
+            weighed[0, call["name"], i] = samples is not None or call.get("batch_size") is not None
+            recorder.record(samples or 1, (0, call["name"], i), **call)
+        if self.padding and samples is not None:
+            leave_out(recorder.entries)
+        if not recorder.calls:
+            return
+        reduce_over_replicas(recorder.entries, self._mesh, self._device, running_hook(self._root) or "no hook")
+        for key, entry in recorder.calls.items():
+            if not weighed[key]:  # between batches each rank's value counts once, as in one process
+                entry.value = entry.value / entry.weight if entry.reduction == "mean" else entry.value
+                entry.weight = 1.0
+        replay(self._root, recorder.entries)
+
+
+@dataclass
+class _Collector:
+    """Stands in for a LightningModule while its `log_dict` takes a dictionary apart."""
+
+    root: pl.LightningModule
+    calls: list[dict[str, Any]]
+
+    @property
+    def _fabric(self) -> Any:
+        return self.root._fabric
+
+    def log(self, **call: Any) -> None:
+        self.calls.append(call)

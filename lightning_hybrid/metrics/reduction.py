@@ -1,0 +1,125 @@
+"""Logged values of all replicas: as numbers that replicas add up in one all-reduce, and back."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.metrics.logs import LogEntry
+
+_CAPACITY = 64
+"""Numbers that fit in the first all-reduce of a hook; a hook that logs more needs a second one."""
+
+
+def pack(entries: Sequence[LogEntry], replica: int, replicas: int) -> tuple[list[float], list[Any]]:
+    """Gives the weights and the values of `entries` as numbers to add up over replicas.
+
+    Values that are not summed (largest, smallest, those with `rank_zero_only`) have a place for each replica. Entries
+    with `rank_zero_only` come last, since some replicas may lack them.
+    """
+    weights: list[float] = []
+    values: list[Any] = []
+    for entry in _in_order(entries):
+        if not entry.everywhere:
+            weights += [entry.weight if r == replica else 0.0 for r in range(replicas)]
+            values += [entry.value if r == replica else 0.0 for r in range(replicas)]
+        elif entry.reduction == "mean":
+            weights.append(entry.weight)
+            values.append(entry.value)
+        elif entry.reduction == "sum":
+            values.append(entry.value)
+        else:
+            values += [entry.value if r == replica else 0.0 for r in range(replicas)]
+    return weights, values
+
+
+def unpack(entries: Sequence[LogEntry], weights: Sequence[float], values: Tensor, replica: int, replicas: int) -> None:
+    """Gives `entries` the weights and values of all replicas, from the sums of what `pack` gave on each.
+
+    Args:
+        entries: The same as for `pack`; those of another stage have no values yet.
+        weights: The sums of weights.
+        values: The sums of values, on the device, of shape `(values,)` or longer.
+        replica: This replica, for `rank_zero_only`.
+        replicas: Number of replicas.
+    """
+    w = v = 0
+    for entry in _in_order(entries):
+        if not entry.everywhere:
+            entry.weight, entry.value = weights[w + replica], values[v + replica]
+            w, v = w + replicas, v + replicas
+        elif entry.reduction == "mean":
+            entry.weight, entry.value = weights[w], values[v]
+            w, v = w + 1, v + 1
+        elif entry.reduction == "sum":
+            entry.value = values[v]
+            v += 1
+        else:
+            of_all = values[v : v + replicas]
+            entry.value = of_all.amax() if entry.reduction == "max" else of_all.amin()
+            v += replicas
+
+
+def _in_order(entries: Sequence[LogEntry]) -> Iterator[LogEntry]:
+    for everywhere in (True, False):
+        yield from (e for e in entries if e.everywhere == everywhere and e.reduction != "metric")
+
+
+def as_numbers(values: Sequence[float | Tensor], device: torch.device, size: int | None = None) -> Tensor:
+    """Gives `values` as a float64 tensor of shape `(size,)` on `device`, zeros at its end; the host does not wait."""
+    size = len(values) if size is None else size
+    if not any(isinstance(v, Tensor) for v in values):
+        padded = [*values, *[0.0] * (size - len(values))]
+        return torch.tensor(padded, dtype=torch.float64).to(device, non_blocking=True)
+    tensors = [torch.as_tensor(v, dtype=torch.float64).to(device, non_blocking=True) for v in values]
+    return torch.nn.functional.pad(torch.stack(tensors), (0, size - len(values)))
+
+
+def reduce_over_replicas(entries: list[LogEntry], mesh: Mesh, device: torch.device, hook: str = "") -> None:
+    """Makes each entry that of the global batch; collective over the replicas, which must have logged the same keys.
+
+    Args:
+        entries: What this rank has logged, in order.
+        mesh: The mesh.
+        device: This rank's device.
+        hook: The hook that logged.
+
+    Raises:
+        ValueError: On every replica, if the keys differ.
+    """
+    replicas = mesh.layout.replicas
+    if replicas == 1:
+        return
+    entries = [e for e in entries if e.everywhere]
+    keys = [f"{hook}: {e.name}" if hook else e.name for e in entries]
+    text = "\n".join(f"{k} {e.reduction}" for k, e in zip(keys, entries, strict=True))
+    code = zlib.crc32(text.encode()) % 1_000_003
+    weights, values = pack(entries, mesh.replica, replicas)
+    own = [*weights, *values]
+    head = as_numbers([float(code), float(code * code), *own[:_CAPACITY]], device, 2 + _CAPACITY)
+    dist.all_reduce(head, group=mesh.log_group)
+    codes, squares, *numbers = head.tolist()
+    if codes != code * replicas or squares != code * code * replicas:
+        gathered: list[Any] = [None] * replicas
+        dist.all_gather_object(gathered, keys, group=mesh.log_group)
+        raise different_keys(gathered)
+    sums = head[2:]
+    if len(own) > _CAPACITY:
+        rest = as_numbers(own[_CAPACITY:], device, len(own) - _CAPACITY)
+        dist.all_reduce(rest, group=mesh.log_group)
+        sums, numbers = torch.cat([sums, rest]), numbers + rest.tolist()
+    unpack(entries, numbers[: len(weights)], sums[len(weights) :], mesh.replica, replicas)
+
+
+def different_keys(by_replica: list[list[str]]) -> ValueError:
+    """The error for replicas that have logged different keys."""
+    return ValueError(
+        f"`self.log` must be called with the same keys on every replica, in the same order. Got {by_replica}. "
+        "Log a key on all of them or on none, or with `rank_zero_only=True`."
+    )

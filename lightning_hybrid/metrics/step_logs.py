@@ -1,0 +1,201 @@
+"""The logs of a step, on every rank: as numbers that all ranks add up, together with others of the step.
+
+From one step to the next only values change, as a rule. So every rank has a table of what all ranks have logged
+together before. In a step a rank names the row of the table that it has logged, by its number and the square of it: the
+sums over the ranks show to all of them alike whether those of a stage name the same row. If they do not, or one has
+logged something new, all ranks gather what each has logged as objects, add a row, and add up their numbers again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_hybrid._lightning_private import as_hook
+from lightning_hybrid.collectives import gather_objects
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.metrics.logs import LogEntry, replay
+from lightning_hybrid.metrics.reduction import as_numbers, different_keys, pack, unpack
+from lightning_hybrid.metrics.torchmetrics import Metrics
+
+_ROWS = 16
+"""A table with this many rows is cleared: a module may log keys that never repeat. Empirical."""
+
+
+_HOOKS_BEFORE_CHECK = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
+"""Hooks of callbacks and of the LightningModule."""
+
+
+class _Content(NamedTuple):
+    """What a rank has logged in a step, without values."""
+
+    entries: list[LogEntry]
+    metrics: tuple[tuple[str, bool], ...]
+    """See `Metrics.updated`."""
+
+    @property
+    def keys(self) -> list[tuple[str, str]]:
+        """Names and reductions, which must be the same on every replica."""
+        return [(e.name, e.reduction) for e in self.entries if e.everywhere]
+
+
+def seen_before_step(trainer: pl.Trainer) -> bool:
+    """Returns whether user code runs between `training_step` and the check of its gradients, and may read its logs."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+    return any(is_overridden(hook, owner) for hook in _HOOKS_BEFORE_CHECK for owner in callbacks) or any(
+        is_overridden(hook, trainer.lightning_module) for hook in (*_HOOKS_BEFORE_CHECK, "optimizer_zero_grad")
+    )
+
+
+@dataclass
+class _Table:
+    """What all ranks have logged together in one step function."""
+
+    sizes: list[tuple[int, int]]
+    """By pipeline rank: room for weights and for values, enough for every row."""
+    rows: list[list[_Content]] = field(default_factory=list)
+    """Each by pipeline rank, of the pipeline of this rank."""
+
+
+class StepLogs:
+    """Reduces the logs of a step over replicas, shares them over stages, and replays them on every rank.
+
+    Args:
+        root: The LightningModule.
+        mesh: The mesh.
+        device: This rank's device.
+        metrics: The torchmetrics objects of the module.
+    """
+
+    def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device, metrics: Metrics) -> None:
+        self._root, self._mesh, self._device, self._metrics = root, mesh, device, metrics
+        self._tables: dict[str, _Table] = {}
+        self._step, self._entries = "", list[LogEntry]()
+        self.pending = False
+        """Whether logs wait to be added up and replayed."""
+        self.gathered = 0
+        """How often ranks have gathered what each has logged."""
+
+    def take(self, step: str, entries: list[LogEntry]) -> None:
+        """Takes what this rank has logged in `step`; it is replayed at once if no rank needs another's."""
+        self._step, self._entries = step, entries
+        if self._mesh.layout.replicas == self._mesh.layout.pp == 1:
+            self._replay(entries)
+        else:
+            self.pending = True
+
+    def numbers(self) -> list[Tensor]:
+        """Gives the numbers to add up over all ranks: float64, equally many on every rank; none if no logs wait."""
+        if not self.pending:
+            return []
+        stage, replica, replicas = self._mesh.rank("pp"), self._mesh.replica, self._mesh.layout.replicas
+        row = float(self._own_row())
+        found: list[Tensor] = []
+        for rank, (weights_size, values_size) in enumerate(self._table.sizes):
+            mine, weights, values = rank == stage, list[float](), []
+            if mine and row and self._mesh.rank("tp") == 0:  # all ranks of `tp` have logged the same
+                weights, values = pack(self._travelling, replica, replicas)
+            names = [row, row * row] if mine else []
+            found.append(as_numbers(names, self._device, 2))
+            found.append(as_numbers(weights, self._device, weights_size))
+            found.append(as_numbers(values, self._device, values_size))
+        return found
+
+    def take_sums(self, sums: Tensor, on_host: Sequence[float]) -> None:
+        """Replays the logs that wait; collective, on all ranks alike, if they do not name the same rows.
+
+        Args:
+            sums: The numbers of all ranks, added up.
+            on_host: The same on the host.
+
+        Raises:
+            ValueError: On all ranks, if replicas have logged different keys.
+        """
+        row = self._named_row(on_host)
+        if row is None:
+            self._add_row()
+            sums = torch.cat(self.numbers())
+            dist.all_reduce(sums)
+            on_host = sums.tolist()
+            row = self._table.rows[-1]
+        self.pending = False
+        entries = [] if self._mesh.layout.pp > 1 else [e for e in self._entries if not e.everywhere]
+        at = 0
+        for rank, (content, (weights, values)) in enumerate(zip(row, self._table.sizes, strict=True)):
+            of_rank = self._travelling if rank == self._mesh.rank("pp") else [replace(e) for e in content.entries]
+            first, second = at + 2, at + 2 + weights
+            at = second + values
+            of_all = (on_host[first:second], sums[second:at])
+            unpack(of_rank, *of_all, self._mesh.replica, self._mesh.layout.replicas)
+            entries += of_rank
+            if self._mesh.layout.pp > 1:
+                self._metrics.updated_elsewhere(rank, content.metrics)
+        self._replay(sorted(entries, key=lambda e: e.place))
+
+    def _replay(self, entries: list[LogEntry]) -> None:
+        with as_hook(self._root, self._step):
+            replay(self._root, entries, self._metrics.prepare)
+
+    @property
+    def _travelling(self) -> list[LogEntry]:
+        """This rank's entries that others need: those with `rank_zero_only` go to the stages of their pipeline."""
+        return [e for e in self._entries if e.everywhere or self._mesh.layout.pp > 1]
+
+    # ---- the table
+
+    @property
+    def _table(self) -> _Table:
+        return self._tables.setdefault(self._step, _Table([(0, 0)] * self._mesh.layout.pp))
+
+    def _content(self) -> _Content:
+        shared = self._mesh.layout.pp > 1  # elsewhere options stay on their rank, and may differ
+        entries = [
+            replace(e, value=e.value if e.reduction == "metric" else None, weight=0.0)
+            if shared
+            else LogEntry(e.name, {}, None, 0.0, e.reduction)
+            for e in self._travelling
+        ]
+        return _Content(entries, self._metrics.updated if shared else ())
+
+    def _own_row(self) -> int:
+        """The number of the last row that has what this rank has logged, from 1 on; 0 if it is new."""
+        own, stage, rows = self._content(), self._mesh.rank("pp"), self._table.rows
+        return next((i for i in range(len(rows), 0, -1) if rows[i - 1][stage] == own), 0)
+
+    def _named_row(self, on_host: Sequence[float]) -> list[_Content] | None:
+        """What the pipeline ranks have logged; None if the ranks of one do not name the same row."""
+        found, at = [], 0
+        ranks = self._mesh.layout.devices // self._mesh.layout.pp
+        for stage, sizes in enumerate(self._table.sizes):
+            total, squares = int(on_host[at]), int(on_host[at + 1])
+            if total == 0 or ranks * squares != total * total:  # equal only if all numbers are (Cauchy-Schwarz)
+                return None
+            found.append(self._table.rows[total // ranks - 1][stage])
+            at += 2 + sum(sizes)
+        return found
+
+    def _add_row(self) -> None:
+        self.gathered += 1
+        layout, table = self._mesh.layout, self._table
+        gathered: list[_Content] = gather_objects(self._content())
+        by_place = list(zip(self._mesh.places, gathered, strict=True))
+        if len(table.rows) == _ROWS:
+            table.rows, table.sizes = [], [(0, 0)] * layout.pp
+        row = []
+        for stage, size in enumerate(table.sizes):
+            of_stage = [(place, content) for place, content in by_place if place.pp == stage]
+            by_replica = sorted(of_stage, key=lambda of: (of[0].tp, of[0].replica(layout)))
+            if any(content.keys != by_replica[0][1].keys for _, content in by_replica):
+                raise different_keys([[name for name, _ in content.keys] for _, content in by_replica])
+            own = (self._mesh.place.tp, self._mesh.replica)
+            row.append(next(c for place, c in by_replica if (place.tp, place.replica(layout)) == own))
+            needed = [tuple(map(len, pack(c.entries, 0, layout.replicas))) for _, c in by_replica]
+            table.sizes[stage] = tuple(map(max, zip(size, *needed, strict=True)))  # type: ignore[assignment]
+        table.rows.append(row)
