@@ -35,8 +35,8 @@ from lightning_hybrid._lightning_private.loaders import (
     training_loaders,
 )
 from lightning_hybrid._lightning_private.metrics import (
-    as_hook,
     Synchronize,
+    as_hook,
     concatenates,
     counts_as_updated,
     metric_reductions,
