@@ -50,7 +50,8 @@ def seen_before_step(trainer: pl.Trainer) -> bool:
     """Returns whether user code runs between `training_step` and the check of its gradients, and may read its logs."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     return any(is_overridden(hook, owner) for hook in _HOOKS_BEFORE_CHECK for owner in callbacks) or any(
-        is_overridden(hook, trainer.lightning_module) for hook in (*_HOOKS_BEFORE_CHECK, "backward", "optimizer_zero_grad")
+        is_overridden(hook, trainer.lightning_module)
+        for hook in (*_HOOKS_BEFORE_CHECK, "backward", "optimizer_zero_grad")
     )
 
 

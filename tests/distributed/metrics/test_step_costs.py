@@ -131,6 +131,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rank zero only": ({"values": 2, "options": {"rank_zero_only": True}}, {}),
     "changing keys": ({"values": 2, "changing": True}, {}),
     "a dictionary": ({"values": 2, "extras": True}, {}),
+    "clipped gradients": ({"values": 2}, {"gradient_clip_val": 0.1}),
     "accumulated batches": ({"values": 2}, {"max_steps": WARM_UP + STEPS, "accumulate_grad_batches": 2}),
 }
 
