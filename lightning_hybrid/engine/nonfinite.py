@@ -99,7 +99,7 @@ class NonFiniteCheck:
             total = torch.linalg.vector_norm(torch.stack([n.to(self._device) for n in norms.values()]))
         if loss is not None:
             total = total + loss
-        clips = clips_untouched_gradients(trainer) and self._partition.gradient_sync.kind != "diloco"
+        clips = clips_untouched_gradients(trainer) and self._partition.plan.gradient_sync.kind != "diloco"
         suspects, norm = self._agree(~torch.isfinite(total), clips, optimizer, norms)
         if not suspects:
             return norm
