@@ -12,6 +12,7 @@ from lightning_hybrid._torch_private.autograd import (
     version_of,
 )
 from lightning_hybrid._torch_private.collectives import (
+    all_to_all_rows,
     boxed_group,
     coalescing_off,
     completed_work,
@@ -19,6 +20,7 @@ from lightning_hybrid._torch_private.collectives import (
     group_named,
     limit_waiting,
     store_client,
+    sum_over_group,
 )
 from lightning_hybrid._torch_private.dispatch import (
     ATTENTION,
@@ -60,6 +62,7 @@ from lightning_hybrid._torch_private.modules import (
 from lightning_hybrid._torch_private.optimizers import agree_on_overflow, step_without_hooks
 
 __all__ = [
+    "all_to_all_rows",
     "ATTENTION",
     "BatchNorm",
     "DispatchMode",
@@ -104,6 +107,7 @@ __all__ = [
     "run_on_meta",
     "step_without_hooks",
     "storage_resizes_seen",
+    "sum_over_group",
     "store_client",
     "tree_flatten",
     "tree_leaves",

@@ -8,8 +8,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
+from torch.distributed import _functional_collectives as functional
 
 
 def default_group() -> dist.ProcessGroup:
@@ -42,6 +44,25 @@ def boxed_group(box: Any) -> dist.ProcessGroup:
 def group_named(name: Any) -> dist.ProcessGroup:
     """Returns the process group called `name`, as functional collectives are called; a group is returned as it is."""
     return name if isinstance(name, dist.ProcessGroup) else resolve_process_group(name)
+
+
+def all_to_all_rows(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Sends rows of `rows` to every rank and returns those that arrive, in order of rank; gradients go back.
+
+    torch 2.13 names this function in place of `torch.distributed.nn.functional`, which it warns about.
+
+    Args:
+        rows: Shape `(sum(sent), ...)`; the first rows are for the first rank.
+        sent: Number of rows for each rank.
+        received: Number of rows from each rank.
+        group: The ranks.
+    """
+    return functional.wait_tensor(functional.all_to_all_single_autograd(rows, received, sent, group))
+
+
+def sum_over_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Returns the sum of every rank's `tensor`; its gradient is the sum of the gradients of all ranks."""
+    return functional.wait_tensor(functional.all_reduce(tensor, "sum", group))
 
 
 @contextmanager

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from lightning_hybrid.strategy import HybridStrategy
 
 TESTED_TORCH = ("2.13",)
+"""Releases with which the tests have passed, oldest first. pyproject.toml allows 2.11 and 2.12, too: they are accepted
+without a warning, but no tests have run with them yet. Whoever runs them adds the release here."""
 
 
 def warn_if_untested() -> None:

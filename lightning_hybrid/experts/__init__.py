@@ -3,7 +3,6 @@
 Detect and plan:
     detect: finds modules of experts and verifies numerically that they can be divided (`plan_experts`).
 Apply:
-    all_to_all: the differentiable exchange of tokens.
     parallel: dispatch of tokens, experts of this rank, combination of outputs (`ExpertParallel`).
     copies: experts that several ranks compute.
 """

@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hybrid._torch_private import own_parameters
-from lightning_hybrid.experts.all_to_all import exchange_rows
+from lightning_hybrid._torch_private import all_to_all_rows, own_parameters
 from lightning_hybrid.spec.expert_plan import ExpertPlan
 
 
@@ -93,7 +92,7 @@ class ExpertCopies:
         entries: dict[str, Any] = dict.fromkeys(attributes, self.experts)
         for key in [k for k, parameter in own_parameters(module).items() if parameter is not None]:
             own = getattr(module, key)  # under `tp` the local tensor is in `__dict__`
-            received = exchange_rows(own.index_select(0, self._copied), self._sent, self._received, self._group)
+            received = all_to_all_rows(own.index_select(0, self._copied), self._sent, self._received, self._group)
             entries[key] = torch.cat([own, received])
         before = {key: present[key] for key in entries if key in present}
         present.update(entries)  # attribute lookup reads `__dict__` before the registered parameters

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hybrid._torch_private import in_backward, own_parameters
-from lightning_hybrid.experts.all_to_all import exchange_rows
+from lightning_hybrid._torch_private import all_to_all_rows, in_backward, own_parameters
 from lightning_hybrid.experts.copies import ExpertCopies
 from lightning_hybrid.spec.expert_plan import ExpertPlan, plan_of
 from lightning_hybrid.spec.tensor_plan import Path
@@ -62,8 +61,8 @@ class DividedExperts:
         order_M = place_M.argsort(stable=True)
         received_RP, sent, received = self._exchange_counts(counts_P)
         x_MD = x_ND[order_M // index_NA.shape[1]]
-        arrived_MD = exchange_rows(x_MD, sent, received, self._group)
-        y_MD = exchange_rows(self._compute(arrived_MD, received_RP, args, kwargs), received, sent, self._group)
+        arrived_MD = all_to_all_rows(x_MD, sent, received, self._group)
+        y_MD = all_to_all_rows(self._compute(arrived_MD, received_RP, args, kwargs), received, sent, self._group)
         y_MD = y_MD * weights_NA.flatten()[order_M, None]
         y_NAD = torch.zeros_like(y_MD).index_copy(0, order_M, y_MD).unflatten(0, index_NA.shape)
         return y_NAD.sum(dim=1).to(x_ND.dtype)

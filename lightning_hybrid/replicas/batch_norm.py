@@ -8,24 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hybrid._torch_private import BatchNorm, check_input_dim
-
-
-class _SumOverReplicas(torch.autograd.Function):
-    """All-reduce whose gradient is the all-reduce of the gradients (every replica's loss depends on every input)."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        total = value.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+from lightning_hybrid._torch_private import BatchNorm, check_input_dim, sum_over_group
 
 
 def has_batch_norm(root: nn.Module) -> bool:
@@ -38,7 +21,7 @@ def global_batch_norm(
 ) -> Callable[[Tensor], Tensor]:
     """A `forward` for `module` with the statistics of all replicas together.
 
-    While `absent()`, this replica's samples do not count among them.
+    While `padding()`, this replica's samples do not count among them.
 
     The two-pass form, mean first and then the mean squared deviation, keeps the rounding of one process.
 
@@ -55,9 +38,9 @@ def global_batch_norm(
         counts = 0.0 if padding() else 1.0
         size = torch.tensor(counts * (x_NC.numel() // x_NC.shape[1]), device=x_NC.device)
         dist.all_reduce(size, group=group)
-        mean_C = _SumOverReplicas.apply(x_NC.sum(dims) * counts, group) / size
+        mean_C = sum_over_group(x_NC.sum(dims) * counts, group) / size
         centred_NC = x_NC - mean_C.view(shape)
-        variance_C = _SumOverReplicas.apply(centred_NC.square().sum(dims) * counts, group) / size
+        variance_C = sum_over_group(centred_NC.square().sum(dims) * counts, group) / size
         _update_running(module, mean_C.detach(), variance_C.detach() * size / (size - 1).clamp(min=1))
         out = centred_NC * torch.rsqrt(variance_C + module.eps).view(shape)
         return out * module.weight.view(shape) + module.bias.view(shape) if module.affine else out
