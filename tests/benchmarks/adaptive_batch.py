@@ -1,12 +1,12 @@
 """What an adaptive batch size gains: `python -m tests.benchmarks.adaptive_batch [toy overhead text] [--seeds 0 1 2]`.
 
 `toy`: a regression with noisy labels, Adam, a learning rate that falls with the samples (cosine), equally many samples
-in every run. Time is virtual: a step of B samples takes 512 + B units, as on a device that small batches do not fill.
-Every fixed batch has the learning rate times the square root of its growth, as the adaptive one has.
+in every run. Time is virtual: a step of B samples takes 512 + B units, as if small batches did not saturate
+the device. Every fixed batch has the learning rate times the square root of its growth, as the adaptive one has.
 
 `overhead`: steps with the statistics and without, block by block in one training.
 
-`text`: the quickstart, with its batch and with an adaptive one: time to the final bits a byte of the fixed batch.
+`text`: the quickstart, with its batch and with an adaptive one: time to the final bits per byte of the fixed batch.
 """
 
 from __future__ import annotations
@@ -178,7 +178,9 @@ def toy(seeds: Sequence[int]) -> dict[str, list[Course]]:
 
 def toy_table(runs: dict[str, list[Course]]) -> str:
     """The runs as a markdown table of medians over seeds."""
-    lines = ["| batch | excess loss | against the first | virtual time | against the first | steps | last batch |"]
+    lines = [
+        "| batch | excess loss | relative to the first | virtual time | relative to the first | steps | last batch |"
+    ]
     lines.append("|---|---|---|---|---|---|---|")
     loss, time_ = medians(runs[f"fixed {FIRST}"])
     for name, courses in runs.items():
@@ -276,7 +278,7 @@ class Clock(L.Callback):
 
 def text_table(samples: int, batch_size: int) -> str:
     """Both runs as a markdown table."""
-    lines = ["| batch | seconds to the fixed run's bits a byte | final bits a byte | steps | seconds in all |"]
+    lines = ["| batch | seconds to the fixed run's bits per byte | final bits per byte | steps | total seconds |"]
     lines.append("|---|---|---|---|---|")
     with RankGroup(2, timeout_seconds=TIMEOUT_SECONDS) as ranks:
         runs = {
@@ -292,7 +294,7 @@ def text_table(samples: int, batch_size: int) -> str:
 
 
 def text(batch_size: int, adaptive: bool, samples: int) -> list[tuple[float, int, float]]:
-    """The quickstart's model and data on two replicas: seconds, steps and bits a byte. Runs on every rank."""
+    """The quickstart's model and data on two replicas: seconds, steps and bits per byte. Runs on every rank."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -77,7 +77,7 @@ TOOLS = (
         package="lightning-hybrid",
         installed_here=True,
         layouts=("one", "ddp", "fsdp2", "pipeline"),
-        mid_training="the global batch follows the gradient's noise; microbatches are halved when memory runs short",
+        mid_training="the global batch follows the noise scale; microbatches are halved when memory runs short",
     ),
     Tool(
         title="Lightning `BatchSizeFinder`, power (default)",

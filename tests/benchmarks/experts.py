@@ -65,7 +65,7 @@ def measure(width: int, rounds: int) -> Row:
 
 def table(rows: list[Row]) -> str:
     """A line for each width."""
-    lines = ["| width | dense, ms a step | experts, ms a step | ratio, median |", "|---|---|---|---|"]
+    lines = ["| width | dense, ms per step | experts, ms per step | ratio, median |", "|---|---|---|---|"]
     for r in rows:
         lines.append(f"| {r.width} | {r.dense_seconds * 1e3:.1f} | {r.experts_seconds * 1e3:.1f} | {r.ratio:.2f} |")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.gradient_sync --steps 2000 --exact-steps 540
 
-The quickstart's text and a smaller model; the loss is validation's, in bits a byte. All ways begin with some exact
+The quickstart's text and a smaller model; the loss is that of validation, in bits per byte. All ways begin with exact
 steps: Douillard et al., arXiv:2311.08105, section 3, take 24,000 of 88,000 before the replicas step by themselves.
 """
 
@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
     print(f"{versions()}\n")
-    print("| way | bits a byte | against exact | KiB a step and rank | against exact |\n|---|---|---|---|---|")
+    print("| method | bits per byte | relative to exact | KiB per step and rank | relative to exact |")
+    print("|---|---|---|---|---|")
     first: tuple[float, float] | None = None
     with RankGroup(4, timeout_seconds=900) as ranks:
         for name in arguments.ways:

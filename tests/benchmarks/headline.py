@@ -36,7 +36,7 @@ class Outcome:
 
     arm: Arm
     search: dict[float, float] = field(default_factory=dict)
-    """Learning rate to bits a byte."""
+    """Learning rate to bits per byte."""
     results: list[Result] = field(default_factory=list)
     """One for each seed."""
     peak_bytes: int = 0
@@ -97,8 +97,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """A row for each arm; the first is the one that the others are measured against."""
     base = outcomes[0]
     lines = [
-        "| arm | what | layout | weights | learning rate | tokens | bits a byte | time | time to the traditional arm's "
-        "loss | peak memory a device |",
+        "| arm | description | layout | parameters | learning rate | tokens | bits per byte | time | time to the "
+        "traditional arm's loss | peak memory per device |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for outcome in outcomes:
@@ -135,7 +135,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     for axis, label in zip(axes, ("tokens", "seconds of training"), strict=True):
         axis.axhline(outcomes[0].results[0].bits, color="grey", linewidth=0.6)
         axis.set_xlabel(label)
-    axes[0].set_ylabel("validation loss, bits a byte")
+    axes[0].set_ylabel("validation loss, bits per byte")
     points = outcomes[0].results[0].curve
     last = max(p[2] for p in points[len(points) // 6 :])
     axes[0].set_ylim(top=last)

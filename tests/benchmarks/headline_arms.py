@@ -65,7 +65,7 @@ def _arms(
     )
     scheme = Arm(
         name="scheme",
-        about="N active of a mixture of experts; Muon, moments in bfloat16, batch schedule",
+        about="mixture of experts, N active; Muon, moments in bfloat16, batch schedule",
         transformer=experts,
         layout=whole,
         optimizer="muon",
@@ -74,7 +74,7 @@ def _arms(
         microbatch_share=0.375,
         ramp=0.8,
     )
-    quick = replace(scheme, name="scheme, fewer tokens", about="the same, for half of the tokens", token_share=0.5)
+    quick = replace(scheme, name="scheme, fewer tokens", about="the same, half of the tokens", token_share=0.5)
     prediction = replace(experts, prediction=PredictionConfig())
     return [
         traditional,
@@ -82,19 +82,19 @@ def _arms(
         quick,
         _like(quick, "− experts", "dense, N", transformer=small),
         _like(quick, "− Muon", "AdamW", optimizer="adamw", learning_rates=ADAMW_RATES),
-        _like(quick, "− batch schedule", "batch as large as the traditional one", ramp=0.0, microbatch_share=0.5),
+        _like(quick, "− batch schedule", "batch size of the traditional arm", ramp=0.0, microbatch_share=0.5),
         _like(
             quick, "+ latent attention", "keys and values from a latent", transformer=replace(experts, latent=latent)
         ),
         _like(quick, "+ multi-token prediction", "one further token", transformer=prediction),
         _like(quick, "+ expert parallelism", "experts divided over the ranks", layout=f"ep{devices}"),
-        _like(traditional, "control: N dense", "as traditional, with N", transformer=small),
-        _like(traditional, "control: N dense, streams", "4 streams for the last 2 %", transformer=small, streams=4),
-        _like(traditional, "control: 2.75 N sharded", "as traditional, under our sharding", layout=sharded),
+        _like(traditional, "control: N dense", "as traditional, N", transformer=small),
+        _like(traditional, "control: N dense, ParScale", "4 streams for the last 2 %", transformer=small, streams=4),
+        _like(traditional, "control: 2.75 N sharded", "as traditional, sharded by `fsdp`", layout=sharded),
         _like(
             traditional,
             "control: 2.75 N, small batch, Muon",
-            "what of the gain is not the architecture's",
+            "gain without the architecture",
             optimizer="muon",
             learning_rates=MUON_RATES,
             microbatch_share=0.375,

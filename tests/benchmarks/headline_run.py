@@ -110,7 +110,7 @@ class Result:
     learning_rate: float
     seed: int
     curve: list[tuple[int, float, float]] = field(default_factory=list)
-    """Tokens, seconds of training (without validation), validation loss in bits a byte."""
+    """Tokens, seconds of training (without validation), validation loss in bits per byte."""
     parameters: int = 0
 
     @property

@@ -129,7 +129,7 @@ def measure_memory(layouts: Sequence[str], size: MemorySize) -> str:
         size: Of the model.
     """
     lines = [
-        "| layout | peak of the fullest rank, MiB | share of the single process | weights, gradients, moments, MiB |",
+        "| layout | peak of the largest rank, MiB | relative to a single process | weights, gradients, moments, MiB |",
         "|---|---|---|---|",
     ]
     single = _fullest(None, size)

@@ -39,9 +39,11 @@ class Comparison:
 
 COMPARISONS = (
     Comparison(layout="dp2", reference="DDPStrategy", bound=1.03, size=Size()),
-    Comparison(layout="fsdp2", reference="ModelParallelStrategy, fully_shard by hand", bound=1.05, size=Size()),
-    Comparison(layout="tp2", reference="ModelParallelStrategy, parallelize_module by hand", bound=1.05, size=Size()),
-    Comparison(layout="pp2", reference="stages by hand, Schedule1F1B, plain loop", bound=1.05, size=Size()),
+    Comparison(layout="fsdp2", reference="ModelParallelStrategy, hand-written fully_shard", bound=1.05, size=Size()),
+    Comparison(
+        layout="tp2", reference="ModelParallelStrategy, hand-written parallelize_module", bound=1.05, size=Size()
+    ),
+    Comparison(layout="pp2", reference="hand-written stages, Schedule1F1B, plain loop", bound=1.05, size=Size()),
 )
 
 
@@ -60,7 +62,8 @@ def measure(layout: str, size: Size, rounds: int, steps: int) -> Result:
 def table(results: Sequence[tuple[Comparison, Result]]) -> str:
     """The results as a markdown table."""
     lines = [
-        "| layout | against | ours, ms a step | theirs, ms a step | ratio, median | quartiles | CPU time | bound |",
+        "| layout | compared with | ours, ms per step | theirs, ms per step | ratio, median | quartiles | CPU time "
+        "| bound |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for line, result in results:

@@ -108,7 +108,7 @@ def sequences() -> list[str]:
     bound = max(sum(costs) / 64, max(costs))
     packed = max(sum(costs[i] for i in b) for b in found) / bound
     in_turn = max(sum(costs[i::64]) for i in range(64)) / bound
-    text = f"largest part {in_turn:.3f} of the bound in turn; {packed:.4f} packed"
+    text = f"largest part {in_turn:.3f} of the bound in order; {packed:.4f} packed"
     return ["sequences: 1024 into 64", text, f"{min(times) * 1000:.1f} ms"]
 
 
@@ -189,10 +189,10 @@ def main() -> None:
     with RankGroup(4, timeout_seconds=400) as ranks:
         timed = [kind(ranks) for name, kind in (("stages", stages), ("replicas", replicas)) if name in chosen]
         if timed:
-            show(["", "s a step before", "after", "faster", "of the optimum", "division"], timed)
+            show(["", "seconds per step before", "after", "speed-up", "relative to the optimum", "division"], timed)
         decided = [kind() for name, kind in (("experts", experts), ("sequences", sequences)) if name in chosen]
         if decided:
-            show(["", "balance", "decided in"], decided)
+            show(["", "balance", "time to decide"], decided)
         if "layouts" in chosen:
             show(["change", "MiB sent", "seconds", "in steps"], layouts(ranks))
 

@@ -140,8 +140,8 @@ def run(
 def table(results: dict[str, Cost], what: str = "checks", bound: float = BOUND) -> str:
     """The results as a markdown table."""
     lines = [
-        f"| layout | with {what}, ms a step | without, ms a step | ratio, median | quartiles | CPU time | bound "
-        "| watching thread, share of a core |",
+        f"| layout | with {what}, ms per step | without, ms per step | ratio, median | quartiles | CPU time | bound "
+        "| monitor thread, share of a core |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for layout, cost in results.items():

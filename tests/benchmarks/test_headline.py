@@ -67,7 +67,7 @@ def test_arms_run(tmp_path: Path) -> None:
     budget, arms = cpu()
     short = replace(budget, steps=8, evaluations=2, validation_windows=32)
     chosen = [
-        a for a in arms if a.name in ("traditional", "scheme", "control: N dense, streams", "+ expert parallelism")
+        a for a in arms if a.name in ("traditional", "scheme", "control: N dense, ParScale", "+ expert parallelism")
     ]
     outcomes = [run_arm(replace(arm, learning_rates=arm.learning_rates[:1]), short, [0]) for arm in chosen]
     assert all(o.results[0].curve[-1][0] >= 0.45 * short.tokens for o in outcomes)

@@ -36,7 +36,7 @@ def assert_goes_on(resumed: list[dict], whole: list[dict], step: int) -> None:
         assert (again["lr"], again["seen"], again["random"]) == (before["lr"], before["seen"], before["random"])
 
 
-@pytest.mark.feature("resuming in mid-epoch, bit for bit")
+@pytest.mark.feature("resuming within an epoch, bit-identical")
 @pytest.mark.parametrize("layout", TWO)
 def test_the_same_layout_goes_on_bit_for_bit(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = ranks2.call(jobs.run, layout, str(tmp_path))
@@ -45,7 +45,7 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks2: RankGroup, tmp_path: Path, 
         assert_goes_on(resumed, whole, step)
 
 
-@pytest.mark.feature("resuming in mid-epoch, bit for bit")
+@pytest.mark.feature("resuming within an epoch, bit-identical")
 @pytest.mark.parametrize("layout", FOUR)
 def test_the_same_product_goes_on_bit_for_bit(ranks4: RankGroup, tmp_path: Path, layout: str):
     whole = ranks4.call(jobs.run, layout, str(tmp_path))
@@ -115,7 +115,7 @@ def test_one_plain_file(ranks2: RankGroup, tmp_path: Path, layout: str):
     assert whole["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
-@pytest.mark.feature("checkpoints: going on from a plain file of Lightning")
+@pytest.mark.feature("checkpoints: resuming from a plain Lightning file")
 @pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
 def test_a_plain_file_of_lightning_is_a_starting_point(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = jobs.run(None, str(tmp_path), dropout=0.0, every=jobs.STEPS_PER_EPOCH, shuffle=False)
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_refused_by_all_ranks(ranks2: RankGroup, tmp_pat
         ranks2.call(jobs.run, "pp2", ckpt_path=str(tmp_path / "step=5.ckpt"))
 
 
-@pytest.mark.feature('`ckpt_path="last"` falls back to the newest intact one')
+@pytest.mark.feature('`ckpt_path="last"` falls back to the newest intact checkpoint')
 @pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
 def test_last_is_the_newest_that_is_intact(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = ranks2.call(jobs.run, layout, str(tmp_path))

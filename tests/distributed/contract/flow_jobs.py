@@ -17,18 +17,18 @@ from tests.distributed.jobs import weights
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "limit_train_batches and limit_val_batches": {"limit_train_batches": 2, "limit_val_batches": 1},
-    "limit_train_batches as a share": {"limit_train_batches": 0.67, "limit_val_batches": 0.5},
+    "limit_train_batches as a fraction": {"limit_train_batches": 0.67, "limit_val_batches": 0.5},
     "fast_dev_run": {"fast_dev_run": 2},
     "val_check_interval": {"val_check_interval": 2},
-    "val_check_interval as a share": {"val_check_interval": 0.34},
+    "val_check_interval as a fraction": {"val_check_interval": 0.34},
     "overfit_batches": {"overfit_batches": 2},
     "detect_anomaly": {"detect_anomaly": True},
     "check_val_every_n_epoch": {"check_val_every_n_epoch": 2, "max_epochs": 4},
     "reload_dataloaders_every_n_epochs": {"reload_dataloaders_every_n_epochs": 1},
     "max_steps": {"max_steps": 4, "max_epochs": -1},
     "max_time": {"max_time": timedelta(seconds=0), "max_epochs": -1},
-    "without sanity validation": {"num_sanity_val_steps": 0},
-    "all of sanity validation": {"num_sanity_val_steps": -1},
+    "no sanity validation": {"num_sanity_val_steps": 0},
+    "full sanity validation": {"num_sanity_val_steps": -1},
     "barebones": {"barebones": True},
 }
 

@@ -32,7 +32,7 @@ def test_decisions(request: pytest.FixtureRequest, one_process: dict, tmp_path: 
 LESS_USED = [pytest.param(k, marks=pytest.mark.slow) for k in ("WeightAveraging", "by a function")]
 
 
-@pytest.mark.feature(by="kind", prefix="average of weights: ")
+@pytest.mark.feature(by="kind", prefix="weight averaging: ")
 @pytest.mark.parametrize(
     "kind", ["StochasticWeightAveraging", "EMAWeightAveraging", "by a function of lists", *LESS_USED]
 )

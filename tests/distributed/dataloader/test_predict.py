@@ -17,10 +17,10 @@ CASES: dict[str, dict[str, Any]] = {
     "one batch": {"counts": (3,)},
     "two loaders": {"counts": (21, 10)},
     "limited to three batches": {"counts": (21,), "limit_predict_batches": 3},
-    "half of the batches": {"counts": (21,), "limit_predict_batches": 0.5},
-    "no batches, one sample at a time": {"counts": (5,), "size": None},
+    "limited to half of the batches": {"counts": (21,), "limit_predict_batches": 0.5},
+    "without a batch size, one sample at a time": {"counts": (5,), "size": None},
 }
-LIMITED = ("limited to three batches", "half of the batches")
+LIMITED = ("limited to three batches", "limited to half of the batches")
 
 
 def assert_predicted(found: Any, expected: Any) -> None:
@@ -89,7 +89,7 @@ def test_nothing_is_gathered_that_is_not_returned(ranks2: RankGroup, layout):
         assert batches
 
 
-@pytest.mark.feature("predictions: on a stream")
+@pytest.mark.feature("predictions: iterable dataset")
 @pytest.mark.parametrize("limit", [None, 3])
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2"])

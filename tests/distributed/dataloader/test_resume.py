@@ -48,7 +48,7 @@ def references() -> dict[str, dict]:
     return {}
 
 
-@pytest.mark.feature("data: a run goes on in the middle of an epoch, saved under another layout")
+@pytest.mark.feature("data: resuming within an epoch, saved under another layout")
 @pytest.mark.parametrize(("kind", "place", "saved", "layout", "options"), CASES)
 def test_goes_on(ranks2: RankGroup, references, tmp_path, kind, place, saved, layout, options):
     options = {"kind": kind, "max_epochs": EPOCHS, **options}
@@ -69,7 +69,7 @@ def test_training_is_that_of_lightning_without_the_strategy(ranks2: RankGroup):
     _same(ranks2.call(data_jobs.train, "dp2", max_epochs=EPOCHS)[0], data_jobs.train(None, max_epochs=EPOCHS))
 
 
-@pytest.mark.feature("data: a checkpoint of Lightning in mid-epoch")
+@pytest.mark.feature("data: a Lightning checkpoint saved within an epoch")
 @pytest.mark.parametrize("kind", [pytest.param("in order", marks=pytest.mark.slow), "shuffled"])
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
 def test_a_checkpoint_of_lightning_in_mid_epoch_goes_on_as_in_lightning(ranks2: RankGroup, tmp_path, layout, kind):

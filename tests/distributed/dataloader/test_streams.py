@@ -20,7 +20,7 @@ def assert_trained(result: dict, expected: dict) -> None:
         assert result["metrics"][key] == pytest.approx(value, rel=2e-5), key
 
 
-@pytest.mark.feature("data: `IterableDataset`, dealt to the replicas")
+@pytest.mark.feature("data: `IterableDataset`, sharded round-robin")
 @pytest.mark.parametrize("samples", [37, pytest.param(33, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", TWO)
 def test_a_stream_that_is_not_sharded_is_dealt(ranks2: RankGroup, layout, samples):

@@ -14,24 +14,29 @@ TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 FOUR = "fsdp2-pp2"
 
 CASES: dict[str, dict[str, Any]] = {
-    "three and two in the last batch": {"samples": 37},
-    "one and none": {"samples": 33, "kind": "in order"},
+    "last batch of three and two samples": {"samples": 37},
+    "last batch of one and no sample": {"samples": 33, "kind": "in order"},
     "fewer samples than replicas": {"samples": 1, "kind": "in order", "val_samples": 1},
     "drop last": {"samples": 37, "loader_options": {"drop_last": True}},
     "accumulation": {"samples": 37, "accumulate_grad_batches": 2},
-    "accumulation of a last batch alone": {"samples": 33, "accumulate_grad_batches": 2},
+    "accumulation, last batch alone": {"samples": 33, "accumulate_grad_batches": 2},
     "clipping": {"samples": 33, "gradient_clip_val": 0.05},
     "manual optimization": {"samples": 33, "manual": True},
     "weighted sampler": {"samples": 37, "kind": "weighted"},
     "subset sampler": {"samples": 74, "kind": "subset"},
     "generator of the loader": {"samples": 37, "kind": "own generator"},
-    "sampler with an epoch": {"samples": 37, "kind": "own sampler"},
+    "sampler with `set_epoch`": {"samples": 37, "kind": "own sampler"},
     "batch sampler of torch": {"samples": 37, "kind": "given batches"},
     "batch norm": {"samples": 37, "module_options": {"norm": True}},
     "limited batches": {"samples": 37, "limit_train_batches": 2, "limit_val_batches": 2},
 }
 
-FIRST = ["three and two in the last batch", "one and none", "fewer samples than replicas", "accumulation"]
+FIRST = [
+    "last batch of three and two samples",
+    "last batch of one and no sample",
+    "fewer samples than replicas",
+    "accumulation",
+]
 """Under every layout in the tests that run always; the others under `dp2` there, and everywhere in the slow ones."""
 
 
@@ -104,7 +109,7 @@ def test_two_ranks_the_rest(ranks2: RankGroup, references, layout, case):
     assert_like_one_process(ranks2.call(data_jobs.train, layout, **CASES[case]), reference(references, case), layout)
 
 
-@pytest.mark.feature("data: a batch sampler of the user")
+@pytest.mark.feature("data: a custom batch sampler")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
 def test_a_batch_sampler_gives_every_replica_a_batch_in_turn(ranks2: RankGroup, layout):
     """A global step is the batches of the replicas, weighed by samples; one process sees them joined."""

@@ -76,7 +76,7 @@ def test_a_callback_of_one_rank(ranks2: RankGroup, layout):
     check_weights(results[0]["weights"], jobs.with_gradients(None, {}, **options)["weights"])
 
 
-@pytest.mark.feature("norms of gradients (`strategy.gradient_norms`)")
+@pytest.mark.feature("gradient norms (`strategy.gradient_norms`)")
 @pytest.mark.parametrize("optimizer", ["sgd", "head"])
 @pytest.mark.parametrize("layout", [*TWO, "dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"])
 def test_norms_of_gradients(request, layout, optimizer):
@@ -98,7 +98,7 @@ def test_gradients_are_measured_again_only_after_a_hook(ranks2: RankGroup, layou
     check_weights(results[0]["weights"], expected["weights"])
 
 
-@pytest.mark.feature("`optimizer.add_param_group` while training")
+@pytest.mark.feature("`optimizer.add_param_group` during training")
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("layout", [*TWO, "fsdp2-pp2"])
 def test_an_added_parameter_group(request, tmp_path, layout, save):

@@ -54,7 +54,7 @@ def test_all_ranks_stop_before_the_update(ranks2: RankGroup, case):
     assert_weights(results[0], jobs.poisoned(None, None, {}, max_steps=1))
 
 
-@pytest.mark.feature("`on_nonfinite`: NaN on one rank stops all, or leaves out the step")
+@pytest.mark.feature("`on_nonfinite`: NaN on one rank stops all ranks, or skips the step")
 @pytest.mark.parametrize(("case", "layout"), [(case, layout) for case, (layout, _, _) in CASES.items()])
 def test_all_ranks_leave_the_step_out(ranks2: RankGroup, case, layout):
     _, options, message = CASES[case]

@@ -79,7 +79,7 @@ def test_clipping_under_products(ranks4: RankGroup, layout, algorithm):
     check(ranks4.call(jobs.optimized, layout, {}, **options)[0], jobs.optimized(None, {}, **options))
 
 
-@pytest.mark.feature("`compile=True`: each block compiled")
+@pytest.mark.feature("`compile=True`: compiles each block")
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("layout", TWO)

@@ -59,7 +59,7 @@ def test_four_ranks(ranks4: RankGroup, references, layout, setting):
     assert all(r["metrics"] == results[0]["metrics"] for r in results)
 
 
-@pytest.mark.feature("predictions, whole and in order")
+@pytest.mark.feature("predictions, complete and in order")
 @pytest.mark.parametrize("layout", TWO)
 def test_predictions_are_whole_and_in_order_on_every_rank_of_a_replica(ranks2: RankGroup, layout):
     expected = jobs.predict(None)
@@ -112,7 +112,7 @@ def test_a_consolidated_checkpoint_is_one_that_lightning_reads(ranks2: RankGroup
         assert torch.equal(value, trained["weights"][name])
 
 
-@pytest.mark.feature("a model built in `configure_model` is never whole on a rank")
+@pytest.mark.feature("a model built in `configure_model` is never materialized in full on a rank")
 @pytest.mark.parametrize("layout", TWO[1:])
 def test_a_model_built_in_configure_model_never_exists_whole_on_a_rank(ranks2: RankGroup, layout):
     for peak, size in ranks2.call(jobs.peak_of_build, layout, 1024):

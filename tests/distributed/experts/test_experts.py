@@ -12,7 +12,7 @@ from tests.distributed.experts import expert_jobs as jobs
 from tests.harness import RankError, RankGroup
 
 LAYOUTS = ["ep2", "ep2-pp2", "ep2-tp2", "ep4", "fsdp2-ep2", "dp2-ep2"]
-FEATURE = "mixture of experts divided over `ep`"
+FEATURE = "mixture of experts under `ep`"
 WHOLE = ["dp2", "fsdp2", "tp2", "pp2"]
 
 

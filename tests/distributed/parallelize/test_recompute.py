@@ -10,7 +10,7 @@ from tests.distributed.experts import expert_jobs
 from tests.harness import RankGroup
 
 SLOW = pytest.mark.slow
-FEATURE = "recomputation of blocks, `recompute=`"
+FEATURE = "activation checkpointing, `recompute=`"
 
 
 @pytest.mark.feature(FEATURE)

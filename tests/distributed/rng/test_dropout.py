@@ -88,7 +88,7 @@ def test_replicas_of_pipelines_draw_what_replicas_of_processes_draw(ranks2: Rank
     assert_same(ranks4.call(jobs.dropout, layout, BOTH, **ONE_MICROBATCH)[0], expected)
 
 
-@pytest.mark.feature("dropout: the same masks where activations are recomputed")
+@pytest.mark.feature("dropout: the same masks with activation checkpointing")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
 @pytest.mark.parametrize("recompute", ["block", "block, reentrant", "part"])
 def test_what_is_recomputed_draws_the_same_again(ranks2: RankGroup, layout, recompute):

@@ -24,7 +24,7 @@ def ranks_of(request: pytest.FixtureRequest, layout: str) -> RankGroup:
     return request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
 
 
-@pytest.mark.feature("Muon beside AdamW (`models.Muon`)")
+@pytest.mark.feature("Muon combined with AdamW (`models.Muon`)")
 @pytest.mark.parametrize("layout", quick([*TWO, *FOUR], "fsdp2", "ep2", "fsdp2-tp2"))
 def test_muon(request: pytest.FixtureRequest, layout: str) -> None:
     optimizer = {"name": "muon"}
@@ -59,7 +59,7 @@ def test_resumes_bit_for_bit_with_moments_in_bfloat16(
         assert torch.equal(again["weights"][key], value), key
 
 
-@pytest.mark.feature("routers balanced by the load of all ranks")
+@pytest.mark.feature("router biases balanced by the load of all ranks")
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("layout", quick([*TWO, *FOUR], "dp2", "pp2", "ep2-tp2"))
 def test_biases_and_max_violation_are_those_of_one_process(
