@@ -17,6 +17,7 @@ from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from lightning_hybrid.checkpoint.save import Saver
 from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.rng.state import RNGState, default_generators
 
 
 class Checkpoints:
@@ -31,7 +32,7 @@ class Checkpoints:
         self._options, self._timeout = options, timeout
         self._saver: Saver | None = None
         self._older: list[Path] = []
-        self._streams: Mapping[str, Any] | None = None
+        self._rng: Mapping[str, Any] | None = None
         self._local_steps: Mapping[str, Any] | None = None
 
     @property
@@ -43,8 +44,8 @@ class Checkpoints:
 
     def save(self, runner: StepRunner, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """Saves Lightning's checkpoint dict, whose state is this rank's parts. Collective."""
-        streams = {**loading.rng_states(), **runner.streams.state_dict()}
-        more: dict[str, Any] = {"streams": streams}
+        rng = RNGState.capture(default_generators(runner.device)).plain() | runner.streams.state_dict()
+        more: dict[str, Any] = {"streams": rng}
         if runner.diloco is not None:
             more["local_steps"] = {**runner.diloco.state_dict(), "optimizers": state.own_optimizer_states(runner)}
         content = state.content_of(runner, {**checkpoint, **more})
@@ -67,14 +68,14 @@ class Checkpoints:
         if not isinstance(opened, SavedCheckpoint):
             return opened
         checkpoint = loading.as_lightning(opened, runner.root.trainer, runner.mesh.layout)
-        self._streams, self._local_steps = checkpoint.pop("streams"), checkpoint.pop("local_steps", None)
+        self._rng, self._local_steps = checkpoint.pop("streams"), checkpoint.pop("local_steps", None)
         return checkpoint
 
     def restore_rng(self, runner: StepRunner) -> None:
-        """Sets the random streams to what they were when the checkpoint was saved."""
-        if self._streams is not None:
-            loading.set_rng_states(self._streams)
-            runner.streams.load_state_dict(self._streams)
+        """Restores the RNG state of the time when the checkpoint was saved."""
+        if self._rng is not None:
+            RNGState.from_plain(self._rng).restore(default_generators(runner.device))
+            runner.streams.load_state_dict(self._rng)
 
     def restore_diloco(self, runner: StepRunner) -> None:
         """Replicas that step by themselves go on where each of them was, in the same layout; else where they agreed."""
@@ -87,11 +88,11 @@ class Checkpoints:
             state.load_own_optimizer_states(runner, saved["optimizers"])
 
     def first_batch(self, trainer: pl.Trainer) -> None:
-        """Before the first training batch: starting the loader in the middle of an epoch has drawn from the streams."""
-        if self._streams is not None and trainer.training:
+        """Before the first training batch: starting the loader in the middle of an epoch has drawn numbers."""
+        if self._rng is not None and trainer.training:
             if trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
-                loading.set_rng_states(self._streams)
-            self._streams = None
+                RNGState.from_plain(self._rng).restore(default_generators(trainer.strategy.root_device))
+            self._rng = None
 
     def wait(self) -> None:
         """Waits for what is being written."""

@@ -20,7 +20,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_hybrid.checkpoint.files import candidates
 from lightning_hybrid.checkpoint.reader import HYPER_PARAMETERS, OPTIMIZER_STATES, SavedCheckpoint, newest_first, whole
 from lightning_hybrid.collectives import gather_objects
-from lightning_hybrid.rng.state import capture, restore
 from lightning_hybrid.spec.errors import CheckpointError
 from lightning_hybrid.spec.layout import Layout
 
@@ -38,24 +37,6 @@ def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout) -> dict[str, A
             "python": platform.python_version(),
         },
     }
-
-
-# ---- random streams
-
-
-def rng_states() -> dict[str, Any]:
-    """The global random streams of this process."""
-    streams = capture()
-    if torch.cuda.is_available():
-        streams["cuda"] = torch.cuda.get_rng_state()
-    return streams
-
-
-def set_rng_states(streams: Mapping[str, Any]) -> None:
-    """The reverse of `rng_states`."""
-    restore(streams)
-    if "cuda" in streams and torch.cuda.is_available():
-        torch.cuda.set_rng_state(streams["cuda"])
 
 
 # ---- which one

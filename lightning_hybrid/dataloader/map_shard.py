@@ -23,8 +23,8 @@ from lightning_hybrid.dataloader import sharding as sharding
 from lightning_hybrid.dataloader.order import Order
 from lightning_hybrid.dataloader.sharding import BatchWeights, ByShares, Division, Share
 from lightning_hybrid.dataloader.wrap import patched
-from lightning_hybrid.rng.dropout import mix
-from lightning_hybrid.rng.state import preserved_rng
+from lightning_hybrid.rng.state import preserved_generators, preserved_rng
+from lightning_hybrid.rng.step import mix
 
 _END: Any = object()
 
@@ -371,9 +371,5 @@ class MapShard:
 def next_seed(loader: Any) -> int:
     """The seed that the loader is about to draw for its workers, without drawing it."""
     generator = loader.generator
-    state = None if generator is None else generator.get_state()
-    with preserved_rng():
-        seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
-    if generator is not None and state is not None:
-        generator.set_state(state)
-    return seed
+    with preserved_rng(), preserved_generators([] if generator is None else [generator]):
+        return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import chain, islice
 from typing import Any
 
@@ -11,8 +10,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from lightning_hybrid.dataloader.wrap import generators_of, keeps_its_place
-from lightning_hybrid.rng import state as streams
-from lightning_hybrid.rng.state import preserved_rng
+from lightning_hybrid.rng.state import RNGState, agree, preserved_generators, preserved_rng
 
 
 class Order:
@@ -26,7 +24,7 @@ class Order:
         self._source = source
         self._generators: list[torch.Generator] = []
         self.drawn_from: dict[str, Any] | None = None
-        """The random streams and the sampler's state before the order of this pass was drawn."""
+        """The RNG state and the sampler's state before the order of this pass was drawn."""
         self._before_start: dict[str, Any] | None = None
 
     @property
@@ -42,19 +40,15 @@ class Order:
     def agree(self, loader: Any) -> None:
         """The generators of this loader have the same states on all ranks. Collective."""
         self._generators = generators_of(loader)
-        streams.agree(self._generators)
+        agree(self._generators)
 
     def keep_for_workers(self) -> None:
         """The next order is drawn as if workers that are there already were not started by this pass."""
-        self._before_start = {"streams": streams.capture(), **self.owned()}
+        self._before_start = self._present()
 
-    @contextmanager
-    def preserved_generators(self) -> Iterator[None]:
-        """Inside, drawing from the loader's generators has no effect."""
-        states = [g.get_state() for g in self._generators]
-        yield
-        for generator, state in zip(self._generators, states, strict=True):
-            generator.set_state(state)
+    def preserved_generators(self) -> AbstractContextManager[None]:
+        """Restores the loader's generators at exit."""
+        return preserved_generators(self._generators)
 
     def draw(self, used: int) -> Any:
         """The order, or the same again where it was drawn already.
@@ -64,32 +58,38 @@ class Order:
         """
         if self._before_start is not None:
             # without the interruption the workers would be there, and no seed have been drawn for them
-            streams.restore(self._before_start["streams"])
-            self.set_owned(self._before_start)
+            self._restore(self._before_start)
             self._before_start = None
         if self.sequential:
             return range(len(self._source))
         if self.drawn_from is None:
-            self.drawn_from = {"streams": streams.capture(), **self.owned()}
+            self.drawn_from = self._present()
             return self._materialized()
         with preserved_rng():
-            streams.restore(self.drawn_from["streams"])
-            self.set_owned(self.drawn_from)
+            self._restore(self.drawn_from)
             return self._materialized() if self.sized else self._drawn_again(used, self.drawn_from["streams"])
 
     def _drawn_again(self, used: int, drawn_from: dict[str, Any]) -> Any:
         keys = iter(self._source)
         read = list(islice(keys, used))
-        if not streams.same(drawn_from, streams.capture()):
+        if not RNGState.from_plain(drawn_from).equals(RNGState.capture()):
             raise ValueError(
-                f"The sampler {type(self._source).__name__} has no length and draws from the global random streams, so "
-                "a run cannot go on in the middle of its order. Give it a `torch.Generator` of its own, or a `__len__`."
+                f"The sampler {type(self._source).__name__} has no length and draws from the global random generators, "
+                "so a run cannot go on in the middle of its order. Give it a `torch.Generator` of its own, or a "
+                "`__len__`."
             )
         return chain(read, keys)
 
     def _materialized(self) -> Any:
         # at once, so that what happens between steps cannot change it; an endless sampler is read as it goes
         return list(self._source) if self.sized else iter(self._source)
+
+    def _present(self) -> dict[str, Any]:
+        return {"streams": RNGState.capture().plain(), **self.owned()}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        RNGState.from_plain(state["streams"]).restore()
+        self.set_owned(state)
 
     def owned(self) -> dict[str, list[Any]]:
         """The states of what the loader owns."""

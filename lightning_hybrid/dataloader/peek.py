@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset, default_convert
 
 from lightning_hybrid._lightning_private import reads_in_turn
-from lightning_hybrid.dataloader.wrap import users_loader
-from lightning_hybrid.rng.state import preserved_rng
+from lightning_hybrid.dataloader.wrap import generators_of, users_loader
+from lightning_hybrid.rng.state import preserved_generators, preserved_rng
 from lightning_hybrid.spec.errors import PartitionError
 
 _NONE: Any = object()
@@ -105,7 +104,7 @@ def preserved_position(source: Any) -> Iterator[None]:
 
 
 def _first_of_data_loader(loader: DataLoader) -> Any:
-    with _preserved_generators(loader):
+    with preserved_generators(generators_of(loader)):
         if isinstance(loader.dataset, IterableDataset):
             stream = iter(loader.dataset)
             samples: Any = next(stream, _NONE)
@@ -135,14 +134,3 @@ def _collated(loader: DataLoader, keys: Any, batched: bool) -> Any:
     else:
         samples = fetch(keys) if fetch is not None else [loader.dataset[i] for i in keys]
     return (loader.collate_fn or default_convert)(samples)
-
-
-@contextmanager
-def _preserved_generators(loader: DataLoader) -> Iterator[None]:
-    owners = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-    with ExitStack() as stack:
-        for generator in {
-            id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)
-        }.values():
-            stack.callback(generator.set_state, generator.get_state())
-        yield

@@ -7,19 +7,16 @@ workers, or on where a run was resumed, and ranks of one replica read equal samp
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch.utils.data import Subset, get_worker_info
 
-from lightning_hybrid.rng.dropout import mix
-from lightning_hybrid.rng.state import _put_back, seed_all
+from lightning_hybrid.rng.state import RNGState, seed_all
+from lightning_hybrid.rng.step import mix
 
 _COLLATE = 1
-"""Sets the stream of `collate_fn` apart from that of the first sample."""
+"""Sets the seed of `collate_fn` apart from that of the first sample."""
 
 
 class Keys(list):
@@ -45,25 +42,25 @@ class Seeding:
     """What the two wrappers of a loader tell each other between reading samples and collating them."""
 
     def __init__(self) -> None:
-        self.outside: tuple[Any, Any, torch.Tensor] | None = None
-        """The streams to put back after collating, in the main process."""
+        self.outside: RNGState | None = None
+        """The RNG state to restore after collating, in the main process."""
 
     def begin(self) -> None:
         """Samples are about to be read."""
         if get_worker_info() is None:
-            self.outside = random.getstate(), np.random.get_state(), torch.get_rng_state()
+            self.outside = RNGState.capture()
 
     def end(self) -> None:
         """The batch is complete, or has failed."""
         if self.outside is not None:
-            _put_back(self.outside)
+            self.outside.restore()
             self.outside = None
 
 
 class SeededSamples:
-    """A map-style dataset as the loader's fetcher sees it: each sample is read with streams of its own.
+    """A map-style dataset as the loader's fetcher sees it: each sample is read with its own seed.
 
-    A dataset with `__getitems__` reads a batch at once, with the stream of its first sample.
+    A dataset with `__getitems__` reads a batch at once, with the seed of its first sample.
     """
 
     def __init__(self, dataset: Any, seeding: Seeding) -> None:
@@ -108,7 +105,7 @@ def _reads_together(dataset: Any) -> bool:
 
 
 class SeededCollate:
-    """A loader's `collate_fn`, which draws from the stream that `SeededSamples` has left."""
+    """A loader's `collate_fn`, which draws from the generators as `SeededSamples` has seeded them."""
 
     def __init__(self, collate: Callable[[Any], Any], seeding: Seeding) -> None:
         self._collate, self._seeding = collate, seeding

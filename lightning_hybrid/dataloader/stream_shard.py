@@ -32,9 +32,8 @@ from lightning_hybrid.dataloader.peek import preserved_position
 from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.dataloader.wrap import generators_of, keeps_its_place, patched
 from lightning_hybrid.mesh import Mesh
-from lightning_hybrid.rng import state as streams
-from lightning_hybrid.rng.dropout import mix
-from lightning_hybrid.rng.state import preserved_rng
+from lightning_hybrid.rng.state import RNGState, agree, preserved_rng, seed_all
+from lightning_hybrid.rng.step import mix
 from lightning_hybrid.spec.errors import PartitionError
 
 _END: Any = object()
@@ -108,7 +107,7 @@ class StreamShard:
         if dist.get_world_size() == 1:
             return False
         with preserved_rng(), preserved_position(loader), preserved_position(getattr(loader, "dataset", None)):
-            streams.seed_all(0)
+            seed_all(0)
             first = self._peek(loader)
         same = all_read_the_same(None if first is _END else digest(first), self._mesh)
         self._spare = first
@@ -142,7 +141,7 @@ class StreamShard:
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Begins a pass over the loader."""
         generators = generators_of(loader)
-        streams.agree(generators)
+        agree(generators)
         resume = self._begin_pass(loader)
         dataset = getattr(loader, "dataset", None)
         parts: dict[str, Any] = {}
@@ -197,9 +196,9 @@ class StreamShard:
         if resume is None:
             return iterator
         if resume["dataset"] is not None and own is not None and keeps_its_place(dataset):
-            state, own_streams = resume["dataset"]
+            state, own_rng = resume["dataset"]
             dataset.load_state_dict(state)
-            own.set(own_streams)
+            own.set(own_rng)
             return iterator
         each = 1 if self._by_samples or not self._dealt else self._replicas
         for _ in range(self._skipped * each):
@@ -327,31 +326,31 @@ class StreamShard:
 
 
 class _OwnRNG:
-    """Random streams of a dataset that is read in the main process, apart from those that all share."""
+    """RNG state of a dataset that is read in the main process, apart from the state that all share."""
 
     def __init__(self, seed: int) -> None:
         with preserved_rng():
-            streams.seed_all(seed)
-            self._states = streams.capture()
+            seed_all(seed)
+            self._state = RNGState.capture()
 
     def around(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        """What `iterator` draws comes from these streams."""
+        """Yields what `iterator` gives when it draws from generators in this state."""
         while True:
             with preserved_rng():
-                streams.restore(self._states)
+                self._state.restore()
                 item = next(iterator, _END)
-                self._states = streams.capture()
+                self._state = RNGState.capture()
             if item is _END:
                 return
             yield item
 
     def get(self) -> dict[str, Any]:
-        """Where they are."""
-        return self._states
+        """Returns the state in its plain form."""
+        return self._state.plain()
 
-    def set(self, states: dict[str, Any]) -> None:
-        """Goes on there."""
-        self._states = states
+    def set(self, plain: dict[str, Any]) -> None:
+        """Takes a state in its plain form."""
+        self._state = RNGState.from_plain(plain)
 
 
 def _name(loader: Any) -> str:

@@ -27,7 +27,7 @@ from lightning_hybrid.metrics.logs import LogRecorder
 from lightning_hybrid.metrics.outputs import extras, join
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
-from lightning_hybrid.rng.dropout import StepRNG
+from lightning_hybrid.rng.step import StepRNG
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.stages import choose_microbatches, runnable_schedule
 

@@ -41,7 +41,7 @@ from lightning_hybrid.replicas.reducer import (
     refuse_gradients,
     sum_over_holders,
 )
-from lightning_hybrid.rng.dropout import StepRNG
+from lightning_hybrid.rng.step import StepRNG
 from lightning_hybrid.spec.stages import choose_microbatches
 
 

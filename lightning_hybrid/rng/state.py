@@ -1,87 +1,125 @@
-"""The random streams of data loading: kept, written down, and seeded anew for every sample.
-
-What `dataset[i]` and `collate_fn` draw (augmentations, masks) comes from streams that are seeded from the loader's seed
-of this epoch and the sample's place in the global order. So it does not depend on the layout, on the number of workers,
-or on where a run was resumed, and ranks of one replica read equal samples.
-"""
+"""The state of random number generators: captured, restored, written to checkpoints, and agreed on by all ranks."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+_PLAIN_KEYS = ("torch", "cuda")
+"""Keys of the states of `default_generators` in the plain form."""
 
 
-def capture() -> dict[str, Any]:
-    """The global streams of Python, NumPy and torch, as plain data and tensors."""
-    version, words, gauss = random.getstate()
-    kind, key, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(key).astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
+def default_generators(device: torch.device | None = None) -> list[torch.Generator]:
+    """Returns torch's default generator of the CPU, followed by that of `device` if it is a GPU."""
+    if device is None or device.type != "cuda":
+        return [torch.default_generator]
+    torch.cuda.init()  # which makes the generators
+    return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
 
 
-def restore(streams: Mapping[str, Any]) -> None:
-    """The reverse of `capture`."""
-    version, words, gauss = streams["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, key, *rest = streams["numpy"]
-    np.random.set_state((kind, np.asarray(key).astype(np.uint32), *rest))
-    torch.set_rng_state(torch.as_tensor(streams["torch"]))
+class RNGState(NamedTuple):
+    """The state of the global generators of Python and NumPy, and of some generators of torch."""
 
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    torch: list[Tensor]
+    """By default of torch's generator of the CPU alone."""
 
-def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two states that were captured are equal."""
-    (_, key, *place), (_, other_key, *other_place) = one["numpy"], other["numpy"]
-    return (
-        list(one["python"]) == list(other["python"])
-        and torch.equal(torch.as_tensor(key), torch.as_tensor(other_key))
-        and place == other_place
-        and torch.equal(torch.as_tensor(one["torch"]), torch.as_tensor(other["torch"]))
-    )
+    @classmethod
+    def capture(cls, generators: Sequence[torch.Generator] | None = None) -> RNGState:
+        """Returns the present state.
 
+        Args:
+            generators: Those of torch; None: the default one of the CPU.
+        """
+        numpy: Any = np.random.get_state()
+        return cls(random.getstate(), numpy, [g.get_state() for g in generators or default_generators()])
 
-def _put_back(states: tuple[Any, Any, torch.Tensor]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
+    def restore(self, generators: Sequence[torch.Generator] | None = None) -> None:
+        """Puts the generators into this state.
+
+        Args:
+            generators: As in `capture`. Those for which there is no state are left alone.
+        """
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        for generator, state in zip(generators or default_generators(), self.torch, strict=False):
+            generator.set_state(state)
+
+    def equals(self, other: RNGState) -> bool:
+        """Whether generators in the two states draw equal numbers."""
+        (kind, key, *rest), (other_kind, other_key, *other_rest) = self.numpy, other.numpy
+        return (
+            self.python == other.python
+            and (kind, rest) == (other_kind, other_rest)
+            and np.array_equal(key, other_key)
+            and all(map(torch.equal, self.torch, other.torch))
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Returns plain data and tensors, for checkpoints; the generators were `default_generators`."""
+        version, words, gauss = self.python
+        kind, key, *rest = self.numpy
+        return {
+            "python": [version, list(words), gauss],
+            "numpy": [kind, torch.from_numpy(np.asarray(key).astype(np.int64)), *rest],
+            **dict(zip(_PLAIN_KEYS, self.torch, strict=False)),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> RNGState:
+        """Returns the state of which `plain` is the plain form."""
+        version, words, gauss = plain["python"]
+        kind, key, *rest = plain["numpy"]
+        return cls(
+            (version, tuple(words), gauss),
+            (kind, np.asarray(key).astype(np.uint32), *rest),
+            [torch.as_tensor(plain[name]) for name in _PLAIN_KEYS if name in plain],
+        )
 
 
 def seed_all(seed: int) -> None:
-    """Seeds the global streams of Python, NumPy and torch's CPU generator."""
+    """Seeds the global generators of Python and NumPy, and torch's of the CPU."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
 
 
 def agree(generators: Sequence[torch.Generator]) -> None:
-    """All ranks take the global streams of rank 0, and the states of its `generators`; collective over all ranks."""
+    """Gives all ranks the RNG state of rank 0, and the states of its `generators`. Collective over all ranks."""
     if dist.get_world_size() == 1:
         return
-    box: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
-    box += [g.get_state() for g in generators]
+    every = [*default_generators(), *generators]
+    box = [RNGState.capture(every)]
     dist.broadcast_object_list(box, 0)
     if dist.get_rank() != 0:
-        _put_back((box[0], box[1], box[2]))
-        for generator, state in zip(generators, box[3:], strict=True):
-            generator.set_state(state)
+        box[0].restore(every)
 
 
 @contextmanager
 def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
-    """The random generators of Python, NumPy and torch (CPU and `device`) are afterwards as they were before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [device] if device is not None and device.type == "cuda" else []
+    """Restores the global generators of Python, NumPy and torch (CPU and `device`) at exit."""
+    generators = default_generators(device)
+    state = RNGState.capture(generators)
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        state.restore(generators)
+
+
+@contextmanager
+def preserved_generators(generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Restores `generators` of torch at exit."""
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

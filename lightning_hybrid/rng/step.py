@@ -1,26 +1,26 @@
-"""The random numbers that model code draws in a step: which stream they come from, under every layout.
+"""Random numbers that model code draws in a step: which seed the generators have, under every layout.
 
-The rule. A step never draws from the streams that samplers, initial weights and the user's code between steps share:
-they are put back when the step ends, so they stay equal on all ranks. Inside,
+The rule. A step leaves the RNG state that samplers, initial weights and the user's code between steps share as it was,
+so that this state stays equal on all ranks. Within a step,
 
-1. a microbatch begins with a stream seeded from (base seed, number of the training batch, microbatch, replica). The
+1. a microbatch begins with generators seeded from (base seed, number of the training batch, microbatch, replica). The
    base seed is the one that `seed_everything` or `torch.manual_seed` gave; the batch's number is Lightning's own count,
-   so a resumed run draws what the uninterrupted one would have drawn, with nothing but the base seed to keep;
-2. the stream is seeded anew when a unit (a block, or a module beside the blocks) is entered and when it is left, by its
-   position in the step. A pipeline stage that begins in the middle of the model so draws what one process draws there:
-   dropout masks do not depend on where a model is cut, nor on `dp`, `fsdp` or sharding, as long as a microbatch has the
-   same samples;
-3. under `tp`, values that all ranks hold whole take equal masks, since all draw them from the same stream. Where a
-   block works on a rank's own channels or heads, ranks draw from streams of their own, and afterwards the common one
-   goes on where it stood. Blocks that are compiled draw there from the common stream, too: one mask for the heads of
-   all ranks.
+   so a resumed run draws what the uninterrupted one would have drawn, and only the base seed is saved;
+2. the generators are seeded again when a unit (a block, or a module beside the blocks) is entered and when it is left,
+   by its position in the step. A pipeline stage that begins in the middle of the model thus draws what one process
+   draws there: dropout masks do not depend on where a model is cut, nor on `dp`, `fsdp` or sharding, as long as a
+   microbatch has the same samples;
+3. under `tp`, values that all ranks hold whole take equal masks, since the generators of all ranks have the same state.
+   Where a block works on a rank's own channels or heads, each rank seeds its generators differently, and afterwards
+   restores the common state. Compiled blocks draw there from the common state, too: one mask for the heads of all
+   ranks.
 
-Evaluation steps draw from (base seed, name of the step, place of the batch in its loop, replica). Only `random` and
-NumPy's legacy generator are seeded once a microbatch, without regard to units.
+Evaluation steps draw from (base seed, name of the step, place of the batch in its loop, replica). `random` and NumPy's
+legacy generator are seeded once a microbatch only, not by unit.
 
-How recomputation keeps it: `torch.utils.checkpoint` restores the generators' states of the forward pass, and with a
-state the seed it began from. Seeds are a chain, each derived from the one before, and seeds of a step carry a mark. So
-a unit that is entered in the backward pass finds the seed that it found in the forward pass, and needs no memory.
+With recomputation: `torch.utils.checkpoint` restores the generators' states of the forward pass, and with a state the
+seed it began from. Seeds are a chain, each derived from the one before, and seeds of a step carry a mark. So a unit
+that is entered in the backward pass finds the seed that it found in the forward pass, and needs no memory.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_hybrid.rng.state import default_generators, preserved_rng
+
 _BITS = 44
 """Random bits of a seed. Generators of the CPU use the lower 32, those of CUDA all."""
 _INSIDE = 1 << _BITS
-"""Set while a rank draws from a stream of its own."""
+"""Set while a rank's generators are seeded differently from those of the others."""
 _MARK = 0x2D39A << (_BITS + 1)
 """Which seeds are a step's: an arbitrary number above the random bits. A user's seed is very unlikely to have it."""
 _ENTERED, _LEFT, _TRAINING = 1, 2, 3
@@ -60,7 +62,7 @@ def _is_marked(seed: int) -> bool:
 
 
 class StepRNG:
-    """The streams of one rank; see the module docstring for the rule.
+    """Seeds the generators of one rank; see the module docstring for the rule.
 
     Args:
         device: This rank's device.
@@ -70,21 +72,19 @@ class StepRNG:
 
     def __init__(self, device: torch.device, replica: int, tensor_rank: int) -> None:
         self.base_seed = torch.initial_seed() % 2**63
-        """Equal on all ranks, which have taken the streams of rank 0 before."""
+        """Equal on all ranks, which have taken the RNG state of rank 0 before."""
         self._replica, self._tensor_rank = replica, tensor_rank
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._device, self._generators = device, default_generators(device)
         self._key: tuple[int, ...] = ()
         self._common: dict[int, list[torch.Tensor]] = {}
-        """States of the common stream where a rank's own stream was entered, by the seed of the latter."""
+        """The common states where a rank entered a divided region, by the seed that it has there."""
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs to go on with the same streams."""
+        """Returns what a resumed run needs to draw the same numbers."""
         return {"base_seed": self.base_seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with the streams of the run that was saved."""
+        """Takes the base seed of the run that was saved."""
         self.base_seed = int(state["base_seed"])
 
     # ---- steps
@@ -114,15 +114,8 @@ class StepRNG:
     def _step(self, key: tuple[int, ...]) -> Iterator[None]:
         self._key = key
         self._common.clear()
-        states = [g.get_state() for g in self._generators]
-        others = random.getstate(), np.random.get_state()
-        try:
+        with preserved_rng(self._device):
             yield
-        finally:
-            for generator, state in zip(self._generators, states, strict=True):
-                generator.set_state(state)
-            random.setstate(others[0])
-            np.random.set_state(others[1])
 
     def begin(self, microbatch: int) -> None:
         """A microbatch of the step begins."""
