@@ -33,7 +33,7 @@ _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, A
 
 def candidates(root: nn.Module) -> dict[str, int]:
     """Returns the number of experts of each module that may hold fused experts, by name."""
-    found = {}
+    counts = {}
     for name, module in root.named_modules():
         shapes = [p.shape for p in module.parameters()]
         own = [p for p in own_parameters(module).values() if p is not None]
@@ -41,8 +41,8 @@ def candidates(root: nn.Module) -> dict[str, int]:
             continue
         first = {shape[0] if len(shape) else 0 for shape in shapes}
         if len(first) == 1 and max(len(shape) for shape in shapes) >= 3 and min(first) > 1:
-            found[name] = min(first)
-    return found
+            counts[name] = min(first)
+    return counts
 
 
 @contextmanager
@@ -167,5 +167,5 @@ def _problem(module: nn.Module, plan: ExpertPlan, call: Mapping[Path, Tensor]) -
         return f"returns the shape {tuple(whole_ND.shape)} for tokens of shape {tuple(tokens_ND.shape)}"
     error = (whole_ND - parts_ND).abs().max() / whole_ND.abs().max().clamp_min(1e-12)
     if not error <= _TOLERANCE:
-        return "does not give the sum of what its experts give for each token alone"
+        return "does not return the weighted sum of the outputs of its experts for each token"
     return None

@@ -303,9 +303,11 @@ class Tracer(GhostObserver):
                 source = self.names[value.uid]
             elif value.inside_unit:
                 name = self.calls[value.birth].name
-                return Cut(refusal=f"a tensor made inside `{name}` is used later other than through what it returns")
+                return Cut(refusal=f"a tensor computed inside `{name}` is used later but is not part of its result")
             else:
-                return Cut(refusal=f"a tensor made at {value.location}, outside any module, is used after this point")
+                return Cut(
+                    refusal=f"a tensor computed at {value.location}, outside any module, is used after this point"
+                )
             values.append(
                 CrossingValue(
                     source=source,
@@ -358,7 +360,7 @@ def trace_step(
         try:
             out = step(*args)
         except GhostWriteError as error:
-            raise PartitionError(f"`layout`: pipeline stages cannot be made of this module: {error}") from error
+            raise PartitionError(f"`layout`: this module cannot be split into pipeline stages: {error}") from error
         tracer.consume_all(_as_tree(out))
     trace = tracer.result(names)
     trace.use, trace.takes_gradients = use, tracer.takes_gradients

@@ -39,6 +39,6 @@ def _like_dict(tree: dict, mapped: dict) -> Any:
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
     """Returns the tensors of `tree`, in order."""
-    found: list[torch.Tensor] = []
-    map_tensors(lambda _, tensor: found.append(tensor), tree)
-    return found
+    tensors: list[torch.Tensor] = []
+    map_tensors(lambda _, tensor: tensors.append(tensor), tree)
+    return tensors

@@ -48,8 +48,8 @@ class StepUse(TorchFunctionMode):
 
     def users(self, parameter: str, within: str) -> set[str]:
         """Returns the modules that compute with `parameter`, other than `within` and its submodules."""
-        found = self.computing.get(parameter, set())
-        return {user for user in found if within and user != within and not user.startswith(f"{within}.")}
+        users = self.computing.get(parameter, set())
+        return {user for user in users if within and user != within and not user.startswith(f"{within}.")}
 
     def entered(self, module: nn.Module) -> None:
         """Records that a module's forward begins."""

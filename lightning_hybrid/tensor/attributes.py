@@ -51,10 +51,10 @@ def candidates(plan: UnitPlan, region: UnitPlan, trial: Trial, ranks: int) -> It
     tried: list[tuple[Attributes, dict[str, int]]] = []
     rounds = list(_rounds(plan.attributes, region, trial, ranks))
     for count in range(_MAX_TOGETHER + 1):
-        for found, key, widths in rounds:
-            for chosen in combinations(dict.fromkeys(key(c) for c in found), count):
+        for options, key, widths in rounds:
+            for chosen in combinations(dict.fromkeys(key(c) for c in options), count):
                 attributes = {name: dict(values) for name, values in plan.attributes.items()}
-                for c in found:
+                for c in options:
                     if key(c) in chosen:
                         attributes.setdefault(c.module, {})[c.attribute] = c.divided
                 choice = attributes, {**plan.widths, **widths}
@@ -97,27 +97,27 @@ def _rounds(start: Attributes, region: UnitPlan, trial: Trial, ranks: int) -> It
     around = list(dict.fromkeys([*ancestors, *owners, *children]))
     width = trial.inputs[region.rowwise[0]][0].shape[-1]
 
-    def found(names: list[str], local: bool, factors: Iterable[int] = (ranks,)) -> list[_Candidate]:
-        some = [c for name in names for factor in factors for c in _candidates(name, unit, factor, local)]
-        return [c for c in some if c.attribute not in start.get(c.module, {})]
+    def search(names: list[str], local: bool, factors: Iterable[int] = (ranks,)) -> list[_Candidate]:
+        options = [c for name in names for factor in factors for c in _candidates(name, unit, factor, local)]
+        return [c for c in options if c.attribute not in start.get(c.module, {})]
 
-    yield found(parents, False), lambda c: c.attribute, {}
+    yield search(parents, False), lambda c: c.attribute, {}
     for name in ancestors:
-        yield found(parents, False), lambda c: c.attribute, {name: width}
-    yield found(ancestors, False), lambda c: c.attribute, {}
-    yield found(parents, True), lambda c: c.attribute, {}
+        yield search(parents, False), lambda c: c.attribute, {name: width}
+    yield search(ancestors, False), lambda c: c.attribute, {}
+    yield search(parents, True), lambda c: c.attribute, {}
     factors = [f for f in range(2, ranks + 1) if ranks % f == 0]
-    yield found(parents, False, factors), lambda c: (c.attribute, c.value // c.divided), {}
-    yield found(around, False), lambda c: c.attribute, {}
-    yield found(around, False), lambda c: (c.module, c.attribute), {}
-    yield found(around, False), lambda c: c.value, {}
+    yield search(parents, False, factors), lambda c: (c.attribute, c.value // c.divided), {}
+    yield search(around, False), lambda c: c.attribute, {}
+    yield search(around, False), lambda c: (c.module, c.attribute), {}
+    yield search(around, False), lambda c: c.value, {}
 
 
 def _candidates(name: str, unit: nn.Module, factor: int, local: bool) -> list[_Candidate]:
     """Returns the integer attributes of one module, divided by `factor`; with `local` also those of objects it uses."""
     module = unit.get_submodule(name)
     words = _names_in_code(type(module))
-    found = [
+    options = [
         _Candidate(name, attribute, value, value // factor)
         for attribute, value in module.__dict__.items()
         if _divides(value, factor)
@@ -125,13 +125,13 @@ def _candidates(name: str, unit: nn.Module, factor: int, local: bool) -> list[_C
     for holder, value in module.__dict__.items() if local else ():
         if holder.startswith("_") or holder not in words or not hasattr(value, "__dict__") or callable(value):
             continue
-        found += [
+        options += [
             _Candidate(name, f"{holder}.{attribute}", number, number // factor)
             for attribute, number in vars(value).items()
             if attribute in words and _divides(number, factor)
         ]
-    found = [c for c in found if not is_position(c.attribute)]
-    return sorted(found, key=lambda c: c.attribute not in words)
+    options = [c for c in options if not is_position(c.attribute)]
+    return sorted(options, key=lambda c: c.attribute not in words)
 
 
 def is_position(attribute: str) -> bool:

@@ -16,16 +16,16 @@ _ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead",
 
 def attention_heads(root: nn.Module) -> dict[str, int]:
     """Returns the number of heads of every module whose class name contains "attention", where it is an attribute."""
-    found = {}
+    heads = {}
     for name, module in root.named_modules():
         if "attention" not in type(module).__name__.lower():
             continue
         for owner in (module, getattr(module, "config", None)):
             counts = [v for key in _ATTRIBUTES if isinstance(v := getattr(owner, key, None), int) and v > 0]
             if counts:
-                found[name] = counts[0]
+                heads[name] = counts[0]
                 break
-    return found
+    return heads
 
 
 def check_heads(root: nn.Module, layout: Layout, overrides: Mapping[str, str] | None) -> None:

@@ -246,12 +246,12 @@ class _Inference:
     def _used_outside(self) -> tuple[str, ...]:
         if self.use is None:
             return ()
-        found = []
+        names = []
         for name in self.slots.keys() - self.parameters.keys():
             unit = self._unit_of(name)
             if unit is not None and self.use.users(name, unit):
-                found.append(name)
-        return tuple(sorted(found))
+                names.append(name)
+        return tuple(sorted(names))
 
     def _unit_of(self, name: str) -> str | None:
         return next((u for u in self.calls if name == u or name.startswith(f"{u}.") or not u), None)
@@ -308,15 +308,15 @@ class _Inference:
 
 def _signature(module: nn.Module, call: RecordedCall) -> Any:
     """Returns a key that is equal for units that can share one inference."""
-    found: list[Any] = [type(module)]
+    modules: list[Any] = [type(module)]
     for name, child in module.named_modules():
         values = {
             k: v if type(v) in (int, bool, str) else id(v) if k == "config" else None
             for k, v in child.__dict__.items()
             if not k.startswith("_") and k != "training" and not is_position(k)
         }
-        found.append((name, type(child), tuple(sorted((k, v) for k, v in values.items() if v is not None))))
-    found += [(s.name, tuple(s.tensor.shape), s.tensor.dtype) for s in sorted_slots(module)]
+        modules.append((name, type(child), tuple(sorted((k, v) for k, v in values.items() if v is not None))))
+    modules += [(s.name, tuple(s.tensor.shape), s.tensor.dtype) for s in sorted_slots(module)]
     described: list[Any] = []
 
     def describe(path: Any, tensor: torch.Tensor) -> None:
@@ -324,7 +324,7 @@ def _signature(module: nn.Module, call: RecordedCall) -> Any:
         described.append((path, tuple(tensor.shape), tensor.dtype, derived))
 
     plain = map_tensors(describe, (call.args, call.kwargs))
-    return tuple(found), tuple(described), _plain_repr(plain)
+    return tuple(modules), tuple(described), _plain_repr(plain)
 
 
 def _plain_repr(tree: Any) -> str:

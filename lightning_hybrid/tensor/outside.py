@@ -145,11 +145,11 @@ def _prove(
             for rank in range(ranks):
                 with shadowed([*_weights(numbers, divided, rank, ranks), *(attributes or [])]):
                     parts.append(to_local(rank, module))
-            found = join(parts)
+            joined = join(parts)
         except FORWARD_ERRORS as error:
             raise NotDivisible(f"it does not run on a part: {type(error).__name__}: {error}") from error
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
-        raise NotDivisible("its parts, joined, do not give the whole")
+    if joined.shape != expected.shape or not torch.allclose(joined, expected, rtol=1e-4, atol=1e-4):
+        raise NotDivisible("its joined parts differ from the whole")
 
 
 def _weights(numbers: Numbers, divided: Division, rank: int | None, ranks: int) -> list:

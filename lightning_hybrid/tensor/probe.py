@@ -122,7 +122,7 @@ class Trial:
             cotangents.append(cotangent)
         flat = [(leaf, tensor) for leaf, tensors in self.leaves.items() for tensor in tensors]
         gradients = torch.autograd.grad(targets, [t for _, t in flat], cotangents, retain_graph=True, allow_unused=True)
-        found: Reach = {}
+        reached: Reach = {}
         for (leaf, _), gradient in zip(flat, gradients, strict=True):
             if gradient is None:
                 continue
@@ -130,8 +130,8 @@ class Trial:
             if leaf.kind in ("linear", "opaque"):
                 mask = mask.reshape(-1, mask.shape[-1]).any(0) if mask.ndim else mask
             if bool(mask.any()):
-                found[leaf] = found[leaf] | mask if leaf in found else mask
-        return found
+                reached[leaf] = reached[leaf] | mask if leaf in reached else mask
+        return reached
 
 
 def run_trial(numbers: Numbers) -> Trial:

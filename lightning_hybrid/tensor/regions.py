@@ -101,8 +101,8 @@ def divide_any_dim(masks: list[torch.Tensor]) -> ShardedParameter | None:
     for dim in range(masks[0].ndim):
         others = [d for d in range(masks[0].ndim) if d != dim]
         along = [m.amax(others) if others else m for m in masks]
-        if masks[0].shape[dim] >= len(masks) and (found := divide(along)) is not None:
-            return ShardedParameter(dim=dim, size=found.size, order=found.order)
+        if masks[0].shape[dim] >= len(masks) and (sharded := divide(along)) is not None:
+            return ShardedParameter(dim=dim, size=sharded.size, order=sharded.order)
     return None
 
 
@@ -182,10 +182,10 @@ def _masks(leaf: Leaf, parts: list[Reach]) -> list[torch.Tensor]:
 
 def _classify_linear(name: str, masks: list[torch.Tensor], region: Region, constraints: Constraints) -> None:
     whole = name in constraints.replicated or _weight_name(name) in constraints.used_elsewhere
-    found = None if whole else divide(masks)
+    sharded = None if whole else divide(masks)
     channels = tuple(tuple(int(i) for i in mask.nonzero().flatten()) for mask in masks)
-    if found is not None:
-        region.colwise[name] = found.order
+    if sharded is not None:
+        region.colwise[name] = sharded.order
     elif len(set(channels)) > 1 and len({len(part) for part in channels}) == 1:
         region.selected_outputs[name] = channels
     else:
@@ -193,33 +193,33 @@ def _classify_linear(name: str, masks: list[torch.Tensor], region: Region, const
 
 
 def _classify_argument(
-    path: Path, found: ShardedParameter | None, region: Region, numbers: Numbers, ranks: int
+    path: Path, sharded: ShardedParameter | None, region: Region, numbers: Numbers, ranks: int
 ) -> None:
-    if found is not None:
-        region.slices.append(SlicedArgument(path=path, dim=found.dim, owners=_owners(found, ranks)))
+    if sharded is not None:
+        region.slices.append(SlicedArgument(path=path, dim=sharded.dim, owners=_owners(sharded, ranks)))
     elif path in numbers.derived:
         region.shared_arguments.append(path)
 
 
-def _classify_tensor(leaf: Leaf, found: ShardedParameter | None, region: Region) -> None:
+def _classify_tensor(leaf: Leaf, sharded: ShardedParameter | None, region: Region) -> None:
     """Adds a parameter or buffer to `region`."""
     name = str(leaf.name)
     if leaf.kind == "buffer":
-        region.buffers |= {} if found is None else {name: found}
-    elif found is not None:
-        region.parameters[name] = found
+        region.buffers |= {} if sharded is None else {name: sharded}
+    elif sharded is not None:
+        region.parameters[name] = sharded
     else:
         region.partial.append(name)
 
 
-def _owners(found: ShardedParameter, ranks: int) -> tuple[int, ...]:
+def _owners(sharded: ShardedParameter, ranks: int) -> tuple[int, ...]:
     """Returns the rank that uses each index, for the shortest period of the dim."""
-    owner = [0] * found.size
+    owner = [0] * sharded.size
     for rank in range(ranks):
-        for index in found.part(rank, ranks):
+        for index in sharded.part(rank, ranks):
             owner[index] = rank
-    for period in range(ranks, found.size + 1):
-        if found.size % period == 0 and all(owner[i] == owner[i % period] for i in range(found.size)):
+    for period in range(ranks, sharded.size + 1):
+        if sharded.size % period == 0 and all(owner[i] == owner[i % period] for i in range(sharded.size)):
             return tuple(owner[:period])
     return tuple(owner)
 

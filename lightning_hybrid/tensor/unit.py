@@ -100,12 +100,12 @@ def _joined(plan: UnitPlan, region: UnitPlan) -> UnitPlan:
     Raises:
         Rejection: If both divide the same weight differently.
     """
-    taken = {*plan.rowwise, *plan.colwise} & {*region.rowwise, *region.colwise}
-    if taken:
-        raise Rejection(f"`{min(taken)}` belongs to another region already")
+    in_both = {*plan.rowwise, *plan.colwise} & {*region.rowwise, *region.colwise}
+    if in_both:
+        raise Rejection(f"`{min(in_both)}` belongs to another region already")
     for name, sharded in region.parameters.items():
         if plan.parameters.get(name, sharded) != sharded or name in plan.partial:
-            raise Rejection(f"`{name}` is used by another region in another way")
+            raise Rejection(f"`{name}` is divided differently by another region")
     clash = {n for n in region.partial if n in plan.parameters}
     whole, known_whole = ({*p.shared_outputs, *p.selected_outputs} for p in (region, plan))
     clash |= whole & {*plan.colwise} | known_whole & {*region.colwise} | whole & known_whole

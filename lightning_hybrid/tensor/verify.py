@@ -51,7 +51,7 @@ def verify(candidates: Iterable[UnitPlan], trial: Trial, ranks: int) -> UnitPlan
             first = first or error
         else:
             return candidate
-    raise first or Mismatch("nothing was tried")
+    raise first or Mismatch("there was no candidate")
 
 
 def part_of(tensor: torch.Tensor, sharded: ShardedParameter, rank: int, ranks: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
         call = calls[name] = calls.get(name, -1) + 1
         given = widen(args[0] if args else kwargs["input"])
         if call >= len(trial.inputs[name]):
-            raise Mismatch(f"`{name}` is called more often on rank {rank}")
+            raise Mismatch(f"`{name}` is called more often on rank {rank} than in the whole block")
         expected = trial.inputs[name][call]
         if name in plan.rowwise:
             expected = expected.chunk(ranks, -1)[rank]
@@ -107,8 +107,8 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
 
 def _local_weights(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) -> tuple[dict, dict]:
     def to_local(values: dict[str, torch.Tensor], divided: dict[str, ShardedParameter]) -> dict[str, torch.Tensor]:
-        found = {n: part_of(v, divided[n], rank, ranks) if n in divided else v for n, v in values.items()}
-        return {n: v.detach().requires_grad_() if v.dtype.is_floating_point else v for n, v in found.items()}
+        local = {n: part_of(v, divided[n], rank, ranks) if n in divided else v for n, v in values.items()}
+        return {n: v.detach().requires_grad_() if v.dtype.is_floating_point else v for n, v in local.items()}
 
     parameters, buffers = to_local(numbers.parameters, plan.parameters), to_local(numbers.buffers, plan.buffers)
     for name in plan.rowwise:

@@ -104,7 +104,7 @@ class WritesIntoRealTensor(Stack):
 
 
 def test_writing_into_a_real_tensor_is_refused(batch):
-    with pytest.raises(PartitionError, match="pipeline stages cannot be made of this module"):
+    with pytest.raises(PartitionError, match="this module cannot be split into pipeline stages"):
         trace(WritesIntoRealTensor(), batch)
 
 
