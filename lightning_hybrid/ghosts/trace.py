@@ -305,9 +305,7 @@ class Tracer(GhostObserver):
                 name = self.calls[value.birth].name
                 return Cut(refusal=f"a tensor computed inside `{name}` is used later but is not part of its result")
             else:
-                return Cut(
-                    refusal=f"a tensor computed at {value.location}, outside any module, is used after this point"
-                )
+                return Cut(refusal=f"a tensor computed at {value.location}, outside any module, is used later")
             values.append(
                 CrossingValue(
                     source=source,
