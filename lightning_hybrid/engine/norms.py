@@ -84,7 +84,8 @@ def _counts(partition: Partition, name: str) -> bool:
     """Whether this rank, among those of its replica of `dp` that hold the same part of `name`, counts it."""
     place, layout = partition.mesh.place, partition.plan.layout
     sharded = layout.fsdp > 1 and name not in partition.whole
-    divided = partition.tensor_plan is not None and name in partition.tensor_plan.parameters
+    tensor_plan = partition.plan.tensor_plan
+    divided = tensor_plan is not None and name in tensor_plan.parameters
     return (
         place.pp == partition.plan.ranks_of(name)[0]
         and (place.fsdp == 0 or sharded)
