@@ -2,8 +2,8 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_hybrid._torch_private import warn_if_untested
 from lightning_hybrid.checkpoint.options import CheckpointOptions
-from lightning_hybrid.engine.start import warn_if_untested
 from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.spec.errors import CheckpointError, NonFiniteError, PartitionError, RankError
 from lightning_hybrid.spec.layout import Layout

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from lightning_hybrid.spec.errors import PartitionError
+
+T = TypeVar("T")
 
 
 def to_host(value: Any) -> Any:
@@ -39,3 +44,25 @@ def share_object(value: Any, source: int, group: dist.ProcessGroup, device: torc
 def to_local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def on_all_ranks(step: Callable[[], T]) -> T:
+    """Runs `step`; if it raises on any rank, raises on all ranks. Collective.
+
+    Raises:
+        PartitionError: With the first rank's error.
+    """
+    problem, out = None, None
+    try:
+        out = step()
+    except Exception as error:  # noqa: BLE001 -- raised on all ranks below
+        problem = error_message(error)
+    problem = next((p for p in gather_objects(problem) if p is not None), None)
+    if problem is not None:
+        raise PartitionError(problem)
+    return out  # type: ignore[return-value] -- there was no error
+
+
+def error_message(error: Exception) -> str:
+    """Returns the text of a `PartitionError`, which says all; of other errors the class too."""
+    return str(error) if isinstance(error, PartitionError) else f"{type(error).__name__}: {error}"

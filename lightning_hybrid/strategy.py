@@ -2,51 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.distributed import (
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-)
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hybrid._lightning_private import evaluation_batch
-from lightning_hybrid._torch_private import limit_waiting
+from lightning_hybrid._lightning_private import evaluation_batch, injects_sampler, running_batch
 from lightning_hybrid.batches import split_sequences
 from lightning_hybrid.checkpoint import state
 from lightning_hybrid.checkpoint.checkpoints import Checkpoints
 from lightning_hybrid.checkpoint.options import CheckpointOptions
-from lightning_hybrid.compat.averaging import follow_partition
-from lightning_hybrid.compat.callbacks import follow_callbacks
+from lightning_hybrid.compat.averaging import local_copies, use_local_averages
+from lightning_hybrid.compat.callbacks import patched_callbacks
 from lightning_hybrid.dataloader.replica import ReplicaData
 from lightning_hybrid.dataloader.sharding import BatchWeights
-from lightning_hybrid.engine import start
-from lightning_hybrid.engine.optimizer import OptimizerWrapper
+from lightning_hybrid.engine.build import build_engine, recorded_configure_model
+from lightning_hybrid.engine.engine import Engine, Listener
+from lightning_hybrid.engine.first_batch import prediction_arguments
+from lightning_hybrid.engine.norms import gradient_norms
+from lightning_hybrid.engine.run import Run
 from lightning_hybrid.launch import agreement
-from lightning_hybrid.launch.launcher import HybridLauncher
-from lightning_hybrid.launch.monitor import FailureMonitor
-from lightning_hybrid.launch.processes import DEFAULT_TIMEOUT, meet
+from lightning_hybrid.launch.launcher import HybridLauncher, leave_quietly
+from lightning_hybrid.launch.preemption import Preemption
+from lightning_hybrid.launch.world import World
 from lightning_hybrid.mesh import Mesh
-from lightning_hybrid.partitioned import PartitionedStrategy, Schedule
-from lightning_hybrid.replicas.reducer import seen_after_backward
+from lightning_hybrid.metrics.loggers import log_sent_bytes
+from lightning_hybrid.reshard.relayout import RelayoutResult, relayout
 from lightning_hybrid.rng.state import agree
+from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
-from lightning_hybrid.spec.plan import Recompute
-from lightning_hybrid.spec.request import Request
+from lightning_hybrid.spec.plan import Plan, Recompute
+from lightning_hybrid.spec.request import Request, Schedule
 from lightning_hybrid.spec.tensor_plan import renamed_choices
+from lightning_hybrid.tuning.batch_size import BatchSizeController, BatchSizePolicy
+
+T = TypeVar("T")
 
 
-class HybridStrategy(PartitionedStrategy):
+class HybridStrategy(ParallelStrategy):
     """Trains any LightningModule, unmodified, under a layout: replicas, sharding, experts, tensors, a pipeline.
 
     Args:
@@ -89,25 +96,105 @@ class HybridStrategy(PartitionedStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
-        if on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {on_nonfinite!r}.")
         request = Request(
             layout=Layout(),
             schedule=schedule,
             microbatches=microbatches,
             tensor_plan=renamed_choices(tensor_plan),
-            gradient_sync=GradientSync.of(gradient_sync),
             recompute=recompute,
             compile=compile,
+            gradient_sync=GradientSync.of(gradient_sync),
         )
         given, request = request.in_layout(layout)
-        super().__init__(
-            process_group_backend, FailureMonitor(timeout or DEFAULT_TIMEOUT), given, request, on_nonfinite, timeout
-        )
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {on_nonfinite!r}.")
+        super().__init__()
+        self.num_nodes = 1
         self.checkpoints = Checkpoints(checkpoints, timeout)
-        self._splits_data: bool | None = None
+        self.listeners: list[Listener] = []
+        """Follow changes of the layout, in this order."""
+        self.sequence_length: int | None = None
+        """Samples of training batches are split into samples of this length; None: they stay whole."""
+        self._layout, self._request = given, request
+        self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
+        self._world = World(process_group_backend, timeout)
+        self._preemption = Preemption(self._any_rank)
+        self._run: Run | None = None
+        self._engine: Engine | None = None
+        self._mesh: Mesh | None = None
+        self._data: ReplicaData | None = None
+        self._moving = False
 
-    # ---- what Lightning asks about
+    # ---- its parts
+
+    @property
+    def layout(self) -> Layout:
+        """The layout; with none given, `fsdp` over all devices."""
+        return self._layout or Layout(fsdp=self.num_nodes * self.num_processes)
+
+    @property
+    def request(self) -> Request:
+        """The layout and the options that belong to it, as they are requested now."""
+        return replace(self._request, layout=self.layout)
+
+    @property
+    def engine(self) -> Engine:
+        """The partitioned module at work, once the strategy has been set up."""
+        return _there(self._engine, "engine")
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the partitioned module; `plan.to_yaml(path)` writes a file that `layout` takes."""
+        return self.engine.plan
+
+    @property
+    def mesh(self) -> Mesh:
+        """This rank's place in the layout, once the processes are connected."""
+        return _there(self._mesh, "mesh")
+
+    @property
+    def data(self) -> ReplicaData:
+        """The data of this rank's replica, once the processes are connected."""
+        return _there(self._data, "data")
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        return _there(self.lightning_module, "lightning_module")
+
+    @property
+    def _environment(self) -> ClusterEnvironment:
+        return _there(self.cluster_environment, "cluster_environment")
+
+    def _during(self, operation: str) -> AbstractContextManager:
+        trainer = self._module.trainer
+        return self._world.monitor.during(operation, running_batch(trainer), trainer.global_step)
+
+    @property
+    def _unsavable(self) -> bool:
+        """True once a rank has failed, and while weights move to another layout."""
+        return self._world.monitor.failing or self._moving
+
+    # ---- processes
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return _there(self.parallel_devices, "root_device")[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices or ())
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """The backend of the default process group."""
+        return self._world.backend
+
+    @property
+    def is_distributed(self) -> bool:
+        """True: Lightning injects distributed samplers and reduces what is logged with `sync_dist`."""
+        return True
 
     @property
     @override
@@ -119,6 +206,30 @@ class HybridStrategy(PartitionedStrategy):
     def restore_checkpoint_after_setup(self) -> bool:
         return True
 
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        self._world.barrier(self.root_device)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return self._world.broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduces over the replicas: ranks of `tp` and `pp` hold copies of the same value."""
+        if group is None and self._mesh is not None:
+            if self._mesh.layout.replicas == 1:
+                return tensor
+            group = self._mesh.replica_group
+        return self._world.reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return self._world.vote(decision, self.root_device, all=all)
+
+    def _any_rank(self, decision: bool) -> bool:
+        return self.reduce_boolean_decision(decision, all=False)
+
     # ---- start
 
     @override
@@ -128,40 +239,34 @@ class HybridStrategy(PartitionedStrategy):
             self.layout.validate(self.num_nodes * self.num_processes)
         except ValueError:
             if max(environment.global_rank(), environment.local_rank()) > 0:
-                start.leave_quietly()
+                leave_quietly()
             raise
         # with processes that are there already it only shares out the cores, without which each rank takes all of them
-        self._launcher = HybridLauncher(environment, self.num_processes, self.num_nodes, self._watch)
+        self._launcher = HybridLauncher(environment, self.num_processes, self.num_nodes, self._world.monitor)
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        self._set_world_ranks()
-        self._backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
-        device_id = self.root_device if self._backend == "nccl" else None
-        self._meet()
-        _init_dist_connection(self._environment, self._backend, timeout=self._timeout, device_id=device_id)
-        self._mesh = Mesh.create(self.layout, self.root_device.type)
-        limit_waiting(self._timeout or DEFAULT_TIMEOUT)
-        agree([])  # so that samplers and initial weights are the same everywhere
-        trainer = self._module.trainer
-        if self.world_size > 1:
-            self._preemption.install(trainer)
-        self._splits_data = start.prepare_trainer(trainer)
-        self._data = ReplicaData(
-            trainer, self._mesh, self.root_device, split=self._splits_data, run_padding=self._run_padding
-        )
-
-    def _meet(self) -> None:
-        if self.world_size == 1:
-            return
+        trainer, environment = self._module.trainer, self._environment
+        environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
         arguments = self.request.arguments() | {"on_nonfinite": self._on_nonfinite}
-        facts = agreement.facts_of(self._module.trainer, arguments)
-        check = self._watch.check_children
-        with self._watch.during("the meeting of the ranks"):
-            party = meet(self._environment, self.global_rank, self.world_size, self._timeout, facts, check)
-        self._watch.connect(party)
-        agreement.check_facts(party.facts)
+        self._world.connect(environment, self.root_device, agreement.facts_of(trainer, arguments))
+        self._mesh = Mesh.create(self.layout, self.root_device.type)
+        self._world.limit_waiting()
+        agree([])  # so that samplers and initial weights are the same everywhere
+        splits = injects_sampler(trainer)
+        self._data = ReplicaData(trainer, self._mesh, self.root_device, split=splits, run_padding=self._run_padding)
+        self._run = Run(
+            trainer=trainer,
+            device=self.root_device,
+            precision=self.precision_plugin,
+            on_nonfinite=self._on_nonfinite,
+            preemption=self._preemption,
+            any_rank=self._any_rank,
+        )
+        self._run.start()
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -170,7 +275,7 @@ class HybridStrategy(PartitionedStrategy):
     @contextmanager
     @override
     def model_sharded_context(self) -> Generator[None, None, None]:
-        with start.built_on_ghosts(self.lightning_module):
+        with recorded_configure_model(self.lightning_module):
             yield
 
     @contextmanager
@@ -183,22 +288,31 @@ class HybridStrategy(PartitionedStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         if self.accelerator is not None:
             self.accelerator.setup(trainer)
-        if self._runner is None or self._runner.root is not self.lightning_module:
-            self._request = self._request.for_another_module()
-            self.model = self.precision_plugin.convert_module(self._module)
-            self._runner = start.partition(trainer, self, self.request)
-            limit_waiting(self._timeout or DEFAULT_TIMEOUT)  # of the groups that the partition has made
-        self._runner.install_logs()
-        follow_partition(trainer, self._runner)
-        follow_callbacks(trainer, self._runner)
+        self.model = self.precision_plugin.convert_module(self._module)
+        run, engine = _there(self._run, "run"), self._engine
+        if (
+            engine is None or engine.root is not self.lightning_module
+        ):  # a new module: forget split points and expert placement chosen for the previous one
+            engine = build_engine(run, self.request.for_another_module(), self.mesh)
+        engine.run = run
+        engine.start()
+        self._use(engine)
+        use_local_averages(engine)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
-            self._runner.gradients_are_seen = self.reduce_boolean_decision(seen_after_backward(trainer), all=False)
         self.setup_precision_plugin()
-        if self._steps is None or self._steps.runner is not self._runner:
-            self._steps = OptimizerWrapper(self.runner, self.precision_plugin, self._on_nonfinite, self._preemption)
-        self._steps.check_optimizers(self.optimizers)
-        self._steps.install()
+        engine.optimizers.check_optimizers(self.optimizers)
+
+    def _use(self, engine: Engine) -> None:
+        """Puts a started engine in force: everything that follows a layout, in order."""
+        self._engine, self._mesh = engine, engine.mesh
+        self._layout, self._request = engine.request.layout, engine.request
+        self._world.limit_waiting()  # of the groups that the engine has made
+        engine.patches.enter_context(local_copies(engine))
+        engine.patches.enter_context(patched_callbacks(engine))
+        self.data.follow_layout(engine.mesh)
+        for listener in self.listeners:
+            listener.layout_changed(engine)
 
     @override
     def model_to_device(self) -> None:
@@ -207,28 +321,27 @@ class HybridStrategy(PartitionedStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self._reset_optimizers_and_schedulers()
-        self.runner.partition.reshard()
-        with self.runner.parameters_for_optimizers(self):
+        self.engine.partition.reshard()
+        with self.engine.optimizers.sees_all_parameters(self):
             super().setup_optimizers(trainer)
 
     # ---- steps
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        batch_weights = self.data.batch_weights()
-        self.runner.take_batch(batch_weights, self.data.share_in_step(batch_weights))
+        weights = self.data.batch_weights()
+        share = self.data.share_in_step(weights)
         if self.sequence_length is not None:
             args = (split_sequences(args[0], self.sequence_length), *args[1:])
         with self._during("training_step"):
-            return self.runner.training_step(*args, **kwargs)
+            return self.engine.runner.training_step(weights, share, *args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        if self.runner.batch_weights is not None:
-            closure_loss = closure_loss * self.runner.factor
+        runner = self.engine.runner
         with self._during("backward"):
-            loss = super().backward(closure_loss, optimizer, *args, **kwargs)
-        self.runner.gradients_complete()
+            loss = super().backward(runner.scaled_for_backward(closure_loss), optimizer, *args, **kwargs)
+        runner.gradients_complete()
         return loss
 
     @override
@@ -239,34 +352,32 @@ class HybridStrategy(PartitionedStrategy):
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluate("test_step", *args, **kwargs)
 
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._watch.during("predict_step", evaluation_batch(self._module.trainer) - 1):
-            out = self.runner.evaluation_step("predict_step", *self.data.numbered(args), **kwargs)
-        self.data.go_along()
-        return out
-
     def _evaluate(self, step: str, *args: Any, **kwargs: Any) -> Any:
-        trainer = self._module.trainer
-        self.runner.take_batch(self.data.batch_weights())
-        with self._watch.during(step, evaluation_batch(trainer) - 1):
-            out = self.runner.evaluation_step(step, *args, **kwargs)
+        trainer, weights = self._module.trainer, self.data.batch_weights()
+        with self._world.monitor.during(step, evaluation_batch(trainer) - 1):
+            out = self.engine.runner.evaluation_step(step, weights, *args, **kwargs)
             self._preemption.agree(trainer)
             return out
 
-    def _run_padding(self, batch: Any, batch_weights: BatchWeights) -> None:
-        self.runner.take_batch(batch_weights)
-        self.runner.evaluation_step("predict_step", *start.prediction_arguments(self._module.trainer, batch))
-        self.runner.take_batch(None)
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._world.monitor.during("predict_step", evaluation_batch(self._module.trainer) - 1):
+            out = self.engine.runner.evaluation_step("predict_step", None, *self.data.numbered(args), **kwargs)
+        self.data.go_along()
+        return out
+
+    def _run_padding(self, batch: Any, weights: BatchWeights) -> None:
+        arguments = prediction_arguments(self._module.trainer, batch)
+        self.engine.runner.evaluation_step("predict_step", weights, *arguments)
 
     def on_train_start(self) -> None:
-        """Says what a step's gradients cost."""
+        """Logs the bytes that a step's gradients cost, where they are not exact."""
         self._log_sent_bytes()
 
     def on_train_end(self) -> None:
-        """Replicas that have stepped by themselves agree on the weights."""
-        if self.runner.diloco is not None:
-            self.runner.diloco.agree()
+        """Lets replicas that have stepped by themselves agree on the weights."""
+        if self.engine.diloco is not None:
+            self.engine.diloco.agree()
 
     def on_predict_start(self) -> None:
         """Refuses loaders on which predictions would not be complete."""
@@ -279,37 +390,37 @@ class HybridStrategy(PartitionedStrategy):
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        with self.runner.gradients_stay_local():
+        with self.engine.runner.gradients.local_only():
             yield
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
-        self.steps.nonfinite.saw_loss(closure_loss)
+        self.engine.optimizers.nonfinite.saw_loss(closure_loss)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        return self.steps.step(super().optimizer_step, optimizer, closure, model, **kwargs)
+        return self.engine.optimizers.step(super().optimizer_step, optimizer, closure, model, **kwargs)
 
     # ---- state
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's parts; `full_state_dict` gives whole weights."""
-        return {} if self._watch.failing or self.moving else state.state_dict(self.runner)
+        return {} if self._unsavable else state.state_dict(self.engine)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {} if self._watch.failing or self.moving else state.optimizer_state(self.runner, optimizer)
+        return {} if self._unsavable else state.optimizer_state(self.engine, optimizer)
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        if self._watch.failing or self.moving:
-            self._watch.note_unsaved(filepath)
+        if self._unsavable:
+            self._world.monitor.note_unsaved(filepath)
             return
         with self._during("save_checkpoint"):
-            self.checkpoints.save(self.runner, checkpoint, filepath)
+            self.checkpoints.save(self.engine, checkpoint, filepath)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -317,23 +428,136 @@ class HybridStrategy(PartitionedStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        return self.checkpoints.load(self.runner, checkpoint_path, trust_pickle=weights_only is False)
+        return self.checkpoints.load(self.engine, checkpoint_path, trust_pickle=weights_only is False)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        state.load_state_dict(self.runner, checkpoint["state_dict"], strict)
+        state.load_state_dict(self.engine, checkpoint["state_dict"], strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            state.load_optimizer_state(self.runner, optimizer, saved)
-        self.checkpoints.restore_rng(self.runner)
-        self.checkpoints.restore_diloco(self.runner)
+            state.load_optimizer_state(self.engine, optimizer, saved)
+        self.checkpoints.restore_rng(self.engine)
+        self.checkpoints.restore_diloco(self.engine)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         self.checkpoints.first_batch(self._module.trainer)
         return super().batch_to_device(batch, device, dataloader_idx)
+
+    # ---- for users and callbacks, while it trains
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Returns what `lightning.pytorch.utilities.grad_norm(module, 2)` gives in one process. Collective.
+
+        That function itself sees this rank's parts only. In `on_before_optimizer_step`:
+        `self.log_dict(self.trainer.strategy.gradient_norms())`.
+        """
+        return gradient_norms(self.engine.partition, self.engine.device)
+
+    def control_batches(self, policy: BatchSizePolicy | None = None) -> BatchSizeController:
+        """Returns a controller for callbacks that change the batch size during training, from `on_train_start` on.
+
+        Args:
+            policy: Decides how batches are divided after a change of layout.
+        """
+        control = BatchSizeController(self.engine, policy)
+        self.listeners.append(control)
+        self.at_end(lambda: self.release(control))
+        return control
+
+    def at_end(self, action: Callable[[], None]) -> None:
+        """Calls `action` when the trainer's run ends, also after an error; the last one that was added comes first."""
+        _there(self._run, "run").patches.callback(action)
+
+    def release(self, control: BatchSizeController) -> None:
+        """Ends the control of a batch-size controller; does nothing if it has ended."""
+        if control in self.listeners:
+            self.listeners.remove(control)
+            control.release()
+
+    def expert_loads(self) -> dict[str, Tensor]:
+        """Returns the tokens that each expert got in training since the last call, on all ranks. Collective.
+
+        Returns:
+            By name of the module of experts, of those that `ep` divides: counts of shape `(experts,)`.
+        """
+        return self.engine.expert_loads()
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Returns all whole weights and buffers by name, on the CPU of rank 0; `{}` on other ranks. Collective."""
+        return state.full_state_dict(self.engine)
+
+    def relayout(
+        self,
+        layout: str | Layout,
+        *,
+        schedule: Schedule | None = None,
+        microbatches: int | Literal["auto"] | None = None,
+        gradient_sync: str | GradientSync | None = None,
+        cuts: Sequence[int] | None = None,
+        expert_orders: Mapping[str, Sequence[int]] | None = None,
+        expert_hosts: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        edit: Callable[[], None] | None = None,
+    ) -> RelayoutResult:
+        """Changes the layout while training goes on: the same module, optimizers, schedulers, loggers and data.
+
+        Between two steps of the optimizer, in a hook that all ranks run (`on_train_batch_end`, `on_train_epoch_start`).
+        Weights, optimizer state and buffers move by name, and only what a rank lacks is sent. The global batch stays,
+        so training goes on as it would have in the old layout. Collective over all ranks.
+
+        Args:
+            layout: Another layout of the same ranks.
+            schedule: The pipeline schedule from now on; None: as before.
+            microbatches: The microbatches from now on; None: as before.
+            gradient_sync: How replicas agree on gradients from now on; None: as before.
+            cuts: Where pipeline stages begin, by number of the call in `engine.plan`; None: by FLOPs.
+            expert_orders: By name of a module of experts, which expert stands at each place over the ranks of `ep`;
+                None: in their own order.
+            expert_hosts: By name of a module of experts, for each rank of `ep` the experts that it computes; those of
+                several ranks share their tokens. Weights that a rank does not have are sent to it in every forward
+                pass, and their gradients back. None: each rank computes those that it has.
+            edit: Adds modules with new weights to the LightningModule, on all ranks alike; called while the weights
+                are on their way. The optimizers take the new ones into the groups that `configure_optimizers` would.
+
+        Returns:
+            What was moved.
+
+        Raises:
+            PartitionError: On all ranks, if it cannot be; training is in the old layout then.
+        """
+        wanted = self._request.changed(
+            layout=Layout.parse(layout) if isinstance(layout, str) else layout,
+            schedule=schedule,
+            microbatches=microbatches,
+            gradient_sync=None if gradient_sync is None else GradientSync.of(gradient_sync),
+            cuts=cuts,
+            expert_orders=expert_orders,
+            expert_hosts=expert_hosts,
+        )
+        self._moving = True
+        try:
+            with self._during("relayout"):
+                engine, result = relayout(
+                    self.engine,
+                    wanted,
+                    data=self.data,
+                    optimizers=self.optimizers,
+                    listeners=self.listeners,
+                    edit=edit,
+                )
+                self._use(engine)
+        finally:
+            self._moving = False
+        if result.problem is not None:
+            raise PartitionError(result.problem)
+        self._log_sent_bytes()
+        return result
+
+    def _log_sent_bytes(self) -> None:
+        if self._request.gradient_sync.kind != "exact":
+            log_sent_bytes(self._module.trainer, self.engine.runner.gradients.sent_bytes)
 
     # ---- end
 
@@ -344,15 +568,21 @@ class HybridStrategy(PartitionedStrategy):
     @override
     def teardown(self) -> None:
         self.checkpoints.wait()
-        if self._steps is not None:
-            self._steps.remove()
-        if self._runner is not None:
-            self._runner.remove_logs()
-        if self.lightning_module is not None and self._splits_data is not None:
-            start.release_trainer(self.lightning_module.trainer, self._splits_data)
+        if self._engine is not None:
+            self._engine.stop()
+        if self._run is not None:
+            self._run.patches.close()
+        self.listeners.clear()
+        self.sequence_length = None
         self._environment.teardown()
         self.precision_plugin.teardown()
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
-        self._watch.torn_down()
+        self._world.monitor.torn_down()
+
+
+def _there(value: T | None, name: str) -> T:
+    if value is None:
+        raise RuntimeError(f"`strategy.{name}` is there only while a Trainer runs, once it has been set up.")
+    return value

@@ -16,7 +16,7 @@ from lightning_hybrid._lightning_private.callbacks import (
     forget_schedulers_before_averaging,
     parameters_compared_by_identity,
 )
-from lightning_hybrid._lightning_private.checkpoints import checkpoint_folders, checkpoint_of_run, find_last_by
+from lightning_hybrid._lightning_private.checkpoints import checkpoint_folders, checkpoint_of_run, last_found_by
 from lightning_hybrid._lightning_private.loaders import (
     IndexBatches,
     batch_on_device,
@@ -24,6 +24,8 @@ from lightning_hybrid._lightning_private.loaders import (
     hands_out_its_iterator,
     load_validation_anew,
     loaders_of_running_batch,
+    loop_loaders,
+    on_before_batch_transfer,
     prediction_loaders,
     predictions_of,
     prefetches,
@@ -46,22 +48,36 @@ from lightning_hybrid._lightning_private.metrics import (
     set_step_value,
     watch_parts,
 )
+from lightning_hybrid._lightning_private.processes import default_backend, init_process_group, reduce_tensor
 from lightning_hybrid._lightning_private.trainer import (
     PlaceInEpoch,
     TunerExit,
     detects_anomalies,
     evaluation_batch,
+    evaluation_loops,
     fresh_optimizers,
+    injects_sampler,
     place_in_epoch,
-    route_sigterm,
     running_batch,
+    sampler_injection,
     set_received_sigterm,
     share_cores,
+    sigterm_routed,
     training_batch,
 )
 
 __all__ = [
     "as_hook",
+    "last_found_by",
+    "sampler_injection",
+    "evaluation_loops",
+    "injects_sampler",
+    "sigterm_routed",
+    "loop_loaders",
+    "on_before_batch_transfer",
+    "default_backend",
+    "init_process_group",
+    "reduce_tensor",
     "IndexBatches",
     "PlaceInEpoch",
     "Synchronize",
@@ -80,7 +96,6 @@ __all__ = [
     "detects_anomalies",
     "end_windows",
     "evaluation_batch",
-    "find_last_by",
     "forget_schedulers_before_averaging",
     "fresh_optimizers",
     "hands_out_its_iterator",
@@ -94,7 +109,6 @@ __all__ = [
     "prefetches",
     "reads_in_turn",
     "route_metric_sync",
-    "route_sigterm",
     "running_batch",
     "running_hook",
     "running_prediction",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,8 +12,10 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
 )
 
+from lightning_hybrid.patching import patched
 
-def find_last_by(trainer: pl.Trainer, find: Callable[[], str | None]) -> None:
+
+def last_found_by(trainer: pl.Trainer, find: Callable[[], str | None]) -> AbstractContextManager:
     """Has `find` look for what `ckpt_path="last"` means; Lightning takes over where it finds nothing.
 
     Lightning takes what has the name `last`, complete or not, and starts from the beginning where that is missing.
@@ -27,7 +30,7 @@ def find_last_by(trainer: pl.Trainer, find: Callable[[], str | None]) -> None:
         )
         return connector._hybrid_path
 
-    connector._parse_ckpt_path = parse
+    return patched(connector, _parse_ckpt_path=parse, _hybrid_path=None)
 
 
 def checkpoint_of_run(trainer: pl.Trainer) -> str | None:

@@ -9,6 +9,7 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 
@@ -125,3 +126,19 @@ class IndexBatches(_IndexBatchSamplerWrapper):
         batch = super().__next__()
         self.seen_batch_indices[-1] = list(batch)
         return batch
+
+
+def on_before_batch_transfer(module: pl.LightningModule, batch: Any, loader: int) -> Any:
+    """Runs the module's hook on a batch of the loader with index `loader`."""
+    return module._on_before_batch_transfer(batch, dataloader_idx=loader)
+
+
+def loop_loaders(trainer: pl.Trainer) -> Any:
+    """Returns the loaders that the user gives to the trainer's running function, before any loop has set them up."""
+    loops: dict[Any, Any] = {
+        TrainerFn.FITTING: trainer.fit_loop,
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }
+    return loops[trainer.state.fn]._data_source.dataloader()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.data import extract_batch_size
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
+
+from lightning_hybrid.patching import patched
 
 Synchronize = Callable[[Metric], None]
 
@@ -84,10 +86,10 @@ def as_hook(module: pl.LightningModule, name: str) -> Iterator[None]:
         module._current_fx_name = running
 
 
-def watch_parts(experiment: Any, part: Callable[[Any], Any]) -> None:
-    """Has `watch` of a W&B run take `part(tensor)` of every tensor that it makes a histogram of."""
+def watch_parts(experiment: Any, part: Callable[[Any], Any]) -> AbstractContextManager:
+    """Has `watch` of a W&B run take `part(tensor)` of every tensor that it makes a histogram of, for a while."""
     history = getattr(experiment, "_torch", None)
-    if history is None or "log_tensor_stats" in vars(history):  # none in a disabled run
-        return
+    if history is None:  # none in a disabled run
+        return nullcontext()
     original = history.log_tensor_stats
-    history.log_tensor_stats = lambda tensor, name: original(part(tensor), name)
+    return patched(history, log_tensor_stats=lambda tensor, name: original(part(tensor), name))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -10,6 +11,8 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import _TunerExitException
+
+from lightning_hybrid.patching import patched
 
 TunerExit = _TunerExitException
 """Raised on all ranks where the Trainer's tuner ends a run early."""
@@ -63,12 +66,14 @@ def share_cores(processes: int) -> None:
     _set_num_threads_if_needed(num_processes=processes)
 
 
-def route_sigterm(trainer: pl.Trainer, handler: Callable[..., None], before_batch: Callable[[], None]) -> None:
+@contextmanager
+def sigterm_routed(
+    trainer: pl.Trainer, handler: Callable[..., None], before_batch: Callable[[], None]
+) -> Iterator[None]:
     """Replaces what the trainer does on SIGTERM, and what its ranks ask each other before every training batch."""
-    connector: Any = trainer._signal_connector
-    connector._sigterm_notifier_fn = handler
-    loop: Any = trainer.fit_loop.epoch_loop
-    loop._broadcast_sigterm_tensor = before_batch
+    connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
+    with patched(connector, _sigterm_notifier_fn=handler), patched(loop, _broadcast_sigterm_tensor=before_batch):
+        yield
 
 
 def set_received_sigterm(trainer: pl.Trainer) -> None:
@@ -85,3 +90,18 @@ def fresh_optimizers(module: pl.LightningModule) -> list[Any]:
     """Calls `configure_optimizers` and returns the optimizers; those of the trainer are not changed."""
     configured: Any = module.configure_optimizers()
     return _configure_optimizers(configured)[0]
+
+
+def evaluation_loops(trainer: pl.Trainer) -> list[Any]:
+    """Returns the loops that evaluate: within `fit`, `validate`, `test` and `predict`."""
+    return [trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
+
+
+def injects_sampler(trainer: pl.Trainer) -> bool:
+    """Returns the Trainer's `use_distributed_sampler`."""
+    return trainer._accelerator_connector.use_distributed_sampler
+
+
+def sampler_injection(trainer: pl.Trainer, enabled: bool) -> AbstractContextManager:
+    """Sets the Trainer's `use_distributed_sampler` for a while."""
+    return patched(trainer._accelerator_connector, use_distributed_sampler=enabled)

@@ -60,11 +60,14 @@ from lightning_hybrid._torch_private.modules import (
     own_parameters,
 )
 from lightning_hybrid._torch_private.optimizers import agree_on_overflow, step_without_hooks
+from lightning_hybrid._torch_private.versions import TESTED_TORCH, warn_if_untested
 
 __all__ = [
     "all_to_all_rows",
     "ATTENTION",
     "BatchNorm",
+    "TESTED_TORCH",
+    "warn_if_untested",
     "DispatchMode",
     "FLASH_ATTENTION_CPU",
     "GROUPED_MM",

@@ -192,6 +192,7 @@ class AdaptiveBatchSize(Callback):
             self._microbatch.find(control, strategy.root_device, batches)
         control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
         self._schedulers = SchedulersBySamples(trainer, self._state.first_batch_size)
+        strategy.at_end(self._schedulers.release)
         if self._statistics is not None:
             control.measure_noise()
         self._scale_learning_rates()
@@ -394,10 +395,6 @@ class AdaptiveBatchSize(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._schedulers is not None:
-            self._schedulers.release()
-        if self._control is not None:
-            self._control.release()
         self._schedulers = self._control = None
 
     @override

@@ -20,8 +20,10 @@ from lightning_hybrid.adapt.stage_cuts import StageTime
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.dataloader.sharding import ByLength
-from lightning_hybrid.partitioned import PartitionedStrategy
+from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.request import Request
+from lightning_hybrid.strategy import HybridStrategy
 from lightning_hybrid.tuning.workload import Observation, Workload
 
 Kind = Literal["stages", "experts", "replicas"]
@@ -94,6 +96,9 @@ class LoadRebalancing(Callback):
         self._steps = 0
         self._move_seconds = 0.0
         self._load: Workload | None = None
+        self._strategy: HybridStrategy | None = None
+        self._moves = False
+        """True while this callback itself changes the layout."""
         self._restored: dict[str, Any] = {}
         self.moves: list[dict[str, Any]] = []
         """Every move so far: global step, kind, new division, predicted gain, and whether it reverted another move."""
@@ -114,20 +119,37 @@ class LoadRebalancing(Callback):
             for kind in self._kinds:
                 if restored["division"].get(kind) != present[kind]:
                     self._apply(strategy, kind, restored["division"][kind])
-        self._steps = 0
+        self._steps, self._strategy = 0, strategy
+        self._load = Workload(strategy.engine, strategy.data)
         self._begin(strategy)
+        strategy.listeners.append(self)
+        strategy.at_end(self._end)
 
-    def _begin(self, strategy: PartitionedStrategy) -> None:
-        """Applies `lengths` and starts measuring in the current layout."""
-        if self._lengths is not None:
-            self._shard_by_length(strategy, self._lengths)
+    def _end(self) -> None:
         if self._load is not None:
             self._load.release()
-        self._load = Workload(strategy)
+
+    def _begin(self, strategy: HybridStrategy) -> None:
+        """Divides the data by length, where that is wanted, and forgets step times."""
+        if self._lengths is not None:
+            self._shard_by_length(strategy, self._lengths)
         self._wall, self._last = [], None
 
-    def _shard_by_length(self, strategy: PartitionedStrategy, lengths: Sequence[int]) -> None:
-        data, runner = strategy.data, strategy.runner
+    def check_layout(self, request: Request) -> None:
+        """Refuses nothing: load can be measured in every layout."""
+
+    def layout_changed(self, engine: Engine) -> None:
+        """Measures in the new layout; what was known of another one is forgotten, unless this callback has moved."""
+        if self._load is None or self._strategy is None:
+            return
+        self._load.follow(engine)
+        if not self._moves:
+            self._watches = {kind: Watch() for kind in self._kinds}
+            self._seen, self._before = [], {}
+            self._begin(self._strategy)
+
+    def _shard_by_length(self, strategy: HybridStrategy, lengths: Sequence[int]) -> None:
+        data, runner = strategy.data, strategy.engine.runner
         if not data.can_share:
             raise PartitionError(
                 "`lengths` needs a single training DataLoader with a sampler, a `batch_size` and a length. Use "
@@ -145,12 +167,7 @@ class LoadRebalancing(Callback):
         strategy = hybrid_strategy(trainer, self)
         if self._load is None:
             return
-        if not self._load.is_current:  # another callback has changed the layout
-            self._watches = {kind: Watch() for kind in self._kinds}
-            self._seen, self._before = [], {}
-            self._begin(strategy)
-            return
-        self._load.count(0 if strategy.runner.padding else count_samples(batch))
+        self._load.count(0 if strategy.engine.runner.padding else count_samples(batch))
         if not steps_after_batch(trainer):
             return
         self._load.end_step()
@@ -230,10 +247,14 @@ class LoadRebalancing(Callback):
         strategy = hybrid_strategy(trainer, self)
         self._before[kind] = self._division(strategy)[kind]
         began = time.perf_counter()
-        self._apply(strategy, kind, division)
+        self._moves = True
+        try:
+            self._apply(strategy, kind, division)
+        finally:
+            self._moves = False
+        if kind == "replicas" and self._load is not None:  # without a change of layout
+            self._load.follow(strategy.engine)
         self._move_seconds = strategy.broadcast(time.perf_counter() - began)
-        if self._load is not None:
-            self._load.follow()
         self._last = None
         self.moves.append(
             {"step": trainer.global_step, "kind": kind, "division": division, "gain": gain, "taken_back": back}
@@ -241,7 +262,7 @@ class LoadRebalancing(Callback):
         what = "reverted" if back else f"a step should become {gain:.0%} shorter"
         rank_zero_info(f"LoadRebalancing: {kind} {_shown(division)}: {what}.")
 
-    def _division(self, strategy: PartitionedStrategy) -> dict[str, Any]:
+    def _division(self, strategy: HybridStrategy) -> dict[str, Any]:
         """Returns the current division of each kind of load."""
         request, data = strategy.request, strategy.data
         return {
@@ -250,7 +271,7 @@ class LoadRebalancing(Callback):
             "replicas": data.shares if data.can_share else None,
         }
 
-    def _apply(self, strategy: PartitionedStrategy, kind: str, division: Any) -> None:
+    def _apply(self, strategy: HybridStrategy, kind: str, division: Any) -> None:
         request = strategy.request
         if kind == "replicas":
             strategy.data.share(division)
@@ -264,15 +285,13 @@ class LoadRebalancing(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._load is not None:
-            self._load.release()
-        self._load = None
+        self._load = self._strategy = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._load is None:
+        strategy = self._strategy
+        if strategy is None:
             return {}
-        strategy = self._load.strategy
         return {
             "layout": str(strategy.layout),
             "division": self._division(strategy),

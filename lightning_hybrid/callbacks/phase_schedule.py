@@ -103,12 +103,12 @@ class PhaseSchedule(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         strategy = hybrid_strategy(trainer, self)
-        self._samples += samples_of_all(strategy.runner, batch)
+        self._samples += samples_of_all(strategy.engine, batch)
         if self._counts_tokens:
             self._tokens += count_tokens(batch) or 0
         if not steps_after_batch(trainer):
             return
-        tokens = sum_over_replicas(strategy.runner, self._tokens) if self._counts_tokens else 0
+        tokens = sum_over_replicas(strategy.engine, self._tokens) if self._counts_tokens else 0
         self._state = self._state.after_step(self._samples, tokens)
         self._samples = self._tokens = 0
         if self.phase + 1 == len(self.phases):
@@ -140,7 +140,7 @@ class PhaseSchedule(Callback):
         """Applies the accumulated settings of phases up to the current one; `edit` may add modules."""
         strategy, phase = hybrid_strategy(trainer, self), in_force(self.phases[: self.phase + 1])
         if self._control is not None:
-            self._control.release()
+            strategy.release(self._control)
             self._control = None
         present = strategy.request
         wanted = replace(
@@ -181,11 +181,7 @@ class PhaseSchedule(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._control is not None:
-            self._control.release()
         self._control = None
-        if isinstance(trainer.strategy, HybridStrategy):
-            trainer.strategy.sequence_length = None
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lightning_hybrid.checkpoint import state
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from lightning_hybrid.checkpoint.save import Saver
-from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.rng.state import RNGState, default_generators
 
 
@@ -42,14 +42,14 @@ class Checkpoints:
             self._saver = Saver(self._options, self._timeout)
         return self._saver
 
-    def save(self, runner: StepRunner, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    def save(self, engine: Engine, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """Saves Lightning's checkpoint dict, whose state is this rank's parts. Collective."""
-        rng = RNGState.capture(default_generators(runner.device)).plain() | runner.streams.state_dict()
+        rng = RNGState.capture(default_generators(engine.device)).plain() | engine.rng.state_dict()
         more: dict[str, Any] = {"streams": rng}
-        if runner.diloco is not None:
-            more["local_steps"] = {**runner.diloco.state_dict(), "optimizers": state.own_optimizer_states(runner)}
-        content = state.content_of(runner, {**checkpoint, **more})
-        self.saver.save(path, content, loading.manifest_facts(checkpoint, runner.mesh.layout))
+        if engine.diloco is not None:
+            more["local_steps"] = {**engine.diloco.state_dict(), "optimizers": state.own_optimizer_states(engine)}
+        content = state.content_of(engine, {**checkpoint, **more})
+        self.saver.save(path, content, loading.manifest_facts(checkpoint, engine.mesh.layout))
 
     def find_last(self, trainer: pl.Trainer) -> str | None:
         """What `ckpt_path="last"` means: the newest checkpoint of the callbacks' folders; older ones stand by."""
@@ -57,7 +57,7 @@ class Checkpoints:
         self._older = found[1:]
         return str(found[0]) if found else None
 
-    def load(self, runner: StepRunner, path: str | Path, trust_pickle: bool) -> dict[str, Any]:
+    def load(self, engine: Engine, path: str | Path, trust_pickle: bool) -> dict[str, Any]:
         """Lightning's checkpoint dict from `path`, or if that was found by `find_last`, from the newest intact one."""
         self.saver.wait()
         paths: list[Any] = [Path(path), *self._older]
@@ -67,25 +67,25 @@ class Checkpoints:
         opened = loading.open_first(box[0], self._options.trust_pickle or trust_pickle)
         if not isinstance(opened, SavedCheckpoint):
             return opened
-        checkpoint = loading.as_lightning(opened, runner.root.trainer, runner.mesh.layout)
+        checkpoint = loading.as_lightning(opened, engine.root.trainer, engine.mesh.layout)
         self._rng, self._local_steps = checkpoint.pop("streams"), checkpoint.pop("local_steps", None)
         return checkpoint
 
-    def restore_rng(self, runner: StepRunner) -> None:
+    def restore_rng(self, engine: Engine) -> None:
         """Restores the RNG state of the time when the checkpoint was saved."""
         if self._rng is not None:
-            RNGState.from_plain(self._rng).restore(default_generators(runner.device))
-            runner.streams.load_state_dict(self._rng)
+            RNGState.from_plain(self._rng).restore(default_generators(engine.device))
+            engine.rng.load_state_dict(self._rng)
 
-    def restore_diloco(self, runner: StepRunner) -> None:
+    def restore_diloco(self, engine: Engine) -> None:
         """Replicas that step by themselves go on where each of them was, in the same layout; else where they agreed."""
         saved, self._local_steps = self._local_steps, None
-        if runner.diloco is None:
+        if engine.diloco is None:
             return
-        runner.diloco.begin()
+        engine.diloco.begin()
         if saved is not None:
-            runner.diloco.load_state_dict(saved)
-            state.load_own_optimizer_states(runner, saved["optimizers"])
+            engine.diloco.load_state_dict(saved)
+            state.load_own_optimizer_states(engine, saved["optimizers"])
 
     def first_batch(self, trainer: pl.Trainer) -> None:
         """Before the first training batch: starting the loader in the middle of an epoch has drawn numbers."""

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_hybrid.checkpoint.content import Content, Part
 from lightning_hybrid.checkpoint.reader import SavedTensor
 from lightning_hybrid.collectives import gather_objects, to_local
-from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.mesh import AXES
 from lightning_hybrid.parallelize.placement import index_of, writes
@@ -31,25 +31,25 @@ EXTRA_STATE = "_extra_state"
 # ---- out of the module
 
 
-def state_dict(runner: StepRunner) -> dict[str, Any]:
+def state_dict(engine: Engine) -> dict[str, Any]:
     """This rank's parts of all weights, and the persistent buffers, under the user's names."""
-    runner.partition.reshard()
-    with runner.partition.parameters.all_visible():
-        shown = runner.root.state_dict()
+    engine.partition.reshard()
+    with engine.partition.parameters.all_visible():
+        shown = engine.root.state_dict()
     found = {name: value for name, value in shown.items() if not isinstance(value, Ghost)}
-    if runner.diloco is not None:  # what all replicas have agreed on
-        first = runner.partition.parameters.first_names
+    if engine.diloco is not None:  # what all replicas have agreed on
+        first = engine.partition.parameters.first_names
         for name in found:
-            agreed = runner.diloco.agreed(first.get(name, name))
+            agreed = engine.diloco.agreed(first.get(name, name))
             found[name] = found[name] if agreed is None else agreed
     return found
 
 
-def optimizer_state(runner: StepRunner, optimizer: Optimizer) -> dict[str, Any]:
+def optimizer_state(engine: Engine, optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state of this rank's parameters, by name; the groups hold the names of all parameters."""
     optimizer = plain_optimizer(optimizer)
-    names = runner.names_in(optimizer)
-    parameters = runner.partition.parameters
+    names = engine.optimizers.names_in(optimizer)
+    parameters = engine.partition.parameters
     entries = {}
     for name in (name for group in names for name in group):
         entry = optimizer.state.get(parameters[name])  # none for a ghost
@@ -69,28 +69,28 @@ def _laid_out(value: Any, parameter: Tensor) -> Any:
     return value
 
 
-def content_of(runner: StepRunner, checkpoint: Mapping[str, Any]) -> Content:
+def content_of(engine: Engine, checkpoint: Mapping[str, Any]) -> Content:
     """What this rank writes of Lightning's checkpoint dict.
 
     Raises:
         CheckpointError: If a tensor of the model's state has neither the whole shape nor that of this rank's part.
     """
-    known = set(_shown_names(runner))
+    known = set(_shown_names(engine))
     first = dist.get_rank() == 0
     content = Content(document={})
     document: dict[str, Any] = {}
     for key, value in checkpoint.items():
         if key == "optimizer_states":
             for i, saved in enumerate(value):
-                _add_optimizer(runner, content, f"{key}/{i}", saved)
+                _add_optimizer(engine, content, f"{key}/{i}", saved)
             document[key] = [{k: v for k, v in saved.items() if k != "state"} for saved in value]
         elif key == "state_dict" or (isinstance(value, Mapping) and value and known.issuperset(value)):
-            _add_group(runner, content, key, value)
+            _add_group(engine, content, key, value)
             document[key] = {}
         else:
             document[key] = value
-    document["names"] = _shown_names(runner)
-    document["aliases"] = {n: f for n, f in runner.partition.parameters.first_names.items() if n != f}
+    document["names"] = _shown_names(engine)
+    document["aliases"] = {n: f for n, f in engine.partition.parameters.first_names.items() if n != f}
     kept = document if first else {k: v for k, v in document.items() if k in PER_RANK}
     return Content(parts=content.parts, values=content.values, document=kept)
 
@@ -99,36 +99,36 @@ PER_RANK = ("loops", "streams", "local_steps")
 """Keys of the checkpoint dict that every rank saves; everything else is rank 0's."""
 
 
-def _shown_names(runner: StepRunner) -> list[str]:
-    with runner.partition.parameters.all_visible():
-        return list(runner.root.state_dict())
+def _shown_names(engine: Engine) -> list[str]:
+    with engine.partition.parameters.all_visible():
+        return list(engine.root.state_dict())
 
 
-def _add_group(runner: StepRunner, content: Content, group: str, mapping: Mapping[str, Any]) -> None:
-    partition = runner.partition
+def _add_group(engine: Engine, content: Content, group: str, mapping: Mapping[str, Any]) -> None:
+    partition = engine.partition
     local = partition.parameters.local()
     for name, value in mapping.items():
         first = partition.parameters.first_names.get(name, name)
         if first != name and first in mapping:
             continue  # the same weight under another name
         if first in local and isinstance(value, Tensor):
-            part = _part(runner, group, first, value)
+            part = _part(engine, group, first, value)
             if part is not None:
                 content.parts.append(part)
-        elif _leads(runner, partition.buffer_rank(name)):
+        elif _leads(engine, partition.buffer_rank(name)):
             if isinstance(value, Tensor):
                 content.parts.append(_whole_part(group, first, value))
             else:
                 content.values.setdefault(group, {})[name] = value
 
 
-def _add_optimizer(runner: StepRunner, content: Content, prefix: str, saved: Mapping[str, Any]) -> None:
-    partition = runner.partition
+def _add_optimizer(engine: Engine, content: Content, prefix: str, saved: Mapping[str, Any]) -> None:
+    partition = engine.partition
     for name, entry in saved["state"].items():
         for key, value in entry.items():
             group = f"{prefix}/{key}"
             if isinstance(value, Tensor) and value.ndim > 0 and value.shape == partition.parameters[name].shape:
-                part = _part(runner, group, name, value)
+                part = _part(engine, group, name, value)
                 if part is not None:
                     content.parts.append(part)
             elif writes(partition, name, whole=True):
@@ -138,9 +138,9 @@ def _add_optimizer(runner: StepRunner, content: Content, prefix: str, saved: Map
                     content.values.setdefault(group, {})[name] = value
 
 
-def _part(runner: StepRunner, group: str, name: str, tensor: Tensor) -> Part | None:
+def _part(engine: Engine, group: str, name: str, tensor: Tensor) -> Part | None:
     """This rank's part of a tensor laid out like parameter `name`; None if another rank writes it."""
-    partition = runner.partition
+    partition = engine.partition
     shape, index = tuple(partition.shape_of(name)), index_of(partition, name)
     own = to_local(tensor.detach())
     if tuple(own.shape) == shape_of(index):
@@ -165,9 +165,9 @@ def _whole_part(group: str, name: str, tensor: Tensor) -> Part:
     )
 
 
-def _leads(runner: StepRunner, pipeline_rank: int) -> bool:
+def _leads(engine: Engine, pipeline_rank: int) -> bool:
     """Whether this is the first rank of its kind on a pipeline rank."""
-    places = {axis: runner.mesh.rank(axis) for axis in AXES}
+    places = {axis: engine.mesh.rank(axis) for axis in AXES}
     return places == {**dict.fromkeys(AXES, 0), "pp": pipeline_rank}
 
 
@@ -179,58 +179,58 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
 # ---- into the module
 
 
-def load_state_dict(runner: StepRunner, state: Mapping[str, Any], strict: bool) -> None:
+def load_state_dict(engine: Engine, state: Mapping[str, Any], strict: bool) -> None:
     """Each rank takes its part of the weights in `state`, which are whole tensors or `SavedTensor`s. Collective.
 
     Raises:
         RuntimeError: If `strict` and the names differ, or a shape differs, as `nn.Module.load_state_dict` does.
     """
-    partition = runner.partition
+    partition = engine.partition
     partition.reshard()
-    expected = _shown_names(runner)
-    local, buffers = partition.parameters.local(), dict(runner.root.named_buffers())
+    expected = _shown_names(engine)
+    local, buffers = partition.parameters.local(), dict(engine.root.named_buffers())
     if strict:
         needed = [n for n in expected if n in buffers or partition.parameters.first_names.get(n) in local]
-        _check_names(runner, set(needed) - set(state), set(state) - set(expected))
+        _check_names(engine, set(needed) - set(state), set(state) - set(expected))
     with torch.no_grad():
         for name in expected:
             first = partition.parameters.first_names.get(name, name)
             if name not in state:
                 continue
             if first in local:
-                _check_shape(runner, name, state[name], partition.shape_of(first))
+                _check_shape(engine, name, state[name], partition.shape_of(first))
                 to_local(local[first].detach()).copy_(read(state[name], index_of(partition, first)))
             elif name in buffers:
-                _check_shape(runner, name, state[name], buffers[name].shape)
+                _check_shape(engine, name, state[name], buffers[name].shape)
                 buffers[name].copy_(read(state[name]))
             elif name.endswith(EXTRA_STATE):
                 owner = name.removesuffix(EXTRA_STATE).removesuffix(".")
-                runner.root.get_submodule(owner).set_extra_state(read(state[name]))
+                engine.root.get_submodule(owner).set_extra_state(read(state[name]))
 
 
-def _check_names(runner: StepRunner, missing: set[str], unexpected: set[str]) -> None:
+def _check_names(engine: Engine, missing: set[str], unexpected: set[str]) -> None:
     """Each rank knows what it needs itself; all of them raise the same. Collective."""
     found = gather_objects((missing, unexpected))
     missing, unexpected = set().union(*(m for m, _ in found)), set().union(*(u for _, u in found))
     if missing or unexpected:
         raise RuntimeError(
-            f"Error(s) in loading state_dict for {type(runner.root).__name__}: missing keys {sorted(missing)}, "
+            f"Error(s) in loading state_dict for {type(engine.root).__name__}: missing keys {sorted(missing)}, "
             f"unexpected keys {sorted(unexpected)}."
         )
 
 
-def _check_shape(runner: StepRunner, name: str, saved: Any, shape: torch.Size) -> None:
+def _check_shape(engine: Engine, name: str, saved: Any, shape: torch.Size) -> None:
     if tuple(saved.shape) != tuple(shape):
         raise RuntimeError(
-            f"Error(s) in loading state_dict for {type(runner.root).__name__}: size mismatch for {name}: "
+            f"Error(s) in loading state_dict for {type(engine.root).__name__}: size mismatch for {name}: "
             f"{tuple(saved.shape)} in the checkpoint, {tuple(shape)} in the model."
         )
 
 
-def load_optimizer_state(runner: StepRunner, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+def load_optimizer_state(engine: Engine, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Each rank takes its part of an optimizer's state, saved by name or, by one process, by number."""
     optimizer = plain_optimizer(optimizer)
-    names = runner.names_in(optimizer)
+    names = engine.optimizers.names_in(optimizer)
     order = [name for group in names for name in group]
     if len(names) != len(saved["param_groups"]):
         raise CheckpointError(
@@ -239,18 +239,18 @@ def load_optimizer_state(runner: StepRunner, optimizer: Optimizer, saved: Mappin
         )
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({k: v for k, v in saved_group.items() if k != "params"})
-    local = runner.partition.parameters.local()
+    local = engine.partition.parameters.local()
     for key, entry in saved["state"].items():
         name = order[int(key)] if isinstance(key, int) else key
         if name in local:
-            optimizer.state[local[name]] = dict(_own_entry(runner, name, local[name], entry))
+            optimizer.state[local[name]] = dict(_own_entry(engine, name, local[name], entry))
 
 
-def own_optimizer_states(runner: StepRunner) -> list[dict[str, dict[str, Any]]]:
+def own_optimizer_states(engine: Engine) -> list[dict[str, dict[str, Any]]]:
     """For each optimizer, this rank's own parts of its state, by name: where replicas step by themselves."""
-    names = {id(p): n for n, p in runner.partition.parameters.local().items()}
+    names = {id(p): n for n, p in engine.partition.parameters.local().items()}
     found = []
-    for optimizer in map(plain_optimizer, runner.root.trainer.optimizers):
+    for optimizer in map(plain_optimizer, engine.root.trainer.optimizers):
         entries = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names}
         found.append(
             {n: {k: to_local(v) if isinstance(v, Tensor) else v for k, v in e.items()} for n, e in entries.items()}
@@ -258,10 +258,10 @@ def own_optimizer_states(runner: StepRunner) -> list[dict[str, dict[str, Any]]]:
     return found
 
 
-def load_own_optimizer_states(runner: StepRunner, saved: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+def load_own_optimizer_states(engine: Engine, saved: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
     """The reverse of `own_optimizer_states`, over a state of the same form that has been loaded."""
-    local = runner.partition.parameters.local()
-    for optimizer, entries in zip(map(plain_optimizer, runner.root.trainer.optimizers), saved, strict=True):
+    local = engine.partition.parameters.local()
+    for optimizer, entries in zip(map(plain_optimizer, engine.root.trainer.optimizers), saved, strict=True):
         for name, entry in entries.items():
             state = optimizer.state[local[name]]
             for key, value in entry.items():
@@ -271,12 +271,12 @@ def load_own_optimizer_states(runner: StepRunner, saved: Sequence[Mapping[str, M
                     state[key] = value
 
 
-def _own_entry(runner: StepRunner, name: str, parameter: Tensor, entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _own_entry(engine: Engine, name: str, parameter: Tensor, entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in entry.items():
-        shape = tuple(runner.partition.shape_of(name))
+        shape = tuple(engine.partition.shape_of(name))
         if isinstance(value, Tensor | SavedTensor) and tuple(value.shape) == shape and value.shape:
             own = torch.zeros_like(parameter, dtype=value.dtype).detach()
-            to_local(own).copy_(read(value, index_of(runner.partition, name)))
+            to_local(own).copy_(read(value, index_of(engine.partition, name)))
             yield key, own
         elif isinstance(value, Tensor | SavedTensor):
             whole = read(value).clone()
@@ -302,38 +302,38 @@ def read(value: Any, index: Index | None = None) -> Any:
 # ---- whole weights in memory
 
 
-def full_state_dict(runner: StepRunner) -> dict[str, Any]:
+def full_state_dict(engine: Engine) -> dict[str, Any]:
     """All weights and persistent buffers on the CPU of rank 0, under the user's names; `{}` elsewhere. Collective."""
-    runner.partition.reshard()
-    parameters = runner.partition.parameters
+    engine.partition.reshard()
+    parameters = engine.partition.parameters
     with parameters.all_visible():
-        shown = runner.root.state_dict()
-    wholes: dict[str, Tensor | None] = {name: _parameter_to_rank_zero(runner, name) for name in parameters.names}
-    for name, buffer in runner.root.named_buffers():
+        shown = engine.root.state_dict()
+    wholes: dict[str, Tensor | None] = {name: _parameter_to_rank_zero(engine, name) for name in parameters.names}
+    for name, buffer in engine.root.named_buffers():
         if name in shown:
             wholes[name] = _collect(
-                runner, runner.partition.buffer_rank(name), buffer.detach(), buffer.shape, buffer.dtype
+                engine, engine.partition.buffer_rank(name), buffer.detach(), buffer.shape, buffer.dtype
             )
     if dist.get_rank() != 0:
         return {}
     return {key: wholes.get(parameters.first_names.get(key, key), value) for key, value in shown.items()}
 
 
-def _parameter_to_rank_zero(runner: StepRunner, name: str) -> Tensor | None:
-    source = runner.partition.plan.ranks_of(name)[0]
-    parameter = runner.partition.parameters[name]
-    if runner.mesh.rank("pp") != source:
-        return _collect(runner, source, None, parameter.shape, parameter.dtype)
-    whole = runner.partition.gathered(name, parameter.detach())
-    return _collect(runner, source, whole, whole.shape, whole.dtype)
+def _parameter_to_rank_zero(engine: Engine, name: str) -> Tensor | None:
+    source = engine.partition.plan.ranks_of(name)[0]
+    parameter = engine.partition.parameters[name]
+    if engine.mesh.rank("pp") != source:
+        return _collect(engine, source, None, parameter.shape, parameter.dtype)
+    whole = engine.partition.gathered(name, parameter.detach())
+    return _collect(engine, source, whole, whole.shape, whole.dtype)
 
 
-def _collect(runner: StepRunner, source: int, tensor: Tensor | None, shape: Any, dtype: torch.dtype) -> Tensor | None:
+def _collect(engine: Engine, source: int, tensor: Tensor | None, shape: Any, dtype: torch.dtype) -> Tensor | None:
     """Moves a tensor from the first rank of a pipeline rank to the CPU of rank 0."""
-    leader, rank = int(runner.mesh.device_mesh.mesh[source].flatten()[0]), dist.get_rank()
+    leader, rank = int(engine.mesh.device_mesh.mesh[source].flatten()[0]), dist.get_rank()
     if rank == 0 and leader != 0:
-        tensor = torch.empty(shape, dtype=dtype, device=runner.device)
+        tensor = torch.empty(shape, dtype=dtype, device=engine.device)
         dist.recv(tensor, leader)
     elif rank == leader != 0 and tensor is not None:
-        dist.send(tensor.to(runner.device).contiguous(), 0)
+        dist.send(tensor.to(engine.device).contiguous(), 0)
     return tensor.detach().cpu().clone() if rank == 0 and tensor is not None else None

@@ -7,6 +7,7 @@ of its own parts: here their copies are replaced by such.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,19 +23,19 @@ from lightning_hybrid._lightning_private import (
 )
 from lightning_hybrid.checkpoint.state import load_state_dict, read
 from lightning_hybrid.collectives import to_local
-from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.placement import index_of
+from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import PartitionError
 
 _DOT = "\N{MIDDLE DOT}"
 """Stands for the dot in names, which a parameter's own name must not have."""
 
 
-def follow_partition(trainer: pl.Trainer, runner: StepRunner) -> None:
-    """After partitioning: averages are of this rank's parts from here on. Collective only when they are saved."""
-    root, partition = runner.root, runner.partition
-    follow_copies(runner)
+def use_local_averages(engine: Engine) -> None:
+    """Lets the averages of callbacks have this rank's parts only. Collective only when they are saved."""
+    root, partition, trainer = engine.root, engine.partition, engine.run.trainer
     for callback in averaged_once_per_epoch(trainer):
         local = LocalWeights(root, partition, on_load=lambda c=callback: forget_schedulers_before_averaging(c, trainer))
         local.saves_whole = True  # in the callback's own state, of which rank 0's is saved
@@ -45,11 +46,13 @@ def follow_partition(trainer: pl.Trainer, runner: StepRunner) -> None:
             callback._average_model = LocalAverage(root, partition, average.use_buffers, options)
 
 
-def follow_copies(runner: StepRunner) -> None:
-    """Copies of the module, and states that it is given, are of this rank's parts."""
-    root, partition = runner.root, runner.partition
-    root.__dict__["__deepcopy__"] = lambda memo: LocalWeights(root, partition)
-    root.__dict__["load_state_dict"] = lambda state, strict=True, assign=False: load_state_dict(runner, state, strict)
+def local_copies(engine: Engine) -> AbstractContextManager:
+    """While the trainer runs, copies of the module, and states that it is given, are of this rank's parts."""
+    return patched(
+        engine.root,
+        __deepcopy__=lambda memo: LocalWeights(engine.root, engine.partition),
+        load_state_dict=lambda state, strict=True, assign=False: load_state_dict(engine, state, strict),
+    )
 
 
 def local_averages(trainer: pl.Trainer) -> list[LocalWeights]:
@@ -69,12 +72,6 @@ def renew_averages(trainer: pl.Trainer, averages: list[LocalWeights]) -> None:
     for callback in averaged_per_step(trainer):
         if isinstance(callback._average_model, LocalAverage):
             callback._average_model._modules["module"] = next(left)
-
-
-def forget_partition(root: nn.Module) -> None:
-    """Undoes `follow_partition` for a module that is whole again."""
-    for key in ("__deepcopy__", "load_state_dict"):
-        root.__dict__.pop(key, None)
 
 
 class LocalWeights(nn.Module):

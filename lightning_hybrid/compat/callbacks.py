@@ -7,7 +7,7 @@ freezes, or adds to an optimizer, is kept, and afterwards each optimizer has thi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -16,65 +16,68 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary
 
 from lightning_hybrid._lightning_private import parameters_compared_by_identity
 from lightning_hybrid.checkpoint.state import plain_optimizer
-from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.engine.engine import Engine
+from lightning_hybrid.patching import patched
 
 
-def follow_callbacks(trainer: pl.Trainer, runner: StepRunner) -> None:
-    """After partitioning: the hooks of these callbacks see all parameters."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+def patched_callbacks(engine: Engine) -> AbstractContextManager:
+    """While the trainer runs, the hooks of these callbacks see all parameters."""
+    stack = ExitStack()
+    callbacks: list[Any] = engine.run.trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     for callback in callbacks:
         if isinstance(callback, BaseFinetuning):
-            _follow_finetuning(callback, runner)
+            stack.enter_context(_patched_finetuning(callback, engine))
         elif isinstance(callback, ModelSummary):
-            _follow_summary(callback, runner)
+            stack.enter_context(_patched_summary(callback, engine))
+    return stack
 
 
-def _follow_summary(callback: ModelSummary, runner: StepRunner) -> None:
+def _patched_summary(callback: ModelSummary, engine: Engine) -> AbstractContextManager:
     kind = type(callback)
 
     @wraps(kind.on_fit_start)
     def on_fit_start(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        runner.partition.reshard()
-        with runner.partition.parameters.all_visible():
+        engine.partition.reshard()
+        with engine.partition.parameters.all_visible():
             kind.on_fit_start(callback, trainer, pl_module)
 
-    callback.__dict__["on_fit_start"] = on_fit_start
+    return patched(callback, on_fit_start=on_fit_start)
 
 
-def _follow_finetuning(callback: BaseFinetuning, runner: StepRunner) -> None:
+def _patched_finetuning(callback: BaseFinetuning, engine: Engine) -> AbstractContextManager:
     kind = type(callback)
 
     @wraps(kind.on_train_epoch_start)
     def on_train_epoch_start(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with optimizers_complete(runner, trainer):
+        with optimizers_complete(engine, trainer):
             kind.on_train_epoch_start(callback, trainer, pl_module)
 
     @wraps(kind.load_state_dict)
     def load_state_dict(state_dict: dict[str, Any]) -> None:
         kind.load_state_dict(callback, state_dict)
         # a partitioned module gets its state after `on_fit_start`, where the callback would make the saved groups
-        trainer = runner.root.trainer
-        with optimizers_complete(runner, trainer):
-            kind.on_fit_start(callback, trainer, runner.root)
+        trainer = engine.run.trainer
+        with optimizers_complete(engine, trainer):
+            kind.on_fit_start(callback, trainer, engine.root)
 
-    callback.__dict__.update(on_train_epoch_start=on_train_epoch_start, load_state_dict=load_state_dict)
+    return patched(callback, on_train_epoch_start=on_train_epoch_start, load_state_dict=load_state_dict)
 
 
 @contextmanager
-def optimizers_complete(runner: StepRunner, trainer: pl.Trainer) -> Iterator[None]:
+def optimizers_complete(engine: Engine, trainer: pl.Trainer) -> Iterator[None]:
     """Inside, the module and its optimizers have all parameters; what is frozen or added is kept."""
-    runner.partition.reshard()
-    parameters = runner.partition.parameters
+    engine.partition.reshard()
+    parameters = engine.partition.parameters
     with parameters.all_visible() as ghosts, parameters_compared_by_identity():
         optimizers = [plain_optimizer(o) for o in trainer.optimizers]
         for optimizer in optimizers:
-            for group, names in zip(optimizer.param_groups, runner.names_in(optimizer), strict=True):
+            for group, names in zip(optimizer.param_groups, engine.optimizers.names_in(optimizer), strict=True):
                 group["params"] = [parameters.visible(n) for n in names]
         yield
         named = {id(parameters.visible(n)): n for n in parameters.names}
         for optimizer in optimizers:
             groups = optimizer.param_groups
-            runner.optimizer_names[id(optimizer)] = [[named[id(p)] for p in group["params"]] for group in groups]
+            engine.optimizers.names[id(optimizer)] = [[named[id(p)] for p in group["params"]] for group in groups]
             for group in groups:
                 group["params"] = [p for p in group["params"] if id(p) not in ghosts]
         for name in parameters.names:

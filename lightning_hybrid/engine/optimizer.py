@@ -1,17 +1,20 @@
-"""What surrounds an optimizer's step under any layout: the guard, clipping, the loss scale, closures of LBFGS."""
+"""Optimizers under any layout: their parameters by name, the non-finite check, clipping, the loss scale, LBFGS."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
 
 from lightning_hybrid._torch_private import agree_on_overflow
+from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.engine.clipping import clip_by_norm, clip_by_value
 from lightning_hybrid.engine.nonfinite import NonFiniteCheck, SkipStep
 from lightning_hybrid.engine.norms import global_norm
@@ -45,6 +48,8 @@ class OptimizerWrapper:
         self._after_closure: Callable[..., None] = type(precision)._after_closure.__get__(precision)
         self._scaler: Any = getattr(precision, "scaler", None)
         self._undo: Callable[[], None] | None = None
+        self.names: dict[int, list[list[str]]] = {}
+        """Names of the parameters of each group, on other stages too, by the `id` of the optimizer."""
         self.learning_rate_factor = 1.0
         """On the learning rates, in the update only: schedulers and checkpoints have those of the user."""
 
@@ -67,6 +72,40 @@ class OptimizerWrapper:
         if self._undo is not None:
             self._undo()
             self._undo = None
+
+    # ---- parameters
+
+    @contextmanager
+    def sees_all_parameters(self, strategy: Strategy) -> Iterator[None]:
+        """Shows every parameter to `configure_optimizers`; afterwards the optimizers hold those of this rank only."""
+        parameters = self.runner.partition.parameters
+        with parameters.all_visible() as ghosts:
+            names = {id(parameters.visible(n)): n for n in parameters.names}
+            yield
+        self.names = {}
+        for optimizer in strategy.optimizers:
+            self.names[id(optimizer)] = [
+                [names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups
+            ]
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in ghosts]
+
+    def names_in(self, optimizer: Optimizer) -> list[list[str]]:
+        """Returns the names of all parameters of each group of `optimizer`, on other stages too.
+
+        Collective if the user has added groups since the last call (`add_param_group`); in these, names are in the
+        order of the model.
+        """
+        parameters, known = self.runner.partition.parameters, self.names[id(optimizer)]
+        names = {id(p): n for n, p in parameters.local().items()}
+        own = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups[len(known) :]]
+        if own:
+            for groups in zip(*gather_objects(own), strict=True):
+                members = set().union(*groups)
+                known.append([n for n in parameters.names if n in members])
+        return known
+
+    # ---- steps
 
     def _checked(self, model: Any, optimizer: Any) -> None:
         """Gradients are complete; hooks, clipping and the update come next."""
@@ -99,8 +138,8 @@ class OptimizerWrapper:
             out = step(optimizer, closure, *args, **kwargs)
             if self._exchange.logs.pending:  # a precision plugin of the user's has not asked for the check
                 self._exchange.run()
-            if self.runner.diloco is not None:
-                self.runner.diloco.after_step()
+            if self.runner.gradients.diloco is not None:
+                self.runner.gradients.diloco.after_step()
             return out
         except SkipStep:
             return None

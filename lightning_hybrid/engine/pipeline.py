@@ -18,12 +18,11 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from lightning_hybrid._torch_private import checkpoints_not_reentrant
 from lightning_hybrid.batches import batch_size, count_samples, signature, split_batch
 from lightning_hybrid.collectives import share_object
-from lightning_hybrid.dataloader.sharding import Tokens
 from lightning_hybrid.engine.clocks import Clocks
+from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.ghosts.trace import CrossingValue, Trace, trace_step
 from lightning_hybrid.mesh import Mesh
-from lightning_hybrid.metrics.logs import LogRecorder
 from lightning_hybrid.metrics.outputs import extras, join
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
@@ -88,7 +87,7 @@ class Pipeline:
         device: This rank's device.
         precision: Enters the precision of a step (autocast).
         metrics: The metrics of the module.
-        streams: The random streams of a step.
+        rng: Seeds the random generators of each microbatch.
     """
 
     def __init__(
@@ -99,57 +98,61 @@ class Pipeline:
         device: torch.device,
         precision: Callable[[], AbstractContextManager],
         metrics: Metrics,
-        streams: StepRNG,
+        rng: StepRNG,
     ) -> None:
         self.root, self.partition, self.mesh, self.device, self.precision = root, partition, mesh, device, precision
-        self._metrics, self._streams = metrics, streams
+        self._metrics, self._rng = metrics, rng
         self.local = [s.index for s in partition.plan.stages if s.rank == mesh.rank("pp")]
         self.has_last = len(partition.plan.stages) - 1 in self.local
         self.last_rank = partition.plan.stages[-1].rank
         self._prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
-        self._step = _Step()
+        self._running: _Step | None = None
         self.clocks: Clocks | None = None
         """They run while they are here."""
 
     @property
+    def _step(self) -> _Step:
+        if self._running is None:
+            raise RuntimeError("No step has begun.")
+        return self._running
+
+    @property
     def parts(self) -> int:
-        """Microbatches of the step that ran last."""
-        return len(self._step.arguments)
+        """The number of microbatches of the step that ran last; 0 before the first one."""
+        return 0 if self._running is None else len(self._running.arguments)
 
     # ---- training
 
     def train(
         self,
+        context: StepContext,
         args: tuple,
         scale: float | Tensor,
         requested: int | str,
-        common: int | None = None,
-        tokens: Tokens | None = None,
-    ) -> tuple[Tensor | None, LogRecorder, dict[str, Any]]:
+    ) -> tuple[Tensor | None, dict[str, Any]]:
         """Runs `training_step` forward and backward; gradients are added to `.grad`.
 
         Args:
+            context: The facts of the step. With weights, the batch is split into a number of microbatches that suits
+                the batches of all replicas: replicas that share weights must run equally many.
             args: Arguments of `training_step`, the batch first.
-            scale: Factor on the loss in the backward pass (1 / accumulated batches, times the weight of the batch).
+            scale: Factor on the loss in the backward pass (1 / accumulated batches, and of a loss scaler).
             requested: Microbatches, or `"auto"`.
-            common: The largest number into which the batches of all replicas can be split, if it is not this batch's
-                size: replicas that share weights must run equally many microbatches.
-            tokens: Where microbatches are weighed by tokens.
 
         Returns:
-            The mean loss where this rank holds the last stage, else None; what was logged; and there, what
-            `training_step` returned beside the loss.
+            On the rank with the last stage, the mean loss, and the values that `training_step` returned beside the
+            loss; None and nothing elsewhere.
         """
-        size = (common or batch_size(args[0])) if requested != 1 else 1
+        weights = context.weights
+        size = 1 if requested == 1 else batch_size(args[0]) if weights is None else weights.common_divisor
         plan = self.partition.plan
         count = choose_microbatches(size, requested, plan.layout.pp, plan.schedule)
         parts = split_batch(args[0], count)
         prepared = self._prepare("training_step", (parts[0], *args[1:]), count)
-        recorder = LogRecorder(self.root)
         samples = [count_samples(p) for p in parts]
-        self._step = _Step("training_step", [(p, *args[1:]) for p in parts], samples, recorder, scale / count)
-        if tokens is not None:
-            self._step.weights = tokens.weights(count)
+        self._running = _Step(context, [(p, *args[1:]) for p in parts], samples, scale / count)
+        if weights is not None and weights.tokens is not None:
+            self._running.weights = weights.tokens.weights(count)
         losses: list[Tensor] = []
         first = [torch.zeros(count)] if 0 in self.local else []
         try:
@@ -163,26 +166,26 @@ class Pipeline:
             raise (error.__cause__ or error) from None
         loss = torch.stack(self._step.losses).mean() if self.has_last else None
         returned = [self._step.extras[i] for i in range(count)] if any(self._step.extras.values()) else []
-        return loss, recorder, join(returned, samples) if returned else {}
+        return loss, join(returned, samples) if returned else {}
 
     def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
         """Runs one stage on microbatch `index`: what it sends, or for the last stage what the step returns."""
-        step = self._step
+        step, name = self._step, self._step.context.name
         run = StageRun(program, inputs, self.device, self._metrics)
-        self._streams.begin(index)
-        method = getattr(self.root, step.name)
+        self._rng.begin(index)
+        method = getattr(self.root, name)
         interceptor = self.partition.interceptor
-        recording = step.recorder.recording(step.samples[index], run, stage)
+        recording = step.context.recorder.recording(step.samples[index], run, stage)
         with recording, interceptor.handled_by(run), self.precision(), checkpoints_not_reentrant():
             out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
         if isinstance(out, _Stopped):
             return out.values
         if program.stop is not None:
             raise PartitionError(
-                f"`{step.name}` ended before it reached `{program.trace.calls[program.stop].name}`, which it called in "
+                f"`{name}` ended before it reached `{program.trace.calls[program.stop].name}`, which it called in "
                 "the dry run. A pipeline needs the same modules to be called in every microbatch."
             )
-        if step.name != "training_step":
+        if name != "training_step":
             return out
         step.extras[index] = extras(out)
         loss = self._loss(out, step)
@@ -202,15 +205,14 @@ class Pipeline:
 
     # ---- evaluation
 
-    def evaluate(self, name: str, args: tuple) -> tuple[Any, LogRecorder]:
+    def evaluate(self, context: StepContext, args: tuple) -> Any:
         """Runs `validation_step`, `test_step` or `predict_step` on the whole batch, stage after stage.
 
         Returns:
-            What the step returns, on every rank; and what was logged.
+            The result of the step, on every rank.
         """
-        prepared = self._prepare(name, args, 1, train=False)
-        recorder = LogRecorder(self.root)
-        self._step = _Step(name, [args], [count_samples(args[0])], recorder, 1.0)
+        prepared = self._prepare(context.name, args, 1, train=False)
+        self._running = _Step(context, [args], [count_samples(args[0])])
         plan, group = self.partition.plan, self.mesh.group("pp")
         values: tuple[Tensor, ...] = ()
         out: Any = None
@@ -228,7 +230,7 @@ class Pipeline:
             if stage.index + 1 not in self.local:
                 for value in values:
                     dist.send(value, dist.get_global_rank(group, plan.stages[stage.index + 1].rank), group=group)
-        return share_object(out, self.last_rank, self.mesh.group("pp"), self.device), recorder
+        return share_object(out, self.last_rank, self.mesh.group("pp"), self.device)
 
     def _receive(self, value: CrossingValue, rank: int) -> Tensor:
         group = self.mesh.group("pp")
@@ -294,7 +296,7 @@ class Pipeline:
         return get_schedule_class(name)(
             stages[0] if single else stages,  # type: ignore[arg-type]
             n_microbatches=count,
-            loss_fn=lambda loss, _: loss * self._step.scale,
+            loss_fn=lambda loss, _: self._step.context.scaled(loss) * self._step.scale,
             scale_grads=False,
         )
 
@@ -307,12 +309,11 @@ class Pipeline:
 class _Step:
     """The step that is running."""
 
-    name: str = ""
-    arguments: list[tuple] = field(default_factory=list)
+    context: StepContext
+    arguments: list[tuple]
     """By microbatch."""
-    samples: list[int] = field(default_factory=list)
+    samples: list[int]
     """By microbatch."""
-    recorder: LogRecorder = None  # type: ignore[assignment]
     scale: float | Tensor = 1.0
     weights: list[float] = field(default_factory=list)
     """On the losses of microbatches; none: they are equal."""

@@ -16,22 +16,37 @@ from lightning_hybrid._torch_private import own_buffers, version_of
 _CONTAINERS = (dict, list, set, deque)
 
 
+class SavedObjects:
+    """The attributes of objects as they are now, with the content of the containers among them.
+
+    Args:
+        objects: Each has a `__dict__`.
+    """
+
+    def __init__(self, objects: Iterable[Any]) -> None:
+        self._attributes = [(obj, dict(vars(obj))) for obj in objects]
+        self._containers: list[tuple[Any, Any]] = [
+            (v, copy.copy(v)) for _, saved in self._attributes for v in saved.values() if isinstance(v, _CONTAINERS)
+        ]
+
+    def restore(self) -> None:
+        """Makes attributes and containers as they were."""
+        for obj, saved in self._attributes:
+            vars(obj).clear()
+            vars(obj).update(saved)
+        for container, content in self._containers:
+            container.clear()
+            container.extend(content) if isinstance(content, list | deque) else container.update(content)
+
+
 @contextmanager
 def preserved_objects(objects: Iterable[Any]) -> Iterator[None]:
     """Restores the attributes of `objects`, and the content of containers among them, at exit."""
-    attributes = [(obj, dict(vars(obj))) for obj in objects]
-    containers: list[tuple[Any, Any]] = [
-        (v, copy.copy(v)) for _, saved in attributes for v in saved.values() if isinstance(v, _CONTAINERS)
-    ]
+    saved = SavedObjects(objects)
     try:
         yield
     finally:
-        for obj, saved in attributes:
-            vars(obj).clear()
-            vars(obj).update(saved)
-        for container, content in containers:
-            container.clear()
-            container.extend(content) if isinstance(content, list | deque) else container.update(content)
+        saved.restore()
 
 
 @contextmanager

@@ -151,6 +151,11 @@ class CallInterceptor:
         while self._undo:
             self._undo.pop()()
 
+    def release_copy(self, copied: nn.Module) -> None:
+        """Frees a deep copy of the root of interceptions, which would lead its calls to the original modules."""
+        for name in self.units.names:
+            intercept_calls(copied.get_submodule(name), None)
+
     def wrap(self, names: Iterable[str], wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Wraps the calls of the units `names` by `wrapper` (compilation, recomputation); they stay intercepted."""
         for name in names:

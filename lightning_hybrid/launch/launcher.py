@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -15,7 +17,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lightning_hybrid._lightning_private import TunerExit, find_last_by, share_cores
+from lightning_hybrid._lightning_private import TunerExit, last_found_by, share_cores
 from lightning_hybrid.launch.monitor import FailureMonitor
 
 _MAIN_PID = "LIGHTNING_HYBRID_MAIN_PID"
@@ -42,8 +44,13 @@ class HybridLauncher(_SubprocessScriptLauncher):
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
-        if trainer is not None:
-            find_last_by(trainer, partial(trainer.strategy.checkpoints.find_last, trainer))  # type: ignore[attr-defined]
+        if trainer is None:
+            return self._launch(function, *args, **kwargs)
+        find: Callable = trainer.strategy.checkpoints.find_last  # type: ignore[attr-defined] -- a HybridStrategy
+        with last_found_by(trainer, partial(find, trainer)):
+            return self._launch(function, *args, **kwargs)
+
+    def _launch(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             os.environ[_MAIN_PID] = str(os.getpid())
@@ -83,3 +90,9 @@ class HybridLauncher(_SubprocessScriptLauncher):
                 with contextlib.suppress(ProcessLookupError):
                     child.kill()
                 child.wait()
+
+
+def leave_quietly() -> NoReturn:
+    """Ends a rank whose error rank 0 reports; a little later, since launchers end all ranks when the first one goes."""
+    time.sleep(1)
+    sys.exit(1)

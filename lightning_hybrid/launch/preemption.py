@@ -10,12 +10,13 @@ may save a checkpoint together.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_hybrid._lightning_private import route_sigterm, set_received_sigterm
+from lightning_hybrid._lightning_private import set_received_sigterm, sigterm_routed
 
 
 class Preemption:
@@ -31,15 +32,15 @@ class Preemption:
         """Whether this rank was asked to stop."""
         self._heard: bool | None = None
 
-    def install(self, trainer: pl.Trainer) -> None:
-        """Takes the place of Lightning's handler in the trainer's next run."""
-        self._heard = None
+    def installed(self, trainer: pl.Trainer) -> AbstractContextManager:
+        """Takes the place of Lightning's handler while the trainer runs."""
+        self._heard, self.requested = None, False
 
         def before_batch() -> None:
             if self.agree(trainer):
                 raise SIGTERMException
 
-        route_sigterm(trainer, self._note, before_batch)
+        return sigterm_routed(trainer, self._note, before_batch)
 
     def _note(self, *_: Any) -> None:
         self.requested = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,8 @@ class HookLogs:
 
     def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device) -> None:
         self._root, self._mesh, self._device = root, mesh, device
-        self.padding = False
-        """Whether the samples of the running batch count for nothing."""
+        self.padding: Callable[[], bool] = lambda: False
+        """True if the samples of the running batch count for nothing."""
 
     def install(self) -> None:
         """Starts taking the calls of the LightningModule."""
@@ -60,7 +61,7 @@ class HookLogs:
                 continue
             weighed[0, call["name"], i] = samples is not None or call.get("batch_size") is not None
             recorder.record(samples or 1, (0, call["name"], i), **call)
-        if self.padding and samples is not None:
+        if self.padding() and samples is not None:
             leave_out(recorder.entries)
         if not recorder.calls:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,8 +32,10 @@ def log_sent_bytes(trainer: pl.Trainer, sent: float) -> None:
         logger.log_metrics({"gradient_sync/sent_mib_per_step": sent / 2**20}, step=trainer.global_step)
 
 
-def watch_local_parts(trainer: pl.Trainer) -> None:
+def watched_parts(trainer: pl.Trainer) -> AbstractContextManager:
     """`watch` of W&B shows the part of each weight that rank 0 holds: to see the whole it would wait for the others."""
+    stack = ExitStack()
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            watch_parts(logger.experiment, to_local)
+            stack.enter_context(watch_parts(logger.experiment, to_local))
+    return stack

@@ -50,8 +50,8 @@ class Metrics:
         self._updates: Counter[str] = Counter()
         self._called: set[str] = set()
         self._inside = False
-        self.padding = False
-        """Whether the samples of the running step count for nothing."""
+        self.padding: Callable[[], bool] = lambda: False
+        """True if the samples of the running step count for nothing."""
         self._undo: Callable[[], None] | None = None
 
     def install(self) -> None:
@@ -84,7 +84,7 @@ class Metrics:
         for part in metric.modules():
             if id(part) in self._names:
                 self._updates[self._names[id(part)]] += 1
-        if self.padding:
+        if self.padding():
             return self._call_in_vain(metric, kind, call, args, kwargs)
         if not isinstance(metric, Metric):
             return call(*args, **kwargs)  # a collection calls its metrics one by one

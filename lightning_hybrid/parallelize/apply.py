@@ -72,8 +72,8 @@ class Partition:
     """Parameters that `fsdp` does not shard (scalars)."""
     tied_weight_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     """The group of holders of each weight that several pipeline ranks hold, this rank included."""
-    padding: bool = False
-    """Whether what this replica runs at present counts for nothing (see `execute.data.dealing.BatchWeights`)."""
+    padding: Callable[[], bool] = lambda: False
+    """Returns True if the samples of the running step count for nothing (see `engine.context.StepContext`)."""
     gradient_hooks: GradientHooks | None = None
     on_remove: Callable[[], None] | None = None
     """Called first when the partition is removed."""
@@ -216,6 +216,17 @@ class Partition:
         if hooks is not None:
             hooks.attach()
 
+    def abandon(self) -> None:
+        """Takes off what an unfinished `apply` has put on, as far as attributes of modules do not show it."""
+        if self.tensor is not None:
+            self.tensor.remove_hooks()
+        for module in [self.step_module, *self.root.modules()]:
+            if isinstance(module, FSDPModule):
+                forget_fully_shard(module)
+        if self.experts is not None:
+            self.experts.remove()
+        self.interceptor.remove()
+
     def _begin_removal(self) -> GradientHooks | None:
         if self.on_remove is not None:
             self.on_remove()
@@ -311,7 +322,7 @@ class Partition:
     def _share_batch_statistics(self) -> None:
         for module in self.root.modules():
             if isinstance(module, BatchNorm):
-                forward = global_batch_norm(module, self.mesh.replica_group, lambda: self.padding)
+                forward = global_batch_norm(module, self.mesh.replica_group, lambda: self.padding())
                 self._overrides.append((module, forward))
                 module.__dict__["forward"] = forward
 

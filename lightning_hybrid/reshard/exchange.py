@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hybrid.collectives import on_all_ranks
 from lightning_hybrid.reshard.local_state import Key
 from lightning_hybrid.reshard.transfer import Transfer, transfers
 from lightning_hybrid.spec.tensor_index import Index, overlaps
@@ -20,7 +22,7 @@ Places = Callable[[Key], tuple[Index | None, ...]]
 
 
 def exchange(
-    parts: dict[Key, Tensor],
+    parts: Mapping[Key, Tensor],
     dtypes: Mapping[Key, torch.dtype],
     before: Places,
     after: Places,
@@ -29,7 +31,7 @@ def exchange(
     """Fills every rank's new parts. Collective.
 
     Args:
-        parts: This rank's old parts; each is dropped as soon as it is not needed any more.
+        parts: This rank's old parts, which stay as they are.
         dtypes: Of all tensors, in the same order on all ranks.
         before: Which part of a tensor each rank has.
         after: Which part it is to have.
@@ -37,14 +39,16 @@ def exchange(
 
     Returns:
         Bytes that were sent, of all ranks together.
+
+    Raises:
+        PartitionError: On all ranks, if any rank could not prepare a round.
     """
     rank, sent = dist.get_rank(), 0
     for dtype, keys in groupby(sorted(dtypes, key=lambda k: str(dtypes[k])), key=lambda k: dtypes[k]):
         for steps in _rounds(list(keys), dtype.itemsize, before, after):
-            _exchange_round(rank, steps, dtype, parts, before, after, target)
+            send = on_all_ranks(lambda s=steps, d=dtype: _prepare_round(rank, s, d, parts, before, after, target))
+            send()
             sent += sum(s.count * dtype.itemsize for _, of_key in steps for s in of_key if s.source != s.target)
-            for key, _ in steps:
-                parts.pop(key, None)
     return sent
 
 
@@ -66,7 +70,7 @@ def _rounds(keys: list[Key], itemsize: int, before: Places, after: Places) -> It
         yield chosen
 
 
-def _exchange_round(
+def _prepare_round(
     rank: int,
     steps: _Steps,
     dtype: torch.dtype,
@@ -74,7 +78,8 @@ def _exchange_round(
     before: Places,
     after: Places,
     target: Callable[[Key], Tensor | None],
-) -> None:
+) -> Callable[[], None]:
+    """Copies what stays on this rank; returns the collective call that moves the rest."""
     ranks = dist.get_world_size()
     outgoing: list[list[Tensor]] = [[] for _ in range(ranks)]
     incoming: list[list[Tensor]] = [[] for _ in range(ranks)]
@@ -94,8 +99,9 @@ def _exchange_round(
                     device = values.device
             elif step.target == rank and new is not None:
                 incoming[step.source].append(_box(new, after(key)[rank], step.box))
-    if anything:
-        _send(outgoing, incoming, dtype, device or torch.device("cpu"))
+    if not anything:
+        return lambda: None
+    return partial(_send, outgoing, incoming, dtype, device or torch.device("cpu"))
 
 
 def _send(outgoing: list[list[Tensor]], incoming: list[list[Tensor]], dtype: torch.dtype, device: torch.device) -> None:

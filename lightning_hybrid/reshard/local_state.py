@@ -14,7 +14,7 @@ from lightning_hybrid._lightning_private import fresh_optimizers
 from lightning_hybrid.checkpoint.state import optimizer_state, plain_optimizer
 from lightning_hybrid.collectives import gather_objects, to_local
 from lightning_hybrid.compat.averaging import LocalWeights
-from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.placement import index_at, writes
 from lightning_hybrid.spec.errors import PartitionError
@@ -46,26 +46,26 @@ class LocalState:
     """Of the parameters of each group of each optimizer."""
 
     @classmethod
-    def of(cls, runner: StepRunner, optimizers: Sequence[Optimizer], averages: Sequence[LocalWeights]) -> LocalState:
+    def of(cls, engine: Engine, optimizers: Sequence[Optimizer], averages: Sequence[LocalWeights]) -> LocalState:
         """Refers to this rank's parts, which are not copied. Collective."""
-        runner.partition.reshard()
+        engine.partition.reshard()
         found = cls()
-        found._collect_module(runner, averages)
+        found._collect_module(engine, averages)
         for number, optimizer in enumerate(optimizers):
-            found._collect_optimizer(runner, number, optimizer)
+            found._collect_optimizer(engine, number, optimizer)
         found._share()
         return found
 
     def _put(self, group: str, name: str, tensor: Tensor) -> None:
         self.parts[Key(group, name)] = to_local(tensor.detach())
 
-    def _collect_module(self, runner: StepRunner, averages: Sequence[LocalWeights]) -> None:
-        partition = runner.partition
+    def _collect_module(self, engine: Engine, averages: Sequence[LocalWeights]) -> None:
+        partition = engine.partition
         self.shapes = {n: tuple(partition.shape_of(n)) for n in partition.parameters.names}
         local = partition.parameters.local()
         for name, parameter in local.items():
             self._put("weights", name, parameter)
-        for name, buffer in runner.root.named_buffers():
+        for name, buffer in engine.root.named_buffers():
             self.shapes[name] = tuple(buffer.shape)
             self._put("buffers", name, buffer)
         for number, average in enumerate(averages):
@@ -74,14 +74,14 @@ class LocalState:
                 if first in local:
                     self._put(f"averages/{number}", first, value)
 
-    def _collect_optimizer(self, runner: StepRunner, number: int, optimizer: Optimizer) -> None:
-        saved, local = optimizer_state(runner, optimizer), runner.partition.parameters.local()
+    def _collect_optimizer(self, engine: Engine, number: int, optimizer: Optimizer) -> None:
+        saved, local = optimizer_state(engine, optimizer), engine.partition.parameters.local()
         self.names.append([group["params"] for group in saved["param_groups"]])
         for name, entry in saved["state"].items():
             for kind, value in entry.items():
                 if isinstance(value, Tensor) and value.ndim and value.shape == local[name].shape:
                     self._put(f"optimizers/{number}/{kind}", name, value)
-                elif writes(runner.partition, name, whole=True):
+                elif writes(engine.partition, name, whole=True):
                     self.entries[number, kind, name] = value.cpu() if isinstance(value, Tensor) else value
 
     def _share(self) -> None:
@@ -123,7 +123,7 @@ class Target:
     """A partition that is to be filled.
 
     Args:
-        runner: The new runner.
+        engine: The new engine.
         optimizers: The optimizers, whose state is made anew.
         averages: Averages of weights in the new partition.
         local_state: What there is.
@@ -131,22 +131,22 @@ class Target:
 
     def __init__(
         self,
-        runner: StepRunner,
+        engine: Engine,
         optimizers: Sequence[Optimizer],
         averages: Sequence[LocalWeights],
         local_state: LocalState,
     ) -> None:
-        self._runner, self._averages, self._local_state = runner, averages, local_state
+        self._engine, self._averages, self._local_state = engine, averages, local_state
         self._optimizers = [plain_optimizer(o) for o in optimizers]
-        self._local = runner.partition.parameters.local()
-        self._buffers = dict(runner.root.named_buffers())
+        self._local = engine.partition.parameters.local()
+        self._buffers = dict(engine.root.named_buffers())
 
     def renew_optimizers(self) -> None:
         """The optimizers hold this rank's new parameters, in the same groups; state that is no tensor is there."""
         self._place_new_parameters()
         for number, optimizer in enumerate(self._optimizers):
             names = self._local_state.names[number]
-            self._runner.optimizer_names[id(optimizer)] = names
+            self._engine.optimizers.names[id(optimizer)] = names
             for group, members in zip(optimizer.param_groups, names, strict=True):
                 group["params"] = [self._local[n] for n in members if n in self._local]
             optimizer.state.clear()
@@ -159,7 +159,7 @@ class Target:
 
     def _place_new_parameters(self) -> None:
         """Parameters that were not there before go into the groups that `configure_optimizers` puts them in."""
-        parameters, local_state = self._runner.partition.parameters, self._local_state
+        parameters, local_state = self._engine.partition.parameters, self._local_state
         new = {n for n in parameters.names if n not in local_state.shapes}
         if not new:
             return
@@ -167,7 +167,7 @@ class Target:
             names = {id(parameters.visible(n)): n for n in parameters.names}
             made = [
                 [[names.get(id(p), "") for p in g["params"]] for g in o.param_groups]
-                for o in fresh_optimizers(self._runner.root)
+                for o in fresh_optimizers(self._engine.root)
             ]
         present = [len(groups) for groups in local_state.names]
         if [len(groups) for groups in made] != present:

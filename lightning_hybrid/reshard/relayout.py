@@ -1,51 +1,51 @@
-"""One change of layout, between two steps of the optimizer: the same module and optimizers, divided anew.
+"""One change of layout, between two steps of the optimizer: the same module and optimizers under another layout.
 
-The protocol. Every phase is entered by all ranks or by none.
+The protocol. All ranks enter each phase, or none does.
 
-1. check: what is asked for is possible and the same on all ranks. An error changes nothing.
-2. take out: each rank refers to its own parts by name; the module is left with ghosts.
-3. plan: the module is run on ghosts as at the start. If that fails on any rank, the old layout is put on again, from
-   parts that have not moved, and all ranks raise the error: training could go on.
-4. move: memory for the new parts, and what a rank lacks comes from the ranks that have it.
-5. follow: optimizers, data, logs, metrics, averages.
+1. check: the request is possible and the same on all ranks. An error changes nothing.
+2. take off: each rank refers to its own parts by name; the module is left with ghosts.
+3. edit and plan: the user's `edit` adds modules; the module is run on ghosts as at the start.
+4. apply and move: memory for the new parts; parts that a rank lacks come from the ranks that have them.
+5. follow: patches, metrics and averages of the new engine.
 
-An error in phases 4 and 5 ends the run on all ranks, as any error does; nothing is saved between 2 and the end.
+Old parts stay in memory until phase 5 is over, so an error of any rank in phases 3 to 5 puts the old layout on again,
+and the module is as it was, without the modules that `edit` has added. A rank that ends, or a collective that breaks,
+ends the run on all ranks; nothing is saved between phases 2 and 5.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.optim import Optimizer
 
 from lightning_hybrid._lightning_private import between_steps
-from lightning_hybrid.collectives import gather_objects
+from lightning_hybrid.collectives import error_message, gather_objects, on_all_ranks
 from lightning_hybrid.compat.averaging import LocalWeights, local_averages, renew_averages
-from lightning_hybrid.engine import start
-from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.dataloader.replica import ReplicaData
+from lightning_hybrid.engine.build import belong_to
+from lightning_hybrid.engine.engine import Engine, Listener
+from lightning_hybrid.engine.first_batch import training_step_like
 from lightning_hybrid.ghosts.deferred_init import EmptyInit
+from lightning_hybrid.ghosts.preserve import SavedObjects
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.parallelize.apply import Partition
-from lightning_hybrid.parallelize.plan import check_trainer, make_partition
+from lightning_hybrid.parallelize.plan import check_trainer
 from lightning_hybrid.reshard.exchange import exchange
 from lightning_hybrid.reshard.local_state import LocalState, Target, places_of, share_whole
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.request import Request
 
-if TYPE_CHECKING:
-    from lightning_hybrid.partitioned import PartitionedStrategy
-
 
 @dataclass(frozen=True, kw_only=True)
-class Moved:
-    """What a change of layout was."""
+class RelayoutResult:
+    """One change of layout."""
 
     before: Layout
     after: Layout
@@ -53,156 +53,182 @@ class Moved:
     """Of weights, optimizer state and buffers that went from one rank to another, of all ranks together."""
     seconds: float
     """From the call to the end, on this rank."""
+    problem: str | None = None
+    """The reason why the layout is still `before`; None if it has changed."""
 
 
-class Relayout:
-    """Changes the layout of a running fit.
+def relayout(
+    engine: Engine,
+    request: Request,
+    *,
+    data: ReplicaData,
+    optimizers: Sequence[Optimizer],
+    listeners: Sequence[Listener],
+    edit: Callable[[], None] | None = None,
+) -> tuple[Engine, RelayoutResult]:
+    """Changes the layout of a running fit. Collective over all ranks.
 
     Args:
-        strategy: The strategy.
-        request: The new layout and what belongs to it.
-        edit: Adds new weights to the module, or None.
+        engine: The engine of the present layout; it cannot be used afterwards.
+        request: The new layout and the options that belong to it.
+        data: The data of this rank's replica, which must be able to follow.
+        optimizers: The optimizers; they keep their identity.
+        listeners: Asked whether they can follow.
+        edit: Adds modules with new weights to the module, or None.
+
+    Returns:
+        The started engine that is in force now, and the result: if it has a `problem`, the layout is the old one.
+
+    Raises:
+        PartitionError: On all ranks, if the request is refused before anything has changed.
     """
+    began, before = time.perf_counter(), engine.request.layout
+    _check(engine, request, optimizers, listeners)
+    mesh = Mesh.create(request.layout, engine.device.type)
+    data.check_layout(mesh)
+    share_whole(engine.partition)
+    if engine.diloco is not None:
+        engine.diloco.agree()
+    move = _Move(engine, optimizers)
+    move.take_off()
+    size = data.batch_size_under(mesh)
+    problem, sent = None, 0
+    modules = SavedObjects(engine.root.modules())
+    try:
+        if edit is not None:
+            on_all_ranks(edit)
+        new, sent = move.build(request, mesh, size)
+    except Exception as error:  # noqa: BLE001 -- whatever it is, the old layout is put on again
+        problem = error_message(error)
+        move.abandon()
+        modules.restore()
+        new, _ = move.build(engine.request, engine.mesh, data.batch_size_under(engine.mesh))
+    belong_to(new)
+    result = RelayoutResult(
+        before=before,
+        after=new.request.layout,
+        sent_bytes=sent,
+        seconds=time.perf_counter() - began,
+        problem=None if problem is None else f"{problem} Training is in `layout='{before}'` as before.",
+    )
+    if problem is None:
+        rank_zero_info(f"{before} -> {result.after}: {sent / 2**20:.1f} MiB sent in {result.seconds:.2f} s.")
+    return new, result
 
-    def __init__(
-        self,
-        strategy: PartitionedStrategy,
-        request: Request,
-        edit: Callable[[], None] | None = None,
-    ) -> None:
-        self._strategy, self._request, self._edit = strategy, request, edit
-        self._trainer: pl.Trainer = strategy.runner.root.trainer
-        self._old = strategy.runner
 
-    def run(self) -> Moved:
-        """Does it. Collective over all ranks.
+class _Move:
+    """The state of a module and its optimizers, taken out of one engine and put into another."""
 
-        Raises:
-            PartitionError: On all ranks, if it cannot be; training is in the old layout then.
-        """
-        began, before = time.perf_counter(), self._strategy.layout
-        self._check()
-        mesh = Mesh.create(self._request.layout, self._strategy.root_device.type)
-        self._strategy.data.check_layout(mesh)
-        share_whole(self._old.partition)
-        if self._old.diloco is not None:
-            self._old.diloco.agree()
-        old_averages = local_averages(self._trainer)
-        metrics = self._old.metrics.states_of_all()
-        local_state = LocalState.of(self._old, self._strategy.optimizers, old_averages)
-        found = places_of(self._old.partition, local_state)
-        self._strategy.moving = True
-        self._take_off(local_state)
-        if self._edit is not None:
-            self._edit()
-        partition, problem = self._plan(mesh)
-        partition.apply(self._strategy.root_device, EmptyInit(self._strategy.root_device))
-        share_whole(partition)
-        runner = StepRunner(
-            self._old.root, partition, self._strategy.root_device, self._old.precision, self._request.microbatches
-        )
-        runner.streams.load_state_dict(self._old.streams.state_dict())
-        averages = [LocalWeights(runner.root, partition) for _ in old_averages]
-        target = Target(runner, self._strategy.optimizers, averages, local_state)
-        target.renew_optimizers()
-        sent = exchange(local_state.parts, local_state.dtypes, found, places_of(partition, local_state), target.tensor)
-        if runner.diloco is not None:
-            runner.diloco.begin()
-        self._strategy.take_layout(self._request, partition.mesh, runner)
-        renew_averages(self._trainer, averages)
-        runner.metrics.load_states(metrics)
-        self._agree(None)
-        self._strategy.moving = False
-        if problem is not None:
-            raise PartitionError(f"{problem} Training is in `layout='{before}'` as before.")
-        moved = Moved(before=before, after=self._request.layout, sent_bytes=sent, seconds=time.perf_counter() - began)
-        rank_zero_info(f"{moved.before} -> {moved.after}: {sent / 2**20:.1f} MiB sent in {moved.seconds:.2f} s.")
-        return moved
+    def __init__(self, old: Engine, optimizers: Sequence[Optimizer]) -> None:
+        self._old, self._optimizers = old, optimizers
+        self._averages = local_averages(old.run.trainer)
+        self._metrics = old.metrics.states_of_all()
+        self._local_state = LocalState.of(old, optimizers, self._averages)
+        self._found = places_of(old.partition, self._local_state)
+        self._names = self._local_state.names
+        self._partition: Partition | None = None
+        self._engine: Engine | None = None
 
-    # ---- phase 1
-
-    def _check(self) -> None:
-        told = gather_objects((self._problem(), str(self._request), self._trainer.global_step))
-        for rank, (found, *_) in enumerate(told):
-            if found is not None:
-                raise PartitionError(found if len({t[0] for t in told}) == 1 else f"Rank {rank}: {found}")
-        for rank, (_, *wanted) in enumerate(told):
-            if wanted != list(told[0][1:]):
-                raise PartitionError(
-                    f"`relayout` must be called alike on all ranks. Rank 0 asks for {told[0][1]} at global step "
-                    f"{told[0][2]}, rank {rank} for {wanted[0]} at global step {wanted[1]}."
-                )
-
-    def _problem(self) -> str | None:
-        """Why it cannot be, as far as one rank knows."""
-        trainer, root, layout = self._trainer, self._old.root, self._request.layout
-        if trainer.state.fn != TrainerFn.FITTING or not trainer.training:
-            return "`relayout` changes the layout of training: call it in a hook while `Trainer.fit` trains."
-        if not root.automatic_optimization:
-            return (
-                f"`relayout` needs to know when a step has been made, but {type(root).__name__} optimizes manually "
-                "(`automatic_optimization = False`)."
-            )
-        if not between_steps(trainer):
-            return (
-                "`relayout` must be called between two steps of the optimizer: in `on_train_batch_end` after the last "
-                f"of `accumulate_grad_batches={trainer.accumulate_grad_batches}` batches, or in `on_train_epoch_start`."
-            )
-        if (metric := self._old.metrics.unmovable(layout)) is not None:
-            return (
-                f"`relayout` cannot divide what the metric `{metric}` has seen in this epoch among replicas: one of "
-                "its states has a reduction of its own. Change the layout in `on_train_epoch_start`."
-            )
-        try:
-            layout.validate(dist.get_world_size())
-            self._request.gradient_sync.check(layout)
-            check_trainer(layout, trainer)
-            self._strategy.steps.check_optimizers(self._strategy.optimizers, layout)
-            for control in self._strategy.batch_size_controllers:
-                control.check_layout(self._request)
-        except (ValueError, PartitionError) as error:
-            return str(error)
-        return None
-
-    # ---- phase 2
-
-    def _take_off(self, local_state: LocalState) -> None:
-        self._strategy.steps.remove()
-        self._old.remove_logs()
-        for parameter in self._old.partition.parameters.local().values():
+    def take_off(self) -> None:
+        """Leaves the module with ghosts, and takes the patches of the old engine off."""
+        old, partition = self._old, self._old.partition
+        old.stop()
+        for parameter in partition.parameters.local().values():
             parameter.grad = None
-        parameters = self._old.partition.parameters.names
-        shapes = {name: local_state.shapes[name] for name in parameters}
-        self._old.partition.take_off(shapes, self._strategy.root_device)
+        partition.take_off({n: self._local_state.shapes[n] for n in partition.parameters.names}, old.device)
 
-    # ---- phase 3
+    def build(self, request: Request, mesh: Mesh, batch_size: int | None) -> tuple[Engine, int]:
+        """Builds and starts an engine with the state that was taken out.
 
-    def _plan(self, mesh: Mesh) -> tuple[Partition, str | None]:
-        """The new partition; or the old one again, and why."""
-        old = self._strategy.request
-        made, problem = None, None
-        try:
-            made = self._make(self._request, mesh)
-        except Exception as error:  # noqa: BLE001 -- whatever it is, the old layout is put on again
-            problem = str(error) if isinstance(error, PartitionError) else f"{type(error).__name__}: {error}"
-        problem = self._agree(problem)
-        if made is not None and problem is None:
-            return made, None
-        if made is not None:
-            made.interceptor.remove()
-        self._request = old
-        return self._make(old, self._old.mesh), problem
+        Args:
+            request: The layout and the options that belong to it.
+            mesh: Its mesh.
+            batch_size: Samples of a replica's batch; None: as the loader gives them.
 
-    def _make(self, request: Request, mesh: Mesh) -> Partition:
-        root, device = self._old.root, self._strategy.root_device
-        size = self._strategy.data.batch_size_under(mesh)
-        context = self._old.precision.forward_context
+        Returns:
+            The engine, and the bytes that were sent, of all ranks together.
+        """
+        run, device = self._old.run, self._old.device
+        self._local_state.names = [[list(members) for members in groups] for groups in self._names]
 
-        def sample() -> tuple[str, tuple]:
-            return start.sample_of_training(self._trainer, size)
+        def plan() -> Partition:
+            self._partition = Engine.plan_partition(
+                run, request, mesh, lambda: training_step_like(run.trainer, batch_size)
+            )
+            return self._partition
 
-        return make_partition(root, request, mesh, device, context, sample)
+        partition = on_all_ranks(plan)
+        engine = on_all_ranks(lambda: Engine.build(run, request, partition, EmptyInit(device)))
+        self._engine = engine
+        share_whole(partition)
+        engine.rng.load_state_dict(self._old.rng.state_dict())
+        engine.optimizers.learning_rate_factor = self._old.optimizers.learning_rate_factor
+        averages = [LocalWeights(engine.root, partition) for _ in self._averages]
+        target = Target(engine, self._optimizers, averages, self._local_state)
+        on_all_ranks(target.renew_optimizers)
+        parts, dtypes = dict(self._local_state.parts), self._local_state.dtypes
+        sent = exchange(parts, dtypes, self._found, places_of(partition, self._local_state), target.tensor)
+        if engine.diloco is not None:
+            engine.diloco.begin()
+        on_all_ranks(engine.start)
+        engine.metrics.load_states(self._metrics)
+        renew_averages(run.trainer, averages)
+        return engine, sent
 
-    def _agree(self, problem: str | None) -> str | None:
-        """The first rank's problem, on all ranks. Collective."""
-        return next((p for p in gather_objects(problem) if p is not None), None)
+    def abandon(self) -> None:
+        """Takes off what an unfinished `build` has put on, as far as it came."""
+        if self._engine is not None:
+            self._engine.stop()
+            self._engine.runner.gradients.release()
+        if self._partition is not None:
+            self._partition.abandon()
+        self._engine = self._partition = None
+
+
+def _check(engine: Engine, request: Request, optimizers: Sequence[Optimizer], listeners: Sequence[Listener]) -> None:
+    """Refuses what cannot be, or is not the same on all ranks. Collective."""
+    own = _problem(engine, request, optimizers, listeners)
+    told = gather_objects((own, str(request), engine.run.trainer.global_step))
+    for rank, (found, *_) in enumerate(told):
+        if found is not None:
+            raise PartitionError(found if len({t[0] for t in told}) == 1 else f"Rank {rank}: {found}")
+    for rank, (_, *wanted) in enumerate(told):
+        if wanted != list(told[0][1:]):
+            raise PartitionError(
+                f"`relayout` must be called alike on all ranks. Rank 0 asks for {told[0][1]} at global step "
+                f"{told[0][2]}, rank {rank} for {wanted[0]} at global step {wanted[1]}."
+            )
+
+
+def _problem(
+    engine: Engine, request: Request, optimizers: Sequence[Optimizer], listeners: Sequence[Listener]
+) -> str | None:
+    """Returns the reason why the request is refused, as far as this rank knows; None if it is not."""
+    trainer, root, layout = engine.run.trainer, engine.root, request.layout
+    if trainer.state.fn != TrainerFn.FITTING or not trainer.training:
+        return "`relayout` changes the layout of training: call it in a hook while `Trainer.fit` trains."
+    if not root.automatic_optimization:
+        return (
+            f"`relayout` needs to know when a step has been made, but {type(root).__name__} optimizes manually "
+            "(`automatic_optimization = False`)."
+        )
+    if not between_steps(trainer):
+        return (
+            "`relayout` must be called between two steps of the optimizer: in `on_train_batch_end` after the last "
+            f"of `accumulate_grad_batches={trainer.accumulate_grad_batches}` batches, or in `on_train_epoch_start`."
+        )
+    if (metric := engine.metrics.unmovable(layout)) is not None:
+        return (
+            f"`relayout` cannot divide what the metric `{metric}` has seen in this epoch among replicas: one of "
+            "its states has a reduction of its own. Change the layout in `on_train_epoch_start`."
+        )
+    try:
+        layout.validate(dist.get_world_size())
+        request.gradient_sync.check(layout)
+        check_trainer(layout, trainer)
+        engine.optimizers.check_optimizers(optimizers, layout)
+        for listener in listeners:
+            listener.check_layout(request)
+    except (ValueError, PartitionError) as error:
+        return str(error)
+    return None

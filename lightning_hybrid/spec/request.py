@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from lightning_hybrid.spec.checks import check_choices
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.plan import Plan, Recompute
+
+Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +99,27 @@ class Request:
         """Returns the fields by name, a plan by its SHA-256: what all ranks must have alike."""
         plan = None if self.plan is None else hashlib.sha256(self.plan.to_text().encode()).hexdigest()[:12]
         return {**vars(self), "plan": plan}
+
+    def changed(
+        self,
+        *,
+        layout: Layout,
+        schedule: str | None,
+        microbatches: int | str | None,
+        gradient_sync: GradientSync | None,
+        cuts: Sequence[int] | None,
+        expert_orders: Mapping[str, Sequence[int]] | None,
+        expert_hosts: Mapping[str, Sequence[Sequence[int]]] | None,
+    ) -> Request:
+        """Returns this request under another layout; arguments as those of `HybridStrategy.relayout`."""
+        return replace(
+            self,
+            layout=layout,
+            plan=None,
+            schedule=schedule or self.schedule,
+            microbatches=microbatches or self.microbatches,
+            gradient_sync=gradient_sync or self.gradient_sync,
+            cuts=None if cuts is None else tuple(cuts),
+            expert_orders={name: tuple(order) for name, order in (expert_orders or {}).items()},
+            expert_hosts={name: tuple(map(tuple, hosts)) for name, hosts in (expert_hosts or {}).items()},
+        )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
@@ -15,8 +14,8 @@ from lightning_hybrid.adapt.division import BatchDivision, DivisionLimits
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.dataloader.map_shard import MapShard
 from lightning_hybrid.dataloader.peek import sample_batch
+from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.gradient_noise import GradientNoise
-from lightning_hybrid.engine.optimizer import OptimizerWrapper
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.request import Request
@@ -24,9 +23,6 @@ from lightning_hybrid.spec.stages import choose_microbatches, divides_into
 from lightning_hybrid.tuning.device_memory import allocation_retries, device_name
 from lightning_hybrid.tuning.memory_probe.probe import MemoryProbe, ProbeResult
 from lightning_hybrid.tuning.token_budget import TokenBudget
-
-if TYPE_CHECKING:
-    from lightning_hybrid.partitioned import PartitionedStrategy
 
 MICROBATCHES_PER_RANK = 8
 """A batch is made of at most so many microbatches for each pipeline rank, where memory does not grow with them: a
@@ -57,16 +53,14 @@ class BatchSizeController:
     """Divides global batches anew, and keeps gradients, learning-rate schedules and the data's order right.
 
     Args:
-        trainer: The trainer, whose training loaders are set up.
-        strategy: Its strategy, whose runner is there.
+        engine: The engine of the running fit, whose training loaders are set up.
         policy: Who decides; None: batches stay as they are divided where the layout changes.
     """
 
-    def __init__(
-        self, trainer: pl.Trainer, strategy: PartitionedStrategy, policy: BatchSizePolicy | None = None
-    ) -> None:
-        self._trainer, self._strategy, self._policy = trainer, strategy, policy
-        runner = self._runner
+    def __init__(self, engine: Engine, policy: BatchSizePolicy | None = None) -> None:
+        self._engine, self._policy = engine, policy
+        trainer, runner = engine.run.trainer, engine.runner
+        self._trainer = trainer
         self._loader = training_loaders(trainer).flattened[0]
         self._flow = self._find_flow()
         self.budget = TokenBudget.of(trainer, runner, self._loader)
@@ -84,18 +78,14 @@ class BatchSizeController:
 
     @property
     def _runner(self) -> StepRunner:
-        return self._strategy.runner
-
-    @property
-    def _steps(self) -> OptimizerWrapper:
-        return self._strategy.steps
+        return self._engine.runner
 
     # ---- another layout
 
     def first_under(self, request: Request) -> BatchDivision:
         """How the first global batch would have been divided in another layout."""
         layout, count = request.layout, 1
-        if self.budget is not None or layout == self._strategy.layout:
+        if self.budget is not None or layout == self._engine.request.layout:
             return self.first
         size = self.first.batch_size * self.replicas // layout.replicas
         if layout.pp > 1 and not self._runner.one_microbatch:
@@ -113,12 +103,11 @@ class BatchSizeController:
         if self._policy is not None:
             self._policy.division_under(request)
 
-    def follow(self, first: BatchDivision | None) -> None:
-        """The layout has changed, or blocks or experts have moved in the same; data and steps have followed already.
-
-        Args:
-            first: What `first_under` has said of another layout; None: it is the same.
-        """
+    def layout_changed(self, engine: Engine) -> None:
+        """Divides the present global batch in the new layout; data and optimizers have followed it already."""
+        stays = engine.request.layout == self._engine.request.layout
+        first = None if stays else self.first_under(engine.request)
+        self._engine = engine
         if self.noise is not None:
             self.noise = None
             self.measure_noise()
@@ -163,12 +152,12 @@ class BatchSizeController:
     @property
     def request(self) -> Request:
         """The present layout, and what belongs to it."""
-        return self._strategy.request
+        return self._engine.request
 
     @property
     def measured_on(self) -> str:
         """What measured times and memory belong to."""
-        return f"{self._strategy.layout} on {device_name(self._runner.device)}"
+        return f"{self._engine.request.layout} on {device_name(self._runner.device)}"
 
     @property
     def replicas(self) -> int:
@@ -334,11 +323,11 @@ class BatchSizeController:
     @property
     def learning_rate_factor(self) -> float:
         """The factor on the user's learning rates."""
-        return self._steps.learning_rate_factor
+        return self._engine.optimizers.learning_rate_factor
 
     def scale_learning_rates(self, factor: float) -> None:
         """The optimizer's next steps are made with the user's learning rates times `factor`."""
-        self._steps.learning_rate_factor = factor
+        self._engine.optimizers.learning_rate_factor = factor
 
     # ---- measurements
 
@@ -348,14 +337,14 @@ class BatchSizeController:
         Raises:
             PartitionError: If replicas step by themselves.
         """
-        if self._runner.diloco is not None:
+        if self._engine.diloco is not None:
             raise PartitionError(_NO_NOISE)
         if self.noise is None:
             runner = self._runner
             self.noise = GradientNoise(
                 runner.partition, runner.device, getattr(self._trainer.precision_plugin, "scaler", None)
             )
-            runner.noise = self._steps.nonfinite.noise = self.noise
+            runner.noise = self._engine.optimizers.nonfinite.noise = self.noise
         self.noise.install()
         return self.noise
 
@@ -363,35 +352,36 @@ class BatchSizeController:
         """Ends it."""
         if self.noise is not None:
             self.noise.remove()
-            self._runner.noise = self._steps.nonfinite.noise = self.noise = None
+            self._runner.noise = self._engine.optimizers.nonfinite.noise = self.noise = None
 
     def samples_of(self, batch: Any) -> int:
         """Samples of all replicas in the training batch that has just run."""
-        return samples_of_all(self._runner, batch)
+        return samples_of_all(self._engine, batch)
 
     def sum_over_replicas(self, count: int) -> int:
         """The sum of what each replica has counted. Collective."""
-        return sum_over_replicas(self._runner, count)
+        return sum_over_replicas(self._engine, count)
 
     def release(self) -> None:
         """Everything is Lightning's and the user's again."""
         end_windows(self._trainer)
         self._trainer.accumulate_grad_batches = self._accumulate
         self._runner.microbatches = self._microbatches
-        self._steps.learning_rate_factor = 1.0
+        self._engine.optimizers.learning_rate_factor = 1.0
         self.stop_measuring()
-        self._strategy.batch_size_controllers.remove(self)
 
 
-def samples_of_all(runner: StepRunner, batch: Any) -> int:
-    """Samples of all replicas in the training batch that has just run."""
-    batch_weights = runner.batch_weights
-    return runner.mesh.layout.replicas * count_samples(batch) if batch_weights is None else sum(batch_weights.counts)
+def samples_of_all(engine: Engine, batch: Any) -> int:
+    """Returns the samples of all replicas in the training batch that has just run."""
+    context = engine.runner.context
+    if context is None or context.weights is None:
+        return engine.mesh.layout.replicas * count_samples(batch)
+    return sum(context.weights.counts)
 
 
-def sum_over_replicas(runner: StepRunner, count: int) -> int:
-    """The sum of what each replica has counted. Collective."""
-    total = torch.tensor(count, device=runner.device)
-    if runner.mesh.layout.replicas > 1:
-        dist.all_reduce(total, group=runner.mesh.replica_group)
+def sum_over_replicas(engine: Engine, count: int) -> int:
+    """Returns the sum of the counts of all replicas. Collective."""
+    total = torch.tensor(count, device=engine.device)
+    if engine.mesh.layout.replicas > 1:
+        dist.all_reduce(total, group=engine.mesh.replica_group)
     return int(total)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_hybrid.adapt.expert_placement import imbalance, kept_in_place, owners, place_experts
 from lightning_hybrid.adapt.shares import share_by_speed
 from lightning_hybrid.adapt.stage_cuts import StageTime, best_cuts, fit_costs, step_seconds
 from lightning_hybrid.collectives import gather_objects
+from lightning_hybrid.dataloader.replica import ReplicaData
 from lightning_hybrid.engine.clocks import Clocks
+from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.spec.stages import stages_per_rank
-
-if TYPE_CHECKING:
-    from lightning_hybrid.partitioned import PartitionedStrategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,34 +29,27 @@ class Observation:
 
 
 class Workload:
-    """The load of a running training.
+    """Measures the load of a running training.
 
     Args:
-        strategy: The strategy, whose runner is there.
+        engine: The engine of the running fit.
+        data: The data of this rank's replica.
     """
 
-    def __init__(self, strategy: PartitionedStrategy) -> None:
-        self.strategy = strategy
-        self._runner = strategy.runner
-        self.follow()
+    def __init__(self, engine: Engine, data: ReplicaData) -> None:
+        self._data = data
+        self.follow(engine)
 
-    @property
-    def is_current(self) -> bool:
-        """Whether what is measured belongs to the present layout."""
-        return self._runner is self.strategy.runner
-
-    def follow(self) -> None:
-        """The layout has changed: what has been measured is forgotten."""
-        self._samples = 0
-        self.release()
-        self._clocks = Clocks(self.strategy.root_device)
-        self._runner = self.strategy.runner
-        self._runner.time_computation(self._clocks)
-        self.strategy.expert_loads()
+    def follow(self, engine: Engine) -> None:
+        """Forgets the measurements of the layout before, and measures under `engine`. Collective."""
+        self.engine, self._samples = engine, 0
+        self._clocks = Clocks(engine.device)
+        engine.runner.time_computation(self._clocks)
+        engine.expert_loads()
 
     def release(self) -> None:
         """Nothing is measured any more."""
-        self._runner.time_computation(None)
+        self.engine.runner.time_computation(None)
 
     def count(self, samples: int) -> None:
         """A batch of so many samples of this replica has been run."""
@@ -69,7 +61,7 @@ class Workload:
 
     def take(self, steps: int) -> Observation:
         """What has been measured in the last `steps` steps. Collective."""
-        runner = self.strategy.runner
+        runner = self.engine.runner
         mesh, plan, pipeline = runner.mesh, runner.partition.plan, runner.pipeline
         stages, step = self._clocks.take(pipeline.parts if pipeline is not None else 1)
         own = (stages, step * steps / max(self._samples, 1))
@@ -86,7 +78,7 @@ class Workload:
             for s in plan.stages
             if s.index in slowest
         ]
-        loads = {name: tuple(found.tolist()) for name, found in self.strategy.expert_loads().items()}
+        loads = {name: tuple(found.tolist()) for name, found in self.engine.expert_loads().items()}
         return Observation(stages=tuple(times), replicas=tuple(replicas), experts=loads)
 
     # ---- what would be better: the gain as a share of a step, and the new division
@@ -98,7 +90,7 @@ class Workload:
             seen: All that has been measured of this model on these ranks.
             now: The present stages.
         """
-        runner = self.strategy.runner
+        runner = self.engine.runner
         plan, pipeline = runner.partition.plan, runner.pipeline
         if pipeline is None or len(now) < len(plan.stages) or stages_per_rank(plan.schedule) > 1:
             return None
@@ -118,7 +110,7 @@ class Workload:
             seconds: Of one sample, by replica.
             most: No replica gets more than so many times an equal share.
         """
-        runner, data = self.strategy.runner, self.strategy.data
+        runner, data = self.engine.runner, self._data
         layout = runner.mesh.layout
         if layout.replicas < 2 or layout.ep > 1 or not data.can_share or not all(seconds):
             return None
@@ -140,7 +132,7 @@ class Workload:
             loads: Tokens of each expert, by module.
             copies: How many experts a rank computes beside as many as it has.
         """
-        runner = self.strategy.runner
+        runner = self.engine.runner
         ranks, plans = runner.mesh.layout.ep, runner.partition.plan.expert_plans
         loads = {name: of_module for name, of_module in loads.items() if sum(of_module)}
         if ranks < 2 or not loads:
@@ -163,6 +155,6 @@ class Workload:
         return sum(self._imbalance(name, of_module) for name, of_module in loads.items())
 
     def _imbalance(self, name: str, loads: Sequence[int]) -> float:
-        runner = self.strategy.runner
+        runner = self.engine.runner
         plan, ranks = runner.partition.plan.expert_plans[name], runner.mesh.layout.ep
         return imbalance(loads, [plan.computed(rank, ranks) for rank in range(ranks)])

@@ -18,9 +18,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_hybrid import HybridStrategy, Layout
+from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.optimizer import OptimizerWrapper
 from lightning_hybrid.parallelize.apply import Partition
-from lightning_hybrid.reshard import exchange, relayout
+from lightning_hybrid.reshard import exchange
 from lightning_hybrid.spec.errors import PartitionError
 from tests.distributed.jobs import Classifier, Numbers, quiet
 from tests.faults.inject import Fault
@@ -28,9 +29,9 @@ from tests.faults.inject import Fault
 STEPS, SWITCH = 12, 6
 PLACES: dict[str, tuple[Any, str]] = {
     "take out": (Partition, "take_off"),
-    "plan": (relayout, "make_partition"),
+    "plan": (Engine, "plan_partition"),
     "memory": (Partition, "apply"),
-    "move": (exchange, "_exchange_round"),
+    "move": (exchange, "_prepare_round"),
     "follow": (OptimizerWrapper, "install"),
 }
 """What runs in each phase of the protocol."""

@@ -185,8 +185,7 @@ class MemoryProbe:
 
     @contextmanager
     def _prepared(self, smallest: int) -> Iterator[None]:
-        self._runner.take_batch(None)
-        self._runner._follow_frozen()
+        self._runner.gradients.follow_frozen()
         self._parameters = list(self._runner.partition.parameters.local().values())
         self._smallest, self._warm = smallest, False
         try:
@@ -271,7 +270,7 @@ class MemoryProbe:
         # the one thing in a step that ranks tell each other as objects
         vars(runner)["_log"] = lambda *_: (torch.zeros(()), {})
         if self._accumulates:
-            with runner.gradients_stay_local():
+            with runner.gradients.local_only():
                 self._forward_and_backward(size, first=True)
         self._forward_and_backward(size, first=not self._accumulates)
 
@@ -280,7 +279,7 @@ class MemoryProbe:
         batch = runner.precision.convert_input(tiled_batch(self._batch, size * self._microbatches))
         batch = batch_on_device(root, batch, self._device)
         index = (0,) if is_param_in_hook_signature(root.training_step, "batch_idx", min_args=2) else ()
-        out = runner.training_step(batch, *index)
+        out = runner.training_step(None, 1.0, batch, *index)
         if first:
             drop_gradients(self._parameters)
         loss = out.get("loss") if isinstance(out, dict) else out

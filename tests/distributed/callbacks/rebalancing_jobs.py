@@ -126,7 +126,7 @@ def train(
     data = DataLoader(Numbers(64 * batch), batch_size=batch // replicas)
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=False)
     strategy: Any = trainer.strategy
-    plan = strategy.runner.partition.plan if layout is not None else None
+    plan = strategy.engine.partition.plan if layout is not None else None
     return {
         "moves": rebalancing.moves,
         "losses": watching.losses,

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import grad_norm
 from torch.utils.data import DataLoader
 
+from lightning_hybrid import HybridStrategy
 from lightning_hybrid.engine import norms
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 
@@ -35,8 +36,8 @@ class Gradients(L.Callback):
     def _use(self, hook: str, trainer: L.Trainer, root: L.LightningModule) -> None:
         strategy: Any = trainer.strategy
         present = {n: p.grad for n, p in root.named_parameters() if p.grad is not None}
-        if hasattr(strategy, "runner"):
-            present = {n: strategy.runner.partition.gathered(n, g) for n, g in present.items()}
+        if isinstance(strategy, HybridStrategy):
+            present = {n: strategy.engine.partition.gathered(n, g) for n, g in present.items()}
         self.found.append((hook, {n: g.detach().clone() for n, g in present.items()}))
         if hook == self.where:
             for parameter in root.parameters():

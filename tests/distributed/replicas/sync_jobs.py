@@ -63,7 +63,7 @@ class Gradients(L.Callback):
         strategy: Any = trainer.strategy
         norms = strategy.gradient_norms()
         self.found.append(torch.stack([norms[k] for k in sorted(norms)]))
-        self.sent = strategy.runner.sent_bytes
+        self.sent = strategy.engine.runner.gradients.sent_bytes
 
 
 def train(layout: str, sync: Any = "exact", to: Any = None, **options: Any) -> dict[str, Any]:
@@ -125,7 +125,8 @@ def diloco(
     loader = DataLoader(Numbers(samples), batch_size=8 // replicas)
     trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
     strategy: Any = trainer.strategy
-    return {"weights": weights(trainer, module), "losses": seen.found, "sent": strategy.runner.sent_bytes}
+    sent = strategy.engine.runner.gradients.sent_bytes
+    return {"weights": weights(trainer, module), "losses": seen.found, "sent": sent}
 
 
 class Losses(L.Callback):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_hybrid.reshard.relayout import Moved
+from lightning_hybrid.reshard.relayout import RelayoutResult
 from lightning_hybrid.spec.errors import PartitionError
 from tests.distributed.experts.expert_jobs import Counting, Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
@@ -33,8 +33,7 @@ def random_layouts(seed: int, steps: int, experts: bool = False) -> dict[int, st
 def whole_state(trainer: L.Trainer) -> dict[str, torch.Tensor]:
     """Weights, buffers and everything that optimizers keep of them, whole, on every rank."""
     strategy: Any = trainer.strategy
-    runner = strategy.runner
-    partition, found = runner.partition, {}
+    partition, found = strategy.engine.partition, {}
     for name in partition.parameters.names:
         found[f"weights/{name}"] = partition.whole_parameter(name)
     for number, optimizer in enumerate(strategy.optimizers):
@@ -64,7 +63,7 @@ class Switches(L.Callback):
 
     def __init__(self, layouts: Mapping[int, str], compare: bool = True, **options: Any) -> None:
         self._layouts, self._compare, self._options = dict(layouts), compare, options
-        self.moved: list[Moved] = []
+        self.moved: list[RelayoutResult] = []
         self.changed: list[str] = []
         self.least: list[int] = []
         self.losses: list[float] = []

@@ -123,7 +123,7 @@ class ProbeAtStart(L.Callback):
         batch, _ = sample_batch(trainer.train_dataloader, training=True)
         for _ in range(self.repeats):
             before = snapshot(trainer, pl_module)
-            probe = MemoryProbe(strategy.runner, strategy.optimizers, batch, **self.options)
+            probe = MemoryProbe(strategy.engine.runner, strategy.optimizers, batch, **self.options)
             try:
                 self.results.append(probe.find(self.ladder))
             except ProbeError as error:
@@ -141,7 +141,7 @@ class Record(L.Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         strategy: Any = trainer.strategy
-        local = strategy.runner.partition.parameters.local()
+        local = strategy.engine.partition.parameters.local()
         self.gradients.append({n: to_local(p.grad).clone() for n, p in local.items() if p.grad is not None})
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -154,7 +154,7 @@ def to_local(tensor: Any) -> torch.Tensor:
 
 def snapshot(trainer: Any, module: Any) -> dict[str, Any]:
     """What a probe must not change, on this rank."""
-    runner, found = trainer.strategy.runner, {}
+    runner, found = trainer.strategy.engine.runner, {}
     for name, parameter in runner.partition.parameters.local().items():
         found[f"weight {name}"] = to_local(parameter).clone()
         found[f"gradient {name}"] = None if parameter.grad is None else to_local(parameter.grad).clone()
@@ -169,7 +169,7 @@ def snapshot(trainer: Any, module: Any) -> dict[str, Any]:
         found[f"attributes {name}"] = plain | {k: list(v) for k, v in vars(child).items() if type(v) is list}
     found["torch"], found["python"] = torch.get_rng_state(), random.getstate()
     found["numpy"] = [str(part) for part in np.random.get_state()]
-    found["streams"] = runner.streams._key
+    found["streams"] = runner.rng._key
     found["metrics"] = {k: float(v) for k, v in trainer.logged_metrics.items()}
     found["progress"] = str(trainer.fit_loop.epoch_loop.state_dict())
     if runner.pipeline is not None:
@@ -318,7 +318,7 @@ def resident_growth(layout: str, budget_bytes: int, microbatches: int) -> tuple[
     size = result.size * microbatches
     trainer.fit(module, DataLoader(Rows(3 * size * replicas), batch_size=size, collate_fn=as_it_is))
     strategy: Any = trainer.strategy
-    local = strategy.runner.partition.parameters.local().values()
+    local = strategy.engine.partition.parameters.local().values()
     return result, sum(to_local(p).nbytes for p in local), peak.growth
 
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from lightning_hybrid.engine.start import warn_if_untested
+from lightning_hybrid._torch_private import warn_if_untested
 
 
 def test_a_newer_release_is_warned_of_once_by_name(monkeypatch):

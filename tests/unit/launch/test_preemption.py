@@ -40,32 +40,32 @@ def before_batch(trainer: L.Trainer) -> None:
 
 def test_ranks_that_have_told_each_other_in_the_step_do_not_ask(ranks: Ranks, trainer: L.Trainer):
     preemption = Preemption(ranks.any_rank)
-    preemption.install(trainer)
-    before_batch(trainer)
-    assert ranks.asked == [False]
-    preemption.hear(False)
-    before_batch(trainer)
-    assert ranks.asked == [False]
-    before_batch(trainer)  # no optimizer step in between
-    assert ranks.asked == [False, False]
+    with preemption.installed(trainer):
+        before_batch(trainer)
+        assert ranks.asked == [False]
+        preemption.hear(False)
+        before_batch(trainer)
+        assert ranks.asked == [False]
+        before_batch(trainer)  # no optimizer step in between
+        assert ranks.asked == [False, False]
 
 
 @pytest.mark.parametrize("heard", [True, False])
 def test_another_ranks_note_stops_this_one(ranks: Ranks, trainer: L.Trainer, heard):
     preemption = Preemption(ranks.any_rank)
-    preemption.install(trainer)
-    if heard:
-        preemption.hear(True)
-    else:
-        ranks.other = True
-    with pytest.raises(SIGTERMException):
-        before_batch(trainer)
-    assert trainer._signal_connector.received_sigterm
+    with preemption.installed(trainer):
+        if heard:
+            preemption.hear(True)
+        else:
+            ranks.other = True
+        with pytest.raises(SIGTERMException):
+            before_batch(trainer)
+        assert trainer._signal_connector.received_sigterm
 
 
 def test_what_an_earlier_run_heard_does_not_count(ranks: Ranks, trainer: L.Trainer):
     preemption = Preemption(ranks.any_rank)
     preemption.hear(True)
-    preemption.install(trainer)
-    before_batch(trainer)
-    assert ranks.asked == [False]
+    with preemption.installed(trainer):
+        before_batch(trainer)
+        assert ranks.asked == [False]

@@ -1,0 +1,111 @@
+"""The first engine of a module: equal weights on all ranks, the plan, the partition, and the plan as a table."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_hybrid.engine.engine import Engine
+from lightning_hybrid.engine.first_batch import first_step
+from lightning_hybrid.engine.run import Run
+from lightning_hybrid.ghosts.deferred_init import recorded_init
+from lightning_hybrid.launch.agreement import check_parameters
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.metrics.loggers import log_plan, watched_parts
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.plan import Plan
+from lightning_hybrid.spec.request import Request
+
+ENGINE, DEFERRED_INIT = "_hybrid_engine", "_hybrid_deferred_init"
+"""Attributes of the LightningModule: the engine that has partitioned it, and the recorded `configure_model`."""
+
+
+@contextmanager
+def recorded_configure_model(root: pl.LightningModule | None) -> Iterator[None]:
+    """Records what `configure_model` builds, without storage; each rank makes its own part real afterwards."""
+    if root is None or not is_overridden("configure_model", root):
+        yield
+        return
+    with recorded_init() as deferred_init:
+        yield
+    root.__dict__[DEFERRED_INIT] = deferred_init
+
+
+def build_engine(run: Run, request: Request, mesh: Mesh) -> Engine:
+    """Plans and partitions the module of `run`, whole or partitioned by an earlier run. Collective.
+
+    Raises:
+        PartitionError: If this rank cannot partition it; the failure monitor ends the others.
+    """
+    root, trainer = run.module, run.trainer
+    earlier: Engine | None = root.__dict__.pop(ENGINE, None)
+    if earlier is not None:
+        earlier.stop()
+        root.__dict__.pop("__deepcopy__", None)
+        earlier.partition.remove()
+    deferred_init = root.__dict__.pop(DEFERRED_INIT, None)
+    if earlier is None:
+        check_parameters(root)
+    if deferred_init is None:
+        _agree_on_weights(root, run.device)
+    root.train(trainer.state.fn == TrainerFn.FITTING)
+    partition = Engine.plan_partition(run, request, mesh, lambda: first_step(trainer))
+    engine = Engine.build(run, request, partition, deferred_init)
+    belong_to(engine)
+    _report(run, engine.plan)
+    return engine
+
+
+def belong_to(engine: Engine) -> None:
+    """Notes on the module which engine has partitioned it: it stays partitioned when the run ends."""
+    engine.root.__dict__.update({ENGINE: engine, "__deepcopy__": lambda memo: _copied(engine, memo)})
+
+
+def _copied(engine: Engine, memo: dict) -> Any:
+    """Returns a copy of the module as the user wrote it.
+
+    Raises:
+        PartitionError: If ranks hold parts of its weights only.
+    """
+    layout, root, partition = engine.plan.layout, engine.root, engine.partition
+    if layout.devices != layout.dp:
+        raise PartitionError(
+            f"`copy.deepcopy` cannot copy a {type(root).__name__} under `layout='{layout}'`: each rank holds parts of "
+            "its weights only. Copy the module before the Trainer gets it, or load `strategy.full_state_dict()` into a "
+            "new one."
+        )
+    ours = {key: root.__dict__.pop(key) for key in (ENGINE, "__deepcopy__")}
+    try:
+        with partition.bare():
+            copied = copy.deepcopy(root, memo)
+    finally:
+        root.__dict__.update(ours)
+    partition.interceptor.release_copy(copied)
+    return copied
+
+
+def _agree_on_weights(root: pl.LightningModule, device: torch.device) -> None:
+    """All ranks take the weights and buffers of rank 0, as DistributedDataParallel does."""
+    gpu = dist.get_backend() == "nccl"
+    with torch.no_grad():
+        for tensor in {id(t): t for t in [*root.parameters(), *root.buffers()]}.values():
+            moved = tensor.to(device) if gpu else tensor.contiguous()
+            dist.broadcast(moved.detach(), 0)
+            tensor.copy_(moved)
+
+
+def _report(run: Run, plan: Plan) -> None:
+    """Prints the plan on rank 0, and gives it to the loggers."""
+    if dist.get_rank() == 0:
+        print(plan, file=sys.stderr)  # noqa: T201 -- where progress bars and warnings go
+    log_plan(run.trainer, plan.record())
+    run.patches.enter_context(watched_parts(run.trainer))

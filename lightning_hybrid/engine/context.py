@@ -1,0 +1,30 @@
+"""What is true of one step, made once when the step begins and handed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_hybrid.dataloader.sharding import BatchWeights
+from lightning_hybrid.metrics.logs import LogRecorder
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """The facts of one step of training or evaluation on this rank."""
+
+    name: str
+    """`training_step`, `validation_step`, `test_step` or `predict_step`."""
+    recorder: LogRecorder
+    """Records what the step logs."""
+    weights: BatchWeights | None = None
+    """The samples of each replica; None if all replicas have equally many."""
+    loss_factor: float = 1.0
+    """The factor on this replica's loss with which the mean over replicas is the mean over the global batch."""
+    padding: bool = False
+    """True if the samples of this replica count for nothing."""
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Returns the loss whose gradient this replica contributes. The only place where `loss_factor` is applied."""
+        return loss if self.weights is None else loss * self.loss_factor

@@ -1,0 +1,142 @@
+"""`Engine`: everything that exists once per layout, and every patch that belongs to a layout."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_hybrid.engine.first_batch import Sample
+from lightning_hybrid.engine.optimizer import OptimizerWrapper
+from lightning_hybrid.engine.run import Run
+from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.ghosts.deferred_init import DeferredInit
+from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.metrics.hook_logs import HookLogs
+from lightning_hybrid.metrics.torchmetrics import Metrics
+from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.parallelize.plan import check_precision, check_trainer, make_partition
+from lightning_hybrid.replicas.diloco import DiLoCo
+from lightning_hybrid.replicas.reducer import seen_after_backward
+from lightning_hybrid.rng.step import StepRNG
+from lightning_hybrid.spec.plan import Plan
+from lightning_hybrid.spec.request import Request
+
+
+class Listener(Protocol):
+    """Follows changes of the layout; see `HybridStrategy.listeners`."""
+
+    def check_layout(self, request: Request) -> None:
+        """Refuses a layout that this listener cannot follow; called on all ranks before anything has changed.
+
+        Raises:
+            PartitionError: If there is a reason.
+        """
+        ...
+
+    def layout_changed(self, engine: Engine) -> None:
+        """Follows the new layout, or new places of blocks and experts in the same layout. Called on all ranks."""
+        ...
+
+
+class Engine:
+    """The partitioned module and everything that runs, measures and patches it under one layout.
+
+    Args:
+        run: What outlives the layout.
+        request: The layout and the options that belong to it.
+        partition: The applied partition.
+    """
+
+    def __init__(self, run: Run, request: Request, partition: Partition) -> None:
+        self.run, self.request, self.partition = run, request, partition
+        self.root = run.module
+        self.mesh: Mesh = partition.mesh
+        self.device = run.device
+        self.rng = StepRNG(run.device, self.mesh.replica, self.mesh.rank("tp"))
+        self.metrics = Metrics(self.root, self.mesh, run.device)
+        self.hook_logs = HookLogs(self.root, self.mesh, run.device)
+        self.runner = StepRunner(partition, run.device, run.precision, request.microbatches, self.rng, self.metrics)
+        self.optimizers = OptimizerWrapper(self.runner, run.precision, run.on_nonfinite, run.preemption)
+        partition.interceptor.rng = self.rng
+        if partition.tensor is not None:
+            partition.tensor.use_rng(self.rng)
+        for reader in (partition, self.metrics, self.hook_logs):
+            reader.padding = lambda: self.runner.padding
+        partition.on_remove = self.runner.gradients.release
+        self.patches = ExitStack()
+        """Takes every patch off. What follows the layout above this room adds its own."""
+
+    @staticmethod
+    def plan_partition(run: Run, request: Request, mesh: Mesh, sample: Sample) -> Partition:
+        """Decides how the module is partitioned. Changes nothing that other ranks could notice.
+
+        Args:
+            run: What outlives the layout.
+            request: The layout and the options that belong to it.
+            mesh: The mesh of the layout.
+            sample: Gives the name of the first step and its arguments.
+
+        Raises:
+            PartitionError: If the layout does not suit the module or the trainer.
+        """
+        check_precision(run.precision)
+        check_trainer(request.layout, run.trainer)
+        return make_partition(run.module, request, mesh, run.device, run.precision.forward_context, sample)
+
+    @classmethod
+    def build(cls, run: Run, request: Request, partition: Partition, weights: DeferredInit | None) -> Engine:
+        """Applies a planned partition. Collective.
+
+        Args:
+            run: What outlives the layout.
+            request: The layout and the options that belong to it.
+            partition: From `plan_partition`, of all ranks.
+            weights: Makes parameters real that are ghosts still; None: all parameters are real.
+        """
+        partition.apply(run.device, weights)
+        return cls(run, request, partition)
+
+    @property
+    def plan(self) -> Plan:
+        """The layout with everything decided."""
+        return self.partition.plan
+
+    @property
+    def diloco(self) -> DiLoCo | None:
+        """The outer optimizer, where replicas step by themselves."""
+        return self.runner.gradients.diloco
+
+    # ---- patches
+
+    def start(self) -> None:
+        """Puts the patches on: on the precision plugin, the logging of the module, and torchmetrics. Collective."""
+        self.stop()
+        for part in (self.hook_logs, self.metrics, self.optimizers):
+            part.install()
+            self.patches.callback(part.remove)
+        self.runner.gradients.seen_by_hooks = self.run.any_rank(seen_after_backward(self.run.trainer))
+
+    def stop(self) -> None:
+        """Takes all patches off; the module stays partitioned."""
+        self.patches.close()
+
+    # ---- experts
+
+    def expert_loads(self) -> dict[str, Tensor]:
+        """Returns the tokens that each expert got in training since the last call, by module of experts. Collective."""
+        experts = self.partition.experts
+        if experts is None:
+            return {}
+        taken = experts.collect_loads()
+        loads = {
+            name: taken.get(name, torch.zeros(plan.experts, dtype=torch.long, device=self.device))
+            for name, plan in experts.plans.items()
+        }
+        together = torch.cat(list(loads.values()))
+        dist.all_reduce(together)
+        together //= self.mesh.layout.tp  # whose ranks have sent the same tokens
+        return dict(zip(loads, together.split([plan.experts for plan in experts.plans.values()]), strict=True))

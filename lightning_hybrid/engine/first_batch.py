@@ -1,0 +1,64 @@
+"""Arguments of a step before or outside the loops: with a first batch to plan with, and of one more prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from lightning_hybrid._lightning_private import loop_loaders, on_before_batch_transfer, running_prediction
+from lightning_hybrid.batches import tiled_batch
+from lightning_hybrid.dataloader.peek import sample_batch
+from lightning_hybrid.rng.state import preserved_rng
+
+Sample = Callable[[], tuple[str, tuple]]
+"""Returns the name of a step and its arguments, the batch first, on the device."""
+
+_STEPS: dict[Any, str] = {
+    TrainerFn.FITTING: "training_step",
+    TrainerFn.VALIDATING: "validation_step",
+    TrainerFn.TESTING: "test_step",
+    TrainerFn.PREDICTING: "predict_step",
+}
+
+
+def first_step(trainer: pl.Trainer) -> tuple[str, tuple]:
+    """Returns the name of the trainer's first step, and its arguments with a first batch on the device."""
+    name = _STEPS[trainer.state.fn]
+    with preserved_rng():
+        loaders = loop_loaders(trainer)
+    batch, extra = sample_batch(loaders, training=name == "training_step")
+    return name, step_arguments(trainer, name, batch, 0, extra)
+
+
+def training_step_like(trainer: pl.Trainer, batch_size: int | None) -> tuple[str, tuple]:
+    """Returns `training_step` and its arguments with a batch of the running training's loaders.
+
+    Args:
+        trainer: The trainer.
+        batch_size: Samples of the batch; None: as many as the loader's own batch has.
+    """
+    batch, _ = sample_batch(trainer.train_dataloader, training=True)
+    if batch_size is not None:
+        batch = tiled_batch(batch, batch_size)
+    return "training_step", step_arguments(trainer, "training_step", batch, 0, ())
+
+
+def prediction_arguments(trainer: pl.Trainer, batch: Any) -> tuple:
+    """Returns the arguments of `predict_step` for one more batch of the loader that is being predicted on."""
+    loader, loaders, number = running_prediction(trainer)
+    return step_arguments(trainer, "predict_step", batch, max(0, number - 1), (loader,) if loaders > 1 else ())
+
+
+def step_arguments(trainer: pl.Trainer, name: str, batch: Any, number: int, extra: tuple[int, ...]) -> tuple:
+    """Returns the arguments with which a loop would call the step `name` for batch `number` of a loader."""
+    loader = extra[0] if extra else 0
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = on_before_batch_transfer(trainer.lightning_module, batch, loader)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=loader)
+    step = getattr(trainer.lightning_module, name)
+    index = (number,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
+    return (batch, *index, *extra)

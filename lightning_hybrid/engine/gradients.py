@@ -1,0 +1,154 @@
+"""Gradients of replicas: reduced while the backward pass runs, or left to DiLoCo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_hybrid._torch_private import finish_sharded_backward, gradients_taken_by
+from lightning_hybrid.collectives import to_local
+from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.replicas.diloco import DiLoCo
+from lightning_hybrid.replicas.reducer import (
+    ReplicaReducer,
+    StashedGradients,
+    gradients_of,
+    refuse_gradients,
+    sum_over_holders,
+)
+
+
+class ReplicaGradients:
+    """Synchronizes the gradients of a partitioned module over its replicas, as `gradient_sync` says.
+
+    Args:
+        partition: The applied partition.
+        on_complete: Called when this rank has computed its gradients of a batch.
+    """
+
+    def __init__(self, partition: Partition, on_complete: Callable[[], None]) -> None:
+        self._partition, self._mesh, self._on_complete = partition, partition.mesh, on_complete
+        layout = partition.plan.layout
+        local = partition.parameters.local()
+        names = partition.whole.intersection(local) if layout.fsdp > 1 else local
+        self._reduced = {n: local[n] for n in local if n in names} if layout.replicas > 1 else {}
+        self._uses_diloco = partition.plan.gradient_sync.kind == "diloco" and layout.replicas > 1
+        self._reduction = partition.reduction()
+        self._sync = True
+        self.seen_by_hooks = False
+        """True if a hook of the user, on any rank, sees the gradients of every accumulated batch."""
+        self.diloco: DiLoCo | None = None
+        """The outer optimizer, where replicas step by themselves."""
+        self._trained: list[bool] = []
+        self._reducers: list[ReplicaReducer] = []
+        self.follow_frozen()
+
+    def follow_frozen(self) -> None:
+        """Rebuilds the reducers if parameters have been frozen or unfrozen since the last step."""
+        trained = [p.requires_grad for p in self._reduced.values()]
+        if trained == self._trained:
+            return
+        self._trained = trained
+        self.release()
+        wanted = {n: p for n, p in self._reduced.items() if p.requires_grad}
+        if self._uses_diloco:
+            if self.diloco is not None:
+                self.diloco.agree()
+            self.diloco = DiLoCo(wanted, self._mesh.replica_group, self._partition.plan.gradient_sync)
+            return
+        experts = [n for n in wanted if self._partition.expert_plan_of(n) is not None]
+        replicas = self._mesh.layout.replicas
+        self._reducers = [
+            ReplicaReducer([wanted[n] for n in names], group, replicas, self._reduction)
+            for names, group in (
+                ([n for n in wanted if n not in experts], self._mesh.replica_group),
+                (experts, self._mesh.group("dp")),
+            )
+            if names
+        ]
+        for reducer in self._reducers:
+            reducer.enabled = self._sync
+            reducer.on_complete = self._on_complete
+            if self._mesh.layout.pp == 1:
+                reducer.overlap()
+
+    def release(self) -> None:
+        """Removes the reducers' hooks from the parameters."""
+        for reducer in self._reducers:
+            reducer.release()
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that this rank sends for the gradients of a step, without those that gather sharded weights."""
+        layout, total = self._mesh.layout, sum(reducer.sent_bytes for reducer in self._reducers)
+        if self.diloco is not None:
+            total += self.diloco.sent_bytes
+        if layout.fsdp > 1:
+            item = 2 if self._partition.plan.gradient_sync.kind in ("bf16", "bf16_fp32acc") else None
+            for name, parameter in self._partition.parameters.local().items():
+                if parameter.requires_grad and name not in self._partition.whole:
+                    shards = layout.shards if self._partition.expert_plan_of(name) is None else layout.fsdp
+                    own = to_local(parameter.detach())
+                    total += (shards - 1) * own.numel() * (item or own.element_size())
+        return total
+
+    @property
+    def _sharded(self) -> FSDPModule | None:
+        module = self._partition.step_module
+        return module if isinstance(module, FSDPModule) else None
+
+    def refused_inside_step(self) -> AbstractContextManager:
+        """Refuses `torch.autograd.grad` inside a step where `fsdp` shards weights."""
+        layout = self._mesh.layout
+        return gradients_taken_by(refuse_gradients(layout)) if layout.fsdp > 1 else nullcontext()
+
+    # ---- pipelines, whose schedule runs the backward pass of all microbatches inside the step
+
+    def begin_pipeline(self) -> tuple[StashedGradients, dict[str, Tensor]]:
+        """Sets the gradients of earlier batches aside, and holds back what `fsdp` would reduce per microbatch.
+
+        Returns:
+            The earlier gradients, and the weights that other stages hold too.
+        """
+        local = self._partition.parameters.local()  # before the forward pass: sharded, where `fsdp` divides them
+        if self._sharded is not None:
+            self._sharded.set_requires_gradient_sync(False)
+            self._sharded.set_is_last_backward(False)
+            self._sharded.set_reshard_after_backward(False)
+        tied: dict[str, Tensor] = {name: local[name] for name in self._partition.tied_weight_groups}
+        return StashedGradients(p for p in local.values() if p.requires_grad), tied
+
+    def finish_pipeline(self, stashed: StashedGradients, tied: Mapping[str, Tensor]) -> None:
+        """Adds the earlier gradients, reduces over replicas, and sums those of tied weights over their holders."""
+        summed = gradients_of(tied) if self.seen_by_hooks else {}
+        stashed.add()
+        if self._sync:
+            if self._sharded is not None:
+                finish_sharded_backward(self._sharded)
+            for reducer in self._reducers:
+                reducer.finish()
+            sum_over_holders(self._partition.tied_weight_groups, tied.__getitem__, summed)
+
+    # ---- accumulation
+
+    @contextmanager
+    def local_only(self) -> Iterator[None]:
+        """Backward passes accumulate without communication (all but the last accumulated batch).
+
+        Unless a hook of the user sees the gradients in between.
+        """
+        self._set_sync(self.seen_by_hooks)
+        try:
+            yield
+        finally:
+            self._set_sync(True)
+
+    def _set_sync(self, sync: bool) -> None:
+        self._sync = sync
+        for reducer in self._reducers:
+            reducer.enabled = sync
+        if self._sharded is not None and self._mesh.layout.pp == 1:
+            self._sharded.set_requires_gradient_sync(sync)

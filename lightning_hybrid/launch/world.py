@@ -1,0 +1,84 @@
+"""All ranks of a run together: how they connect, and the collectives that Lightning asks a strategy for."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from torch import Tensor
+
+from lightning_hybrid._lightning_private import default_backend, init_process_group, reduce_tensor
+from lightning_hybrid._torch_private import limit_waiting
+from lightning_hybrid.launch import agreement
+from lightning_hybrid.launch.monitor import FailureMonitor
+from lightning_hybrid.launch.processes import DEFAULT_TIMEOUT, meet
+
+
+class World:
+    """The processes of a run.
+
+    Collectives do nothing once a rank has failed, when callbacks may still ask for them.
+
+    Args:
+        backend: `"nccl"`, `"gloo"`; None: chosen by device.
+        timeout: How long one rank waits for another.
+    """
+
+    def __init__(self, backend: str | None, timeout: timedelta | None) -> None:
+        self.backend, self._timeout = backend, timeout
+        self.monitor = FailureMonitor(timeout or DEFAULT_TIMEOUT)
+
+    def connect(self, environment: ClusterEnvironment, device: torch.device, facts: dict[str, str]) -> None:
+        """Meets all ranks, compares what they were started with, and makes the default process group. Collective.
+
+        Args:
+            environment: Lightning's cluster environment, which knows rank and world size.
+            device: This rank's device.
+            facts: Values that must be equal on all ranks, by name.
+        """
+        self.backend = self.backend or default_backend(device)
+        rank, size = environment.global_rank(), environment.world_size()
+        if size > 1:
+            with self.monitor.during("the meeting of the ranks"):
+                met = meet(environment, rank, size, self._timeout, facts, self.monitor.check_children)
+            self.monitor.connect(met)
+            agreement.check_facts(met.facts)
+        init_process_group(environment, self.backend, self._timeout, device if self.backend == "nccl" else None)
+
+    def limit_waiting(self) -> None:
+        """Sets the time-out of all process groups that exist now."""
+        limit_waiting(self._timeout or DEFAULT_TIMEOUT)
+
+    @property
+    def _connected(self) -> bool:
+        return dist.is_available() and dist.is_initialized() and not self.monitor.failing
+
+    def barrier(self, device: torch.device) -> None:
+        """Waits for all ranks."""
+        if self._connected:
+            dist.barrier(device_ids=[device.index or 0] if dist.get_backend() == "nccl" else None)
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        """Returns the `value` of rank `source` on all ranks."""
+        if not self._connected:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, source)
+        return box[0]
+
+    def reduce(self, tensor: Any, group: dist.ProcessGroup | None, operation: Any) -> Any:
+        """Reduces a tensor over `group`, or over all ranks; returns anything else as it is."""
+        if not isinstance(tensor, Tensor) or not self._connected:
+            return tensor
+        return reduce_tensor(tensor, group, operation)
+
+    def vote(self, decision: bool, device: torch.device, *, all: bool) -> bool:
+        """Returns True if the decision is true on all ranks, or on any rank."""
+        if not self._connected:
+            return decision
+        votes = torch.tensor(int(decision), device=device)
+        dist.all_reduce(votes)
+        return bool(votes == dist.get_world_size()) if all else bool(votes)
