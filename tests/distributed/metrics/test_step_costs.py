@@ -232,7 +232,7 @@ def extras(layout: str | None) -> tuple[int, list[Any]]:
     keep = LambdaCallback(on_train_batch_end=lambda _, __, out, *___: outputs.append(out))
     trainer, replicas = make_trainer(layout, max_epochs=1, callbacks=[keep])
     trainer.fit(Module(extras=True), loader(4, replicas))
-    sent = 0 if layout is None else trainer.strategy.runner.stage_outputs.objects_sent  # type: ignore[attr-defined]
+    sent = 0 if layout is None else trainer.strategy.engine.runner.stage_outputs.objects_sent  # type: ignore[attr-defined]
     return sent, [{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in out.items()} for out in outputs]
 
 
