@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS := 2
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .PHONY: quickstart test test-slow lint clean
@@ -12,8 +13,11 @@ REQUIREMENTS := pyproject.toml constraints.txt
 quickstart: $(VENV)/.installed
 	$(BIN)/lightning-hybrid fit --config recipes/quickstart.yaml
 
-test: lint
-	$(BIN)/python -m pytest -m "not slow"
+# Lint runs beside the tests, on files that they leave alone; pytest's summary comes last, unless lint fails.
+test: $(VENV)/.installed-dev
+	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"; tests=$$?; \
+	wait $$lint || { cat $(VENV)/lint.log; exit 1; }; exit $$tests
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

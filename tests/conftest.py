@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import support
+from tests import harness, support
 from tests.harness import RankGroup
 
 TESTS = Path(__file__).parent
@@ -30,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collects for the table, if there is to be one."""
+    """Collects for the table, if there is to be one; ranks get the filters of warnings."""
+    harness.warning_filters[:] = config.getini("filterwarnings")
     if config.getoption("--support-table"):
         config.pluginmanager.register(support.SupportTable(), "support table")
 
@@ -38,7 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gives each test the mark of its folder, unless the test names its tier."""
     for item in items:
-        tier = TIERS.get(item.path.relative_to(TESTS).parts[0])
+        folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
+        tier = TIERS.get(folder)
         if tier is not None and not any(item.get_closest_marker(name) for name in TIERS.values()):
             item.add_marker(tier)
 

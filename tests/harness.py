@@ -21,17 +21,19 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from _pytest.config import parse_warning_filter
 
 PRELOADED_MODULES = (
     "torch",
@@ -61,6 +63,9 @@ _ENDED = ("Hang", "Exit")
 """Kinds of failures after which a rank does not answer."""
 
 LOG_TAIL_CHARACTERS = 6000
+
+warning_filters: list[str] = []
+"""Those of pytest's configuration, which the ranks apply, too."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,15 @@ class RankError(RuntimeError):
         super().__init__(text + (f"\n--- output of the rank ---\n{log}" if log else ""))
 
 
+def fork_server() -> Any:
+    """The context that forks processes from one that has the `PRELOADED_MODULES`."""
+    # The server finds this package and the tests by the environment, however this process was started.
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED_MODULES))
+    return context
+
+
 class RankGroup:
     """Processes 0 to `world_size` - 1 of one process group on this machine.
 
@@ -110,7 +124,6 @@ class RankGroup:
             raise ValueError(f"`world_size` must be at least 1. Got {world_size}.")
         self.world_size = world_size
         self.timeout_seconds = timeout_seconds
-        self._context = multiprocessing.get_context("forkserver")
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._logs: Path | None = None
@@ -194,17 +207,15 @@ class RankGroup:
             self._logs = None
 
     def _start(self) -> None:
-        self._context.set_forkserver_preload(list(PRELOADED_MODULES))
+        context = fork_server()
         self._logs = Path(tempfile.mkdtemp(prefix="ranks-"))
         port = free_port()
-        # The server finds this package and the tests by the environment, whatever this process was started with.
-        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
         for rank in range(self.world_size):
             (self._logs / f"{rank}.log").touch()
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(
+            ours, theirs = context.Pipe()
+            process = context.Process(
                 target=_serve,
-                args=(rank, self.world_size, port, theirs, str(self._logs / f"{rank}.log")),
+                args=(rank, self.world_size, port, theirs, str(self._logs / f"{rank}.log"), warning_filters),
                 name=f"rank{rank}of{self.world_size}",
                 daemon=True,
             )
@@ -256,56 +267,6 @@ class RankGroup:
         return self.output(rank)[-LOG_TAIL_CHARACTERS:]
 
 
-LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-"""What launchers and runs of one process leave in the environment; a script that inherits it would join that run."""
-
-
-def script_environment() -> dict[str, str]:
-    """The environment of a script that a test starts: as a user's, with the project on the path and no run in it."""
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    root = str(Path(__file__).parents[1])
-    return kept | {"PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-
-
-def run_python(*command: str, timeout_seconds: float, cwd: Path | None = None) -> tuple[int, str]:
-    """Runs Python with a clean environment, in a session of its own.
-
-    Returns:
-        The exit code and all output.
-
-    Raises:
-        TimeoutError: If it takes longer; all its processes are ended.
-    """
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=script_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            output, _ = process.communicate(timeout=5)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-        raise TimeoutError(f"no end within {timeout_seconds:.0f} s; output:\n{output}") from None
-    return process.returncode, output
-
-
 def start_fake_ranks(size: int) -> None:
     """Makes this process rank 0 of a process group whose other ranks do not exist; its collectives do nothing."""
     from torch.distributed import init_process_group
@@ -330,7 +291,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection, log_path: str) -> None:
+def _serve(
+    rank: int, world_size: int, port: int, connection: Connection, log_path: str, filters: Sequence[str]
+) -> None:
     """Body of a rank: run calls until told to stop."""
     os.environ.update(
         RANK=str(rank),
@@ -352,7 +315,11 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log_pa
     torch.set_num_threads(1)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] -- loaders start workers
     while (request := pickle.loads(connection.recv_bytes())) is not None:
-        connection.send_bytes(_run(rank, world_size, *request))
+        with warnings.catch_warnings():
+            for text in filters:
+                warnings.filterwarnings(*parse_warning_filter(text, escape=False))
+            reply = _run(rank, world_size, *request)
+        connection.send_bytes(reply)
     # The process group is not torn down in step with the other ranks, so interpreter shutdown could wait for them.
     os._exit(0)
 

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import logging
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,6 @@ class Manual(Classifier):
 
 def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 
 

@@ -44,19 +44,19 @@ def _seen(folder: Path, rank: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("layout", "devices", "rank", "place", "step", "launcher"),
     [
-        _slow("dp2", 2, 0, "callback", 5, "lightning"),
-        ("pp2", 2, 1, "training_step", 5, "lightning"),
-        ("dp2", 2, 1, "worker", 57, "lightning"),
-        _slow("dp2", 2, 1, "setup", None, "lightning"),
-        _slow("pp2", 2, 0, "training_step", 5, "lightning"),
-        _slow("pp2", 2, 1, "callback", 5, "lightning"),
+        _slow("dp2", 2, 0, "callback", 5, "warm"),
+        ("pp2", 2, 1, "training_step", 5, "warm"),
+        ("dp2", 2, 1, "worker", 57, "warm"),
+        _slow("dp2", 2, 1, "setup", None, "warm"),
+        _slow("pp2", 2, 0, "training_step", 5, "warm"),
+        _slow("pp2", 2, 1, "callback", 5, "warm"),
         _slow("dp2", 2, 0, "training_step", 5, "torchrun"),
         _slow("dp2", 2, 1, "callback", 5, "torchrun"),
-        _slow("pp2", 2, 0, "validation_step", 1, "lightning"),
-        _slow("dp2", 2, 1, "teardown", None, "lightning"),
+        _slow("pp2", 2, 0, "validation_step", 1, "warm"),
+        _slow("dp2", 2, 1, "teardown", None, "warm"),
         _slow("dp2", 2, 0, "teardown", None, "torchrun"),
-        _slow("dp2-pp2", 4, 3, "training_step", 5, "lightning"),
-        _slow("tp2-pp2", 4, 0, "callback", 5, "lightning"),
+        _slow("dp2-pp2", 4, 3, "training_step", 5, "warm"),
+        _slow("tp2-pp2", 4, 0, "callback", 5, "warm"),
         _slow("fsdp2-pp2", 4, 2, "worker", 50, "torchrun"),
     ],
 )
@@ -80,12 +80,12 @@ def test_exception(
 @pytest.mark.parametrize(
     ("layout", "devices", "rank", "launcher"),
     [
-        _slow("dp2", 2, 1, "lightning"),
-        ("pp2", 2, 0, "lightning"),
+        _slow("dp2", 2, 1, "warm"),
+        ("pp2", 2, 0, "warm"),
         ("pp2", 2, 1, "torchrun"),
         _slow("dp2", 2, 0, "torchrun"),
-        _slow("tp2-pp2", 4, 2, "lightning"),
-        _slow("dp2-pp2", 4, 0, "lightning"),
+        _slow("tp2-pp2", 4, 2, "warm"),
+        _slow("dp2-pp2", 4, 0, "warm"),
     ],
 )
 def test_killed(layout: str, devices: int, rank: int, launcher: Launcher, tmp_path: Path) -> None:
@@ -138,10 +138,10 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "rank", "launcher"),
     [
-        ("sigterm", 1, "lightning"),
+        ("sigterm", 1, "warm"),
         _slow("sigterm-launcher", 1, "torchrun"),
-        _slow("sigterm", 0, "lightning"),
-        _slow("sigterm-launcher", 1, "lightning"),
+        _slow("sigterm", 0, "warm"),
+        _slow("sigterm-launcher", 1, "warm"),
         _slow("sigterm", 0, "torchrun"),
     ],
 )
@@ -205,7 +205,7 @@ def test_one_rank_exits(rank: int, tmp_path: Path) -> None:
 
 def test_missing_rank(tmp_path: Path) -> None:
     fault = ("--kind", "hang", "--place", "start", "--rank", "1")
-    outcome = run(tmp_path, 2, "--layout", "dp2", *fault, "--timeout", "10")
+    outcome = run(tmp_path, 2, "--layout", "dp2", *fault, "--timeout", "10", launcher="lightning")
     _check_end(outcome, 40.0)
     assert outcome.output.count("rank 1 has not come within 0:00:10") == 1, outcome.output
 

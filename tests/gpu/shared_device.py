@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +51,6 @@ def train(layout: str | None, device: str) -> Run:
         device: `"cuda"`, all ranks on the first GPU, or `"cpu"`.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     L.seed_everything(SEED, verbose=False)
     parsed = Layout.parse(layout) if layout else Layout()
     strategy: Any = HybridStrategy(layout=layout, process_group_backend="gloo", microbatches=_microbatches(parsed))

@@ -10,7 +10,7 @@ import torch
 
 from lightning_hybrid.checkpoint.consolidate import consolidate
 from lightning_hybrid.models import CausalLM
-from tests.harness import run_python
+from tests.scripts import run_python, run_warm
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -41,10 +41,9 @@ class Run:
 RunRecipe = Callable[[str, int], Run]
 
 
-def command_line(subcommand: str, *arguments: str, directory: Path) -> tuple[int, str]:
-    """Run the command line in a directory of its own; its exit code and output."""
-    command = ("-m", "lightning_hybrid.cli", subcommand, "--config", str(RECIPE), *arguments)
-    return run_python(*command, cwd=directory, timeout_seconds=TIMEOUT_SECONDS)
+def command_line(subcommand: str, *arguments: str) -> tuple[str, ...]:
+    """What follows `python`."""
+    return ("-m", "lightning_hybrid.cli", subcommand, "--config", str(RECIPE), *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunRecipe:
 
 
 def train(layout: str, devices: int, directory: Path) -> Run:
-    code, output = command_line(
+    command = command_line(
         "fit",
         f"--trainer.strategy.layout={layout}",
         f"--trainer.devices={devices}",
@@ -69,8 +68,8 @@ def train(layout: str, devices: int, directory: Path) -> Run:
         f"--trainer.val_check_interval={STEPS // 2}",
         "--trainer.limit_val_batches=2",
         "--trainer.log_every_n_steps=1",
-        directory=directory,
     )
+    code, output = run_warm(*command, processes=devices, cwd=directory, timeout_seconds=TIMEOUT_SECONDS)
     assert code == 0, output[-5000:]
     (metrics,) = directory.rglob("metrics.csv")
     with metrics.open() as file:
@@ -117,7 +116,8 @@ def test_checkpoint_loads_without_the_strategy(run: RunRecipe) -> None:
 
 
 def test_layout_that_does_not_match_the_devices_is_refused_at_once(tmp_path: Path) -> None:
-    code, output = command_line("fit", "--trainer.strategy.layout=dp3", directory=tmp_path)
+    command = command_line("fit", "--trainer.strategy.layout=dp3")
+    code, output = run_python(*command, cwd=tmp_path, timeout_seconds=TIMEOUT_SECONDS)
     assert code != 0
     assert "`layout` must use every device once. Got 'dp3'" in output
     assert output.count("`layout` must use every device once") <= 2

@@ -15,7 +15,8 @@ from lightning_hybrid.checkpoint.consolidate import consolidate
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.plan import make_partition
-from tests.harness import RankGroup, run_python, start_fake_ranks
+from tests.harness import RankGroup, start_fake_ranks
+from tests.scripts import run_warm
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -25,12 +26,13 @@ STEPS = 4
 LARGE = ("pretrain_dense_4b4", "pretrain_dense_1b6", "pretrain_deepseek_1b6", "parallel_streams_1b6")
 
 
-def fit(recipe: str, directory: Path, *arguments: str) -> str:
+def fit(recipe: str, directory: Path, *arguments: str, devices: int = 4) -> str:
     """Run a recipe for some steps in a directory of its own; end its whole process group when it takes too long."""
-    code, output = run_python(
+    code, output = run_warm(
         *("-m", "lightning_hybrid.cli", "fit", "--config", str(RECIPES / f"{recipe}.yaml")),
         *(f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={STEPS}", "--trainer.limit_val_batches=1"),
         *("--trainer.log_every_n_steps=1", *arguments),
+        processes=devices,
         cwd=directory,
         timeout_seconds=TIMEOUT_SECONDS,
     )
@@ -52,7 +54,7 @@ def test_streams_follow_the_dense_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("layout", "devices"), [("ep2", 2), pytest.param("fsdp2-ep2", 4, marks=pytest.mark.slow)])
 def test_the_scheme(tmp_path: Path, layout: str, devices: int) -> None:
     arguments = [f"--trainer.strategy.layout={layout}", f"--trainer.devices={devices}"]
-    output = fit("pretrain_deepseek", tmp_path, *arguments)
+    output = fit("pretrain_deepseek", tmp_path, *arguments, devices=devices)
     assert "of 16 experts" in output
     assert "Sample" in output
     assert "max_violation" in (tmp_path / "runs/pretrain_deepseek/version_0/metrics.csv").read_text()

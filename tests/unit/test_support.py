@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import support
+from tests.scripts import run_warm
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_feature_of_the_table_has_a_test() -> None:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--list-features", "tests/distributed"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+def test_every_feature_of_the_table_has_a_test(tmp_path: Path) -> None:
+    command = ("-m", "pytest", "--collect-only", "-q", "--list-features", "--rootdir", str(ROOT))
+    folder = str(ROOT / "tests/distributed")
+    code, listed = run_warm(*command, folder, processes=1, cwd=tmp_path, timeout_seconds=120)
+    assert code == 0, listed
     tested = {line.removeprefix("feature: ") for line in listed.splitlines() if line.startswith("feature: ")}
     documented = support.features_in((ROOT / "docs/support.md").read_text())
     assert len(documented) > 20
@@ -52,9 +53,19 @@ def test_the_table_has_what_was_shown(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{support.START}\nold\n{support.END}\nafter\n")
-    options = ["--support-table", str(page), "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", ROOT]
-    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *options, str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False)
+    options = [
+        "--support-table",
+        str(page),
+        "-q",
+        "-p",
+        "tests.conftest",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(ROOT),
+    ]
+    command = ["-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *options, str(tmp_path)]
+    run_warm(*command, processes=1, cwd=tmp_path, timeout_seconds=120)
     text = page.read_text()
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert rows["shown"].startswith("| shown | yes |  |  | failed |")

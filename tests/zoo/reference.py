@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import statistics
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -99,7 +98,6 @@ def run_ddp(name: str, devices: int) -> Run:
 
 def _train(case: Case, strategy: Any, *, devices: int, replicas: int, validate: bool = False) -> Run:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # As on the ranks: a QR decomposition, and so orthogonal initial weights, depends on it.
     L.seed_everything(SEED, verbose=False)
     module = case.build()

@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.contract import callbacks_jobs as jobs
 from tests.distributed.contract.layouts import LAYOUTS, assert_equal, assert_same_weights, call
+from tests.distributed.reference import reference
 from tests.harness import RankGroup
 
 
@@ -56,7 +57,7 @@ def test_averages_go_on_under_another_layout(ranks2: RankGroup, tmp_path: Path, 
 @pytest.mark.feature("`BackboneFinetuning`: freezing and unfreezing")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fine_tuning(request: pytest.FixtureRequest, layout: str) -> None:
-    expected = jobs.fine_tuned(None)
+    expected = reference(jobs.fine_tuned, None)
     results = call(request, layout, jobs.fine_tuned)
     assert_same_weights(results[0]["weights"], expected["weights"])
     for result in results:
@@ -72,7 +73,7 @@ def test_a_copy_of_a_partitioned_module_can_not_be_run(ranks2: RankGroup) -> Non
 @pytest.mark.parametrize("bar", ["tqdm", "rich"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_progress_bars_summary_and_device_stats(request: pytest.FixtureRequest, layout: str, bar: str) -> None:
-    expected = jobs.shown(None, bar)
+    expected = reference(jobs.shown, None, bar)
     assert expected["stats"]
     for rank, result in enumerate(call(request, layout, jobs.shown, bar)):
         assert_equal(result, {**expected, "enabled": rank == 0}, layout)

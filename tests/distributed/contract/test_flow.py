@@ -8,6 +8,7 @@ import pytest
 
 from tests.distributed.contract import flow_jobs as jobs
 from tests.distributed.contract.layouts import LAYOUTS, TWO, assert_equal, assert_same_weights, call
+from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
 from tests.support import refused
 
@@ -16,7 +17,7 @@ REFUSED = {("tp2", "detect_anomaly"): "cannot look for NaN in gradients that are
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, dict[str, Any]]:
-    return {name: jobs.options(None, name) for name in jobs.OPTIONS}
+    return {name: reference(jobs.options, None, name) for name in jobs.OPTIONS}
 
 
 @pytest.mark.feature(by="name", prefix="Trainer: ")
@@ -39,7 +40,7 @@ def test_options(request: pytest.FixtureRequest, ranks2: RankGroup, one_process:
 @pytest.mark.feature("fit, validate, test, predict, fit again")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fit_validate_test_predict_fit(request: pytest.FixtureRequest, layout: str) -> None:
-    expected = jobs.sequence(None)
+    expected = reference(jobs.sequence, None)
     results = call(request, layout, jobs.sequence)
     assert_same_weights(results[0]["weights"], expected["weights"])
     for result in results:

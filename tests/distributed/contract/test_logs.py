@@ -9,6 +9,7 @@ import pytest
 from lightning_hybrid import Layout
 from tests.distributed.contract import jobs
 from tests.distributed.contract.layouts import LAYOUTS, assert_equal, call
+from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
 
 ZBV = pytest.param("pp2 ZBVZeroBubble", marks=pytest.mark.slow)
@@ -17,12 +18,12 @@ ZBV = pytest.param("pp2 ZBVZeroBubble", marks=pytest.mark.slow)
 
 @pytest.fixture(scope="module")
 def one_process() -> dict:
-    return jobs.logs(None)
+    return reference(jobs.logs, None)
 
 
 @pytest.fixture(scope="module")
 def metrics_of_one_process() -> dict:
-    return jobs.metrics(None)
+    return reference(jobs.metrics, None)
 
 
 @pytest.mark.feature(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.dataloader import data_jobs, loader_jobs
+from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
@@ -39,7 +40,7 @@ def test_without_a_batch_nothing_is_trained(ranks2: RankGroup, layout, kind):
         with pytest.raises(RankError, match=r"PartitionError: .*planned with the first batch, but the data has none"):
             ranks2.call(loader_jobs.train_on_nothing, layout, kind)
         return
-    expected = loader_jobs.train_on_nothing(None, kind)
+    expected = reference(loader_jobs.train_on_nothing, None, kind)
     assert expected["steps"] == []
     for rank, result in enumerate(ranks2.call(loader_jobs.train_on_nothing, layout, kind)):
         assert result["steps"] == []
@@ -51,10 +52,10 @@ def test_without_a_batch_nothing_is_trained(ranks2: RankGroup, layout, kind):
 @pytest.mark.feature("data: an empty validation dataset")
 @pytest.mark.parametrize("layout", TWO)
 def test_an_empty_validation_dataset(ranks2: RankGroup, layout):
-    expected = loader_jobs.train_without_validation_data(None)
+    expected = reference(loader_jobs.train_without_validation_data, None)
     assert_trained(ranks2.call(loader_jobs.train_without_validation_data, layout)[0], expected)
     named = layout in ("fsdp2", "pp2")
-    logged = loader_jobs.validate_beside_nothing(None, named)
+    logged = reference(loader_jobs.validate_beside_nothing, None, named)
     assert logged
     for found in ranks2.call(loader_jobs.validate_beside_nothing, layout, named):
         assert found == pytest.approx(logged, rel=2e-5)
@@ -69,7 +70,7 @@ def test_several_loaders(ranks2: RankGroup, layout, mode):
     A pipeline splits all of a batch alike, so its loaders have batches of one size.
     """
     counts = (37, 37 if layout == "pp2" else 21)
-    expected = loader_jobs.train_on_several(None, mode, counts)
+    expected = reference(loader_jobs.train_on_several, None, mode, counts)
     results = ranks2.call(loader_jobs.train_on_several, layout, mode, counts)
     assert_trained(results[0], expected)
     warned = any("Several training loaders are read together" in text for text in results[0]["warned"])
@@ -97,7 +98,7 @@ def test_several_loaders_go_on(ranks2: RankGroup, tmp_path, saved, resumed):
     "layout", ["dp2", pytest.param("fsdp2", marks=pytest.mark.slow), "tp2", pytest.param("pp2", marks=pytest.mark.slow)]
 )
 def test_loaders_that_lightning_has_handed_out_are_not_dealt_twice(ranks2: RankGroup, layout):
-    logged, counts = loader_jobs.read_again(None)
+    logged, counts = reference(loader_jobs.read_again, None)
     assert counts == [3, 5, 2 * 5]
     for values, found in ranks2.call(loader_jobs.read_again, layout):
         assert found == counts
@@ -114,7 +115,7 @@ def test_loaders_that_lightning_has_handed_out_are_not_dealt_twice(ranks2: RankG
     ],
 )
 def test_a_combined_loader_is_fitted_on_twice(ranks2: RankGroup, layout):
-    expected = loader_jobs.train_on_several(None, "max_size_cycle", (37, 37), fits=2)
+    expected = reference(loader_jobs.train_on_several, None, "max_size_cycle", (37, 37), fits=2)
     results = ranks2.call(loader_jobs.train_on_several, layout, "max_size_cycle", (37, 37), fits=2)
     assert_trained(results[0], expected)
 
@@ -122,7 +123,7 @@ def test_a_combined_loader_is_fitted_on_twice(ranks2: RankGroup, layout):
 @pytest.mark.parametrize("layout", ["dp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_step_that_takes_an_iterator(ranks2: RankGroup, layout):
     """It is not known which batch it trains on, so an uneven one cannot be weighed."""
-    expected = loader_jobs.train_by_iterator(None, 32)
+    expected = reference(loader_jobs.train_by_iterator, None, 32)
     assert_trained(ranks2.call(loader_jobs.train_by_iterator, layout, 32)[0], expected)
     with pytest.raises(RankError, match=r"PartitionError: .*`dataloader_iter`.*different numbers of samples, \(1, 0\)"):
         ranks2.call(loader_jobs.train_by_iterator, layout, 33)
@@ -131,7 +132,7 @@ def test_a_step_that_takes_an_iterator(ranks2: RankGroup, layout):
 @pytest.mark.feature("data: a sampler without a length")
 @pytest.mark.parametrize("layout", TWO)
 def test_a_sampler_without_a_length(ranks2: RankGroup, tmp_path, layout):
-    expected = loader_jobs.train_without_end(None, True)
+    expected = reference(loader_jobs.train_without_end, None, True)
     path = data_jobs.file_of(tmp_path, "one.ckpt")
     results = ranks2.call(loader_jobs.train_without_end, layout, True, save=(path, "batch", 7))
     assert_trained(results[0], expected)
@@ -152,7 +153,7 @@ def test_an_order_from_the_global_stream_without_a_length_does_not_go_on(ranks2:
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
 def test_batches_of_any_size(ranks2: RankGroup, layout):
     sizes = (5, 3, 4, 4, 2, 7, 6)
-    expected = loader_jobs.train_on_batches_of_any_size(None, sizes)
+    expected = reference(loader_jobs.train_on_batches_of_any_size, None, sizes)
     results = ranks2.call(loader_jobs.train_on_batches_of_any_size, layout, sizes)
     assert_trained(results[0], expected)
     assert [len(step) for step in results[0]["steps"][:4]] == [5, 4, 2, 6]

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.distributed.dataloader import stream_jobs
+from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
+from tests.pairwise import pairwise
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 
@@ -48,7 +50,7 @@ def assert_predicted(found: Any, expected: Any) -> None:
     ],
 )
 def test_every_rank_has_all_predictions_in_order(ranks2: RankGroup, layout, case):
-    expected, _, _ = stream_jobs.predict(None, **CASES[case])
+    expected, _, _ = reference(stream_jobs.predict, None, **CASES[case])
     for found, _, _ in ranks2.call(stream_jobs.predict, layout, **CASES[case]):
         assert_predicted(found, expected)
 
@@ -56,13 +58,13 @@ def test_every_rank_has_all_predictions_in_order(ranks2: RankGroup, layout, case
 @pytest.mark.feature("predictions: two loaders")
 @pytest.mark.parametrize("layout", ["fsdp2-pp2", pytest.param("dp2-tp2", marks=pytest.mark.slow)])
 def test_four_ranks(ranks4: RankGroup, layout):
-    expected, _, _ = stream_jobs.predict(None, counts=(21, 10))
+    expected, _, _ = reference(stream_jobs.predict, None, counts=(21, 10))
     for found, _, _ in ranks4.call(stream_jobs.predict, layout, counts=(21, 10)):
         assert_predicted(found, expected)
 
 
 def test_fewer_batches_than_replicas(ranks4: RankGroup):
-    expected, _, _ = stream_jobs.predict(None, counts=(6,))
+    expected, _, _ = reference(stream_jobs.predict, None, counts=(6,))
     results = ranks4.call(stream_jobs.predict, "fsdp4", counts=(6,))
     for found, _, _ in results:
         assert_predicted(found, expected)
@@ -71,7 +73,7 @@ def test_fewer_batches_than_replicas(ranks4: RankGroup):
 
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
 def test_writers_get_the_own_batches_of_a_rank_with_their_indices(ranks2: RankGroup, layout):
-    _, expected, (lengths, indices) = stream_jobs.predict(None, counts=(21, 10))
+    _, expected, (lengths, indices) = reference(stream_jobs.predict, None, counts=(21, 10))
     results = ranks2.call(stream_jobs.predict, layout, counts=(21, 10))
     for rank, (_, batches, epoch) in enumerate(results):
         of_loader = [[b for b in expected if b[0] == loader][rank::2] for loader in range(2)]
@@ -90,11 +92,9 @@ def test_nothing_is_gathered_that_is_not_returned(ranks2: RankGroup, layout):
 
 
 @pytest.mark.feature("predictions: iterable dataset")
-@pytest.mark.parametrize("limit", [None, 3])
-@pytest.mark.parametrize("sized", [False, True])
-@pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
+@pytest.mark.parametrize(("layout", "sized", "limit"), pairwise(["fsdp2", "tp2"], [False, True], [None, 3]))
 def test_a_stream(ranks2: RankGroup, layout, sized, limit):
-    expected = stream_jobs.predict_on_stream(None, 19, sized, limit=limit)
+    expected = reference(stream_jobs.predict_on_stream, None, 19, sized, limit=limit)
     for found in ranks2.call(stream_jobs.predict_on_stream, layout, 19, sized, limit=limit):
         assert_predicted(found, expected)
 

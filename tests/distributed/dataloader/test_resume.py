@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.dataloader import data_jobs, stream_jobs, worker_jobs
+from tests.distributed.reference import reference
 from tests.harness import RankGroup
 
 EPOCHS = 3
@@ -43,30 +44,25 @@ def _same(result: dict, expected: dict) -> None:
         torch.testing.assert_close(result["weights"][name], value, rtol=5e-5, atol=5e-6, msg=name)
 
 
-@pytest.fixture(scope="module")
-def references() -> dict[str, dict]:
-    return {}
-
-
 @pytest.mark.feature("data: resuming within an epoch, saved under another layout")
 @pytest.mark.parametrize(("kind", "place", "saved", "layout", "options"), CASES)
-def test_goes_on(ranks2: RankGroup, references, tmp_path, kind, place, saved, layout, options):
+def test_goes_on(ranks2: RankGroup, tmp_path, kind, place, saved, layout, options):
     options = {"kind": kind, "max_epochs": EPOCHS, **options}
     place = options.pop("save_at", place)
-    key = repr(sorted(options.items(), key=str))
-    if key not in references:
-        references[key] = data_jobs.train(ONE, **options)
+    expected = reference(data_jobs.train, ONE, **options)
     path = data_jobs.file_of(tmp_path, "one.ckpt")
     ranks2.call(data_jobs.train, saved, save=(path, *place), **options)
     results = ranks2.call(data_jobs.train, layout, ckpt_path=path, **options)
-    _same(results[0], references[key])
-    seen = [sum(len(step) for step in result["steps"]) for result in (results[0], references[key])]
+    _same(results[0], expected)
+    seen = [sum(len(step) for step in result["steps"]) for result in (results[0], expected)]
     assert seen[0] < seen[1], "what was trained on is not trained on again"
 
 
 def test_training_is_that_of_lightning_without_the_strategy(ranks2: RankGroup):
     """With nothing random in a sample, the reference of the other tests is what Lightning does by itself."""
-    _same(ranks2.call(data_jobs.train, "dp2", max_epochs=EPOCHS)[0], data_jobs.train(None, max_epochs=EPOCHS))
+    _same(
+        ranks2.call(data_jobs.train, "dp2", max_epochs=EPOCHS)[0], reference(data_jobs.train, None, max_epochs=EPOCHS)
+    )
 
 
 @pytest.mark.feature("data: a Lightning checkpoint saved within an epoch")

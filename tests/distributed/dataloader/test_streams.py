@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.dataloader import stream_jobs
+from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
@@ -24,7 +25,7 @@ def assert_trained(result: dict, expected: dict) -> None:
 @pytest.mark.parametrize("samples", [37, pytest.param(33, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", TWO)
 def test_a_stream_that_is_not_sharded_is_dealt(ranks2: RankGroup, layout, samples):
-    expected = stream_jobs.train_on_stream(None, samples=samples)
+    expected = reference(stream_jobs.train_on_stream, None, samples=samples)
     results = ranks2.call(stream_jobs.train_on_stream, layout, samples=samples)
     assert_trained(results[0], expected)
     assert results[0]["metrics"] == results[1]["metrics"]
@@ -43,19 +44,19 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_other_streams(ranks2: RankGroup, case):
     options = CASES[case]
-    expected = stream_jobs.train_on_stream(None, **options)
+    expected = reference(stream_jobs.train_on_stream, None, **options)
     assert_trained(ranks2.call(stream_jobs.train_on_stream, "dp2", **options)[0], expected)
 
 
 def test_four_ranks(ranks4: RankGroup):
-    expected = stream_jobs.train_on_stream(None)
+    expected = reference(stream_jobs.train_on_stream, None)
     assert_trained(ranks4.call(stream_jobs.train_on_stream, "fsdp2-pp2")[0], expected)
 
 
 @pytest.mark.feature("data: `IterableDataset`, sharded by the user")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
 def test_a_stream_that_the_user_shards_is_left_alone(ranks2: RankGroup, layout):
-    expected = stream_jobs.train_on_stream(None, samples=64)
+    expected = reference(stream_jobs.train_on_stream, None, samples=64)
     results = ranks2.call(stream_jobs.train_on_stream, layout, "by replica", samples=64)
     assert_trained(results[0], expected)
     seen = [i for result in results for step in result["steps"] for i in step]

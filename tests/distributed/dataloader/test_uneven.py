@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.dataloader import data_jobs, worker_jobs
+from tests.distributed.reference import reference
 from tests.harness import RankGroup
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
@@ -40,17 +41,6 @@ FIRST = [
 """Under every layout in the tests that run always; the others under `dp2` there, and everywhere in the slow ones."""
 
 
-@pytest.fixture(scope="module")
-def references() -> dict[str, dict]:
-    return {}
-
-
-def reference(references: dict[str, dict], case: str) -> dict:
-    if case not in references:
-        references[case] = data_jobs.train(None, **CASES[case])
-    return references[case]
-
-
 def assert_like_one_process(results: list[dict], expected: dict, layout: str) -> None:
     for name, value in expected["weights"].items():
         torch.testing.assert_close(results[0]["weights"][name], value, rtol=2e-5, atol=2e-6, msg=name)
@@ -76,14 +66,18 @@ def _always() -> list[tuple[str, str]]:
 
 @pytest.mark.feature(by="case", prefix="data: ")
 @pytest.mark.parametrize(("layout", "case"), _always())
-def test_two_ranks(ranks2: RankGroup, references, layout, case):
-    assert_like_one_process(ranks2.call(data_jobs.train, layout, **CASES[case]), reference(references, case), layout)
+def test_two_ranks(ranks2: RankGroup, layout, case):
+    assert_like_one_process(
+        ranks2.call(data_jobs.train, layout, **CASES[case]), reference(data_jobs.train, None, **CASES[case]), layout
+    )
 
 
 @pytest.mark.feature(by="case", prefix="data: ", layout=FOUR)
 @pytest.mark.parametrize("case", [FIRST[0], pytest.param(FIRST[1], marks=pytest.mark.slow), *FIRST[2:]])
-def test_four_ranks(ranks4: RankGroup, references, case):
-    assert_like_one_process(ranks4.call(data_jobs.train, FOUR, **CASES[case]), reference(references, case), FOUR)
+def test_four_ranks(ranks4: RankGroup, case):
+    assert_like_one_process(
+        ranks4.call(data_jobs.train, FOUR, **CASES[case]), reference(data_jobs.train, None, **CASES[case]), FOUR
+    )
 
 
 @pytest.mark.parametrize("layout", [pytest.param("dp4", marks=pytest.mark.slow), "dp2-fsdp2"])
@@ -91,7 +85,7 @@ def test_samples_that_do_not_count_do_not_change_batch_statistics(ranks4: RankGr
     options: dict[str, Any] = {"samples": 34, "module_options": {"norm": True}}
     results = ranks4.call(data_jobs.train, layout, **options)
     assert [len(result["steps"][2]) for result in results] == [1, 1, 1, 1], "two of them for nothing"
-    assert_like_one_process(results, data_jobs.train(None, **options), layout)
+    assert_like_one_process(results, reference(data_jobs.train, None, **options), layout)
 
 
 @pytest.mark.slow
@@ -105,15 +99,17 @@ def test_samples_that_do_not_count_do_not_change_batch_statistics(ranks4: RankGr
         if (layout, case) not in _always() and not (layout == "pp2" and CASES[case].get("manual"))
     ],
 )
-def test_two_ranks_the_rest(ranks2: RankGroup, references, layout, case):
-    assert_like_one_process(ranks2.call(data_jobs.train, layout, **CASES[case]), reference(references, case), layout)
+def test_two_ranks_the_rest(ranks2: RankGroup, layout, case):
+    assert_like_one_process(
+        ranks2.call(data_jobs.train, layout, **CASES[case]), reference(data_jobs.train, None, **CASES[case]), layout
+    )
 
 
 @pytest.mark.feature("data: a custom batch sampler")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
 def test_a_batch_sampler_gives_every_replica_a_batch_in_turn(ranks2: RankGroup, layout):
     """A global step is the batches of the replicas, weighed by samples; one process sees them joined."""
-    expected = data_jobs.train(None, kind="joined batches")
+    expected = reference(data_jobs.train, None, kind="joined batches")
     results = ranks2.call(data_jobs.train, layout, kind="own batches")
     for name, value in expected["weights"].items():
         torch.testing.assert_close(results[0]["weights"][name], value, rtol=2e-5, atol=2e-6, msg=name)
@@ -126,7 +122,7 @@ def test_a_batch_sampler_gives_every_replica_a_batch_in_turn(ranks2: RankGroup, 
 def test_a_full_epoch_needs_no_weights(ranks2: RankGroup):
     """Nothing is told to the step while all replicas have equally many samples."""
     results = ranks2.call(data_jobs.train, "dp2", samples=32, val_samples=16)
-    expected = data_jobs.train(None, samples=32, val_samples=16)
+    expected = reference(data_jobs.train, None, samples=32, val_samples=16)
     assert_like_one_process(results, expected, "dp2")
     assert not any(result["any_uneven"] for result in results)
 
@@ -135,7 +131,7 @@ def test_a_full_epoch_needs_no_weights(ranks2: RankGroup):
 @pytest.mark.parametrize("layout", TWO)
 def test_lengths_that_change_in_every_step(ranks2: RankGroup, layout):
     """Replicas pad their own samples, and the last batch has another size: stages are planned again for each shape."""
-    expected = worker_jobs.train_on_sequences(None)
+    expected = reference(worker_jobs.train_on_sequences, None)
     for rank, result in enumerate(ranks2.call(worker_jobs.train_on_sequences, layout)):
         assert result["loss"] == pytest.approx(expected["loss"], rel=2e-5)
         for name, value in expected["weights"].items() if rank == 0 else ():
@@ -143,7 +139,7 @@ def test_lengths_that_change_in_every_step(ranks2: RankGroup, layout):
 
 
 def test_an_empty_dataset_trains_on_nothing(ranks2: RankGroup):
-    expected = data_jobs.train(None, samples=0, kind="in order", val_samples=0)
+    expected = reference(data_jobs.train, None, samples=0, kind="in order", val_samples=0)
     for result in ranks2.call(data_jobs.train, "dp2", samples=0, kind="in order", val_samples=0):
         assert result["steps"] == expected["steps"] == []
         assert result["metrics"] == expected["metrics"] == {}

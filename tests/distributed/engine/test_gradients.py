@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed.engine import gradient_jobs as jobs
+from tests.distributed.reference import reference
 from tests.harness import RankGroup
+from tests.pairwise import pairwise
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 FEATURE = "`param.grad` in `on_after_backward` and `on_before_optimizer_step`"
@@ -39,20 +42,21 @@ def check_gradients(results: list[dict], expected: list[tuple[str, dict[str, tor
 @pytest.mark.parametrize("layout", [*TWO, "dp2-pp2", "fsdp2-pp2"])
 def test_reading_gradients(request, layout, accumulate):
     options: dict[str, Any] = {"gradient_clip_val": 0.05, "accumulate_grad_batches": accumulate}
-    expected = jobs.with_gradients(None, {}, **options)
+    expected = reference(jobs.with_gradients, None, {}, **options)
     results = group_of(request, layout).call(jobs.with_gradients, layout, {}, **options)
     check_gradients(results, expected["found"])
     check_weights(results[0]["weights"], expected["weights"])
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("where", ["on_after_backward", "on_before_optimizer_step"])
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("layout", [*TWO, "dp2-pp2", "fsdp2-pp2"])
+@pytest.mark.parametrize(
+    ("layout", "accumulate", "where"),
+    pairwise([*TWO, "dp2-pp2", "fsdp2-pp2"], [1, 3], ["on_after_backward", "on_before_optimizer_step"]),
+)
 def test_changing_gradients(request, layout, accumulate, where):
     change = {"factor": 0.5, "where": where}
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
-    expected = jobs.with_gradients(None, change, **options)
+    expected = reference(jobs.with_gradients, None, change, **options)
     results = group_of(request, layout).call(jobs.with_gradients, layout, change, **options)
     check_gradients(results, expected["found"])
     check_weights(results[0]["weights"], expected["weights"])
@@ -63,7 +67,7 @@ def test_changing_gradients(request, layout, accumulate, where):
 def test_a_weight_of_several_stages(request, layout, tied):
     change: dict[str, Any] = {"factor": 0.5, "where": "on_after_backward"}
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "tied": tied}
-    expected = jobs.with_gradients(None, change, **options)
+    expected = reference(jobs.with_gradients, None, change, **options)
     results = group_of(request, layout).call(jobs.with_gradients, layout, change, **options)
     check_gradients(results, expected["found"])
     check_weights(results[0]["weights"], expected["weights"])
@@ -73,14 +77,19 @@ def test_a_weight_of_several_stages(request, layout, tied):
 def test_a_callback_of_one_rank(ranks2: RankGroup, layout):
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "alone": True}
     results = ranks2.call(jobs.with_gradients, layout, {}, **options)
-    check_weights(results[0]["weights"], jobs.with_gradients(None, {}, **options)["weights"])
+    check_weights(results[0]["weights"], reference(jobs.with_gradients, None, {}, **options)["weights"])
 
 
 @pytest.mark.feature("gradient norms (`strategy.gradient_norms`)")
-@pytest.mark.parametrize("optimizer", ["sgd", "head"])
-@pytest.mark.parametrize("layout", [*TWO, "dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"])
+@pytest.mark.parametrize(
+    ("layout", "optimizer"),
+    [
+        *itertools.product(TWO, ["sgd", "head"]),
+        *pairwise(["dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"], ["sgd", "head"]),
+    ],
+)
 def test_norms_of_gradients(request, layout, optimizer):
-    expected = jobs.norms_of_gradients(None, {"optimizer": optimizer})
+    expected = reference(jobs.norms_of_gradients, None, {"optimizer": optimizer})
     assert len(expected["found"][0]) == (3 if optimizer == "head" else 21)
     for result in group_of(request, layout).call(jobs.norms_of_gradients, layout, {"optimizer": optimizer}):
         for found, norms in zip(result["found"], expected["found"], strict=True):
@@ -88,10 +97,15 @@ def test_norms_of_gradients(request, layout, optimizer):
         assert result["logged"] == pytest.approx(expected["logged"], rel=1e-4)
 
 
-@pytest.mark.parametrize("hook", ["", "halves", "looks on rank 0", "clips twice"])
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize(
+    ("layout", "hook"),
+    [
+        *itertools.product(TWO, ["", "clips twice"]),
+        *pairwise(TWO, ["halves", "looks on rank 0"]),
+    ],
+)
 def test_gradients_are_measured_again_only_after_a_hook(ranks2: RankGroup, layout, hook):
-    expected = jobs.clipped(None, hook)
+    expected = reference(jobs.clipped, None, hook)
     times = {"": 1, "clips twice": 3}.get(hook, 2)  # the check for NaN, and what hooks make necessary on any rank
     results = ranks2.call(jobs.clipped, layout, hook)
     assert [len(result["measured"]) for result in results] == [times * 3] * 2
@@ -99,10 +113,9 @@ def test_gradients_are_measured_again_only_after_a_hook(ranks2: RankGroup, layou
 
 
 @pytest.mark.feature("`optimizer.add_param_group` during training")
-@pytest.mark.parametrize("save", [False, True])
-@pytest.mark.parametrize("layout", [*TWO, "fsdp2-pp2"])
+@pytest.mark.parametrize(("layout", "save"), pairwise([*TWO, "fsdp2-pp2"], [True, False]))
 def test_an_added_parameter_group(request, tmp_path, layout, save):
-    expected = jobs.with_an_added_group(None)
+    expected = reference(jobs.with_an_added_group, None)
     path = str(tmp_path / "added.ckpt") if save else None
     results = group_of(request, layout).call(jobs.with_an_added_group, layout, save=path)
     check_weights(results[0]["weights"], expected["weights"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.engine import numbers_jobs as jobs
+from tests.distributed.reference import reference
 from tests.harness import RankGroup
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -51,7 +52,7 @@ def test_all_ranks_stop_before_the_update(ranks2: RankGroup, case):
     assert "NonFiniteError: At global step 1, gradients or the loss are not finite: " in stopped(results)
     assert re.search(message, stopped(results)), stopped(results)
     assert [r["steps"] for r in results] == [1, 1]
-    assert_weights(results[0], jobs.poisoned(None, None, {}, max_steps=1))
+    assert_weights(results[0], reference(jobs.poisoned, None, None, {}, max_steps=1))
 
 
 @pytest.mark.feature("`on_nonfinite`: NaN on one rank stops all ranks, or skips the step")
@@ -59,7 +60,7 @@ def test_all_ranks_stop_before_the_update(ranks2: RankGroup, case):
 def test_all_ranks_leave_the_step_out(ranks2: RankGroup, case, layout):
     _, options, message = CASES[case]
     results = ranks2.call(jobs.poisoned, layout, "skip", options)
-    expected = jobs.poisoned(None, None, {"leave_out": True})
+    expected = reference(jobs.poisoned, None, None, {"leave_out": True})
     assert [r["error"] for r in results] == [None, None]
     assert_weights(results[0], expected)
     assert results[0]["steps"] == expected["steps"] == 3

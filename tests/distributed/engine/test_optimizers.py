@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.engine import optimizer_jobs as jobs
+from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
@@ -25,13 +26,13 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("layout", TWO)
 def test_optimizers(ranks2: RankGroup, layout, optimizer):
     found = ranks2.call(jobs.optimized, layout, {"optimizer": optimizer})[0]
-    check(found, jobs.optimized(None, {"optimizer": optimizer}))
+    check(found, reference(jobs.optimized, None, {"optimizer": optimizer}))
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW, foreach", "groups and a schedule"])
 def test_optimizers_under_a_product(ranks4: RankGroup, optimizer):
     found = ranks4.call(jobs.optimized, "fsdp2-tp2", {"optimizer": optimizer}, gradient_clip_val=0.05)[0]
-    check(found, jobs.optimized(None, {"optimizer": optimizer}, gradient_clip_val=0.05))
+    check(found, reference(jobs.optimized, None, {"optimizer": optimizer}, gradient_clip_val=0.05))
 
 
 @pytest.mark.feature(by="optimizer", prefix="optimizer: ")
@@ -41,7 +42,7 @@ def test_optimizers_under_a_product(ranks4: RankGroup, optimizer):
 )
 def test_optimizers_that_need_whole_weights(ranks2: RankGroup, layout, optimizer):
     found = ranks2.call(jobs.optimized, layout, {"optimizer": optimizer})[0]
-    check(found, jobs.optimized(None, {"optimizer": optimizer}))
+    check(found, reference(jobs.optimized, None, {"optimizer": optimizer}))
 
 
 @pytest.mark.feature(by="optimizer", prefix="optimizer: ", refused=True)
@@ -61,14 +62,19 @@ def test_optimizers_that_are_refused(ranks2: RankGroup, layout, optimizer, messa
 @pytest.mark.parametrize("layout", TWO)
 def test_a_warm_up_and_clipping_of_the_users_own(ranks2: RankGroup, layout):
     options: dict[str, Any] = {"warm_up": True, "clip": "configured"}
-    expected = jobs.optimized(None, options)
+    expected = reference(jobs.optimized, None, options)
     check(ranks2.call(jobs.optimized, layout, options)[0], expected)
-    assert not torch.allclose(expected["head.weight"], jobs.optimized(None, {"warm_up": True})["head.weight"])
+    assert not torch.allclose(
+        expected["head.weight"], reference(jobs.optimized, None, {"warm_up": True})["head.weight"]
+    )
 
 
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2"])
 def test_clipping_by_hand(ranks2: RankGroup, layout):
-    check(ranks2.call(jobs.optimized, layout, {"clip": "by hand"})[0], jobs.optimized(None, {"clip": "by hand"}))
+    check(
+        ranks2.call(jobs.optimized, layout, {"clip": "by hand"})[0],
+        reference(jobs.optimized, None, {"clip": "by hand"}),
+    )
 
 
 @pytest.mark.feature("clipping by norm and by value")
@@ -76,7 +82,7 @@ def test_clipping_by_hand(ranks2: RankGroup, layout):
 @pytest.mark.parametrize("layout", ["fsdp2-tp2", "tp2-pp2", "fsdp2-pp2"])
 def test_clipping_under_products(ranks4: RankGroup, layout, algorithm):
     options: dict[str, Any] = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": algorithm}
-    check(ranks4.call(jobs.optimized, layout, {}, **options)[0], jobs.optimized(None, {}, **options))
+    check(ranks4.call(jobs.optimized, layout, {}, **options)[0], reference(jobs.optimized, None, {}, **options))
 
 
 @pytest.mark.feature("`compile=True`: compiles each block")
@@ -85,7 +91,7 @@ def test_clipping_under_products(ranks4: RankGroup, layout, algorithm):
 @pytest.mark.parametrize("layout", TWO)
 def test_compiled_blocks(ranks2: RankGroup, layout):
     found = ranks2.call(jobs.optimized, layout, {}, strategy_options={"compile": True}, timeout_seconds=150)[0]
-    check(found, jobs.optimized(None, {}))
+    check(found, reference(jobs.optimized, None, {}))
 
 
 def test_a_module_that_the_user_has_compiled_is_refused(ranks2: RankGroup):

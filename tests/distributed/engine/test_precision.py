@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.engine import numbers_jobs as jobs
+from tests.distributed.reference import reference
 from tests.harness import RankGroup
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
@@ -27,7 +28,7 @@ def distance(a: dict, b: dict) -> tuple[float, float, float]:
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, dict]:
-    return {precision: jobs.precise(None, precision) for precision in ["32-true", *HALF, "64-true"]}
+    return {precision: reference(jobs.precise, None, precision) for precision in ["32-true", *HALF, "64-true"]}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_a_single_wrong_weight_shows(one, bounds, precision, off):
 def test_a_step_that_overflows_on_one_rank_is_left_out_on_all(ranks2: RankGroup, one, bounds, layout):
     poison: dict[str, Any] = {"poison": "blocks.1.up.weight", "rank": 0}
     results = ranks2.call(jobs.precise, layout, "16-mixed", poison)
-    expected = jobs.precise(None, "16-mixed", poison)
+    expected = reference(jobs.precise, None, "16-mixed", poison)
     assert [r["scale"] for r in results] == [512.0, 512.0] == [expected["scale"]] * 2
     check(results[0], expected, bounds["16-mixed"])
     assert distance(expected, one["16-mixed"])[1] > 1e-3, "leaving out a step makes a difference"
@@ -100,7 +101,7 @@ def test_a_step_that_overflows_on_one_rank_is_left_out_on_all(ranks2: RankGroup,
 def test_loss_scales_with_accumulated_batches_and_clipping(ranks2: RankGroup, bounds, layout):
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
     results = ranks2.call(jobs.precise, layout, "16-mixed", **options)
-    check(results[0], jobs.precise(None, "16-mixed", **options), bounds["16-mixed"])
+    check(results[0], reference(jobs.precise, None, "16-mixed", **options), bounds["16-mixed"])
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-mixed"])
@@ -108,7 +109,7 @@ def test_loss_scales_with_accumulated_batches_and_clipping(ranks2: RankGroup, bo
 def test_a_checkpoint_keeps_types_and_scale(ranks2: RankGroup, bounds, tmp_path, precision, saved, resumed):
     path = str(tmp_path / "half.ckpt")
     poison: dict[str, Any] = {"poison": "stem.weight", "step": 2} if precision == "16-mixed" else {}
-    whole = jobs.precise(None, precision, poison, max_epochs=2)
+    whole = reference(jobs.precise, None, precision, poison, max_epochs=2)
     first = ranks2.call(jobs.precise, saved, precision, poison, save=path)[0]
     result = ranks2.call(jobs.precise, resumed, precision, ckpt_path=path, max_epochs=2)[0]
     check({**result, "losses": first["losses"] + result["losses"]}, whole, bounds[precision])

@@ -9,7 +9,9 @@ import torch
 
 from lightning_hybrid.checkpoint.consolidate import consolidate
 from tests.distributed import jobs
+from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
+from tests.pairwise import pairwise
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 FOUR = ["dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"]
@@ -38,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def references() -> dict[str, dict]:
-    return {name: jobs.fit(None, **settings) for name, settings in SETTINGS.items()}
+    return {name: reference(jobs.fit, None, **settings) for name, settings in SETTINGS.items()}
 
 
 @pytest.mark.feature(by="setting", prefix="training: ")
@@ -51,8 +53,9 @@ def test_two_ranks(ranks2: RankGroup, references, layout, setting):
 
 
 @pytest.mark.feature(by="setting", prefix="training: ")
-@pytest.mark.parametrize("setting", ["accumulate and clip", "adamw with groups and a scheduler"])
-@pytest.mark.parametrize("layout", FOUR)
+@pytest.mark.parametrize(
+    ("layout", "setting"), pairwise(FOUR, ["accumulate and clip", "adamw with groups and a scheduler"])
+)
 def test_four_ranks(ranks4: RankGroup, references, layout, setting):
     results = ranks4.call(jobs.fit, layout, **SETTINGS[setting])
     assert_same(results[0], references[setting])
@@ -62,7 +65,7 @@ def test_four_ranks(ranks4: RankGroup, references, layout, setting):
 @pytest.mark.feature("predictions, complete and in order")
 @pytest.mark.parametrize("layout", TWO)
 def test_predictions_are_whole_and_in_order_on_every_rank_of_a_replica(ranks2: RankGroup, layout):
-    expected = jobs.predict(None)
+    expected = reference(jobs.predict, None)
     logits = torch.cat([batch["logits"] for batch in expected])
     results = ranks2.call(jobs.predict, layout)
     for predictions in results:
@@ -75,7 +78,7 @@ def test_predictions_are_whole_and_in_order_on_every_rank_of_a_replica(ranks2: R
 @pytest.mark.feature("manual optimization, several optimizers")
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2"])
 def test_manual_optimization_with_two_optimizers(ranks2: RankGroup, layout):
-    assert_same(ranks2.call(jobs.fit, layout, "Manual")[0], jobs.fit(None, "Manual"))
+    assert_same(ranks2.call(jobs.fit, layout, "Manual")[0], reference(jobs.fit, None, "Manual"))
 
 
 @pytest.mark.parametrize(("first", "second"), [("pp2", "fsdp2"), ("fsdp2", "tp2"), ("tp2", "pp2"), ("tp2", "dp2")])
@@ -85,7 +88,7 @@ def test_a_module_goes_from_one_trainer_and_layout_to_another(ranks2: RankGroup,
 
 @pytest.mark.parametrize("layout", TWO)
 def test_fit_validate_fit_with_one_trainer(ranks2: RankGroup, layout):
-    expected = jobs.fit_then_test(None)
+    expected = reference(jobs.fit_then_test, None)
     for result in ranks2.call(jobs.fit_then_test, layout):
         assert result == pytest.approx(expected, rel=1e-5)
 
@@ -94,7 +97,7 @@ def test_fit_validate_fit_with_one_trainer(ranks2: RankGroup, layout):
 def test_a_checkpoint_goes_on_under_another_layout(ranks2: RankGroup, tmp_path, saved, resumed):
     options: dict[str, Any] = {"module_options": {"optimizer": "adamw"}}
     path = str(tmp_path / "one.ckpt")
-    expected = jobs.fit(None, max_epochs=2, **options)
+    expected = reference(jobs.fit, None, max_epochs=2, **options)
     if saved is None:
         jobs.fit(None, save=path, **options)
     else:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.experts import expert_jobs as jobs
+from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
 
 LAYOUTS = ["ep2", "ep2-pp2", "ep2-tp2", "ep4", "fsdp2-ep2", "dp2-ep2"]
@@ -49,25 +50,25 @@ def test_equal_to_one_process(
     request: pytest.FixtureRequest, layout: str, module_options: dict[str, Any], options: dict[str, Any]
 ) -> None:
     results = group_of(request, layout).call(jobs.fit, layout, module_options, **options)
-    check(results[0], jobs.fit(None, module_options, **options))
+    check(results[0], reference(jobs.fit, None, module_options, **options))
 
 
 @pytest.mark.parametrize("layout", ["ep2", "fsdp2-ep2"])
 def test_manual_optimization(request: pytest.FixtureRequest, layout: str) -> None:
     check(
         group_of(request, layout).call(jobs.fit, layout, {"manual": True})[0],
-        jobs.fit(None, {"manual": True}),
+        reference(jobs.fit, None, {"manual": True}),
     )
 
 
 @pytest.mark.parametrize("layout", ["ep2", "fsdp2-ep2"])
 def test_uneven_last_batch(request: pytest.FixtureRequest, layout: str) -> None:
-    check(group_of(request, layout).call(jobs.fit, layout, samples=45)[0], jobs.fit(None, samples=45))
+    check(group_of(request, layout).call(jobs.fit, layout, samples=45)[0], reference(jobs.fit, None, samples=45))
 
 
 @pytest.mark.parametrize("layout", quick(["ep2", "ep2-pp2", "ep2-tp2", "fsdp2-ep2"], "ep2-pp2"))
 def test_stream(request: pytest.FixtureRequest, layout: str) -> None:
-    check(group_of(request, layout).call(jobs.fit, layout, stream=True)[0], jobs.fit(None, stream=True))
+    check(group_of(request, layout).call(jobs.fit, layout, stream=True)[0], reference(jobs.fit, None, stream=True))
 
 
 @pytest.mark.slow
@@ -76,7 +77,7 @@ def test_compiled_blocks(request: pytest.FixtureRequest, layout: str) -> None:
     results = group_of(request, layout).call(
         jobs.fit, layout, strategy_options={"compile": True}, timeout_seconds=150.0
     )
-    check(results[0], jobs.fit(None))
+    check(results[0], reference(jobs.fit, None))
 
 
 @pytest.mark.parametrize("layout", quick(LAYOUTS, "ep2", "fsdp2-ep2", "ep2-tp2"))
@@ -93,7 +94,7 @@ def test_each_rank_holds_its_part_of_the_experts(request: pytest.FixtureRequest,
 
 @pytest.mark.parametrize("layout", quick(LAYOUTS, "fsdp2-ep2", "ep2-tp2", "ep2-pp2"))
 def test_loads_and_gradient_norms_are_those_of_one_process(request: pytest.FixtureRequest, layout: str) -> None:
-    results, expected = group_of(request, layout).call(jobs.fit, layout), jobs.fit(None)
+    results, expected = group_of(request, layout).call(jobs.fit, layout), reference(jobs.fit, None)
     for result in results:
         assert result["loads"] == expected["loads"]
         for found, norms in zip(result["norms"], expected["norms"], strict=True):
@@ -111,7 +112,7 @@ def test_resumes_in_the_same_layout_bit_for_bit_and_in_any_other(
     again = ranks.call(jobs.fit, layout, ckpt_path=path, max_epochs=2, **options)[0]
     for name, value in whole["weights"].items():
         assert torch.equal(again["weights"][name], value), name
-    expected = jobs.fit(None, max_epochs=2, **options)
+    expected = reference(jobs.fit, None, max_epochs=2, **options)
     check(whole, expected)
     for other in ("ep2", *WHOLE):
         check(ranks2.call(jobs.fit, other, ckpt_path=path, max_epochs=2, **options)[0], expected)
@@ -122,7 +123,7 @@ def test_checkpoint_of_whole_experts_goes_on_divided(ranks2: RankGroup, tmp_path
     options: dict[str, Any] = {"module_options": {"adamw": True}}
     path = str(tmp_path / "half.ckpt")
     ranks2.call(jobs.fit, first, save=path, **options)
-    expected = jobs.fit(None, max_epochs=2, **options)
+    expected = reference(jobs.fit, None, max_epochs=2, **options)
     check(ranks2.call(jobs.fit, "ep2", ckpt_path=path, max_epochs=2, **options)[0], expected)
 
 
@@ -134,7 +135,7 @@ def test_checkpoint_of_whole_experts_goes_on_divided(ranks2: RankGroup, tmp_path
 )
 def test_taken_off_again(request: pytest.FixtureRequest, layouts: str) -> None:
     results = group_of(request, layouts).call(jobs.fit, layouts)
-    check({**results[0], "metrics": {}}, {**jobs.fit(None, max_epochs=2), "metrics": {}})
+    check({**results[0], "metrics": {}}, {**reference(jobs.fit, None, max_epochs=2), "metrics": {}})
 
 
 @pytest.mark.parametrize(

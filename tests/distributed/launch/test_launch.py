@@ -8,16 +8,24 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run_python
+from tests.scripts import run_python, run_warm
 
 SCRIPT = Path(__file__).with_name("train_script.py")
 TIMEOUT_SECONDS = 90.0
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-LAUNCHERS = [pytest.param([], id="lightning"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow)]
+LAUNCHERS = ["lightning", pytest.param("torchrun", marks=pytest.mark.slow)]
 
 
 def _run(*command: str) -> tuple[int, str]:
     return run_python(*command, timeout_seconds=TIMEOUT_SECONDS)
+
+
+def _run_by(launcher: str, folder: Path, *arguments: str) -> tuple[int, str]:
+    """Trains on two ranks; those of Lightning's launcher have everything imported already."""
+    command = (str(SCRIPT), "--out", str(folder), *arguments)
+    if launcher == "torchrun":
+        return _run(*TORCHRUN, *command)
+    return run_warm(*command, processes=2, cwd=folder, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def _results(folder: Path, code: int, output: str) -> list[dict[str, Any]]:
@@ -49,21 +57,21 @@ def test_torchrun(tmp_path: Path) -> None:
 
 def test_registry_name(tmp_path: Path) -> None:
     """Without a layout: fsdp over all devices."""
-    code, output = _run(str(SCRIPT), "--strategy", "hybrid", "--out", str(tmp_path))
+    code, output = _run_by("lightning", tmp_path, "--strategy", "hybrid")
     _check(_results(tmp_path, code, output))
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_plan_is_printed_once(launcher: list[str], tmp_path: Path) -> None:
-    code, output = _run(*launcher, str(SCRIPT), "--layout", "pp2", "--out", str(tmp_path))
+def test_plan_is_printed_once(launcher: str, tmp_path: Path) -> None:
+    code, output = _run_by(launcher, tmp_path, "--layout", "pp2")
     assert code == 0, output
     assert output.count("predicted bubble") == 1, output
     assert "blocks.1" in output, output
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_error_is_shown_once(launcher: list[str], tmp_path: Path) -> None:
+def test_error_is_shown_once(launcher: str, tmp_path: Path) -> None:
     """Every rank ends, and the message stands once in the output of the ranks."""
-    code, output = _run(*launcher, str(SCRIPT), "--layout", "dp2-pp2", "--out", str(tmp_path))
+    code, output = _run_by(launcher, tmp_path, "--layout", "dp2-pp2")
     assert code != 0
     assert output.count("`layout` must use every device once") == 1, output

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.engine import optimizer_jobs as jobs
+from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
 
 STEPS = 3
@@ -24,10 +25,12 @@ def check(results: list[dict], expected: dict, runs: int = STEPS) -> None:
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, dict]:
-    found = {when: jobs.hooked(None, {"when": when}) for when in ("__init__", "configure_model", "on_train_start")}
+    found = {
+        when: reference(jobs.hooked, None, {"when": when}) for when in ("__init__", "configure_model", "on_train_start")
+    }
     expected = found["__init__"]
     assert expected["fired"] == {"computed": STEPS, "accumulated": STEPS}
-    unchanged = jobs.hooked(None, {})["weights"]["blocks.1.up.weight"]
+    unchanged = reference(jobs.hooked, None, {})["weights"]["blocks.1.up.weight"]
     assert not torch.allclose(expected["weights"]["blocks.1.up.weight"], unchanged, atol=1e-3)
     return found
 
@@ -52,7 +55,7 @@ def test_once_a_microbatch_in_a_pipeline(ranks2: RankGroup, one):
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2"])
 def test_a_penalty_on_gradients(ranks2: RankGroup, layout):
-    expected = jobs.hooked(None, {"penalty": True})["weights"]
+    expected = reference(jobs.hooked, None, {"penalty": True})["weights"]
     found = ranks2.call(jobs.hooked, layout, {"penalty": True})[0]["weights"]
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)

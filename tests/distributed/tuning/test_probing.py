@@ -10,6 +10,7 @@ import torch
 
 from tests.distributed.tuning import probing_jobs as jobs
 from tests.harness import RankError, RankGroup
+from tests.pairwise import pairwise
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
@@ -96,8 +97,10 @@ def repeat_probes(request: pytest.FixtureRequest, case: str, repeats: int, **opt
         check_untouched(ours, expected)
 
 
-@pytest.mark.parametrize("place", ["forward", "backward"])
-@pytest.mark.parametrize("case", ["dp2", "fsdp2", "fsdp2 accumulating", "tp2", "ep2", "pp2", "fsdp2-pp2"])
+@pytest.mark.parametrize(
+    ("case", "place"),
+    pairwise(["dp2", "fsdp2", "fsdp2 accumulating", "tp2", "ep2", "pp2", "fsdp2-pp2"], ["forward", "backward"]),
+)
 def test_an_error_of_one_rank_reaches_all(request: pytest.FixtureRequest, case: str, place: str) -> None:
     failed = call(request, case, EVERY, faults={"fail_on": 1, "fail_in": place}, timeout_seconds=60.0)
     without = call(request, case, [])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.reference import reference
 from tests.distributed.zoo import scheme_jobs as jobs
 from tests.harness import RankGroup
 
@@ -29,7 +30,7 @@ def ranks_of(request: pytest.FixtureRequest, layout: str) -> RankGroup:
 def test_muon(request: pytest.FixtureRequest, layout: str) -> None:
     optimizer = {"name": "muon"}
     results = ranks_of(request, layout).call(jobs.fit, layout, optimizer=optimizer)
-    expected = jobs.fit(None, optimizer=optimizer)
+    expected = reference(jobs.fit, None, optimizer=optimizer)
     assert results[0]["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     for name, value in expected["weights"].items():
         # five steps of Newton and Schulz make small singular values, and so their rounding, larger
@@ -41,7 +42,7 @@ def test_muon(request: pytest.FixtureRequest, layout: str) -> None:
 def test_moments_in_bfloat16(request: pytest.FixtureRequest, layout: str) -> None:
     optimizer = {"moments": "bfloat16", "learning_rate": 3e-3}
     results = ranks_of(request, layout).call(jobs.fit, layout, optimizer=optimizer)
-    expected = jobs.fit(None, optimizer=optimizer)
+    expected = reference(jobs.fit, None, optimizer=optimizer)
     assert results[0]["losses"] == pytest.approx(expected["losses"], rel=1e-3)
 
 
@@ -67,7 +68,7 @@ def test_biases_and_max_violation_are_those_of_one_process(
 ) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "optimizer": {"learning_rate": 1e-3}}
     results = ranks_of(request, layout).call(jobs.fit, layout, **options)
-    expected = jobs.fit(None, **options)
+    expected = reference(jobs.fit, None, **options)
     assert expected["biases"][-1] != expected["biases"][0]
     for result in results:
         assert result["biases"] == expected["biases"]
@@ -75,7 +76,7 @@ def test_biases_and_max_violation_are_those_of_one_process(
 
 
 def test_biases_stand_still_at_the_end_of_the_run() -> None:
-    moving, still = jobs.fit(None), jobs.fit(None, experts={"bias_share": 0.5})
+    moving, still = reference(jobs.fit, None), reference(jobs.fit, None, experts={"bias_share": 0.5})
     assert moving["biases"][3] != moving["biases"][2]
     assert still["biases"][:3] == moving["biases"][:3]
     assert still["biases"][2] == still["biases"][5]
@@ -85,5 +86,5 @@ def test_biases_stand_still_at_the_end_of_the_run() -> None:
 @pytest.mark.parametrize("layout", quick(["ep2", "fsdp2-ep2", "ep2-pp2"], "fsdp2-ep2"))
 def test_bfloat16(request: pytest.FixtureRequest, layout: str) -> None:
     results = ranks_of(request, layout).call(jobs.fit, layout, precision="bf16-mixed")
-    expected = jobs.fit(None, precision="bf16-mixed")
+    expected = reference(jobs.fit, None, precision="bf16-mixed")
     assert results[0]["losses"] == pytest.approx(expected["losses"], rel=2e-2)

@@ -33,6 +33,12 @@ WITH_EXPERTS = ("scheme", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 WITH_EXPERTS_SLOW = ("expert_groups", "olmoe", "qwen2_moe", "granitemoe", "deepseek_v2")
 WITH_EVERY_SCHEDULE = {"llama", "gpt2", "t5", "bert", "mixtral", "encoder", "tied", "losses"}
 """Untied and tied decoders, an encoder-decoder, an encoder, experts, modules of torch, auxiliary losses."""
+WITHOUT_CUTS = [Combination("dp2"), Combination("fsdp2")]
+OTHER_TRANSFORMERS = {
+    "mistral", "qwen2", "qwen3", "gemma", "gpt_neox", "gptj", "opt", "bloom", "phi", "phi3", "falcon", "falcon_new",
+    "mpt", "stablelm", "olmo2", "cohere", "granite", "roberta", "distilbert", "electra",
+}  # fmt: skip
+"""Decoders and encoders that differ from those of other cases in what `tp` and `pp` cut, not for `dp` and `fsdp`."""
 WITH_TWO_AXES = {"llama", "gpt2", "t5", "bert", "encoder", "tied", "resnet"}
 VALIDATED = {"llama", "gpt2", "bart", "vit", "mlp", "tied", "metrics"}
 """Cases that also validate, before and after the training."""
@@ -43,6 +49,7 @@ def _grid() -> Iterator[Any]:
         for name, case in CASES.items():
             slow = (
                 case.slow
+                or (combination in WITHOUT_CUTS and name in OTHER_TRANSFORMERS)
                 or (combination in OTHER_SCHEDULES and name not in WITH_EVERY_SCHEDULE)
                 or (combination in TWO_AXES and name not in WITH_TWO_AXES)
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from functools import partial
 from typing import Any
 
@@ -37,7 +36,6 @@ class Batches(Dataset):
 
 def _train(shapes: tuple[tuple[int, int], ...], strategy: Any, devices: int, **trainer_options: Any) -> Run:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     L.seed_everything(SEED, verbose=False)
     recorder = Recorder()
     trainer = L.Trainer(
@@ -99,7 +97,6 @@ def _fit_validate_test_predict(layout: str | None) -> list[Any]:
     from lightning_hybrid import HybridStrategy
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     L.seed_everything(SEED, verbose=False)
     module = CASES["tied"].build()
     make = partial(
