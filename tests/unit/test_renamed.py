@@ -10,8 +10,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning_hybrid.adapt.batch_size import BatchSizeState
 from lightning_hybrid.callbacks import AdaptiveBatchSize, Phase
 
-pytestmark = pytest.mark.unit
-
 
 def test_the_old_name_sets_the_new_one() -> None:
     old: dict[str, Any] = {"micro_batch_size": 3}
