@@ -33,7 +33,7 @@ class TokenBatchSampler(Sampler[TokenBatch]):
         bounds: Largest lengths of the buckets, ascending. None: 1, 1.5, 2, 3, 4, 6 ... times the shortest sample.
         multiple_of: Samples of a batch are a multiple of it, such as the microbatches of a pipeline.
         shuffle: Whether samples are shuffled in their buckets, and the batches, anew every epoch.
-        generator: What shuffles; None: torch's global random stream.
+        generator: What shuffles; None: torch's default generator.
         drop_last: Whether the batch of what is left in the last bucket is left out.
 
     Raises:

@@ -125,7 +125,7 @@ class MapShard:
             "collate_fn": seeding.SeededCollate(loader.collate_fn, shared),
             "worker_init_fn": seeding.WorkerInit(loader.worker_init_fn),
         }
-        # beginning again in mid-epoch must not draw from the streams once more
+        # a restart in the middle of an epoch must not draw again
         with preserved_rng() if kept else nullcontext(), patched(loader, **parts):
             return start()
 

@@ -25,7 +25,7 @@ _PACKAGE = __name__.partition(".")[0]
 def step_undone(runner: StepRunner) -> Iterator[None]:
     """Inside, a step runs, to its end or not; afterwards everything is as before, except for gradients and weights.
 
-    Modules with their buffers and metrics, random streams, and all objects of this package that the runner leads to:
+    Modules with their buffers and metrics, RNG state, and all objects of this package that the runner leads to:
     its reducers, pipeline stages, records and counts.
     """
     scaler = getattr(runner.precision, "scaler", None)

@@ -73,7 +73,7 @@ class MemoryProbe:
 
     A trial is what a step of training is, on a batch made of the samples of the first one: forward and backward pass,
     reduction of gradients, the gradients of the last step and the state of the optimizers being there. Afterwards
-    nothing has changed: weights, gradients, optimizers, buffers, metrics, random streams.
+    nothing has changed: weights, gradients, optimizers, buffers, metrics, RNG state.
 
     The search begins at the size that should be the largest to fit, by the memory of two small steps.
 

@@ -25,7 +25,7 @@ LAST = 2 * jobs.STEPS_PER_EPOCH
 
 
 def assert_goes_on(resumed: list[dict], whole: list[dict], step: int) -> None:
-    """Bit for bit on every rank: losses, samples, weights, learning rate, buffers and random streams."""
+    """Bit for bit on every rank: losses, samples, weights, learning rate, buffers and RNG state."""
     for again, before in zip(resumed, whole, strict=True):
         steps = range(step + 1, LAST + 1)
         assert list(again["losses"]) == list(steps)

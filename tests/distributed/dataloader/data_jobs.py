@@ -63,7 +63,7 @@ class Recording(Classifier):
 
 
 class WithNoise(Dataset):
-    """Samples with what the streams of Python, NumPy and torch give while each is read."""
+    """Samples with what the generators of Python, NumPy and torch give while each is read."""
 
     def __init__(self, count: int) -> None:
         self.numbers = Numbers(count)

@@ -167,7 +167,7 @@ def train_by_iterator(layout: str | None, samples: int) -> dict[str, Any]:
 
 
 class Endless(Sampler):
-    """Samples without an end, drawn from the global stream or from a generator of its own."""
+    """Samples without an end, drawn from the default generator or from a generator of its own."""
 
     def __init__(self, count: int, own: bool) -> None:
         self.count, self.generator = count, torch.Generator().manual_seed(3) if own else None

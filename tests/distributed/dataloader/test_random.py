@@ -65,7 +65,7 @@ def test_a_users_worker_init_fn_runs_and_sees_its_own_dataset(ranks2: RankGroup)
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])
 def test_collating_and_reading_a_batch_at_once(ranks2: RankGroup, layout):
-    """`collate_fn` and `__getitems__` draw from streams that ranks of a replica, workers and runs have in common."""
+    """`collate_fn` and `__getitems__` draw from seeds that a replica, workers and runs have in common."""
     alone = ranks2.call(worker_jobs.collate_with_noise, layout, 0)
     worked = ranks2.call(worker_jobs.collate_with_noise, layout, 2)
     assert alone == worked

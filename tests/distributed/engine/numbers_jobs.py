@@ -58,7 +58,7 @@ class Noisy(L.LightningModule):
         self.outside, self.recompute = outside, recompute
         self.masks: list[int] = []
         self.inner_masks: list[int] = []
-        self.streams: list[int] = []
+        self.rng_states: list[int] = []
         self.losses: list[float] = []
         for name, module in self.named_modules():
             if name.endswith("side"):
@@ -82,7 +82,7 @@ class Noisy(L.LightningModule):
     def training_step(self, batch, batch_idx):
         loss = nn.functional.cross_entropy(self(batch["x"]), batch["y"])
         if not isinstance(loss, Ghost):
-            self.streams.append(_crc(torch.get_rng_state()))
+            self.rng_states.append(_crc(torch.get_rng_state()))
         self.log("loss", loss)
         return loss
 
@@ -101,8 +101,8 @@ def _crc(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.detach().contiguous().numpy().tobytes())
 
 
-def shared_streams() -> tuple[int, int, int]:
-    """Checksums of the streams that are no step's own."""
+def shared_rng() -> tuple[int, int, int]:
+    """Checksums of the RNG state between steps."""
     state: Any = np.random.get_state()
     return _crc(torch.get_rng_state()), hash(random.getstate()), zlib.crc32(state[1].tobytes())
 
@@ -117,12 +117,12 @@ def dropout(
     seed: int = 7,
     **options: Any,
 ) -> dict[str, Any]:
-    """Trains with dropout; what was drawn, and what the shared streams are like afterwards."""
+    """Trains with dropout; what was drawn, and the shared RNG state afterwards."""
     quiet()
     L.seed_everything(seed, verbose=False)
     module = Noisy(**module_options)
-    streams: list[Any] = []
-    watch = LambdaCallback(on_train_batch_end=lambda *_: streams.append(shared_streams()))
+    states: list[Any] = []
+    watch = LambdaCallback(on_train_batch_end=lambda *_: states.append(shared_rng()))
     trainer, replicas = trainer_for(layout, callbacks=[watch], **options)
     size = 16 // replicas
     trainer.fit(
@@ -138,8 +138,8 @@ def dropout(
         "losses": module.losses,
         "masks": module.masks,
         "inner": module.inner_masks,
-        "in step": module.streams,
-        "shared": streams,
+        "in step": module.rng_states,
+        "shared": states,
         "noise": float(trainer.callback_metrics["noise"]),
     }
 

@@ -71,7 +71,7 @@ def test_tp_peers_agree_on_whole_values_and_differ_in_regions(ranks2: RankGroup)
     assert len(set(a["masks"])) == len(a["masks"])
     assert not set(a["inner"]) & set(b["inner"])
     assert len(set(a["inner"])) == len(a["inner"])
-    assert a["in step"] == b["in step"], "the common stream stands where it stands on the peer"
+    assert a["in step"] == b["in step"], "the common RNG state is that of the peer"
     assert a["losses"] == b["losses"]
 
 
@@ -99,8 +99,8 @@ def test_what_is_recomputed_draws_the_same_again(ranks2: RankGroup, layout, reco
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
 def test_steps_leave_the_shared_streams_alone(ranks2: RankGroup, layout):
     results = ranks2.call(jobs.dropout, layout, BOTH)
-    streams = {state for result in results for state in result["shared"]}
-    assert len(streams) == 1, "all steps of all ranks"
+    states = {state for result in results for state in result["shared"]}
+    assert len(states) == 1, "all steps of all ranks"
 
 
 def test_microbatches_and_accumulated_batches_draw_different_masks(ranks2: RankGroup):
