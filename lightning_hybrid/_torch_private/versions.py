@@ -12,7 +12,7 @@ without a warning, but no tests have run with them yet. Whoever runs them adds t
 
 
 def warn_if_untested() -> None:
-    """One warning if torch is newer than the releases this version was tested with."""
+    """Warns once if torch is newer than the releases this version was tested with."""
     release = tuple(int(x) for x in torch.__version__.split(".")[:2])
     if release > tuple(int(x) for x in TESTED_TORCH[-1].split(".")):
         warnings.warn(

@@ -217,7 +217,7 @@ class Partition:
             hooks.attach()
 
     def abandon(self) -> None:
-        """Takes off what an unfinished `apply` has put on, as far as attributes of modules do not show it."""
+        """Removes what an unfinished `apply` has installed, except attributes of modules, which the caller restores."""
         if self.tensor is not None:
             self.tensor.remove_hooks()
         for module in [self.step_module, *self.root.modules()]:

@@ -255,7 +255,7 @@ def check_trainer(layout: Layout, trainer: pl.Trainer) -> None:
 
 
 def microbatches_for(root: pl.LightningModule, request: Request, batch: Any) -> int:
-    """The number of microbatches for a first batch like `batch`.
+    """Returns the number of microbatches for a first batch like `batch`.
 
     Raises:
         PartitionError: If a number was given that does not suit the batch or the model.

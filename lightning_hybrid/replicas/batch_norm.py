@@ -12,16 +12,16 @@ from lightning_hybrid._torch_private import BatchNorm, check_input_dim, sum_over
 
 
 def has_batch_norm(root: nn.Module) -> bool:
-    """Whether a module normalises with the statistics of the batch."""
+    """Returns True if a submodule of `root` normalizes with the statistics of the batch."""
     return any(isinstance(m, BatchNorm) for m in root.modules())
 
 
 def global_batch_norm(
     module: BatchNorm, group: dist.ProcessGroup, padding: Callable[[], bool] = lambda: False
 ) -> Callable[[Tensor], Tensor]:
-    """A `forward` for `module` with the statistics of all replicas together.
+    """Returns a `forward` for `module` with the statistics of all replicas together.
 
-    While `padding()`, this replica's samples do not count among them.
+    While `padding()` is True, samples of this replica do not count in the statistics.
 
     The two-pass form, mean first and then the mean squared deviation, keeps the rounding of one process.
 
