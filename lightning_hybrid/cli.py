@@ -17,19 +17,19 @@ from lightning_hybrid.spec.errors import CheckpointError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand of LightningCLI on any model, data module and strategy, all given by class path.
+    """Runs a subcommand of LightningCLI on any model, data module and strategy, given by class path.
 
     `consolidate CHECKPOINT OUT` and `verify CHECKPOINT` need no model: see `lightning-hybrid consolidate --help`.
 
     Args:
-        argv: Arguments after the program's name; those of the process if None. The processes of a run on several
-            devices are started with the process's own arguments, so give others for a single device only.
+        argv: Arguments after the program's name; None: the arguments of this process. A launcher starts further
+            processes with the arguments of this process, so pass `argv` for a single device only.
     """
     args = sys.argv[1:] if argv is None else list(argv)
     if args and args[0] in _CHECKPOINT_COMMANDS:
         _run_on_checkpoint(_CHECKPOINT_COMMANDS[args[0]], args[1:])
         return
-    # Lightning 2.6 says this once in every process of a run with torch 2.13; its user can do nothing about it.
+    # Lightning 2.6 triggers this warning in every process of a run with torch 2.13; users cannot avoid it.
     warnings.filterwarnings(
         "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
     )
@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class _CLI(LightningCLI):
-    """With `phases:`, a list of `Phase`s, beside `model:`, `data:` and `trainer:`."""
+    """LightningCLI with an additional key `phases:`, a list of `Phase`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--phases", type=list[Phase] | None, default=None, help="What holds when: see callbacks.PhaseSchedule."
+            "--phases", type=list[Phase] | None, default=None, help="Phases of training: see callbacks.PhaseSchedule."
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

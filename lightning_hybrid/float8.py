@@ -1,8 +1,8 @@
 """FP8 training as in DeepSeek-V3: matmuls of linear layers in E4M3 with a scale for every block.
 
-Activations and gradients are scaled by 1 x 128 elements, weights by 128 x 128, each by its present largest value;
-forward, the gradient of the input and that of the weight are all computed so. Everything else stays in bfloat16 or
-float32: embedding, head, router, norms, attention, and weights that have other sizes.
+Activations and gradients are scaled per 1 x 128 elements, weights per 128 x 128, each by its current maximum. The
+forward pass, the input gradient and the weight gradient are computed in FP8. Everything else stays in bfloat16 or
+float32: embedding, head, router, norms, attention, and weights of other sizes.
 
 Reference:
     DeepSeek-V3, arXiv:2412.19437, section 3.3. The kernels are torchao's (`torchao.prototype.blockwise_fp8_training`).
@@ -24,18 +24,18 @@ from typing_extensions import override
 from lightning_hybrid.spec.errors import PartitionError
 
 BLOCK = 128
-"""Elements of a block along each dim that is scaled in blocks: section 3.3.2."""
+"""Elements of a scaling block along a dim: section 3.3.2."""
 _CAPABILITY = (9, 0)
-"""Of a GPU that multiplies with a scale for every block (H100)."""
+"""Compute capability of GPUs that multiply FP8 with a scale per block (H100)."""
 Multiply = Callable[[Tensor, Tensor], Tensor]
-"""`x @ weight.T` in FP8, of `x` with rows in multiples of 128 and a weight with both dims in multiples of 128."""
+"""Function `(x, weight) -> x @ weight.T` in FP8; the rows of `x` and both dims of `weight` are multiples of 128."""
 
 
 class Float8Precision(MixedPrecision):
-    """Lightning's `bf16-mixed`, with the linear layers of FP8: `Trainer(plugins=[Float8Precision()])`.
+    """Precision plugin: `bf16-mixed` with linear layers in FP8: `Trainer(plugins=[Float8Precision()])`.
 
     Args:
-        exclude: Patterns of names of linear layers that stay in bfloat16.
+        exclude: Name patterns of linear layers that stay in bfloat16.
     """
 
     def __init__(self, exclude: tuple[str, ...] = ("*head*", "*embed*", "*router*")) -> None:
@@ -45,16 +45,16 @@ class Float8Precision(MixedPrecision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Takes over the linear layers.
+        """Replaces the `forward` of the linear layers.
 
         Raises:
-            PartitionError: If this machine can't, or no layer has a fitting size.
+            PartitionError: If this device does not support FP8, or no layer has a suitable size.
         """
         multiply = _kernel()
         chosen = float8_linears(module, self.exclude)
         if not chosen:
             raise PartitionError(
-                f"`Float8Precision` needs linear layers whose sizes are multiples of {BLOCK}, of which "
+                f"`Float8Precision` needs linear layers whose sizes are multiples of {BLOCK}. "
                 f"{type(module).__name__} has none. Use `precision='bf16-mixed'`."
             )
         self.restore()
@@ -64,7 +64,7 @@ class Float8Precision(MixedPrecision):
         return module
 
     def restore(self) -> None:
-        """Gives the layers their own `forward` back."""
+        """Restores the original `forward` of the layers."""
         for linear in self._taken:
             linear.__dict__.pop("forward", None)
         self._taken.clear()
@@ -76,7 +76,7 @@ class Float8Precision(MixedPrecision):
 
 
 def float8_linears(module: nn.Module, exclude: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linear layers of a module that can and shall be computed in FP8, by name."""
+    """Returns, by name, the linear layers of suitable size that match no pattern of `exclude`."""
     return {
         name: child
         for name, child in module.named_modules()
@@ -87,19 +87,19 @@ def float8_linears(module: nn.Module, exclude: tuple[str, ...]) -> dict[str, nn.
 
 
 def float8_forward(linear: nn.Linear, multiply: Multiply, x: Tensor) -> Tensor:
-    """A linear layer by `multiply`.
+    """Computes a linear layer with `multiply`.
 
     Args:
         linear: The layer.
-        multiply: See `Multiply`.
-        x: Of shape `(..., in_features)`.
+        multiply: The FP8 product, see `Multiply`.
+        x: Input, of shape `(..., in_features)`.
 
     Returns:
-        Of shape `(..., out_features)`, in bfloat16.
+        Output, of shape `(..., out_features)`, in bfloat16.
     """
     rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
     missing = -len(rows) % BLOCK
-    if missing:  # rows of zeros change no other row, nor the sum over rows that is the weight's gradient
+    if missing:  # rows of zeros change neither other rows nor the weight gradient, a sum over rows
         rows = F.pad(rows, (0, 0, 0, missing))
     y = multiply(rows.contiguous(), linear.weight.to(torch.bfloat16))
     y = y[: len(y) - missing].view(*x.shape[:-1], -1)
@@ -107,15 +107,15 @@ def float8_forward(linear: nn.Linear, multiply: Multiply, x: Tensor) -> Tensor:
 
 
 def _kernel() -> Multiply:
-    """The product in blocks, by torchao.
+    """Returns torchao's blockwise FP8 product.
 
     Raises:
-        PartitionError: If the device can't run it, or torchao is missing.
+        PartitionError: If the device does not support it, or torchao is missing.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < _CAPABILITY:
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         raise PartitionError(
-            "`Float8Precision` needs a GPU that multiplies FP8 with a scale for every block: compute capability 9.0 or "
+            "`Float8Precision` needs a GPU that multiplies FP8 with a scale per block: compute capability 9.0 or "
             f"higher, such as an H100. Got {found}. Use `precision='bf16-mixed'`."
         )
     try:

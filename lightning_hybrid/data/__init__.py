@@ -1,4 +1,4 @@
-"""Text from local files, as Lightning data modules; batches of a token budget."""
+"""Data modules for text in local files, and a batch sampler with a token budget."""
 
 from lightning_hybrid.data.stdlib import StdlibText
 from lightning_hybrid.data.text import BYTE_VOCABULARY, ByteWindows, read_bytes, stdlib_modules, stdlib_sources

@@ -1,4 +1,4 @@
-"""A data module over the Python sources that every machine with Python has."""
+"""`StdlibText`: a data module over the sources of Python's standard library."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,24 +12,24 @@ from lightning_hybrid.data.text import ByteWindows, read_bytes, stdlib_modules, 
 Batches = DataLoader[tuple[Tensor, Tensor]]
 
 TABLES = ("encodings", "pydoc_data", "test")
-"""Left out of the training text: character maps, one file of help topics, and 17 MB of tests with generated data."""
+"""Excluded from the training text: character maps, a file of help topics, and 17 MB of tests with generated data."""
 
 
 class StdlibText(LightningDataModule):
-    """Python's own standard library as byte-level text; whole packages are held out.
+    """Python's standard library as byte-level text, with packages held out for validation and test.
 
     A batch is a pair ``(tokens_BT, targets_BT)`` of bytes and the bytes that follow them. ``batch_size`` is that of the
-    global batch. The Trainer's strategy says how many data-parallel replicas share it, and they get the windows
-    that one process would have got together, so that the number of replicas does not change what is learned.
+    global batch; the data-parallel replicas of the Trainer's strategy share it. The global batches do not depend on the
+    number of replicas.
 
     Args:
         batch_size: Windows in a global batch; a multiple of the number of data-parallel replicas.
         context_length: Bytes in a window, T.
-        validation_modules: Top-level packages or modules that training never sees, for validation.
-        test_modules: The same, for testing and prediction.
+        validation_modules: Top-level packages or modules held out for validation.
+        test_modules: Top-level packages or modules held out for testing and prediction.
         evaluation_windows: Windows in the validation set and in the test set, evenly spaced over the held-out text and
             rounded down to whole global batches, so that every layout evaluates each window once.
-        seed: Decides the order of the training windows.
+        seed: Seed of the order of the training windows.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class StdlibText(LightningDataModule):
         self._test: ByteWindows | None = None
 
     def setup(self, stage: str) -> None:
-        """Read the text that a stage needs.
+        """Read the text of a stage.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
@@ -72,7 +72,7 @@ class StdlibText(LightningDataModule):
             self._test = self._windows(self.test_modules, self.evaluation_windows)
 
     def train_dataloader(self) -> Batches:
-        """Return this replica's share of the training batches, in an order that the seed and the epoch decide."""
+        """Return this replica's share of the training batches, in an order given by the seed and the epoch."""
         return self._loader(self._training, shuffle=True)
 
     def val_dataloader(self) -> Batches:
@@ -99,8 +99,8 @@ class StdlibText(LightningDataModule):
                 f"`batch_size` is that of the global batch and must be a multiple of the {replicas} data-parallel "
                 f"replicas. Got {self.batch_size}. Use {self.batch_size // replicas * replicas or replicas}."
             )
-        # The strategy gives replica r of n the windows r, r + n, ... of this order, so its k-th batch is a part of the
-        # k-th global batch. One order for all strategies: Lightning's own samplers would shuffle differently.
+        # The strategy assigns windows r, r + n, ... of this order to replica r of n, so its k-th batch is a part of the
+        # k-th global batch. The order is the same for all strategies; Lightning's samplers would shuffle differently.
         sampler = EpochOrder(len(windows), shuffle=shuffle, seed=self.seed)
         return DataLoader(windows, batch_size=self.batch_size // replicas, sampler=sampler, drop_last=True)
 
@@ -111,19 +111,19 @@ class StdlibText(LightningDataModule):
 
 
 class EpochOrder(Sampler[int]):
-    """All indices in an order that a seed and the number of the epoch decide.
+    """All indices, in an order given by the seed and the epoch.
 
     Args:
-        size: How many indices there are.
-        shuffle: Whether they are shuffled.
-        seed: Of the order.
+        size: Number of indices.
+        shuffle: True: shuffle the indices.
+        seed: Seed of the order.
     """
 
     def __init__(self, size: int, *, shuffle: bool, seed: int) -> None:
         self._size, self._shuffle, self._seed, self._epoch = size, shuffle, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Another epoch is about to begin; Lightning says so."""
+        """Sets the number of the next epoch. Called by Lightning."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
-"""Byte-level language modelling on Python source files: which files, which windows.
+"""Byte-level language modeling on Python source files: selection of files and windows.
 
-A token is a byte: 256 of them, no tokenizer, and no file that can't be read.
+A token is a byte: 256 values, no tokenizer, and every file can be read.
 """
 
 import sysconfig
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 BYTE_VOCABULARY = 256
-"""The number of values of a byte."""
+"""Number of values of a byte."""
 
 
 def stdlib_modules() -> list[str]:
     """Return the names of the standard library's top-level packages and single-file modules, sorted.
 
-    Only what has Python source on disk is listed; what third parties installed is not.
+    Only modules with Python source on disk are listed, without third-party packages.
     """
     root = _stdlib_root()
     packages = {path.parent.name for path in root.glob("*/__init__.py")}
@@ -67,12 +67,12 @@ def read_bytes(files: Sequence[Path]) -> Tensor:
 
 
 class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of fixed length over a text, each with the byte that follows every position.
+    """Windows of fixed length over a text, with the following byte of every position.
 
     Args:
         text: The text's bytes, of shape ``(bytes,)`` and dtype ``uint8``.
         context_length: Bytes in a window, T.
-        limit: Keep this many windows, evenly spaced over the text; None keeps all.
+        limit: Number of windows, evenly spaced over the text; None: all.
     """
 
     def __init__(self, text: Tensor, context_length: int, limit: int | None = None) -> None:

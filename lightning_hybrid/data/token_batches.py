@@ -1,4 +1,4 @@
-"""Batches of a token budget, for samples of different lengths: many short samples, or few long ones."""
+"""`TokenBatchSampler`: batches with a token budget, of many short or few long samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 
 class TokenBatch(list[int]):
-    """The indices of a batch's samples, with their lengths, by which `HybridStrategy` weighs gradients."""
+    """Sample indices of a batch with their lengths, by which `HybridStrategy` weights gradients."""
 
     def __init__(self, indices: Sequence[int], lengths: Sequence[int]) -> None:
         super().__init__(indices)
@@ -19,22 +19,22 @@ class TokenBatch(list[int]):
 
 
 class TokenBatchSampler(Sampler[TokenBatch]):
-    """Batches of samples of like length that have at most `max_tokens` tokens, padding included.
+    """Batches of samples of similar length with at most `max_tokens` tokens, padding included.
 
-    Samples whose length is at most L, and above the next lower bound, are a bucket, and a batch of it has
-    floor(max_tokens / L) of them. What does not fill a bucket's last batch goes into the next bucket.
+    Samples with a length of at most L, and above the next lower bound, form a bucket. A batch of the bucket has
+    floor(max_tokens / L) samples. Samples that do not fill the last batch of a bucket move to the next bucket.
 
     Under `HybridStrategy` the gradient of a step is that of the mean over all its tokens, over replicas, accumulated
     batches and microbatches, if `training_step` returns the mean over the tokens of its batch.
 
     Args:
-        lengths: Tokens of each sample of the dataset, those that the loss is a mean over.
-        max_tokens: Tokens of a batch of one replica. `AdaptiveBatchSize(memory=...)` finds what fits.
-        bounds: Largest lengths of the buckets, ascending. None: 1, 1.5, 2, 3, 4, 6 ... times the shortest sample.
-        multiple_of: Samples of a batch are a multiple of it, such as the microbatches of a pipeline.
-        shuffle: Whether samples are shuffled in their buckets, and the batches, anew every epoch.
-        generator: What shuffles; None: torch's default generator.
-        drop_last: Whether the batch of what is left in the last bucket is left out.
+        lengths: Tokens of each sample of the dataset, as counted by the mean of the loss.
+        max_tokens: Tokens of a batch of one replica. `AdaptiveBatchSize(memory=...)` finds the largest that fits.
+        bounds: Upper bounds of the buckets, ascending. None: 1, 1.5, 2, 3, 4, 6 ... times the shortest sample.
+        multiple_of: Divisor of the number of samples of a batch, such as the microbatches of a pipeline.
+        shuffle: True: shuffle samples within buckets, and the batches, every epoch.
+        generator: Generator of the shuffling; None: torch's default generator.
+        drop_last: True: drop an incomplete batch of the last bucket.
 
     Raises:
         ValueError: If an argument is not one of its possible values, or a sample is longer than `max_tokens`.
@@ -52,7 +52,7 @@ class TokenBatchSampler(Sampler[TokenBatch]):
         drop_last: bool = False,
     ) -> None:
         if not len(lengths) or min(lengths) < 1:
-            raise ValueError("`lengths` must be at least 1, of at least one sample.")
+            raise ValueError("`lengths` must have at least one sample, and lengths of at least 1.")
         if multiple_of < 1:
             raise ValueError(f"`multiple_of` must be at least 1. Got {multiple_of}.")
         self.lengths, self.multiple_of, self.shuffle = list(lengths), multiple_of, shuffle
@@ -69,7 +69,7 @@ class TokenBatchSampler(Sampler[TokenBatch]):
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of a batch; can be set between two epochs."""
+        """Token budget of a batch; can be set between two epochs."""
         return self._max_tokens
 
     @max_tokens.setter
@@ -82,12 +82,12 @@ class TokenBatchSampler(Sampler[TokenBatch]):
         self._max_tokens = value
 
     def batch_size(self, bound: int) -> int:
-        """Samples of a batch whose longest sample has `bound` tokens, or its bucket's bound if that is less."""
+        """Returns the number of samples of a batch whose longest sample has `bound` tokens."""
         size = self.max_tokens // min(bound, max(self.lengths))
         return max(size - size % self.multiple_of, self.multiple_of)
 
     def extremes(self) -> tuple[int, int]:
-        """Indices of a longest and of a shortest sample."""
+        """Returns the indices of a longest and of a shortest sample."""
         return self.lengths.index(max(self.lengths)), self.lengths.index(min(self.lengths))
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class TokenBatchSampler(Sampler[TokenBatch]):
         left: list[int] = []
         for bound, bucket in zip(self.bounds, self._buckets, strict=True):
             order = torch.randperm(len(bucket), generator=generator).tolist() if self.shuffle else range(len(bucket))
-            # what is left of shorter ones first, so that none waits for the last bucket
+            # remaining shorter samples first, so that none is deferred to the last bucket
             waiting, size = left + [bucket[i] for i in order], self.batch_size(bound)
             whole = len(waiting) - len(waiting) % size
             batches += [waiting[i : i + size] for i in range(0, whole, size)]

@@ -1,4 +1,4 @@
-"""The DeepSeek scheme as ordinary modules, and a LightningModule of them: what a user brings."""
+"""DeepSeek-V3 components and ParScale as ordinary modules, and a LightningModule that combines them: user code."""
 
 from lightning_hybrid.models.causal_lm import CausalLM
 from lightning_hybrid.models.config import (

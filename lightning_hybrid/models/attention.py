@@ -1,6 +1,6 @@
 """Causal self-attention with rotary positions, a cache for generation and learned prefixes.
 
-Dims in the suffixes of tensor names: B batch, T time (tokens of a window), S sources (what may be attended to: prefix,
+Dims in the suffixes of tensor names: B batch, T time (tokens of a window), S sources (attended positions: prefix,
 cached and new tokens), D model width, H heads, G heads of keys and values, K width of a head, P streams, L prefix.
 
 References:
@@ -20,15 +20,15 @@ _ROTARY_BASE = 10_000.0
 
 
 class Cache:
-    """What attention layers keep of the tokens so far, so that generation runs each token once."""
+    """Key-value cache of all attention layers, so that generation runs each token once."""
 
     def __init__(self) -> None:
         self._kept: dict[nn.Module, tuple[Tensor, ...]] = {}
         self.length = 0
-        """Tokens so far."""
+        """Number of cached tokens."""
 
     def extend(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
-        """Adds a layer's tensors of new tokens, along their last dim but one; returns those of all tokens."""
+        """Appends a layer's tensors of new tokens along the second to last dim; returns the tensors of all tokens."""
         if layer in self._kept:
             new = tuple(torch.cat(pair, dim=-2) for pair in zip(self._kept[layer], new, strict=True))
         self._kept[layer] = new
@@ -36,11 +36,11 @@ class Cache:
 
 
 class Prefix(nn.Module):
-    """Learned keys and values, by stream, that every token of the stream attends to (ParScale, section 3.1).
+    """Learned keys and values per stream, attended by every token of the stream (ParScale, section 3.1).
 
     Args:
-        streams: P.
-        length: L.
+        streams: Number of streams, P.
+        length: Length of the prefix, L.
         heads: Heads of keys and values, G.
         key_width: Width of a head's keys.
         value_width: Width of a head's values.
@@ -55,7 +55,7 @@ class Prefix(nn.Module):
         nn.init.normal_(self.values, std=std)
 
     def forward(self, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values with the prefix of each stream in front; the batch holds one stream after another."""
+        """Returns keys and values with the prefix of each stream in front; the batch is ordered by stream."""
         copies = k_BGSK.shape[0] // self.keys.shape[0]
         keys, values = (p.repeat_interleave(copies, dim=0) for p in (self.keys, self.values))
         return torch.cat([keys.to(k_BGSK.dtype), k_BGSK], dim=-2), torch.cat([values.to(v_BGSK.dtype), v_BGSK], dim=-2)
@@ -66,8 +66,8 @@ class Attention(nn.Module):
 
     Args:
         width: Model width, D.
-        heads: Number of heads, H; D / H = K must be an even number.
-        key_value_heads: Heads of keys and values, G; None for as many as heads.
+        heads: Number of heads, H; D / H = K must be even.
+        key_value_heads: Heads of keys and values, G; None: H.
     """
 
     prefix: Prefix | None
@@ -86,13 +86,13 @@ class Attention(nn.Module):
         """Mix each position with those before it.
 
         Args:
-            x_BTD: Normalised hidden states.
+            x_BTD: Normalized hidden states.
             cos_TK: Cosines of the rotation angles.
             sin_TK: Sines of the rotation angles.
-            cache: Keys and values of the tokens before these; takes those of these tokens.
+            cache: Keys and values of previous tokens; extended by these tokens.
 
         Returns:
-            What is added to the residual stream, of the shape of ``x_BTD``.
+            The update of the residual stream, of the shape of ``x_BTD``.
         """
         q_BHTK = rotate(self._split_heads(self.q_proj(x_BTD)), cos_TK, sin_TK)
         k_BGSK = rotate(self._split_heads(self.k_proj(x_BTD)), cos_TK, sin_TK)
@@ -116,8 +116,8 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, prefix: Prefix | None
     Args:
         q_BHTK: Queries of the last T tokens.
         k_BGSK: Keys of all tokens.
-        v_BGSK: Values of all tokens; their width may differ.
-        prefix: Learned keys and values in front.
+        v_BGSK: Values of all tokens; their width may differ from K.
+        prefix: Learned keys and values to prepend.
 
     Returns:
         The mixed values, ``(B, H, T, width of the values)``.
@@ -128,7 +128,7 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, prefix: Prefix | None
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
     if time == sources:
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
-    # the query of token t sees everything up to source S - T + t
+    # the query of token t attends to sources up to S - T + t
     seen_TS = torch.ones(time, sources, dtype=torch.bool, device=q_BHTK.device).tril(sources - time)
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=seen_TS, enable_gqa=grouped)
 
@@ -141,7 +141,7 @@ def rotary_table(context_length: int, head_width: int) -> tuple[Tensor, Tensor]:
         head_width: Width of a head, K.
 
     Returns:
-        The cosines and the sines, each of shape ``(T, K)``; pair i is the elements i and i + K / 2.
+        Cosines and sines, each of shape ``(T, K)``; pair i consists of elements i and i + K / 2.
     """
     wavelength_exponents = torch.arange(0, head_width, 2, dtype=torch.float32) / head_width
     angles_TK = torch.outer(torch.arange(context_length, dtype=torch.float32), _ROTARY_BASE**-wavelength_exponents)
@@ -150,7 +150,7 @@ def rotary_table(context_length: int, head_width: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotate each pair of elements of every head by its position's angles.
+    """Rotate each pair of elements of every head by the angles of its position.
 
     Args:
         x_BHTK: Queries or keys.
@@ -158,7 +158,7 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
         sin_TK: Sines of :func:`rotary_table`.
 
     Returns:
-        The rotated queries or keys, in their own dtype.
+        The rotated queries or keys, in the dtype of ``x_BHTK``.
     """
     first, second = x_BHTK.chunk(2, dim=-1)
     return (x_BHTK * cos_TK + torch.cat([-second, first], dim=-1) * sin_TK).to(x_BHTK.dtype)

@@ -1,4 +1,4 @@
-"""Next-token prediction as a LightningModule. It knows nothing of devices or layouts.
+"""`CausalLM`: next-token prediction as a LightningModule, independent of devices and layouts.
 
 Dims in the suffixes of tensor names: B batch, T time, V vocabulary, L layers of experts, E experts.
 """
@@ -26,15 +26,15 @@ Batch = tuple[Tensor, Tensor]
 
 
 class CausalLM(LightningModule):
-    """A transformer that learns to predict the next token.
+    """A transformer trained to predict the next token.
 
     Args:
-        transformer: What it is made of: dense, or with latent attention, experts, prediction of further tokens.
-        optimizer: The optimizer and its learning rate.
-        streams: Parallel streams, opened from the start of this run.
-        build_late: Build the weights in `configure_model`, so that no process need hold them all.
-        initial_weights: A file of `Trainer.save_checkpoint` (of one process; `lightning-hybrid consolidate` makes it
-            from a sharded one) whose weights to start from, such as those of a first phase without streams.
+        transformer: Configuration: dense, or with latent attention, experts, multi-token prediction.
+        optimizer: Optimizer and learning rate.
+        streams: Parallel streams (ParScale), opened at the start of this run.
+        build_late: Build the weights in `configure_model`, so that no process needs to hold all of them.
+        initial_weights: File of `Trainer.save_checkpoint` in a single process (or of `lightning-hybrid consolidate`)
+            with the initial weights, such as those of a first phase without streams.
     """
 
     transformer: Transformer
@@ -51,20 +51,20 @@ class CausalLM(LightningModule):
         self.config = config_of(TransformerConfig, transformer)
         self.optimizer_config = config_of(OptimizerConfig, optimizer)
         opened = None if streams is None else config_of(StreamsConfig, streams)
-        # Lightning saves these variables: as plain values, which a checkpoint and a logger can write
+        # `save_hyperparameters` saves these local variables: plain values for checkpoints and loggers
         transformer, optimizer, streams = (  # type: ignore[assignment]
             value and dataclasses.asdict(value) for value in (self.config, self.optimizer_config, opened)
         )
-        self.save_hyperparameters(ignore=["initial_weights", "build_late"])  # the checkpoint has weights itself
+        self.save_hyperparameters(ignore=["initial_weights", "build_late"])  # a checkpoint contains the weights
         self._streams, self._initial_weights = opened, initial_weights
         if not build_late:
             self._build()
         self._total_steps: float = math.inf
         self._violation: Tensor | None = None
-        """MaxVio of the last step, logged with the next one: a log in a step costs no collective of its own."""
+        """MaxVio of the last step, logged in the next one: a log within a step needs no additional collective."""
 
     def configure_model(self) -> None:
-        """Build the transformer, unless it is there."""
+        """Builds the transformer if it does not exist yet."""
         if not hasattr(self, "transformer"):
             self._build()
 
@@ -76,23 +76,23 @@ class CausalLM(LightningModule):
             self.transformer.open_streams(self._streams)
 
     def open_streams(self, streams: StreamsConfig | int) -> None:
-        """Switch from one stream to several, now or once the transformer is built; see `Transformer.open_streams`.
+        """Switch from one stream to several, now or when the transformer is built; see `Transformer.open_streams`.
 
         Args:
-            streams: How they are, or only how many.
+            streams: The configuration, or the number of streams.
         """
         opened = StreamsConfig(count=streams) if isinstance(streams, int) else streams
-        self.hparams["streams"] = dataclasses.asdict(opened)  # of checkpoints from now on
+        self.hparams["streams"] = dataclasses.asdict(opened)  # saved in later checkpoints
         self._streams = opened
         if hasattr(self, "transformer"):
             self.transformer.open_streams(opened)
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return ``logits_BTV``, the unnormalised log-probabilities of the token after each position."""
+        """Return ``logits_BTV``, the unnormalized log-probabilities of the token after each position."""
         return self.transformer(tokens_BT, None, cache)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of ``(tokens_BT, targets_BT)`` in nats a token; log the next token's part and MaxVio."""
+        """Return the loss of ``(tokens_BT, targets_BT)`` in nats per token; log the next-token loss and MaxVio."""
         losses = self.transformer(*batch)
         self.log("train_loss", losses.next_token, prog_bar=True, sync_dist=True, batch_size=len(batch[0]))
         if self._violation is not None:
@@ -100,21 +100,21 @@ class CausalLM(LightningModule):
         return losses.next_token + self._further_weight() * losses.further_tokens + losses.balance
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the cross entropy in bits a token; a token is a byte unless the data says otherwise."""
+        """Log the cross entropy in bits per token, which is bits per byte for byte-level data."""
         self._log_bits("val_bits_per_byte", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the cross entropy in bits a token."""
+        """Log the cross entropy in bits per token."""
         self._log_bits("test_bits_per_byte", batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return how many bits each window's tokens cost, per token, of shape ``(B,)``."""
+        """Return the cross entropy of each window in bits per token, of shape ``(B,)``."""
         tokens_BT, targets_BT = batch
         nats_BT = F.cross_entropy(self(tokens_BT).transpose(1, 2), targets_BT, reduction="none")
         return nats_BT.mean(dim=1) / math.log(2)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimizer and its learning rate over the whole run."""
+        """Return the optimizer and its learning rate schedule."""
         optimizer = make_optimizer(self, self.optimizer_config)
         self._total_steps = total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -123,13 +123,13 @@ class CausalLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """After the step, move the routers' biases; before callbacks save what the step has made."""
+        """Step, then update the router biases, before callbacks can save the result of the step."""
         super().optimizer_step(*args, **kwargs)
         routers = [module for module in self.modules() if isinstance(module, Router)]
         if not routers:
             return
         loads_LE = torch.stack([router.load for router in routers])
-        # what several ranks compute together (`tp`) counts on each of them, which changes no expert's share
+        # ranks of `tp` count the same tokens, which does not change the relative loads
         loads_LE = torch.as_tensor(self.all_gather(loads_LE)).view(-1, *loads_LE.shape).sum(dim=0)
         config = routers[0].config
         moving = self.trainer.global_step < config.bias_share * self._total_steps
@@ -158,7 +158,7 @@ class CausalLM(LightningModule):
         """
         tokens_BT, cache, length = prompt_BT, Cache(), self.config.context_length
         for _ in range(max_new_tokens):
-            if cache.length in (0, length):  # a window that moves on has other positions: nothing can be kept
+            if cache.length in (0, length):  # a moving window changes all positions, which invalidates the cache
                 cache = Cache()
                 fed_BT = tokens_BT[:, -length:]
             else:

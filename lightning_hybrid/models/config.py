@@ -1,4 +1,4 @@
-"""What the transformers of this package are made of."""
+"""Configurations of the models of this package."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def _at_least(config: Any, least: int, *fields: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
-    """Latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values from one small latent a token."""
+    """Latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values from one latent per token."""
 
     key_value: int
-    """Width of the latent that keys and values are made from, C; all that a cache keeps beside the rotary key."""
+    """Width of the latent of keys and values, C; the cache holds only this latent and the rotary key."""
     query: int | None = None
-    """Width of the latent that queries are made from; None: queries are made from the hidden state."""
+    """Width of the latent of queries; None: queries are projected from the hidden state."""
     rotary: int
-    """Width of the part of queries and keys that is rotated, R; even. The key's is shared by all heads."""
+    """Width of the rotated part of queries and keys, R; even. All heads share the rotated part of the key."""
     head: int
-    """Width of the part of a head's queries and keys that is not rotated, K."""
+    """Width of the part of a head's queries and keys without rotation, K."""
     value: int
     """Width of a head's values."""
 
@@ -46,29 +46,29 @@ class ExpertsConfig:
     """A mixture of experts in place of feed-forward layers (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
 
     Raises:
-        ValueError: If a token can't be given as many experts as asked for.
+        ValueError: If `chosen` exceeds the experts available to a token, or a value is out of range.
     """
 
     experts: int
-    """Routed experts of a layer, E."""
+    """Routed experts per layer, E."""
     chosen: int
-    """Routed experts that each token goes to, A."""
+    """Routed experts per token, A."""
     hidden: int
     """Width inside each expert, F."""
     shared: int = 1
-    """Experts that every token goes to; they are one feed-forward layer of `shared * hidden`."""
+    """Shared experts, used by every token: one feed-forward layer of width `shared * hidden`."""
     dense_blocks: int = 1
-    """Blocks at the start that keep a dense feed-forward layer."""
+    """Number of initial blocks with a dense feed-forward layer."""
     groups: int = 1
-    """Groups into which the experts are divided."""
+    """Number of groups of experts."""
     chosen_groups: int = 1
-    """Groups that a token's experts come from."""
+    """Number of groups from which a token's experts are chosen."""
     scale: float = 1.0
-    """Factor on the weights of a token's experts, which add up to 1 before; 2.5 in DeepSeek-V3."""
+    """Factor on the normalized weights of a token's experts; 2.5 in DeepSeek-V3."""
     bias_rate: float = 1e-3
-    """By how much an expert's bias moves in a step, gamma; 0 switches balancing by bias off."""
+    """Update of an expert's bias per step, gamma; 0 disables balancing by bias."""
     bias_share: float = 0.966
-    """Share of the run in which biases move; DeepSeek-V3 stops for the last 0.5 of 14.8 T tokens."""
+    """Share of the run in which biases are updated; DeepSeek-V3 stops for the last 0.5 of 14.8 T tokens."""
     balance_loss: float = 1e-4
     """Factor of the sequence-wise balance loss, alpha."""
 
@@ -87,23 +87,23 @@ class ExpertsConfig:
         available = self.experts // self.groups * self.chosen_groups
         if self.chosen > available:
             raise ValueError(
-                f"`chosen` must be at most the experts that a token can choose from. Got {self.chosen} of {available} "
-                f"({self.experts} experts in {self.groups} groups, of which {self.chosen_groups} are kept)."
+                f"`chosen` must be at most the experts that are available to a token. Got {self.chosen} of {available} "
+                f"({self.experts} experts in {self.groups} groups, of which {self.chosen_groups} are chosen)."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionConfig:
-    """Multi-token prediction (DeepSeek-V3, section 2.2): while training, each position predicts further tokens too."""
+    """Multi-token prediction (DeepSeek-V3, section 2.2): in training, each position also predicts further tokens."""
 
     depth: int = 1
-    """Further tokens, D of section 2.2."""
+    """Number of further tokens, D of section 2.2."""
     weight: float = 0.3
-    """Factor of their mean loss, lambda, at first."""
+    """Initial factor of their mean loss, lambda."""
     later_weight: float = 0.1
-    """Lambda later."""
+    """Factor after `later_from`."""
     later_from: float = 0.676
-    """Share of the run after which it is later; DeepSeek-V3: 10 of 14.8 T tokens."""
+    """Share of the run after which `later_weight` applies; DeepSeek-V3: 10 of 14.8 T tokens."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "depth")
@@ -112,16 +112,16 @@ class PredictionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamsConfig:
-    """Parallel streams (ParScale, arXiv:2505.10475): the same weights run several times on differing inputs."""
+    """Parallel streams (ParScale, arXiv:2505.10475): the same weights run several times on different inputs."""
 
     count: int
-    """Streams, P."""
+    """Number of streams, P."""
     prefix: int = 48
-    """Learned keys and values in front of each attention layer, by stream; 48 in the paper."""
+    """Length of the learned prefix of keys and values per attention layer and stream; 48 in the paper."""
     smoothing: float = 0.1
-    """Share of the streams' weights that is spread evenly, epsilon."""
+    """Share of the aggregation weights that is uniform over streams, epsilon."""
     freeze_backbone: bool = False
-    """Train the prefixes and the aggregator only."""
+    """Train only the prefixes and the aggregator."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "count", "prefix")
@@ -134,29 +134,29 @@ class TransformerConfig:
     """A decoder-only transformer.
 
     Raises:
-        ValueError: If the width can't be split into heads of an even width, or the heads into groups.
+        ValueError: If the width cannot be split into heads of an even width, or the heads into groups.
     """
 
     vocabulary: int = 256
-    """Token values, V; 256 for bytes."""
+    """Number of token values, V; 256 for bytes."""
     width: int = 128
     """Model width, D."""
     blocks: int = 4
     """Number of blocks."""
     heads: int = 4
-    """Attention heads of a block, H."""
+    """Attention heads per block, H."""
     context_length: int = 256
     """The longest sequence, in tokens."""
     key_value_heads: int | None = None
-    """Heads of keys and values; each serves `heads / key_value_heads` heads. None: one for every head."""
+    """Heads of keys and values, each shared by `heads / key_value_heads` query heads. None: `heads`."""
     feed_forward: int | None = None
-    """Width inside dense feed-forward layers, F; None: 8/3 of the width, in multiples of 32."""
+    """Inner width of dense feed-forward layers, F; None: 8/3 of the width, rounded up to a multiple of 32."""
     latent: LatentConfig | None = None
-    """Latent attention instead of attention with keys and values of full width."""
+    """Multi-head latent attention; None: attention with keys and values of full width."""
     experts: ExpertsConfig | None = None
-    """A mixture of experts instead of dense feed-forward layers."""
+    """Mixture of experts; None: dense feed-forward layers."""
     prediction: PredictionConfig | None = None
-    """Multi-token prediction."""
+    """Multi-token prediction; None: next token only."""
     initial_std: float = 0.02
     """Standard deviation of initial weights: GPT-2 (Radford et al. 2019), section 2.3; 0.006 in DeepSeek-V3."""
 
@@ -175,13 +175,13 @@ class TransformerConfig:
             )
         if self.latent is not None and self.key_value_heads is not None:
             raise ValueError(
-                f"`key_value_heads` has no meaning with `latent`, whose latent serves all heads. "
+                f"`key_value_heads` cannot be combined with `latent`, whose latent is shared by all heads. "
                 f"Got {self.key_value_heads}. Leave one of them out."
             )
 
     @property
     def feed_forward_width(self) -> int:
-        """F: 8/3 D unless it is given, so that three matrices cost what two of 4 D do, in multiples of 32."""
+        """F, by default 8/3 D rounded up to a multiple of 32: three matrices of it cost as much as two of 4 D."""
         return self.feed_forward or math.ceil(8 * self.width / 3 / 32) * 32
 
 
@@ -192,17 +192,17 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """`"muon"`: Muon for the matrices of blocks, experts included, AdamW for embedding, head, router and norms."""
     learning_rate: float = 3e-3
-    """The peak."""
+    """Peak learning rate."""
     weight_decay: float = 0.1
-    """Of matrices only."""
+    """Weight decay, applied to matrices only."""
     warmup_steps: int = 50
-    """Steps in which the learning rate rises to its peak."""
+    """Steps of linear warm-up to the peak."""
     schedule: Literal["cosine", "stable"] = "cosine"
-    """After the warm-up: a half cosine to a tenth, or the peak until a linear decay to zero at the end."""
+    """After the warm-up: a half cosine to a tenth of the peak, or constant with a linear decay to zero at the end."""
     decay_share: float = 0.2
     """Share of the run in which the `stable` schedule decays."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """In which precision the optimizer keeps its moments; bfloat16 as DeepSeek-V3, section 3.3.3."""
+    """Dtype of the optimizer's moments; bfloat16 as in DeepSeek-V3, section 3.3.3."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "learning_rate", "weight_decay", "warmup_steps")
@@ -218,7 +218,7 @@ class OptimizerConfig:
 
 
 def config_of(kind: type[_Config], value: _Config | Mapping[str, Any]) -> _Config:
-    """Returns a config as it is, or makes it from the nested dictionaries that hyperparameters are saved as."""
+    """Returns `value` if it is a `kind`, otherwise builds one from nested dictionaries (saved hyperparameters)."""
     if isinstance(value, kind):
         return value
     hints = typing.get_type_hints(kind)

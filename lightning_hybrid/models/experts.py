@@ -1,12 +1,12 @@
-"""A mixture of experts: shared ones for every token, routed ones for the tokens that a router sends them.
+"""Mixture of experts: shared experts for every token, and routed experts chosen per token by a router.
 
 Dims in the suffixes of tensor names: B batch, T time, D model width, N tokens (B times T), E experts, A experts chosen
-for a token, J groups of experts, M rows of a grouped matmul (N times A), F width inside an expert.
+for a token, J groups of experts, M rows of a grouped matmul (N times A), F inner width of an expert.
 
 References:
     DeepSeek-V3, arXiv:2412.19437, section 2.1.2, whose equations are cited. Our E, A are its N_r, K_r.
     Wang et al., Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664 (balancing by bias).
-    DeepSeek-V2, arXiv:2405.04434, section 2.1.2 (limiting a token to some groups of experts).
+    DeepSeek-V2, arXiv:2405.04434, section 2.1.2 (group-limited routing).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _MULTIPLE = 8
 
 
 class Routing(NamedTuple):
-    """Where each token goes."""
+    """Experts and expert weights of each token."""
 
     scores_NE: Tensor
     """Affinity of each token to each expert, between 0 and 1."""
     index_NA: Tensor
-    """The experts chosen."""
+    """Indices of the chosen experts."""
     weights_NA: Tensor
-    """The factors of their outputs."""
+    """Weights of the chosen experts' outputs."""
 
 
 class Router(nn.Module):
-    """Chooses experts by a sigmoid of the token's affinity plus a bias that keeps the experts equally busy.
+    """Chooses experts by the sigmoid of the token's affinity, plus a bias that balances their loads.
 
     Args:
         width: Model width, D.
@@ -56,7 +56,7 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(config.experts), persistent=False)
 
     def forward(self, x_ND: Tensor) -> Routing:
-        """Return the routing of each token, in float32 whatever the precision of the step."""
+        """Return the routing of each token, in float32 for any precision of the step."""
         config = self.config
         with torch.autocast(x_ND.device.type, enabled=False):
             scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()  # equation 15
@@ -71,33 +71,33 @@ class Router(nn.Module):
         groups, kept = self.config.groups, self.config.chosen_groups
         if kept < groups:
             grouped_NJE = biased_NE.unflatten(1, (groups, -1))
-            value_NJ = grouped_NJE.topk(2, dim=-1).values.sum(dim=-1)  # a group is worth its two best experts
+            value_NJ = grouped_NJE.topk(2, dim=-1).values.sum(dim=-1)  # sum of the two best experts
             chosen_NJ = torch.zeros_like(value_NJ).scatter(1, value_NJ.topk(kept, dim=1).indices, 1.0)
             biased_NE = grouped_NJE.masked_fill(chosen_NJ[..., None] == 0, -math.inf).flatten(1)
         return biased_NE.topk(self.config.chosen, dim=1).indices
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, rate: float) -> None:
-        """Moves each bias by ``rate``: up for experts with less than the mean load, down for those with more.
+        """Update each bias by ``rate``: up for experts below the mean load, down for experts above it.
 
         Args:
-            load_E: Tokens that went to each expert in the step, on all ranks.
-            rate: gamma of section 2.1.2.
+            load_E: Tokens routed to each expert in the step, summed over ranks.
+            rate: Update speed, gamma of section 2.1.2.
         """
         self.bias += rate * torch.sign(load_E.mean() - load_E)
         self.load.zero_()
 
 
 class Experts(nn.Module):
-    """Many SwiGLU layers, each applied to its own rows by one grouped matmul.
+    """SwiGLU experts with fused weights, applied to their tokens by grouped matmuls.
 
     Args:
         experts: Number of experts, E.
         width: Model width, D.
-        hidden: Width inside each expert, F.
+        hidden: Inner width of each expert, F.
 
     Raises:
-        ValueError: If a width is no multiple of 8.
+        ValueError: If a width is not a multiple of 8.
     """
 
     def __init__(self, experts: int, width: int, hidden: int) -> None:
@@ -142,7 +142,7 @@ class MixtureOfExperts(nn.Module):
         self.shared = FeedForward(width, config.shared * config.hidden) if config.shared else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is added to the residual stream, and the balance loss, a scalar in nats."""
+        """Return the update of the residual stream, and the balance loss, a scalar in nats."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.router(x_ND)
         y_BTD = self.experts(x_ND, routing.index_NA, routing.weights_NA).view_as(x_BTD).to(x_BTD.dtype)
@@ -151,7 +151,7 @@ class MixtureOfExperts(nn.Module):
         return y_BTD, self._balance_loss(routing.scores_NE.view(*x_BTD.shape[:2], -1))
 
     def _balance_loss(self, scores_BTE: Tensor) -> Tensor:
-        """The sequence-wise loss, equations 17 to 20: the mean over sequences."""
+        """Return the sequence-wise balance loss, equations 17 to 20, averaged over sequences."""
         config = self.config
         if not config.balance_loss or not self.training:
             return scores_BTE.new_zeros(())
@@ -162,14 +162,14 @@ class MixtureOfExperts(nn.Module):
 
 
 def max_violation(load_E: Tensor) -> Tensor:
-    """MaxVio of Wang et al., equation 4: by what share the busiest expert has more than the mean load."""
+    """Return MaxVio of Wang et al., equation 4: the maximum load over the mean load, minus 1."""
     return load_E.max() / load_E.mean() - 1
 
 
 def _grouped(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows up to the first end times the first expert's weight, transposed, and so on: ``(M, F)``."""
+    """Multiply the rows of each expert, up to its end in ``ends_E``, by its transposed weight: ``(M, F)``."""
     device = x_MD.device.type
-    if torch.is_autocast_enabled(device):  # which does not know this operation
+    if torch.is_autocast_enabled(device):  # autocast does not cover this operation
         dtype = torch.get_autocast_dtype(device)
         x_MD, weight_EFD = x_MD.to(dtype), weight_EFD.to(dtype)
     return F.grouped_mm(x_MD, weight_EFD.transpose(1, 2), offs=ends_E.to(torch.int32))

@@ -1,6 +1,6 @@
 """The dense feed-forward layer.
 
-Dims in the suffixes of tensor names: B batch, T time, D model width, F width inside.
+Dims in the suffixes of tensor names: B batch, T time, D model width, F inner width.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ class FeedForward(nn.Module):
 
     Args:
         width: Model width, D.
-        hidden: Width inside, F.
+        hidden: Inner width, F.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -25,12 +25,12 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return what is added to the residual stream, of the shape of ``x_BTD``."""
+        """Return the update of the residual stream, of the shape of ``x_BTD``."""
         return self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Any:
-    """``silu(gate) * up``, of which the backward pass keeps the arguments only (DeepSeek-V3, section 3.3.3)."""
+    """Return ``silu(gate) * up``; only the arguments are saved for the backward pass (DeepSeek-V3, section 3.3.3)."""
     return _SwiGLU.apply(gate, up)
 
 

@@ -1,7 +1,7 @@
-"""Multi-head latent attention: all heads' keys and values are made from one small latent of each token.
+"""Multi-head latent attention: keys and values of all heads are projected from one small latent per token.
 
-A cache keeps C + R numbers a token instead of 2 H K. Dims in the suffixes of tensor names: B batch, T time, S sources,
-D model width, H heads, C latent of keys and values, R rotary width, K width of a head without its rotary part.
+The cache holds C + R numbers per token instead of 2 H K. Dims in the suffixes of tensor names: B batch, T time, S
+sources, D model width, H heads, C latent of keys and values, R rotary width, K width of a head without its rotary part.
 
 References:
     DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437, section 2.1.1, whose equations are
@@ -19,7 +19,7 @@ from lightning_hybrid.models.norm import RMSNorm
 
 
 class LatentAttention(nn.Module):
-    """Causal self-attention through latents.
+    """Causal self-attention with latent queries, keys and values.
 
     Args:
         width: Model width, D.
@@ -49,13 +49,13 @@ class LatentAttention(nn.Module):
         """Mix each position with those before it.
 
         Args:
-            x_BTD: Normalised hidden states.
+            x_BTD: Normalized hidden states.
             cos_TR: Cosines of the rotation angles.
             sin_TR: Sines of the rotation angles.
-            cache: Latents and rotary keys of the tokens before these; takes those of these tokens.
+            cache: Latents and rotary keys of previous tokens; extended by these tokens.
 
         Returns:
-            What is added to the residual stream, of the shape of ``x_BTD``.
+            The update of the residual stream, of the shape of ``x_BTD``.
         """
         config = self.config
         q_BHTK, q_BHTR = self._queries(x_BTD).split([config.head, config.rotary], dim=-1)
@@ -68,7 +68,7 @@ class LatentAttention(nn.Module):
         up_BHSK = self.kv_up_proj(latent_BSC).unflatten(-1, (-1, config.head + config.value)).transpose(1, 2)
         k_BHSK, v_BHSK = up_BHSK.split([config.head, config.value], dim=-1)  # equations 2 and 5
         k_BHSR = k_BSR[:, None].expand(-1, k_BHSK.shape[1], -1, -1)
-        # equations 4, 9 and 10; attention divides by the square root of K + R, the width of what it is given
+        # equations 4, 9 and 10; attention divides by the square root of K + R, the width of its queries
         q, k = torch.cat([q_BHTK, q_BHTR], dim=-1), torch.cat([k_BHSK, k_BHSR], dim=-1)
         mixed_BHTK = attend(q, k, v_BHSK, self.prefix)
         return self.out_proj(mixed_BHTK.transpose(1, 2).flatten(2))  # equation 11
@@ -79,7 +79,7 @@ class LatentAttention(nn.Module):
         self.prefix = Prefix(streams, length, self.heads, config.head + config.rotary, config.value, std)
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
-        """Equations 6 to 9: queries of all heads, the part to be rotated last."""
+        """Return the queries of all heads, equations 6 to 9; the part to be rotated comes last."""
         if self.config.query is None:
             q_BTD = self.q_proj(x_BTD)
         else:

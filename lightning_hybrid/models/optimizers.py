@@ -1,4 +1,4 @@
-"""Optimizers and learning rates of the models here.
+"""Optimizers and learning rate schedules of the models.
 
 References:
     Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101, algorithm 2.
@@ -20,20 +20,20 @@ from torch.optim import Optimizer
 from lightning_hybrid.models.config import OptimizerConfig
 
 _BETAS = (0.9, 0.95)
-"""AdamW's decay rates, as LLaMA, section 2.3, and DeepSeek-V3, section 4.2."""
+"""Decay rates of AdamW, as in LLaMA, section 2.3, and DeepSeek-V3, section 4.2."""
 _FINAL_SHARE = 0.1
-"""The half cosine ends at this share of the peak, as LLaMA, section 2.3."""
+"""Final learning rate of the half cosine, as a share of the peak: LLaMA, section 2.3."""
 
 
 class AdamWBF16(Optimizer):
-    """AdamW that keeps both moments in bfloat16: 4 bytes a weight instead of 8. Arithmetic is in float32.
+    """AdamW with both moments in bfloat16: 4 bytes per parameter instead of 8. Arithmetic is in float32.
 
     Args:
         params: Parameters or groups of them.
         lr: The learning rate.
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
-        weight_decay: Share of a weight, times the learning rate, that is taken off in a step.
+        weight_decay: Decoupled weight decay, multiplied by the learning rate.
     """
 
     moments = torch.bfloat16
@@ -90,12 +90,12 @@ def _cast_moments(optimizer: Optimizer) -> None:
 
 
 class Muon(AdamWBF16):
-    """Orthogonalised momentum for matrices, AdamW for everything else: one optimizer with one learning rate.
+    """Muon (orthogonalized momentum) for matrices, AdamW for all other parameters, in one optimizer.
 
-    A parameter of three dims is a stack of matrices (experts), each orthogonalised by itself. `torch.optim.Muon` takes
-    matrices only, and no other parameters beside them. A weight that is sharded is gathered for its update.
+    A parameter with three dims is a stack of matrices (experts), each orthogonalized separately. `torch.optim.Muon`
+    accepts only matrices. Sharded weights are gathered for their update.
 
-    Groups with ``"matrices": True`` get Muon, the others AdamW; ``momentum`` is Muon's.
+    Groups with ``"matrices": True`` use Muon, the others AdamW; ``momentum`` is the momentum of Muon.
 
     Reference:
         Jordan et al., Muon, https://kellerjordan.github.io/posts/muon (momentum, Newton-Schulz iteration);
@@ -120,14 +120,14 @@ class Muon(AdamWBF16):
         for shape, members in stacks.items():
             stack = torch.cat([direction.reshape(-1, *shape) for _, direction in members])
             counts = [direction[..., 0, 0].numel() for _, direction in members]
-            rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # as large as an update of AdamW: arXiv:2502.16982, eq. 4
+            rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # update RMS of AdamW: arXiv:2502.16982, eq. 4
             for (parameter, direction), update in zip(members, orthogonalize(stack).split(counts), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 update = _laid_out_like(parameter, update.reshape(direction.shape))
                 parameter.add_(update.to(parameter.dtype), alpha=-rate)
 
     def _direction(self, parameter: Tensor, gradient: Tensor, decay: float) -> Tensor:
-        """The whole gradient with Nesterov momentum."""
+        """Return the full gradient with Nesterov momentum."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter, dtype=self.moments)
@@ -145,7 +145,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         steps: Iterations.
 
     Returns:
-        About ``U V^T`` of each singular value decomposition ``U S V^T``; singular values between 0.7 and 1.2.
+        Approximately ``U V^T`` of each singular value decomposition ``U S V^T``; singular values are 0.7 to 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # as in Jordan's post: the steepest at zero that stay bounded
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -167,7 +167,7 @@ def _laid_out_like(parameter: Tensor, whole: Tensor) -> Tensor:
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer of all parameters of a module that are trained; only matrices decay."""
+    """Return the optimizer of all trainable parameters of a module; weight decay applies to matrices only."""
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     decaying = [n for n, p in named.items() if p.dim() > 1]
     muon = [n for n in decaying if config.name == "muon" and not any(part in n for part in _ADAMW)]
@@ -186,7 +186,7 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 _ADAMW = ("embedding", "head", "router", "prefix", "aggregator")
-"""Parts of names of weights that are no linear maps of the residual stream; Muon's author advises AdamW for these."""
+"""Name parts of weights that are not linear maps of the residual stream; Muon's author recommends AdamW for them."""
 
 
 def learning_rate_share(step: int, config: OptimizerConfig, total_steps: int) -> float:
@@ -194,10 +194,10 @@ def learning_rate_share(step: int, config: OptimizerConfig, total_steps: int) ->
 
     Args:
         step: Optimizer steps taken so far.
-        config: The warm-up, in which it rises linearly and reaches 1 at the last step, and what follows: a half cosine
-            to a tenth (LLaMA, section 2.2), or a constant and a linear decay to zero (warm-up, stable, decay: Hu et
+        config: Linear warm-up that reaches 1 at its last step, followed by a half cosine to a tenth (LLaMA, section
+            2.3), or a constant and a linear decay to zero (warm-up, stable, decay: Hu et
             al., MiniCPM, arXiv:2404.06395, section 4.2).
-        total_steps: Steps of the whole run.
+        total_steps: Total steps of the run.
 
     Returns:
         A share between 0 and 1.

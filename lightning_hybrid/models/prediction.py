@@ -1,4 +1,4 @@
-"""Multi-token prediction: while training, each position also predicts tokens after the next one.
+"""Multi-token prediction: in training, each position also predicts tokens after the next one.
 
 Dims in the suffixes of tensor names: B batch, T time, D model width.
 
@@ -15,7 +15,7 @@ from lightning_hybrid.models.norm import RMSNorm
 
 
 class FurtherToken(nn.Module):
-    """One depth of prediction. Embedding and head are those of the main model, so it has neither.
+    """One prediction depth. Embedding and head are shared with the main model.
 
     Args:
         width: Model width, D.
@@ -33,17 +33,18 @@ class FurtherToken(nn.Module):
     def forward(
         self, x_BTD: Tensor, token_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, balance: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Combine what the depth before knows with one more token.
+        """Combine the hidden states of the previous depth with one more token.
 
         Args:
-            x_BTD: The residual stream of the depth before, h^(k-1).
+            x_BTD: The residual stream of the previous depth, h^(k-1).
             token_BTD: Embedding of the token k positions later.
             cos_TR: Cosines of the rotation angles.
             sin_TR: Sines of the rotation angles.
-            balance: The balance losses so far.
+            balance: Sum of the balance losses so far.
 
         Returns:
-            The residual stream h^k, equation 22, for the shared head after ``final_norm``; and the balance losses.
+            The residual stream h^k, equation 22, for ``final_norm`` and the shared head; and the balance losses
+            including those of this block.
         """
         both_BTD = torch.cat([self.hidden_norm(x_BTD), self.token_norm(token_BTD)], dim=-1)
         return self.block(self.projection(both_BTD), cos_TR, sin_TR, None, balance)  # equations 21 and 22

@@ -1,4 +1,4 @@
-"""Parallel streams: one set of weights run P times, differing by learned prefixes, and combined before the head.
+"""Parallel streams (ParScale): one set of weights runs P times, with different learned prefixes; outputs are combined.
 
 Dims in the suffixes of tensor names: B batch, T time, D model width, P streams.
 
@@ -16,10 +16,10 @@ from lightning_hybrid.models.config import StreamsConfig
 
 
 class StreamAggregator(nn.Module):
-    """A weighted mean of the streams, with weights that a small network gives each position.
+    """Weighted mean of the streams, with weights per position computed by a small network.
 
     Args:
-        config: The streams.
+        config: Configuration of the streams.
         width: Model width, D.
         std: Standard deviation of the initial weights.
     """
@@ -37,10 +37,10 @@ class StreamAggregator(nn.Module):
         """Combine the streams.
 
         Args:
-            x_BTD: Normalised hidden states, one stream after another along the batch: ``(P * B, T, D)``.
+            x_BTD: Normalized hidden states, ordered by stream along the batch: ``(P * B, T, D)``.
 
         Returns:
-            ``(B, T, D)``.
+            Combined hidden states, ``(B, T, D)``.
         """
         x_PBTD = x_BTD.unflatten(0, (self.config.count, -1))
         together_BTD = x_PBTD.movedim(0, -2).flatten(-2)

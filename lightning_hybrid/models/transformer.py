@@ -1,9 +1,9 @@
-"""A decoder-only transformer: dense in the manner of Llama, or with the parts of DeepSeek-V3.
+"""A decoder-only transformer: dense (Llama), or with DeepSeek-V3 components.
 
 Dims in the suffixes of tensor names: B batch, T time (tokens of a window), D model width, V vocabulary, P streams.
 
 References:
-    Touvron et al., LLaMA, arXiv:2302.13971 (the arrangement).
+    Touvron et al., LLaMA, arXiv:2302.13971 (dense architecture).
     DeepSeek-V3, arXiv:2412.19437 (latent attention, experts, multi-token prediction).
     Chen et al., ParScale, arXiv:2505.10475 (parallel streams).
 """
@@ -27,15 +27,15 @@ from lightning_hybrid.models.prediction import FurtherToken
 from lightning_hybrid.models.streams import StreamAggregator
 
 _RESIDUAL = ("out_proj.weight", "down_proj.weight", "down_proj")
-"""Ends of the names of weights that write to the residual stream."""
+"""Name endings of weights that write to the residual stream."""
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each on normalised input and added to the residual stream.
+    """Attention and a feed-forward layer, each with pre-normalization and a residual connection.
 
     Args:
-        config: The transformer.
-        experts: Whether the feed-forward layer is the config's mixture of experts.
+        config: Configuration of the transformer.
+        experts: True: the feed-forward layer is the mixture of experts of `config`.
     """
 
     def __init__(self, config: TransformerConfig, experts: bool) -> None:
@@ -60,11 +60,11 @@ class Block(nn.Module):
             x_BTD: The residual stream.
             cos_TR: Cosines of the rotation angles.
             sin_TR: Sines of the rotation angles.
-            cache: The tokens before these; takes these.
-            balance: The balance losses of the blocks before, a scalar; None if there are none.
+            cache: Cache of previous tokens; extended by these tokens.
+            balance: Sum of the balance losses of previous blocks, a scalar; None if there are none.
 
         Returns:
-            The residual stream, and the balance losses with this block's.
+            The residual stream, and the balance losses including this block's.
         """
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TR, sin_TR, cache)
         y_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
@@ -82,14 +82,14 @@ class Losses(NamedTuple):
     further_tokens: Tensor
     """Mean over depths of the mean cross entropy of further tokens; 0 if none are predicted."""
     balance: Tensor
-    """The balance losses of all blocks; 0 without experts."""
+    """Sum of the balance losses of all blocks; 0 without experts."""
 
 
 class Transformer(nn.Module):
     """Embedding, a stack of blocks, a final norm and a head.
 
     Args:
-        config: What it is made of.
+        config: Configuration.
     """
 
     rotary_cos: Tensor
@@ -123,16 +123,16 @@ class Transformer(nn.Module):
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor | Losses:
-        """Predict the token after each position, and compare with what comes next if that is known.
+        """Predict the token after each position; with targets, compute the losses.
 
         Args:
-            tokens_BT: Token values, at most ``context_length`` in a row with those in the cache.
+            tokens_BT: Token values, at most ``context_length`` including those in the cache.
             targets_BT: The token after each position.
-            cache: The tokens before these; takes these.
+            cache: Cache of previous tokens; extended by these tokens.
 
         Returns:
-            Unnormalised log-probabilities, ``logits_BTV``; with targets, the parts of the loss instead, not weighted
-            except by the experts' ``balance_loss``.
+            Unnormalized log-probabilities, ``logits_BTV``. With targets, the parts of the loss instead, unweighted
+            except for the factor ``balance_loss`` of the experts.
         """
         x_BTD, balance = self._blocks(tokens_BT, cache)
         logits_BTV = self.head(self._combined(x_BTD))
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         next_token = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
         further = []
         for module in self.further:
-            # position i knows the tokens up to i + depth, of which the last is a target of the depth before
+            # position i sees tokens up to i + depth; the last one is a target of the previous depth
             known_BT, targets_BT = targets_BT[:, :-1], targets_BT[:, 1:]
             cos_TR, sin_TR = self._rotations(0, known_BT.shape[1])
             x_BTD, balance = module(x_BTD[:, :-1], self.embedding(known_BT), cos_TR, sin_TR, balance)
@@ -153,17 +153,17 @@ class Transformer(nn.Module):
         return Losses(next_token, mean, none if balance is None else balance)
 
     def open_streams(self, config: StreamsConfig) -> None:
-        """Switch from one stream to several, in place; names and values of all weights stay as they are.
+        """Switch from one stream to several, in place; names and values of existing weights do not change.
 
         Raises:
-            ValueError: If there are several streams already, or further tokens are predicted.
+            ValueError: If several streams are open already, or with multi-token prediction.
         """
         if self.aggregator is not None:
             raise ValueError("`streams` can be opened once. This transformer has several streams already.")
         if len(self.further):
             raise ValueError(
                 f"`streams` and `prediction` exclude each other. Got a prediction of depth {len(self.further)}. "
-                "Leave it out in the phase with streams: the modules for further tokens serve the first phase only."
+                "Remove `prediction` in the phase with streams: multi-token prediction is for the first phase only."
             )
         for module in self.modules():
             if isinstance(module, Attention | LatentAttention):
@@ -174,7 +174,7 @@ class Transformer(nn.Module):
                 parameter.requires_grad_(name.startswith("aggregator.") or ".prefix." in name)
 
     def _blocks(self, tokens_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
-        """The residual stream after the last block, with all streams along the batch; and the balance losses."""
+        """Return the residual stream after the last block, with all streams along the batch, and the balance losses."""
         start = 0 if cache is None else cache.length
         cos_TR, sin_TR = self._rotations(start, tokens_BT.shape[1])
         x_BTD = self.embedding(tokens_BT)
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         return self.rotary_cos[start : start + length], self.rotary_sin[start : start + length]
 
     def _initialize(self) -> None:
-        # Two layers of each block write to the residual stream; its variance must not grow with depth.
+        # Two layers per block write to the residual stream; its variance must not grow with depth.
         std = self.config.initial_std
         residual_std = std / math.sqrt(2 * self.config.blocks)
         for name, parameter in self.named_parameters():

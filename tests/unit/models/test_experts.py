@@ -134,8 +134,11 @@ def test_bias_balances_the_load_within_300_steps() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"chosen": 9}, r"`chosen` must be at most the experts that a token can choose from\. Got 9 of 8"),
-        ({"groups": 4, "chosen_groups": 1, "chosen": 3}, r"Got 3 of 2 \(8 experts in 4 groups, of which 1 are kept\)"),
+        ({"chosen": 9}, r"`chosen` must be at most the experts that are available to a token\. Got 9 of 8"),
+        (
+            {"groups": 4, "chosen_groups": 1, "chosen": 3},
+            r"Got 3 of 2 \(8 experts in 4 groups, of which 1 are chosen\)",
+        ),
         ({"groups": 3}, r"`groups` must divide `experts` into groups of at least 2\. Got 3 groups of 8 experts"),
         ({"groups": 2, "chosen_groups": 3}, r"`chosen_groups` must be at most `groups`\. Got 3 of 2"),
         ({"experts": 0}, r"`experts` must be at least 1\. Got 0"),
