@@ -52,7 +52,7 @@ class TokenBatchSampler(Sampler[TokenBatch]):
         drop_last: bool = False,
     ) -> None:
         if not len(lengths) or min(lengths) < 1:
-            raise ValueError("`lengths` must have at least one sample, and lengths of at least 1.")
+            raise ValueError("`lengths` must be at least 1, for at least one sample.")
         if multiple_of < 1:
             raise ValueError(f"`multiple_of` must be at least 1. Got {multiple_of}.")
         self.lengths, self.multiple_of, self.shuffle = list(lengths), multiple_of, shuffle
