@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -12,13 +12,11 @@ from typing import Any, Literal, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_hybrid._lightning_private import evaluation_batch, injects_sampler, running_batch
 from lightning_hybrid.batches import split_sequences
@@ -37,7 +35,7 @@ from lightning_hybrid.engine.run import Run
 from lightning_hybrid.launch import agreement
 from lightning_hybrid.launch.launcher import HybridLauncher, leave_quietly
 from lightning_hybrid.launch.preemption import Preemption
-from lightning_hybrid.launch.world import World
+from lightning_hybrid.launch.world import World, set_ranks
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.loggers import log_sent_bytes
 from lightning_hybrid.reshard.relayout import RelayoutResult, relayout
@@ -46,9 +44,8 @@ from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.plan import Plan, Recompute
-from lightning_hybrid.spec.request import Request, Schedule
+from lightning_hybrid.spec.request import LayoutOptions, Request, Schedule
 from lightning_hybrid.spec.tensor_plan import renamed_choices
-from lightning_hybrid.tuning.batch_size import BatchSizeController, BatchSizePolicy
 
 T = TypeVar("T")
 
@@ -187,11 +184,6 @@ class HybridStrategy(ParallelStrategy):
         return len(self.parallel_devices or ())
 
     @property
-    def process_group_backend(self) -> str | None:
-        """The backend of the default process group."""
-        return self._world.backend
-
-    @property
     def is_distributed(self) -> bool:
         """True: Lightning injects distributed samplers and reduces what is logged with `sync_dist`."""
         return True
@@ -248,9 +240,7 @@ class HybridStrategy(ParallelStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         trainer, environment = self._module.trainer, self._environment
-        environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+        set_ranks(environment, self.num_nodes, self.num_processes)
         arguments = self.request.arguments() | {"on_nonfinite": self._on_nonfinite}
         self._world.connect(environment, self.root_device, agreement.facts_of(trainer, arguments))
         self._mesh = Mesh.create(self.layout, self.root_device.type)
@@ -290,9 +280,7 @@ class HybridStrategy(ParallelStrategy):
             self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self._module)
         run, engine = _there(self._run, "run"), self._engine
-        if (
-            engine is None or engine.root is not self.lightning_module
-        ):  # a new module: forget split points and expert placement chosen for the previous one
+        if engine is None or engine.root is not self.lightning_module:
             engine = build_engine(run, self.request.for_another_module(), self.mesh)
         engine.run = run
         engine.start()
@@ -449,33 +437,11 @@ class HybridStrategy(ParallelStrategy):
     # ---- for users and callbacks, while it trains
 
     def gradient_norms(self) -> dict[str, Tensor]:
-        """Returns what `lightning.pytorch.utilities.grad_norm(module, 2)` gives in one process. Collective.
+        """Returns the values of `lightning.pytorch.utilities.grad_norm(module, 2)` in one process. Collective.
 
-        That function itself sees this rank's parts only. In `on_before_optimizer_step`:
-        `self.log_dict(self.trainer.strategy.gradient_norms())`.
+        That function itself sees this rank's parts only.
         """
         return gradient_norms(self.engine.partition, self.engine.device)
-
-    def control_batches(self, policy: BatchSizePolicy | None = None) -> BatchSizeController:
-        """Returns a controller for callbacks that change the batch size during training, from `on_train_start` on.
-
-        Args:
-            policy: Decides how batches are divided after a change of layout.
-        """
-        control = BatchSizeController(self.engine, policy)
-        self.listeners.append(control)
-        self.at_end(lambda: self.release(control))
-        return control
-
-    def at_end(self, action: Callable[[], None]) -> None:
-        """Calls `action` when the trainer's run ends, also after an error; the last one that was added comes first."""
-        _there(self._run, "run").patches.callback(action)
-
-    def release(self, control: BatchSizeController) -> None:
-        """Ends the control of a batch-size controller; does nothing if it has ended."""
-        if control in self.listeners:
-            self.listeners.remove(control)
-            control.release()
 
     def expert_loads(self) -> dict[str, Tensor]:
         """Returns the tokens that each expert got in training since the last call, on all ranks. Collective.
@@ -490,63 +456,31 @@ class HybridStrategy(ParallelStrategy):
         return state.full_state_dict(self.engine)
 
     def relayout(
-        self,
-        layout: str | Layout,
-        *,
-        schedule: Schedule | None = None,
-        microbatches: int | Literal["auto"] | None = None,
-        gradient_sync: str | GradientSync | None = None,
-        cuts: Sequence[int] | None = None,
-        expert_orders: Mapping[str, Sequence[int]] | None = None,
-        expert_hosts: Mapping[str, Sequence[Sequence[int]]] | None = None,
-        edit: Callable[[], None] | None = None,
+        self, layout: str | Layout, *, edit: Callable[[], None] | None = None, **options: Unpack[LayoutOptions]
     ) -> RelayoutResult:
-        """Changes the layout while training goes on: the same module, optimizers, schedulers, loggers and data.
+        """Changes the layout during training: the same module, optimizers, schedulers, loggers and data.
 
-        Between two steps of the optimizer, in a hook that all ranks run (`on_train_batch_end`, `on_train_epoch_start`).
-        Weights, optimizer state and buffers move by name, and only what a rank lacks is sent. The global batch stays,
-        so training goes on as it would have in the old layout. Collective over all ranks.
+        Call it between two steps of the optimizer, in a hook that all ranks run (`on_train_batch_end`,
+        `on_train_epoch_start`). Weights, optimizer state and buffers move by name; a rank gets only what it lacks. The
+        global batch stays the same, so the result does, too. Collective over all ranks.
 
         Args:
             layout: Another layout of the same ranks.
-            schedule: The pipeline schedule from now on; None: as before.
-            microbatches: The microbatches from now on; None: as before.
-            gradient_sync: How replicas agree on gradients from now on; None: as before.
-            cuts: Where pipeline stages begin, by number of the call in `engine.plan`; None: by FLOPs.
-            expert_orders: By name of a module of experts, which expert stands at each place over the ranks of `ep`;
-                None: in their own order.
-            expert_hosts: By name of a module of experts, for each rank of `ep` the experts that it computes; those of
-                several ranks share their tokens. Weights that a rank does not have are sent to it in every forward
-                pass, and their gradients back. None: each rank computes those that it has.
-            edit: Adds modules with new weights to the LightningModule, on all ranks alike; called while the weights
-                are on their way. The optimizers take the new ones into the groups that `configure_optimizers` would.
+            edit: Adds modules with new weights to the LightningModule, on all ranks alike, while weights move. The
+                optimizers get the new weights in the groups in which `configure_optimizers` puts them.
+            **options: Options that belong to a layout, see `LayoutOptions`.
 
         Returns:
-            What was moved.
+            The bytes and seconds that it took.
 
         Raises:
-            PartitionError: On all ranks, if it cannot be; training is in the old layout then.
+            PartitionError: On all ranks, if it is refused or fails; training is in the old layout then.
         """
-        wanted = self._request.changed(
-            layout=Layout.parse(layout) if isinstance(layout, str) else layout,
-            schedule=schedule,
-            microbatches=microbatches,
-            gradient_sync=None if gradient_sync is None else GradientSync.of(gradient_sync),
-            cuts=cuts,
-            expert_orders=expert_orders,
-            expert_hosts=expert_hosts,
-        )
+        wanted = self._request.changed(layout, **options)
         self._moving = True
         try:
             with self._during("relayout"):
-                engine, result = relayout(
-                    self.engine,
-                    wanted,
-                    data=self.data,
-                    optimizers=self.optimizers,
-                    listeners=self.listeners,
-                    edit=edit,
-                )
+                engine, result = relayout(self.engine, wanted, self.data, self.optimizers, self.listeners, edit)
                 self._use(engine)
         finally:
             self._moving = False

@@ -175,7 +175,7 @@ class AdaptiveBatchSize(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = hybrid_strategy(trainer, self)
-        control = self._control = strategy.control_batches(self)
+        control = self._control = BatchSizeController.start(strategy.engine, strategy.listeners, self)
         self._check_optimizer(trainer.optimizers[0])
         if control.budget is not None:
             self._start_with_tokens(control, strategy.root_device)
@@ -192,7 +192,7 @@ class AdaptiveBatchSize(Callback):
             self._microbatch.find(control, strategy.root_device, batches)
         control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
         self._schedulers = SchedulersBySamples(trainer, self._state.first_batch_size)
-        strategy.at_end(self._schedulers.release)
+        strategy.engine.run.patches.callback(self._schedulers.release)
         if self._statistics is not None:
             control.measure_noise()
         self._scale_learning_rates()

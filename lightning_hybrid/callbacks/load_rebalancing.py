@@ -123,7 +123,7 @@ class LoadRebalancing(Callback):
         self._load = Workload(strategy.engine, strategy.data)
         self._begin(strategy)
         strategy.listeners.append(self)
-        strategy.at_end(self._end)
+        strategy.engine.run.patches.callback(self._end)
 
     def _end(self) -> None:
         if self._load is not None:

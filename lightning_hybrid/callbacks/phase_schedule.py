@@ -140,7 +140,7 @@ class PhaseSchedule(Callback):
         """Applies the accumulated settings of phases up to the current one; `edit` may add modules."""
         strategy, phase = hybrid_strategy(trainer, self), in_force(self.phases[: self.phase + 1])
         if self._control is not None:
-            strategy.release(self._control)
+            self._control.release()
             self._control = None
         present = strategy.request
         wanted = replace(
@@ -166,7 +166,7 @@ class PhaseSchedule(Callback):
 
     def _divide(self, strategy: HybridStrategy, phase: Phase) -> None:
         """Divides batches by the batch sizes of `phase`."""
-        control = self._control = strategy.control_batches()
+        control = self._control = BatchSizeController.start(strategy.engine, strategy.listeners)
         batch = phase.batch_size or control.global_batch_size
         limits = control.limits(phase.microbatch_size or control.first.microbatch_size, 1)
         division = divide(batch, limits)

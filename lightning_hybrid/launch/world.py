@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import default_backend, init_process_group, reduce_tensor
@@ -82,3 +84,16 @@ class World:
         votes = torch.tensor(int(decision), device=device)
         dist.all_reduce(votes)
         return bool(votes == dist.get_world_size()) if all else bool(votes)
+
+
+def set_ranks(environment: ClusterEnvironment, nodes: int, processes: int) -> None:
+    """Sets rank and world size of `environment`, and the rank that Lightning's messages ask for.
+
+    Args:
+        environment: Lightning's cluster environment.
+        nodes: Number of nodes.
+        processes: Processes of each node.
+    """
+    environment.set_global_rank(environment.node_rank() * processes + environment.local_rank())
+    environment.set_world_size(nodes * processes)
+    rank_zero_only.rank = utils_rank_zero_only.rank = environment.global_rank()

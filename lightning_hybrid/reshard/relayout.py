@@ -60,7 +60,6 @@ class RelayoutResult:
 def relayout(
     engine: Engine,
     request: Request,
-    *,
     data: ReplicaData,
     optimizers: Sequence[Optimizer],
     listeners: Sequence[Listener],

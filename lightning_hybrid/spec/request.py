@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypedDict
+
+from typing_extensions import Unpack
 
 from lightning_hybrid.spec.checks import check_choices
 from lightning_hybrid.spec.gradient_sync import GradientSync
@@ -13,6 +15,27 @@ from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.plan import Plan, Recompute
 
 Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"]
+
+
+class LayoutOptions(TypedDict, total=False):
+    """Options of a change of layout; None is the same as leaving an option out."""
+
+    schedule: Schedule | None
+    """The pipeline schedule; by default as before."""
+    microbatches: int | Literal["auto"] | None
+    """The number of microbatches; by default as before."""
+    gradient_sync: str | GradientSync | None
+    """Gradient synchronization between replicas; by default as before."""
+    cuts: Sequence[int] | None
+    """The first call of each pipeline stage but the first, by number of the call in the plan; by default by FLOPs."""
+    expert_orders: Mapping[str, Sequence[int]] | None
+    """By name of a module of experts: the expert at each place over the ranks of `ep`; by default in their order."""
+    expert_hosts: Mapping[str, Sequence[Sequence[int]]] | None
+    """By name of a module of experts: for each rank of `ep` the experts that it computes; by default those that it has.
+
+    Ranks that compute the same expert share its tokens. Weights that a rank does not have are sent to it in every
+    forward pass, and their gradients back.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,26 +123,18 @@ class Request:
         plan = None if self.plan is None else hashlib.sha256(self.plan.to_text().encode()).hexdigest()[:12]
         return {**vars(self), "plan": plan}
 
-    def changed(
-        self,
-        *,
-        layout: Layout,
-        schedule: str | None,
-        microbatches: int | str | None,
-        gradient_sync: GradientSync | None,
-        cuts: Sequence[int] | None,
-        expert_orders: Mapping[str, Sequence[int]] | None,
-        expert_hosts: Mapping[str, Sequence[Sequence[int]]] | None,
-    ) -> Request:
-        """Returns this request under another layout; arguments as those of `HybridStrategy.relayout`."""
+    def changed(self, layout: str | Layout, **options: Unpack[LayoutOptions]) -> Request:
+        """Returns this request under another layout."""
+        sync = options.get("gradient_sync")
+        cuts, orders, hosts = (options.get(name) for name in ("cuts", "expert_orders", "expert_hosts"))
         return replace(
             self,
-            layout=layout,
+            layout=Layout.parse(layout) if isinstance(layout, str) else layout,
             plan=None,
-            schedule=schedule or self.schedule,
-            microbatches=microbatches or self.microbatches,
-            gradient_sync=gradient_sync or self.gradient_sync,
+            schedule=options.get("schedule") or self.schedule,
+            microbatches=options.get("microbatches") or self.microbatches,
+            gradient_sync=self.gradient_sync if sync is None else GradientSync.of(sync),
             cuts=None if cuts is None else tuple(cuts),
-            expert_orders={name: tuple(order) for name, order in (expert_orders or {}).items()},
-            expert_hosts={name: tuple(map(tuple, hosts)) for name, hosts in (expert_hosts or {}).items()},
+            expert_orders={name: tuple(order) for name, order in (orders or {}).items()},
+            expert_hosts={name: tuple(map(tuple, placed)) for name, placed in (hosts or {}).items()},
         )

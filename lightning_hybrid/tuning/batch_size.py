@@ -14,7 +14,7 @@ from lightning_hybrid.adapt.division import BatchDivision, DivisionLimits
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.dataloader.map_shard import MapShard
 from lightning_hybrid.dataloader.peek import sample_batch
-from lightning_hybrid.engine.engine import Engine
+from lightning_hybrid.engine.engine import Engine, Listener
 from lightning_hybrid.engine.gradient_noise import GradientNoise
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.spec.errors import PartitionError
@@ -59,6 +59,7 @@ class BatchSizeController:
 
     def __init__(self, engine: Engine, policy: BatchSizePolicy | None = None) -> None:
         self._engine, self._policy = engine, policy
+        self._listeners: list[Listener] = []
         trainer, runner = engine.run.trainer, engine.runner
         self._trainer = trainer
         self._loader = training_loaders(trainer).flattened[0]
@@ -75,6 +76,23 @@ class BatchSizeController:
         self.noise: GradientNoise | None = None
         self.measures = True
         """Whether the step that comes next is measured."""
+
+    @classmethod
+    def start(
+        cls, engine: Engine, listeners: list[Listener], policy: BatchSizePolicy | None = None
+    ) -> BatchSizeController:
+        """Returns a controller that follows changes of the layout until `release`, or the end of the run.
+
+        Args:
+            engine: The engine of the running fit, from `on_train_start` on.
+            listeners: The listeners of the strategy.
+            policy: Decides how batches are divided after a change of layout.
+        """
+        control = cls(engine, policy)
+        control._listeners = listeners
+        listeners.append(control)
+        engine.run.patches.callback(control.release)
+        return control
 
     @property
     def _runner(self) -> StepRunner:
@@ -363,7 +381,10 @@ class BatchSizeController:
         return sum_over_replicas(self._engine, count)
 
     def release(self) -> None:
-        """Everything is Lightning's and the user's again."""
+        """Gives everything back to Lightning and the user; does nothing the second time."""
+        if self not in self._listeners:
+            return
+        self._listeners.remove(self)
         end_windows(self._trainer)
         self._trainer.accumulate_grad_batches = self._accumulate
         self._runner.microbatches = self._microbatches

@@ -150,7 +150,7 @@ class Plan(L.Callback):
 
     def on_train_start(self, trainer, pl_module):
         strategy: Any = trainer.strategy
-        self._control = strategy.control_batches()
+        self._control = BatchSizeController.start(strategy.engine, strategy.listeners)
         if 0 in self._divisions:
             self._control.change(self._divisions[0])
 
