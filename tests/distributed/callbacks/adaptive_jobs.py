@@ -150,7 +150,7 @@ class Plan(L.Callback):
 
     def on_train_start(self, trainer, pl_module):
         strategy: Any = trainer.strategy
-        self._control = BatchSizeController.start(strategy.engine, strategy.listeners)
+        self._control = batch_control.BatchSizeController.start(strategy.engine, strategy.listeners)
         if 0 in self._divisions:
             self._control.change(self._divisions[0])
 
