@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 _MISSING = object()
@@ -23,6 +23,45 @@ def patched(owner: Any, **attributes: Any) -> Iterator[None]:
                 owner.__dict__.pop(name, None)
             else:
                 owner.__dict__[name] = value
+
+
+class Patches:
+    """Attributes of several objects, replaced and restored together, as often as needed."""
+
+    def __init__(self) -> None:
+        self._wanted: list[tuple[Any, dict[str, Any]]] = []
+        self._applied = ExitStack()
+        self.are_applied = False
+        """True while the objects have the replaced attributes."""
+
+    def add(self, owner: Any, **attributes: Any) -> None:
+        """Replaces attributes of `owner`, now if the others are applied, else with them."""
+        self._wanted.append((owner, attributes))
+        if self.are_applied:
+            self._applied.enter_context(patched(owner, **attributes))
+
+    def apply(self) -> None:
+        """Replaces all attributes; does nothing if they are replaced."""
+        if not self.are_applied:
+            self.are_applied = True
+            for owner, attributes in self._wanted:
+                self._applied.enter_context(patched(owner, **attributes))
+
+    def restore(self) -> None:
+        """Restores all attributes; does nothing if they are."""
+        self.are_applied = False
+        self._applied.close()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Restores all attributes for the duration of the context."""
+        applied = self.are_applied
+        self.restore()
+        try:
+            yield
+        finally:
+            if applied:
+                self.apply()
 
 
 @contextmanager

@@ -46,22 +46,17 @@ def check_input_dim(module: BatchNorm, tensor: torch.Tensor) -> None:
     module._check_input_dim(tensor)
 
 
-def intercept_calls(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Routes `module(...)` to `call`, which runs instead of its hooks and forward; None restores the module's own.
+def interception(call: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Returns the attributes of a module with which `module(...)` runs `call` instead of its hooks and forward.
 
     `nn.Module.__call__` runs `_compiled_call_impl` if it is set; `nn.Module.compile` uses the same attribute.
     """
-    module._compiled_call_impl = call
+    return {"_compiled_call_impl": call}
 
 
 def intercepted_call(module: nn.Module) -> Callable[..., Any]:
     """Returns what `module(...)` runs at present, to be called by an interceptor."""
     return module._compiled_call_impl or module._call_impl
-
-
-def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
-    """Returns the call that `intercept_calls` or `nn.Module.compile` has set, or None."""
-    return module._compiled_call_impl
 
 
 def hook_tables(module: nn.Module) -> list[dict]:

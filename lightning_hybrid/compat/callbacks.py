@@ -73,12 +73,14 @@ def optimizers_complete(engine: Engine, trainer: pl.Trainer) -> Iterator[None]:
         for optimizer in optimizers:
             for group, names in zip(optimizer.param_groups, engine.optimizers.names_in(optimizer), strict=True):
                 group["params"] = [parameters.visible(n) for n in names]
-        yield
-        named = {id(parameters.visible(n)): n for n in parameters.names}
-        for optimizer in optimizers:
-            groups = optimizer.param_groups
-            engine.optimizers.names[id(optimizer)] = [[named[id(p)] for p in group["params"]] for group in groups]
-            for group in groups:
-                group["params"] = [p for p in group["params"] if id(p) not in ghosts]
-        for name in parameters.names:
-            parameters.requires_grad[name] = parameters.visible(name).requires_grad
+        try:
+            yield
+        finally:
+            named = {id(parameters.visible(n)): n for n in parameters.names}
+            for optimizer in optimizers:
+                groups = optimizer.param_groups
+                engine.optimizers.names[id(optimizer)] = [[named[id(p)] for p in group["params"]] for group in groups]
+                for group in groups:
+                    group["params"] = [p for p in group["params"] if id(p) not in ghosts]
+            for name in parameters.names:
+                parameters.requires_grad[name] = parameters.visible(name).requires_grad

@@ -22,7 +22,7 @@ from lightning_hybrid.dataloader import seeding
 from lightning_hybrid.dataloader import sharding as sharding
 from lightning_hybrid.dataloader.order import Order
 from lightning_hybrid.dataloader.sharding import BatchWeights, ByShares, Division, Share
-from lightning_hybrid.dataloader.wrap import patched
+from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.state import preserved_generators, preserved_rng
 from lightning_hybrid.rng.step import mix
 

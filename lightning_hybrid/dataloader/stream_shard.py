@@ -30,8 +30,9 @@ from lightning_hybrid.dataloader.agreement import all_read_the_same, different_d
 from lightning_hybrid.dataloader.map_shard import next_seed
 from lightning_hybrid.dataloader.peek import preserved_position
 from lightning_hybrid.dataloader.sharding import BatchWeights
-from lightning_hybrid.dataloader.wrap import generators_of, keeps_its_place, patched
+from lightning_hybrid.dataloader.wrap import generators_of, keeps_its_place
 from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.state import RNGState, agree, preserved_rng, seed_all
 from lightning_hybrid.rng.step import mix
 from lightning_hybrid.spec.errors import PartitionError

@@ -6,7 +6,6 @@ import copy
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -82,17 +81,6 @@ def users_loader(loader: Any) -> Any:
     if isinstance(loader, _Placed):
         return loader.users_loader
     return loader.loader if isinstance(loader, BatchStream) else loader
-
-
-@contextmanager
-def patched(loader: Any, **parts: Any) -> Iterator[None]:
-    """Inside, these attributes of a loader are others: an iterator that is begun takes them along."""
-    before = {name: loader.__dict__[name] for name in parts}
-    loader.__dict__.update(parts)
-    try:
-        yield
-    finally:
-        loader.__dict__.update(before)
 
 
 class BatchStream:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
 
 import lightning.pytorch as pl
 import torch
@@ -21,7 +19,6 @@ from lightning_hybrid.ghosts.deferred_init import recorded_init
 from lightning_hybrid.launch.agreement import check_parameters
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.loggers import log_plan, watched_parts
-from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.plan import Plan
 from lightning_hybrid.spec.request import Request
 
@@ -50,16 +47,16 @@ def build_engine(run: Run, request: Request, mesh: Mesh) -> Engine:
     earlier: Engine | None = root.__dict__.pop(ENGINE, None)
     if earlier is not None:
         earlier.stop()
-        root.__dict__.pop("__deepcopy__", None)
         earlier.partition.remove()
-    deferred_init = root.__dict__.pop(DEFERRED_INIT, None)
+    deferred_init = root.__dict__.get(DEFERRED_INIT)
     if earlier is None:
         check_parameters(root)
     if deferred_init is None:
         _agree_on_weights(root, run.device)
-    root.train(trainer.state.fn == TrainerFn.FITTING)
-    partition = Engine.plan_partition(run, request, mesh, lambda: first_step(trainer))
+    with nullcontext() if trainer.state.fn == TrainerFn.FITTING else _evaluated(root):
+        partition = Engine.plan_partition(run, request, mesh, lambda: first_step(trainer))
     engine = Engine.build(run, request, partition, deferred_init)
+    root.__dict__.pop(DEFERRED_INIT, None)
     belong_to(engine)
     _report(run, engine.plan)
     return engine
@@ -67,30 +64,19 @@ def build_engine(run: Run, request: Request, mesh: Mesh) -> Engine:
 
 def belong_to(engine: Engine) -> None:
     """Notes on the module which engine has partitioned it: it stays partitioned when the run ends."""
-    engine.root.__dict__.update({ENGINE: engine, "__deepcopy__": lambda memo: _copied(engine, memo)})
+    engine.root.__dict__[ENGINE] = engine
 
 
-def _copied(engine: Engine, memo: dict) -> Any:
-    """Returns a copy of the module as the user wrote it.
-
-    Raises:
-        PartitionError: If ranks hold parts of its weights only.
-    """
-    layout, root, partition = engine.plan.layout, engine.root, engine.partition
-    if layout.devices != layout.dp:
-        raise PartitionError(
-            f"`copy.deepcopy` cannot copy a {type(root).__name__} under `layout='{layout}'`: each rank holds parts of "
-            "its weights only. Copy the module before the Trainer gets it, or load `strategy.full_state_dict()` into a "
-            "new one."
-        )
-    ours = {key: root.__dict__.pop(key) for key in (ENGINE, "__deepcopy__")}
+@contextmanager
+def _evaluated(root: pl.LightningModule) -> Iterator[None]:
+    """Puts all modules into evaluation mode, as Lightning's loops do; afterwards each is in the mode of the user."""
+    modes = {module: module.training for module in root.modules()}
+    root.eval()
     try:
-        with partition.bare():
-            copied = copy.deepcopy(root, memo)
+        yield
     finally:
-        root.__dict__.update(ours)
-    partition.interceptor.release_copy(copied)
-    return copied
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _agree_on_weights(root: pl.LightningModule, device: torch.device) -> None:

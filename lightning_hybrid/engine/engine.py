@@ -22,6 +22,7 @@ from lightning_hybrid.parallelize.plan import check_precision, check_trainer, ma
 from lightning_hybrid.replicas.diloco import DiLoCo
 from lightning_hybrid.replicas.reducer import seen_after_backward
 from lightning_hybrid.rng.step import StepRNG
+from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.plan import Plan
 from lightning_hybrid.spec.request import Request
 
@@ -115,6 +116,10 @@ class Engine:
     def start(self) -> None:
         """Puts the patches on: on the precision plugin, the logging of the module, and torchmetrics. Collective."""
         self.stop()
+        self.partition.resume()
+        self.patches.callback(self.partition.suspend)
+        self.runner.gradients.resume()
+        self.patches.callback(self.runner.gradients.release)
         for part in (self.hook_logs, self.metrics, self.optimizers):
             part.install()
             self.patches.callback(part.remove)
@@ -123,6 +128,32 @@ class Engine:
     def stop(self) -> None:
         """Takes all patches off; the module stays partitioned."""
         self.patches.close()
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """Leaves a copy of the module without an engine.
+
+        Raises:
+            PartitionError: If ranks hold parts of its weights only.
+        """
+        self._refuse_parts("copy.deepcopy")
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Leaves a pickled module without an engine.
+
+        Raises:
+            PartitionError: If ranks hold parts of its weights only.
+        """
+        self._refuse_parts("pickle")
+        return type(None), ()
+
+    def _refuse_parts(self, function: str) -> None:
+        layout = self.plan.layout
+        if layout.devices != layout.dp:
+            raise PartitionError(
+                f"`{function}` cannot take a {type(self.root).__name__} under `layout='{layout}'`: each rank holds "
+                "parts of its weights only. Copy the module before the Trainer gets it, or load "
+                "`strategy.full_state_dict()` into a new one."
+            )
 
     # ---- experts
 

@@ -75,6 +75,13 @@ class ReplicaGradients:
             if self._mesh.layout.pp == 1:
                 reducer.overlap()
 
+    def resume(self) -> None:
+        """Adds the reducers' hooks to the parameters again after `release`."""
+        if self._mesh.layout.pp == 1:
+            for reducer in self._reducers:
+                reducer.release()
+                reducer.overlap()
+
     def release(self) -> None:
         """Removes the reducers' hooks from the parameters."""
         for reducer in self._reducers:

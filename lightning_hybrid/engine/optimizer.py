@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from lightning_hybrid.engine.norms import global_norm
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.launch.preemption import Preemption
 from lightning_hybrid.metrics.step_logs import seen_before_step
+from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 
@@ -47,7 +48,7 @@ class OptimizerWrapper:
         """The norm that the check has measured, while it is that of the gradients."""
         self._after_closure: Callable[..., None] = type(precision)._after_closure.__get__(precision)
         self._scaler: Any = getattr(precision, "scaler", None)
-        self._undo: Callable[[], None] | None = None
+        self._patches = ExitStack()
         self.names: dict[int, list[list[str]]] = {}
         """Names of the parameters of each group, on other stages too, by the `id` of the optimizer."""
         self.learning_rate_factor = 1.0
@@ -58,20 +59,20 @@ class OptimizerWrapper:
         seen = torch.tensor(float(seen_before_step(self.runner.root.trainer)), device=self.runner.device)
         dist.all_reduce(seen)
         self._logs_wait = not seen.item()
-        plugin = self.precision.__dict__
-        plugin["_after_closure"] = self._checked
-        plugin["clip_grad_by_norm"] = self._clip_by_norm
-        plugin["clip_grad_by_value"] = clip_by_value
-        if self._scaler is not None and self._undo is None:
-            self._undo = agree_on_overflow(self._scaler, dist.all_reduce)
+        self._patches.enter_context(
+            patched(
+                self.precision,
+                _after_closure=self._checked,
+                clip_grad_by_norm=self._clip_by_norm,
+                clip_grad_by_value=clip_by_value,
+            )
+        )
+        if self._scaler is not None:
+            self._patches.callback(agree_on_overflow(self._scaler, dist.all_reduce))
 
     def remove(self) -> None:
         """Takes it off."""
-        for key in ("_after_closure", "clip_grad_by_norm", "clip_grad_by_value"):
-            self.precision.__dict__.pop(key, None)
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        self._patches.close()
 
     # ---- parameters
 

@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_hybrid._torch_private import compiled_call, intercept_calls, intercepted_call, own_parameters
+from lightning_hybrid._torch_private import intercepted_call, interception, own_parameters
+from lightning_hybrid.patching import Patches
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -135,7 +136,7 @@ class CallInterceptor:
     active: CallHandler | None = None
     rng: UnitRNG | None = None
     """Entered at every unit call, with any handler, and at recomputations in the backward pass."""
-    _undo: list[Callable[[], None]] = field(default_factory=list)
+    _patches: Patches = field(default_factory=Patches)
     _originals: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def install(self) -> None:
@@ -145,16 +146,20 @@ class CallInterceptor:
         for module in self.root.modules():
             if isinstance(module, (Metric, MetricCollection)):
                 self._intercept_metric(module)
+        self._patches.apply()
+
+    def resume(self) -> None:
+        """Intercepts calls again after `suspend`."""
+        self._patches.apply()
+
+    def suspend(self) -> None:
+        """Stops to intercept calls; the modules are as before `install`."""
+        self._patches.restore()
 
     def remove(self) -> None:
-        """Stops to intercept calls and restores the modules."""
-        while self._undo:
-            self._undo.pop()()
-
-    def release_copy(self, copied: nn.Module) -> None:
-        """Frees a deep copy of the root of interceptions, which would lead its calls to the original modules."""
-        for name in self.units.names:
-            intercept_calls(copied.get_submodule(name), None)
+        """Stops to intercept calls for good."""
+        self._patches.restore()
+        self._patches = Patches()
 
     def wrap(self, names: Iterable[str], wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Wraps the calls of the units `names` by `wrapper` (compilation, recomputation); they stay intercepted."""
@@ -171,7 +176,6 @@ class CallInterceptor:
             self.active = before
 
     def _intercept(self, name: str, module: nn.Module) -> None:
-        compiled = compiled_call(module)
         originals = self._originals
         originals[name] = intercepted_call(module)
 
@@ -185,11 +189,9 @@ class CallInterceptor:
                 self.rng.leave_unit(seed)
             return out
 
-        intercept_calls(module, call)
-        self._undo.append(lambda: intercept_calls(module, compiled))
+        self._patches.add(module, **interception(call))
 
     def _intercept_metric(self, metric: Any) -> None:
-        compiled = compiled_call(metric)
         original, update = intercepted_call(metric), metric.update
 
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -202,18 +204,7 @@ class CallInterceptor:
                 return update(*args, **kwargs)
             return self.active.metric_call(metric, "update", update, args, kwargs)
 
-        intercept_calls(metric, _NotCopied(called))
-        had = metric.__dict__.get("update")
-        metric.__dict__["update"] = updated
-
-        def undo() -> None:
-            intercept_calls(metric, compiled)
-            if had is None:
-                del metric.__dict__["update"]
-            else:
-                metric.__dict__["update"] = had
-
-        self._undo.append(undo)
+        self._patches.add(metric, update=updated, **interception(_NotCopied(called)))
 
 
 class _NotCopied:

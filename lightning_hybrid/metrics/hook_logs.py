@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_hybrid._lightning_private import running_hook, samples_of_running
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import LogRecorder, by_name, leave_out, replay
 from lightning_hybrid.metrics.reduction import reduce_over_replicas
+from lightning_hybrid.patching import patched
 
 
 class HookLogs:
@@ -25,18 +27,18 @@ class HookLogs:
 
     def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device) -> None:
         self._root, self._mesh, self._device = root, mesh, device
+        self._patches = ExitStack()
         self.padding: Callable[[], bool] = lambda: False
         """True if the samples of the running batch count for nothing."""
 
     def install(self) -> None:
         """Starts taking the calls of the LightningModule."""
         if self._mesh.layout.replicas > 1:
-            self._root.__dict__.update(log=self._log, log_dict=self._log_dict)
+            self._patches.enter_context(patched(self._root, log=self._log, log_dict=self._log_dict))
 
     def remove(self) -> None:
         """Ends it."""
-        for key in ("log", "log_dict"):
-            self._root.__dict__.pop(key, None)
+        self._patches.close()
 
     def _log(self, *args: Any, **kwargs: Any) -> None:
         self._log_all([by_name(self._root, args, kwargs)])

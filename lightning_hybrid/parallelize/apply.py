@@ -23,6 +23,7 @@ from lightning_hybrid.ghosts.trace import Trace
 from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.parallelize.recompute import recomputed
+from lightning_hybrid.patching import Patches
 from lightning_hybrid.replicas.batch_norm import global_batch_norm
 from lightning_hybrid.replicas.fsdp import shard_replicas
 from lightning_hybrid.replicas.gradient_hooks import GradientHooks
@@ -78,6 +79,8 @@ class Partition:
     on_remove: Callable[[], None] | None = None
     """Called first when the partition is removed."""
     _overrides: list[tuple[nn.Module, Callable]] = field(default_factory=list)
+    _batch_norms: Patches = field(default_factory=Patches)
+    """Of the forward of modules whose statistics are those of the global batch."""
     _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
 
     def apply(self, device: torch.device, deferred_init: DeferredInit | None) -> None:
@@ -216,6 +219,17 @@ class Partition:
         if hooks is not None:
             hooks.attach()
 
+    def resume(self) -> None:
+        """Routes calls of units, metrics and BatchNorm through this partition again after `suspend`."""
+        self.interceptor.resume()
+        self._batch_norms.apply()
+
+    def suspend(self) -> None:
+        """Lets the user call the module outside of a run, as far as a rank alone can; weights stay divided."""
+        self.reshard()
+        self._batch_norms.restore()
+        self.interceptor.suspend()
+
     def abandon(self) -> None:
         """Removes what an unfinished `apply` has installed, except attributes of modules, which the caller restores."""
         if self.tensor is not None:
@@ -243,6 +257,7 @@ class Partition:
             for table, ids in zip(hook_tables(module), ours, strict=True):
                 for key in ids:
                     table.pop(key, None)
+        self._batch_norms.restore()
         for module, _ in self._overrides:
             del module.__dict__["forward"]
         if self.experts is not None:
@@ -323,8 +338,8 @@ class Partition:
         for module in self.root.modules():
             if isinstance(module, BatchNorm):
                 forward = global_batch_norm(module, self.mesh.replica_group, lambda: self.padding())
-                self._overrides.append((module, forward))
-                module.__dict__["forward"] = forward
+                self._batch_norms.add(module, forward=forward)
+        self._batch_norms.apply()
 
     def _create_tied_weight_groups(self) -> None:
         """Creates the groups of pipeline ranks that hold the same weight. Collective over all ranks."""
@@ -343,6 +358,7 @@ class Partition:
                     kept = dict(table)
                     stack.callback(_replace, table, kept)
                     _replace(table, {k: v for k, v in kept.items() if k not in ids})
+            stack.enter_context(self._batch_norms.restored())
             for module, forward in self._overrides:
                 del module.__dict__["forward"]
                 stack.callback(module.__dict__.__setitem__, "forward", forward)
