@@ -1,0 +1,361 @@
+"""After a run, and after an exception in one, everything is as Lightning alone would have left it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelSummary,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_hybrid import HybridStrategy
+from lightning_hybrid.adapt.batch_size import DecisionRules
+from lightning_hybrid.adapt.phases import Phase
+from lightning_hybrid.callbacks.adaptive_batch_size import AdaptiveBatchSize
+from lightning_hybrid.callbacks.load_rebalancing import LoadRebalancing
+from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
+from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.launch import monitor
+from lightning_hybrid.launch.failures import RankFailed
+from tests.distributed.expert_jobs import Mixture
+from tests.distributed.jobs import Classifier, Numbers, quiet
+from tests.harness import RankGroup
+from tests.snapshot import ABSENT, Snapshot, process_state
+
+pytestmark = pytest.mark.distributed
+
+# ---- runs, on every rank
+
+
+class Failure(Exception):
+    """Raised by the user's code."""
+
+
+class Fails(L.Callback):
+    """Raises in one hook; of those that are called several times, in the second call."""
+
+    def __init__(self, hook: str) -> None:
+        self.hook = hook
+        self.calls = 0
+        self.raised = False
+
+    def called(self, hook: str, module: Any = None) -> None:
+        """`module`: whose step has been called; a dry run on ghosts does not count."""
+        dry = module is not None and isinstance(module.stem.weight, Ghost) and isinstance(module.head.weight, Ghost)
+        if hook == self.hook and not dry:
+            self.calls += 1
+            if self.calls == 2 or hook in ("setup", "on_fit_start"):
+                self.raised = True
+                raise Failure(hook)
+
+    def setup(self, trainer, pl_module, stage):
+        self.called("setup")
+
+    def on_fit_start(self, trainer, pl_module):
+        self.called("on_fit_start")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.called("on_train_batch_start")
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.called("on_before_optimizer_step")
+
+    def on_validation_batch_end(self, *_: Any):
+        self.called("on_validation_batch_end")
+
+
+class User(Classifier):
+    """Whose steps can raise, with a batch norm, a scheduler and a hook on a gradient."""
+
+    def __init__(self, fails: Fails) -> None:
+        super().__init__(optimizer="adamw")
+        self.fails = fails
+        self.norm = nn.BatchNorm1d(16)
+        self.stem.weight.register_hook(_same)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+    def training_step(self, batch, batch_idx):
+        self.fails.called("training_step", self)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.fails.called("validation_step", self)
+        return super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch, batch_idx):
+        self.fails.called("test_step", self)
+        return super().validation_step(batch, batch_idx)
+
+    def predict_step(self, batch, batch_idx):
+        self.fails.called("predict_step", self)
+        return super().predict_step(batch, batch_idx)
+
+
+class Experts(Mixture):
+    """The same with blocks of experts."""
+
+    def __init__(self, fails: Fails) -> None:
+        super().__init__(adamw=True)
+        self.fails = fails
+
+    def training_step(self, batch, batch_idx):
+        self.fails.called("training_step", self)
+        return super().training_step(batch, batch_idx)
+
+
+def _same(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient
+
+
+class Thaws(BaseFinetuning):
+    """The stem is trained from the second epoch on."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.stem)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.stem, optimizer)
+
+
+OURS: dict[str, Callable[[], L.Callback]] = {
+    "batch size": lambda: AdaptiveBatchSize(rules=DecisionRules(every_n_steps=1)),
+    "rebalancing": lambda: LoadRebalancing(),
+    "phases": lambda: PhaseSchedule([Phase(batch_size=16), Phase(at_step=1, batch_size=32)]),
+}
+
+
+def callbacks_of(kind: str, layout: str | None) -> list[L.Callback]:
+    """The callbacks of a run; Lightning's own has one that does nothing in the place of ours."""
+    if kind in OURS:
+        return [L.Callback() if layout is None else OURS[kind]()]
+    lightning: dict[str, list[L.Callback]] = {
+        "fine-tuning": [Thaws()],
+        "swa": [StochasticWeightAveraging(0.01, 1)],
+        "ema": [EMAWeightAveraging()],
+    }
+    return lightning.get(kind, [])
+
+
+def trainer_with(layout: str | None, alone: bool, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    """A trainer with the layout, or with what Lightning has: DDP, or one process where ranks have the same data."""
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1 if layout is None and alone else 2,
+        strategy=HybridStrategy(layout) if layout is not None else "auto" if alone else "ddp",
+        max_epochs=2,
+        logger=[CSVLogger(folder / "csv"), TensorBoardLogger(folder / "tensorboard")],
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        num_sanity_val_steps=1,
+        log_every_n_steps=1,
+    )
+
+
+@contextlib.contextmanager
+def fresh_process() -> Iterator[None]:
+    """Warnings as in a new process, and no waiting for ranks that are to end."""
+    with warnings.catch_warnings(), patch.object(monitor, "_LAST_WORD_SECONDS", 0.05):
+        warnings.resetwarnings()
+        quiet()
+        yield
+
+
+def run(
+    layout: str | None, alone: bool, verb: str, fails: str, kind: str, folder: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """All attributes of the user's and of Lightning's objects, before a run and after it."""
+    L.seed_everything(7, verbose=False)
+    fail = Fails(fails)
+    callbacks = [fail, *callbacks_of(kind, layout)]
+    checkpoint, summary = ModelCheckpoint(folder / "saved"), ModelSummary()
+    module = Experts(fail) if kind == "experts" else User(fail)
+    trainer: Any = trainer_with(layout, alone, folder, [*callbacks, checkpoint, summary])
+    train, other = (DataLoader(Numbers(n), batch_size=16 if alone else 8, shuffle=n == 48) for n in (48, 32))
+
+    def snapshot() -> Snapshot:
+        strategy = trainer.strategy
+        roots = {
+            "module": module,
+            "callbacks": callbacks,
+            "checkpoint": checkpoint,
+            "summary": summary,
+            "loaders": [train, other],
+            "trainer": trainer,
+            "precision": strategy.precision_plugin,
+            "accelerator": strategy.accelerator,
+            "checkpoint_io": strategy.checkpoint_io,
+            "environment": getattr(strategy, "cluster_environment", None),
+            "optimizers": list(strategy.optimizers),
+            "schedulers": list(strategy.lr_scheduler_configs),
+            "process": process_state(),
+        }
+        return Snapshot(roots)
+
+    before = snapshot()
+    with contextlib.suppress(Failure, RankFailed) if fails else contextlib.nullcontext():
+        if verb == "fit":
+            trainer.fit(module, train, other)
+        else:
+            getattr(trainer, verb)(module, other)
+    assert fail.raised == bool(fails), f"`{fails}` has not been called"
+    for thread in [t for t in threading.enumerate() if t.name == "watch"]:
+        thread.join(5)  # after a failure it ends by itself, a little later
+    first, last = (snap.texts(before) for snap in (before, snapshot()))
+    return tuple({p.replace(str(folder), "."): t.replace(str(folder), ".") for p, t in x.items()} for x in (first, last))
+
+
+@functools.cache
+def after_lightning(*arguments: Any) -> dict[str, str]:
+    """All attributes after a run of Lightning's own."""
+    return run(None, *arguments)[1]
+
+
+Leaks = dict[str, tuple[str, str, str]]
+"""By path: an attribute before a run, after it, and after Lightning's own run."""
+
+
+def leaks(layout: str, folder: str, *runs: tuple[str, str, str]) -> list[Leaks]:
+    """What each of these runs has changed and left otherwise than Lightning does.
+
+    Args:
+        layout: The layout.
+        folder: For loggers and checkpoints.
+        *runs: The function of the Trainer, where the user's code raises, and the module or callback.
+    """
+    found, alone = [], layout in ("tp2", "pp2")
+    for number, (verb, fails, kind) in enumerate(runs):
+        with fresh_process():
+            plain = after_lightning(alone, verb, fails, "" if kind in OURS else kind, Path(folder) / f"plain{number}")
+            before, after = run(layout, alone, verb, fails, kind, Path(folder) / f"ours{number}")
+        ends = {p: (before.get(p, ABSENT), after.get(p, ABSENT), plain.get(p, ABSENT)) for p in before | after}
+        changed = {p: texts for p, texts in ends.items() if texts[0] != texts[1] != texts[2]}
+        whole = {p for p, texts in changed.items() if ABSENT in texts[:2]}
+        outer = {p: t for p, t in changed.items() if not any(p.startswith((f"{w}.", f"{w}[")) for w in whole)}
+        found.append({p: texts for p, texts in outer.items() if not stays(layout, p, texts[1])})
+    return found
+
+
+# ---- what is to stay
+
+LOOPS = ("fit_loop", "fit_loop.epoch_loop.val_loop", "validate_loop", "test_loop", "predict_loop")
+STAYS = {
+    "module._hybrid_partition": "puts the parts of the weights together again, for a next run",
+    **{f"trainer.{loop}._combined_loader": "the loader of this rank's samples; DDP leaves one, too" for loop in LOOPS},
+    "trainer.predict_loop._predictions": "every rank has those of all replicas",
+    "trainer._loggers[0]._experiment.hparams['lightning_hybrid']": "the record of the run",
+    "trainer._loggers[1].hparams['lightning_hybrid']": "the record of the run",
+    "trainer._last_val_time": "a time of day",
+    "checkpoint._last_time_checked": "a time of day",
+    "callbacks[1]._average_model": "the average of this rank's parts",
+}
+"""What stays after a run under any layout, with all that is inside of it, and why."""
+
+PARTS = {
+    "dp2": (),
+    "fsdp2": (
+        ("_parameters", "DTensor("),
+        # what `fully_shard` has put on, which torch cannot take off
+        ("_is_fsdp_managed_module", "True"),
+        ("_fsdp_use_orig_params", "True"),
+        ("_forward_pre_hooks", "method torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState._pre_forward"),
+        ("_forward_hooks", "method torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState._post_forward"),
+        ("_state_dict_pre_hooks", "function torch.distributed.fsdp._fully_shard._fsdp_param_group."),
+        ("_load_state_dict_pre_hooks", "function torch.distributed.fsdp._fully_shard._fsdp_param_group."),
+        ("_load_state_dict_post_hooks", "function torch.distributed.fsdp._fully_shard._fsdp_param."),
+        ("_forward_pre_hooks_with_kwargs", "True"),
+        ("__composable_api_state_key", "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState"),
+        ("__composable_api_state_key", "collections.OrderedDict"),
+        # without which it would not see all calls, and the user's hooks no gradients
+        ("forward", "function lightning_hybrid.replicas.fsdp._call_instead_of_forward."),
+        ("_forward_pre_hooks", "function lightning_hybrid.replicas.fsdp._call_instead_of_forward."),
+        ("_forward_pre_hooks", "lightning_hybrid.replicas.gradient_hooks._Gathered"),
+    ),
+    "tp2": (
+        ("_parameters", "DTensor("),
+        # without which a module would not compute with its part of the weights
+        ("_forward_pre_hooks", "function lightning_hybrid.tensor.scopes.Scopes."),
+        ("_forward_hooks", "function lightning_hybrid.tensor.scopes.Scopes."),
+        ("_forward_pre_hooks", "function lightning_hybrid.tensor.modules."),
+        ("_forward_hooks", "function lightning_hybrid.tensor.modules."),
+        ("_forward_pre_hooks", "partial method lightning_hybrid.tensor.plan.TensorParallel._note_call"),
+        ("_forward_hooks", "method lightning_hybrid.tensor.plan.TensorParallel._leave_region"),
+        ("_forward_pre_hooks_with_kwargs", "True"),
+        ("_forward_hooks_always_called", "True"),
+    ),
+    "pp2": (
+        ("_parameters", ABSENT),
+        ("weight", "Ghost("),
+        ("bias", "Ghost("),
+    ),
+    "ep2": (
+        ("_parameters", "Parameter(2, "),
+        ("n_experts", "2"),
+        ("forward", "function lightning_hybrid.experts.parallel.DividedExperts.forward"),
+    ),
+}
+"""What stays of the module: attributes of it or of a module inside, and how their text begins."""
+
+
+def stays(layout: str, path: str, after: str) -> bool:
+    """Whether an attribute is to be like that after a run."""
+    if any(path == name or path.startswith((f"{name}.", f"{name}[")) for name in STAYS):
+        return True
+    attribute = re.sub(r"(\[[^]]*\]|_[0-9a-f]{8}(-[0-9a-f]+)+)*$", "", path.rpartition(".")[2])
+    return path.startswith("module.") and any(attribute == n and after.startswith(t) for n, t in PARTS[layout])
+
+
+class TestRuns:
+    @pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
+    def test_ends(self, ranks2: RankGroup, tmp_path: Path, layout: str) -> None:
+        runs = [(verb, "", "") for verb in ("fit", "validate", "test", "predict")]
+        check(ranks2.call(leaks, layout, str(tmp_path), *runs), runs)
+
+    @pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
+    def test_failures(self, ranks2: RankGroup, tmp_path: Path, layout: str) -> None:
+        check(ranks2.call(leaks, layout, str(tmp_path), *FAILURES), FAILURES)
+
+    @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
+    @pytest.mark.parametrize("kind", ["fine-tuning", "swa", "ema", *OURS])
+    def test_callbacks(self, ranks2: RankGroup, tmp_path: Path, layout: str, kind: str) -> None:
+        runs = [("fit", "", kind), ("fit", "training_step", kind)]
+        check(ranks2.call(leaks, layout, str(tmp_path), *runs), runs)
+
+    def test_experts(self, ranks2: RankGroup, tmp_path: Path) -> None:
+        runs = [("fit", "", "experts"), ("fit", "training_step", "experts")]
+        check(ranks2.call(leaks, "ep2", str(tmp_path), *runs), runs)
+
+
+def check(found: list[list[Leaks]], runs: list[tuple[str, str, str]]) -> None:
+    """Shows what has leaked on any rank."""
+    text = ""
+    for rank, of_rank in enumerate(found):
+        for (verb, fails, kind), leaked in zip(runs, of_rank, strict=True):
+            text += "".join(
+                f"\n{verb} {fails} {kind} rank {rank}: {path}\n    before {before}\n    after {after}\n    Lightning {plain}"
+                for path, (before, after, plain) in leaked.items()
+            )
+    if os.environ.get("LEAKS"):
+        open(os.environ["LEAKS"], "a").write(repr((runs, found)) + "\n")
+    assert not text, text
