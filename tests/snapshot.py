@@ -80,7 +80,7 @@ def process_state() -> dict[str, Any]:
         "atexit": atexit._ncallbacks(),
         "signals": {s.name: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)},
         "threads": sorted(thread.name for thread in threading.enumerate()),
-        "environment": sorted(os.environ),
+        "environment": sorted(os.environ.keys() - {"WORLD_SIZE"}),  # Lightning's own environment takes it away
         "gc": (gc.isenabled(), gc.get_freeze_count() > 0),
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
         "anomaly": torch.is_anomaly_enabled(),
