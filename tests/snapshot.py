@@ -1,7 +1,7 @@
 """Compares what objects were like before a run and after it.
 
-A `Snapshot` lists the attributes of every object that given roots lead to. `texts` describes each attribute, so that the
-ends of two runs (Lightning's own and ours) can be compared with each other.
+A `Snapshot` lists the attributes of every object that given roots lead to. `texts` describes each attribute, so that
+the ends of two runs (Lightning's own and ours) can be compared with each other.
 """
 
 from __future__ import annotations
@@ -105,22 +105,21 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(value, Optimizer):
         yield from _inside_optimizer(value)
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Tensor):
+        yield from ((f".{key}", len(getattr(value, key, None) or ())) for key in _TABLES)
+    else:
+        yield from _items(value)
+        if _is_opened(value):
+            yield from ((f".{key}", inside) for key, inside in list(vars(value).items()))
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
         for number, (key, inside) in enumerate(value.items()):  # tables of hooks have running numbers as keys
             yield f"[{key!r}]" if isinstance(key, str) else f"[{number}]", inside
     elif isinstance(value, list | tuple | deque):
         yield ".length", len(value)
-        for number, inside in enumerate(value):
-            yield f"[{number}]", inside
-    elif isinstance(value, Tensor):
-        for key in _TABLES:
-            yield f".{key}", len(getattr(value, key, None) or ())
-    elif _is_opened(value):
-        for key, inside in list(vars(value).items()):
-            yield f".{key}", inside
-    if isinstance(value, Mapping) and hasattr(value, "__dict__") and _is_opened(value):
-        for key, inside in list(vars(value).items()):
-            yield f".{key}", inside
+        yield from ((f"[{number}]", inside) for number, inside in enumerate(value))
 
 
 def _inside_optimizer(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
