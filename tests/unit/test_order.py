@@ -18,7 +18,11 @@ def test_generators_after_an_error_in_the_users_sampler(monkeypatch: pytest.Monk
     monkeypatch.setattr("lightning_hybrid.rng.state.agree", lambda generators: None)
     order.agree(loader)
     before = generator.get_state()
-    with pytest.raises(KeyError), order.preserved_generators():
+
+    def draw() -> None:
         torch.rand(3, generator=generator)
         raise KeyError("the user's sampler")
+
+    with pytest.raises(KeyError), order.preserved_generators():
+        draw()
     assert torch.equal(generator.get_state(), before)

@@ -228,10 +228,11 @@ def run(
     assert fail.raised == bool(fails), f"`{fails}` has not been called"
     for thread in [t for t in threading.enumerate() if t.name == "watch"]:
         thread.join(5)  # after a failure it ends by itself, a little later
-    first, last = (snap.texts(before) for snap in (before, snapshot()))
-    return tuple(
-        {p.replace(str(folder), "."): t.replace(str(folder), ".") for p, t in x.items()} for x in (first, last)
+    first, last = (
+        {path.replace(str(folder), "."): text.replace(str(folder), ".") for path, text in end.texts(before).items()}
+        for end in (before, snapshot())
     )
+    return first, last
 
 
 @functools.cache
