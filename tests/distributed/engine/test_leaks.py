@@ -36,12 +36,10 @@ from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.launch import monitor
 from lightning_hybrid.launch.failures import RankFailed
-from tests.distributed.expert_jobs import Mixture
+from tests.distributed.experts.expert_jobs import Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet
 from tests.harness import RankGroup
 from tests.snapshot import ABSENT, Snapshot, process_state
-
-pytestmark = pytest.mark.distributed
 
 # ---- runs, on every rank
 

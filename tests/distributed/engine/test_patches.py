@@ -24,8 +24,6 @@ from lightning_hybrid.launch.failures import RankFailed
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 from tests.harness import RankGroup
 
-pytestmark = pytest.mark.distributed
-
 LAYOUTS = ("dp2", "fsdp2", "tp2", "pp2")
 
 
@@ -247,7 +245,7 @@ def refused_first(lazy: bool, refused: bool) -> dict[str, torch.Tensor]:
     quiet()
     module = WithNorm(lazy)
     if refused:
-        trainer, _ = trainer_for("tp2", strategy_options={"tensor_plan": {"no.such.module": "row"}})
+        trainer, _ = trainer_for("tp2", strategy_options={"tensor_plan": {"no.such.module": "rowwise"}})
         with patch.object(monitor, "_LAST_WORD_SECONDS", 0.05), contextlib.suppress(ValueError, RankFailed):
             trainer.fit(module, loader(1))
         L.seed_everything(7, verbose=False)

@@ -18,11 +18,9 @@ from torch.utils.data import DataLoader
 
 from lightning_hybrid.reshard import exchange
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
-from tests.distributed.relayout_jobs import whole_state
+from tests.distributed.reshard.relayout_jobs import whole_state
 from tests.harness import RankGroup
 from tests.snapshot import Snapshot
-
-pytestmark = pytest.mark.distributed
 
 STEPS, AT = 8, 3
 

@@ -8,8 +8,6 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_hybrid.dataloader.order import Order
 
-pytestmark = pytest.mark.unit
-
 
 def test_generators_after_an_error_in_the_users_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
