@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.launch import monitor
 from lightning_hybrid.launch.failures import RankFailed
+from tests.distributed.engine.stays import stays
 from tests.distributed.experts.expert_jobs import Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet
 from tests.harness import RankGroup
@@ -261,95 +261,8 @@ def leaks(layout: str, folder: str, *runs: tuple[str, str, str]) -> list[Leaks]:
         changed = {p: texts for p, texts in ends.items() if texts[0] != texts[1] != texts[2]}
         whole = {p for p, texts in changed.items() if ABSENT in texts[:2]}
         outer = {p: t for p, t in changed.items() if not any(p.startswith((f"{w}.", f"{w}[")) for w in whole)}
-        found.append({p: texts for p, texts in outer.items() if not stays(layout, kind, p, texts[1])})
+        found.append({p: texts for p, texts in outer.items() if not stays(layout, p, texts[1], kind in OURS)})
     return found
-
-
-# ---- what is to stay
-
-LOOPS = ("fit_loop", "fit_loop.epoch_loop.val_loop", "validate_loop", "test_loop", "predict_loop")
-STAYS = {
-    "module._hybrid_partition": "puts the parts of the weights together again, for a next run",
-    **{f"trainer.{loop}._combined_loader": "the loader of this rank's samples; DDP leaves one, too" for loop in LOOPS},
-    "trainer.predict_loop._predictions": "every rank has those of all replicas",
-    "trainer._loggers[0]._experiment.hparams['lightning_hybrid']": "the record of the run",
-    "trainer._loggers[1].hparams['lightning_hybrid']": "the record of the run",
-    "trainer._last_val_time": "a time of day",
-    "checkpoint._last_time_checked": "a time of day",
-    "callbacks[1]._average_model": "the average of this rank's parts",
-    "trainer.profiler._local_rank": "as under DDP",
-    "environment._world_size": "as under DDP",
-    "environment._global_rank": "as under DDP",
-}
-"""What stays after a run under any layout, with all that is inside of it, and why."""
-
-CHANGED_BATCHES = {
-    "checkpoint": "saved after other steps",
-    "trainer.fit_loop.epoch_loop._batches_that_stepped": "there are other steps",
-    "trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress": "there are other steps",
-    "trainer.fit_loop.epoch_loop.scheduler_progress": "there are other steps",
-    "schedulers[0].scheduler": "there are other steps",
-    "trainer.fit_loop.epoch_loop._results": "the size is logged",
-    "trainer._logger_connector": "the size is logged",
-    "trainer._loggers[0]._experiment.metrics_keys": "the size is logged",
-}
-"""What is otherwise if a callback changes the size of batches."""
-
-PARTS = {
-    "dp2": (),
-    "fsdp2": (
-        ("_parameters", "DTensor("),
-        # what `fully_shard` has put on, which torch cannot take off
-        ("_is_fsdp_managed_module", "True"),
-        ("_fsdp_use_orig_params", "True"),
-        ("_forward_pre_hooks", "method torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState._pre_forward"),
-        ("_forward_hooks", "method torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState._post_forward"),
-        ("_state_dict_pre_hooks", "function torch.distributed.fsdp._fully_shard._fsdp_param_group."),
-        ("_load_state_dict_pre_hooks", "function torch.distributed.fsdp._fully_shard._fsdp_param_group."),
-        ("_load_state_dict_post_hooks", "function torch.distributed.fsdp._fully_shard._fsdp_param."),
-        ("_forward_pre_hooks_with_kwargs", "True"),
-        ("__composable_api_state_key", "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState"),
-        ("__composable_api_state_key", "collections.OrderedDict"),
-        # without which it would not see all calls, and the user's hooks no gradients
-        ("forward", "function lightning_hybrid.replicas.fsdp._call_instead_of_forward."),
-        ("_forward_pre_hooks", "function lightning_hybrid.replicas.fsdp._call_instead_of_forward."),
-        ("_forward_pre_hooks", "lightning_hybrid.replicas.gradient_hooks._Gathered"),
-    ),
-    "tp2": (
-        ("_parameters", "DTensor("),
-        # without which a module would not compute with its part of the weights
-        ("_forward_pre_hooks", "function lightning_hybrid.tensor.scopes.Scopes."),
-        ("_forward_hooks", "function lightning_hybrid.tensor.scopes.Scopes."),
-        ("_forward_pre_hooks", "function lightning_hybrid.tensor.modules."),
-        ("_forward_hooks", "function lightning_hybrid.tensor.modules."),
-        ("_forward_pre_hooks", "partial method lightning_hybrid.tensor.plan.TensorParallel._note_call"),
-        ("_forward_hooks", "method lightning_hybrid.tensor.plan.TensorParallel._leave_region"),
-        ("_forward_pre_hooks_with_kwargs", "True"),
-        ("_forward_hooks_always_called", "True"),
-    ),
-    "pp2": (
-        ("_parameters", ABSENT),
-        ("weight", "Ghost("),
-        ("bias", "Ghost("),
-    ),
-    "ep2": (
-        ("_parameters", "Parameter(2, "),
-        ("n_experts", "2"),
-        ("forward", "function lightning_hybrid.experts.parallel.DividedExperts.forward"),
-    ),
-}
-"""What stays of the module: attributes of it or of a module inside, and how their text begins."""
-
-
-def stays(layout: str, kind: str, path: str, after: str) -> bool:
-    """Whether an attribute is to be like that after a run."""
-    names = [*STAYS, *(CHANGED_BATCHES if kind in OURS else ())]
-    if any(path == name or path.startswith((f"{name}.", f"{name}[")) for name in names):
-        return True
-    attribute = re.sub(r"(\[[^]]*\]|_[0-9a-f]{8}(-[0-9a-f]+)+)*$", "", path.rpartition(".")[2])
-    if layout == "pp2" and path == "trainer.fit_loop.epoch_loop._results['training_step.accuracy']._forward_cache":
-        return True  # the metric is another stage's
-    return path.startswith("module.") and any(attribute == n and after.startswith(t) for n, t in PARTS[layout])
 
 
 # ---- tests
