@@ -63,13 +63,14 @@ class Attempt(L.Callback):
             return
         state, before = whole_state(trainer), self._seen(trainer)
         edit = None if self._edit is None else partial(self._edit, pl_module)
+        raised = ""
         try:
             with self._fault():
                 trainer.strategy.relayout(self._to, edit=edit, **self._options)
         except Exception as error:
-            self.error = f"{type(error).__name__}: {error}"
+            raised = f"{type(error).__name__}: {error}"
         after, seen = whole_state(trainer), self._seen(trainer)
-        self.differences = sorted(state.keys() ^ after.keys())
+        self.error, self.differences = raised, sorted(state.keys() ^ after.keys())
         self.differences += [k for k in state.keys() & after.keys() if not torch.equal(state[k], after[k])]
         texts, now = before.texts(before), seen.texts(seen)
         self.differences += [
