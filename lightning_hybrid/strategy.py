@@ -23,7 +23,7 @@ from lightning_hybrid.batches import split_sequences
 from lightning_hybrid.checkpoint import state
 from lightning_hybrid.checkpoint.checkpoints import Checkpoints
 from lightning_hybrid.checkpoint.options import CheckpointOptions
-from lightning_hybrid.compat.averaging import local_copies, use_local_averages
+from lightning_hybrid.compat.averaging import keep_loading_whole_weights, local_copies, use_local_averages
 from lightning_hybrid.compat.callbacks import patched_callbacks
 from lightning_hybrid.dataloader.replica import ReplicaData
 from lightning_hybrid.dataloader.sharding import BatchWeights
@@ -296,6 +296,7 @@ class HybridStrategy(ParallelStrategy):
         self._engine, self._mesh = engine, engine.mesh
         self._layout, self._request = engine.request.layout, engine.request
         self._world.limit_waiting()  # of the groups that the engine has made
+        keep_loading_whole_weights(engine)
         engine.patches.enter_context(local_copies(engine))
         engine.patches.enter_context(patched_callbacks(engine))
         self.data.follow_layout(engine.mesh)

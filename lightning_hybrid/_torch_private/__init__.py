@@ -45,6 +45,7 @@ from lightning_hybrid._torch_private.fsdp import (
     finish_sharded_backward,
     forget_fully_shard,
     forget_sharded_step,
+    forget_sharding_marks,
 )
 from lightning_hybrid._torch_private.modules import (
     BatchNorm,
@@ -88,6 +89,7 @@ __all__ = [
     "foreach_copy",
     "forget_fully_shard",
     "forget_sharded_step",
+    "forget_sharding_marks",
     "gradient_hooks_of",
     "gradients_taken_by",
     "group_named",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -33,6 +34,23 @@ def forget_fully_shard(module: FSDPModule) -> None:
     for key in (STATE_KEY, REGISTRY_KEY):
         plain.__dict__.pop(key, None)
     _module_state_mapping.pop(plain, None)
+
+
+def forget_sharding_marks(root: nn.Module) -> None:
+    """Removes the marks of `fully_shard` from all modules, and the state-dict hooks that its first step has added."""
+    for module in root.modules():
+        for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+            module.__dict__.pop(mark, None)
+        for table in (
+            module._state_dict_pre_hooks,
+            module._state_dict_hooks,
+            module._load_state_dict_pre_hooks,
+            module._load_state_dict_post_hooks,
+        ):
+            for key, hook in list(table.items()):
+                function: Any = getattr(hook, "hook", hook)
+                if str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp"):
+                    del table[key]
 
 
 def forget_sharded_step(module: FSDPModule) -> None:

@@ -23,6 +23,7 @@ from lightning_hybrid._lightning_private import (
 )
 from lightning_hybrid.checkpoint.state import load_state_dict, read
 from lightning_hybrid.collectives import to_local
+from lightning_hybrid.engine.build import ENGINE
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.placement import index_of
@@ -51,8 +52,28 @@ def local_copies(engine: Engine) -> AbstractContextManager:
     return patched(
         engine.root,
         __deepcopy__=lambda memo: LocalWeights(engine.root, engine.partition),
-        load_state_dict=lambda state, strict=True, assign=False: load_state_dict(engine, state, strict),
+        load_state_dict=_LoadsWholeWeights(engine),
     )
+
+
+def keep_loading_whole_weights(engine: Engine) -> None:
+    """Lets the module take whole weights after the run, too, where ranks hold parts; the user's own method stays."""
+    present = engine.root.__dict__.get("load_state_dict")
+    if engine.divides_weights and (present is None or isinstance(present, _LoadsWholeWeights)):
+        engine.root.__dict__["load_state_dict"] = _LoadsWholeWeights(engine)
+
+
+class _LoadsWholeWeights:
+    """The `load_state_dict` of a partitioned module: each rank takes its part of whole weights."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads whole weights."""
+        if self._engine.root.__dict__.get(ENGINE) is not self._engine:  # it has been put together again
+            return nn.Module.load_state_dict(self._engine.root, state_dict, strict, assign)
+        return load_state_dict(self._engine, state_dict, strict)
 
 
 def local_averages(trainer: pl.Trainer) -> list[LocalWeights]:

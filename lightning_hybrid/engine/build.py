@@ -34,7 +34,8 @@ def recorded_configure_model(root: pl.LightningModule | None) -> Iterator[None]:
         return
     with recorded_init() as deferred_init:
         yield
-    root.__dict__[DEFERRED_INIT] = deferred_init
+    if not deferred_init.is_empty or DEFERRED_INIT not in root.__dict__:  # else it was built before a refused layout
+        root.__dict__[DEFERRED_INIT] = deferred_init
 
 
 def build_engine(run: Run, request: Request, mesh: Mesh) -> Engine:
@@ -47,6 +48,7 @@ def build_engine(run: Run, request: Request, mesh: Mesh) -> Engine:
     earlier: Engine | None = root.__dict__.pop(ENGINE, None)
     if earlier is not None:
         earlier.stop()
+        root.__dict__.pop("__deepcopy__", None)
         earlier.partition.remove()
     deferred_init = root.__dict__.get(DEFERRED_INIT)
     if earlier is None:
@@ -65,6 +67,8 @@ def build_engine(run: Run, request: Request, mesh: Mesh) -> Engine:
 def belong_to(engine: Engine) -> None:
     """Notes on the module which engine has partitioned it: it stays partitioned when the run ends."""
     engine.root.__dict__[ENGINE] = engine
+    if engine.divides_weights:
+        engine.root.__dict__["__deepcopy__"] = engine.__deepcopy__
 
 
 @contextmanager

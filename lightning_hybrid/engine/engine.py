@@ -129,31 +129,32 @@ class Engine:
         """Takes all patches off; the module stays partitioned."""
         self.patches.close()
 
+    @property
+    def divides_weights(self) -> bool:
+        """True if ranks hold parts of the weights only."""
+        return self.plan.layout.devices != self.plan.layout.dp
+
     def __deepcopy__(self, memo: dict) -> None:
         """Leaves a copy of the module without an engine.
 
         Raises:
-            PartitionError: If ranks hold parts of its weights only.
+            PartitionError: If ranks hold parts of the weights only.
         """
-        self._refuse_parts("copy.deepcopy")
+        if self.divides_weights:
+            raise PartitionError(
+                f"A copy of a module under `layout='{self.plan.layout}'` has the weights that one rank holds and can't "
+                "be run. Copy the module before the Trainer gets it, or load `strategy.full_state_dict()` into a new "
+                "one."
+            )
 
     def __reduce__(self) -> tuple[type, tuple]:
         """Leaves a pickled module without an engine.
 
         Raises:
-            PartitionError: If ranks hold parts of its weights only.
+            PartitionError: If ranks hold parts of the weights only.
         """
-        self._refuse_parts("pickle")
+        self.__deepcopy__({})
         return type(None), ()
-
-    def _refuse_parts(self, function: str) -> None:
-        layout = self.plan.layout
-        if layout.devices != layout.dp:
-            raise PartitionError(
-                f"`{function}` cannot take a {type(self.root).__name__} under `layout='{layout}'`: each rank holds "
-                "parts of its weights only. Copy the module before the Trainer gets it, or load "
-                "`strategy.full_state_dict()` into a new one."
-            )
 
     # ---- experts
 

@@ -73,6 +73,11 @@ class RecordedInit(GhostObserver):
         self._by_group: dict[int, list[_Entry]] = defaultdict(list)
         self._grouped = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """True if no tensor was made."""
+        return self._ghosts == 0
+
     # ---- recording
 
     def empty(self, *args: Any, **kwargs: Any) -> Ghost:

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -78,7 +78,8 @@ class FailureMonitor:
         self._raised: BaseException | None = None
         self._raising = self._in_failed = False
         self._decision = _Decision()
-        self._guarded = False
+        self._hook: Callable[..., None] | None = None
+        self._previous_hook: Callable[..., Any] = sys.excepthook
 
     # ---- the main thread's side
 
@@ -119,10 +120,7 @@ class FailureMonitor:
         self._lookout, self._raised = None, None
         self._raising = self._in_failed = False
         self._doing = ("start", None, None, False)
-        if not self._guarded:
-            self._guarded = True
-            atexit.register(self._at_exit)
-            self._hook_exceptions()
+        self._hook_process()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -147,6 +145,8 @@ class FailureMonitor:
             What to raise in its place; None: the exception itself.
         """
         self._raised, self._raising = error, True
+        atexit.unregister(self._at_exit)
+        atexit.register(self._at_exit)
         lookout, decision = self._lookout, self._decision
         if lookout is None or self._thread is None or isinstance(error, RankFailed):
             return None
@@ -212,6 +212,8 @@ class FailureMonitor:
             thread.join(_INTERRUPTED_SECONDS if self._raising else self._timeout.total_seconds())
         self._thread = self._raised = None
         if lookout is None or self._raising or self._decision.cause is None:
+            if not self._raising and not self.failing:
+                self._unhook_process()
             return None
         self._raising = self._in_failed = True
         return self._answer(lookout, None)
@@ -226,9 +228,18 @@ class FailureMonitor:
 
     # ---- the end of the process
 
-    def _hook_exceptions(self) -> None:
-        """Exceptions that reach the top come here: from `on_exception` and teardown they pass no other seam."""
+    def _unhook_process(self) -> None:
+        """Restores `sys.excepthook`; after an error it stays, since the error has not reached the top yet."""
+        if sys.excepthook is self._hook:
+            sys.excepthook = self._previous_hook
+        self._hook = None
+
+    def _hook_process(self) -> None:
+        """Sees exceptions that reach the top: those from `on_exception` and teardown pass no other place."""
+        self._unhook_process()
         previous = sys.excepthook
+        while (monitor := getattr(previous, "monitor", None)) is not None:  # of a run that has failed
+            previous = monitor._previous_hook
 
         def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
             shown: BaseException | None = error
@@ -243,6 +254,8 @@ class FailureMonitor:
             elif shown is not None:
                 previous(type(shown), shown, None)
 
+        hook.monitor = self  # type: ignore[attr-defined]
+        self._hook, self._previous_hook = hook, previous
         sys.excepthook = hook
 
     def _reports(self, cause: Cause) -> bool:

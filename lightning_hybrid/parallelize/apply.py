@@ -14,7 +14,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_hybrid._torch_private import BatchNorm, forget_fully_shard, hook_tables
+from lightning_hybrid._torch_private import (
+    BatchNorm,
+    forget_fully_shard,
+    forget_sharded_step,
+    forget_sharding_marks,
+    hook_tables,
+)
 from lightning_hybrid.experts.parallel import ExpertParallel
 from lightning_hybrid.ghosts.deferred_init import DeferredInit
 from lightning_hybrid.ghosts.ghost import Ghost
@@ -226,6 +232,8 @@ class Partition:
 
     def suspend(self) -> None:
         """Lets the user call the module outside of a run, as far as a rank alone can; weights stay divided."""
+        if isinstance(self.step_module, FSDPModule):
+            forget_sharded_step(self.step_module)  # a step that has failed leaves weights gathered
         self.reshard()
         self._batch_norms.restore()
         self.interceptor.suspend()
@@ -253,6 +261,8 @@ class Partition:
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 forget_fully_shard(module)
+        if self.plan.layout.fsdp > 1:
+            forget_sharding_marks(self.root)
         for module, ours in self._hooks.items():
             for table, ids in zip(hook_tables(module), ours, strict=True):
                 for key in ids:

@@ -118,6 +118,7 @@ class ReplicaReducer:
         """Removes the hooks, before another reducer is used."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
 
     def _on_gradient(self, parameter: Tensor) -> None:
         if not self.enabled:

@@ -194,7 +194,7 @@ def used_again(layout: str) -> tuple[list[str], int, bool]:
 @pytest.mark.parametrize("layout", ["dp2", "pp2"])
 def test_callbacks_can_be_given_to_another_trainer(ranks2: RankGroup, layout: str) -> None:
     for found in ranks2.call(used_again, layout):
-        assert found == ([], 2, True)
+        assert found == ([], 1, True)  # as with a new callback: the optimizer has the stem already
 
 
 def failed_callback(layout: str) -> list[int]:
@@ -228,7 +228,7 @@ def failed_schedule() -> tuple[int, Any, int]:
     with patch.object(monitor, "_LAST_WORD_SECONDS", 0.05), contextlib.suppress(KeyError, RankFailed):
         trainer.fit(Classifier(), loader(replicas))
     strategy: Any = trainer.strategy
-    return len(strategy.batch_size_controllers), strategy.sequence_length, trainer.accumulate_grad_batches
+    return len(strategy.listeners), strategy.sequence_length, trainer.accumulate_grad_batches
 
 
 def test_a_failed_run_releases_the_strategy(ranks2: RankGroup) -> None:
@@ -272,7 +272,7 @@ def whole_again(layout: str) -> list[str]:
     module = WithNorm()
     before = _facts(module)
     trained(layout, module)
-    partition: Any = module.__dict__.pop("_hybrid_partition")
+    partition: Any = module.__dict__.pop("_hybrid_engine").partition
     partition.remove()
     for name in ("__deepcopy__", "load_state_dict"):
         module.__dict__.pop(name, None)

@@ -74,7 +74,9 @@ class Attempt(L.Callback):
         self.differences += [k for k in state.keys() & after.keys() if not torch.equal(state[k], after[k])]
         texts, now = before.texts(before), seen.texts(seen)
         self.differences += [
-            f"{p}: {texts.get(p)} -> {now.get(p)}" for p in {**texts, **now} if texts.get(p) != now.get(p)
+            f"{p}: {texts.get(p)} -> {now.get(p)}"
+            for p in {**texts, **now}
+            if texts.get(p) != now.get(p) and "state_dict_" not in p  # hooks that `fully_shard` adds in the next step
         ]
 
     def _seen(self, trainer: Any) -> Snapshot:
@@ -133,15 +135,15 @@ EDITS: dict[str, Callable[[Any], None]] = {
 @contextlib.contextmanager
 def fails_in_round(number: int) -> Iterator[None]:
     """Rank 1 has no memory for what it is to receive in that round of the exchange."""
-    run, rounds = exchange._exchange_round, []
+    run, rounds = exchange._prepare_round, []
 
-    def round_or_error(rank: int, *args: Any, **kwargs: Any) -> None:
+    def round_or_error(rank: int, *args: Any, **kwargs: Any) -> Callable[[], None]:
         rounds.append(rank)
         if rank == 1 and len(rounds) == number:
             raise MemoryError("no room in exchange")
-        run(rank, *args, **kwargs)
+        return run(rank, *args, **kwargs)
 
-    with patch.object(exchange, "_exchange_round", round_or_error), patch.object(exchange, "ROUND_BYTES", 2048):
+    with patch.object(exchange, "_prepare_round", round_or_error), patch.object(exchange, "ROUND_BYTES", 2048):
         yield
     assert len(rounds) >= number
 
@@ -152,22 +154,22 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize(("layout", "to"), [("dp2", "pp2"), ("fsdp2", "pp2")])
-@pytest.mark.parametrize(
-    ("fault", "text"),
-    [
-        ("cuts", "`cuts`"),
-        ("edit", "no room in edit"),
-        ("edit on one rank", "no room in edit"),
-        ("first round", "no room in exchange"),
-        ("later round", "no room in exchange"),
-        ("other groups", "it is not known where they belong"),
-        ("configure_optimizers", "no room in configure_optimizers"),
-    ],
-)
-def test_the_old_layout_is_in_force(
-    ranks2: RankGroup, tmp_path: Path, layout: str, to: str, fault: str, text: str
-) -> None:
+TEXTS = {
+    "cuts": "`cuts`",
+    "edit": "no room in edit",
+    "edit on one rank": "no room in edit",
+    "first round": "no room in exchange",
+    "later round": "no room in exchange",
+    "other groups": "it is not known where they belong",
+    "configure_optimizers": "no room in configure_optimizers",
+}
+PAIRS = [(layout, fault) for layout in ("dp2", "fsdp2") for fault in TEXTS if (layout, fault) != ("dp2", "later round")]
+"""From dp2 every rank has all that it needs, in one round."""
+
+
+@pytest.mark.parametrize(("layout", "fault"), PAIRS)
+def test_the_old_layout_is_in_force(ranks2: RankGroup, tmp_path: Path, layout: str, fault: str) -> None:
+    to, text = "pp2", TEXTS[fault]
     expected = ranks2.call(train, layout, to, "", str(tmp_path / "plain"))
     found = ranks2.call(train, layout, to, fault, str(tmp_path / "failed"), timeout_seconds=20)
     for rank, (one, other) in enumerate(zip(found, expected, strict=True)):
