@@ -17,7 +17,7 @@ from lightning_hybrid._torch_private import default_group
 from lightning_hybrid.spec.layout import Layout
 
 AXES = ("pp", "dp", "fsdp", "ep", "tp")
-"""From the slowest network to the fastest: neighbours in `tp` are neighbours in rank."""
+"""From the slowest network to the fastest: neighbors in `tp` are neighbors in rank."""
 
 
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layout, str], Mesh]] = WeakKeyDictionary()
@@ -103,14 +103,14 @@ class Mesh:
         return self.holder_groups.get(ranks)
 
     @property
-    def neighbours(self) -> int:
+    def neighbors(self) -> int:
         """How many replicas of the `dp` axis are on one node: the largest such number that is the same everywhere."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         step = self.layout.devices // (self.layout.pp * self.layout.dp)  # ranks from one replica to the next
         return math.gcd(self.layout.dp, max(1, here // step))
 
     def nested_groups(self, inner: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-        """Of the ranks of `dp`: `inner` neighbours, and the ranks with the same place among theirs. Collective."""
+        """Of the ranks of `dp`: `inner` neighbors, and the ranks with the same place among theirs. Collective."""
         if self.layout.dp == 1:
             return default_group(), default_group()  # never used
         if inner not in self._nested:

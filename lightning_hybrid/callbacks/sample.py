@@ -31,7 +31,7 @@ class GenerateSample(Callback):
     Args:
         prompt: The text to continue.
         max_new_tokens: Bytes to add.
-        temperature: Divides the logits: below 1 favours likely bytes, 0 always chooses the likeliest.
+        temperature: Divides the logits: below 1 favors likely bytes, 0 always chooses the likeliest.
         seed: Seed of the sampling.
     """
 

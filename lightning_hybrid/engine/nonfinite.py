@@ -53,7 +53,7 @@ class NonFiniteCheck:
     """Checks an optimizer's gradients on all ranks before its step.
 
     The check is one norm of each of this rank's gradients and a few numbers in the all-reduce of the step. Gradients
-    are synchronised and not yet clipped. Only what is not finite is looked at closer. The norm for clipping goes along.
+    are synchronized and not yet clipped. Only what is not finite is looked at closer. The norm for clipping goes along.
 
     Args:
         partition: The applied partition.
@@ -175,7 +175,7 @@ def _not_finite(gradient: Tensor) -> str | None:
 
 
 def _described(findings: Iterable[_Finding], trainer: pl.Trainer) -> str:
-    """Ranks whose own loss is not finite come first: others may have got theirs by synchronisation."""
+    """Ranks whose own loss is not finite come first: others may have got theirs by synchronization."""
     ordered = sorted(findings, key=lambda f: (f.loss is None, f.rank))
     others = len(ordered) - 1
     more = f" Also on {others} other rank{'s' if others > 1 else ''}." if others else ""

@@ -126,7 +126,7 @@ class PeerMonitor:
                 self._ended(self.party.rank + local_rank, f"its process (pid {child.pid}) {exit_text(code)}", sure=True)
 
     def _look_at_remote(self) -> None:
-        """The neighbours in rank, if they are on other machines."""
+        """The neighbors in rank, if they are on other machines."""
         for rank in {(self.party.rank + 1) % self.world_size, (self.party.rank - 1) % self.world_size}:
             if self.party.processes[rank].is_local:
                 continue

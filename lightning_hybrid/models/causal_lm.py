@@ -150,7 +150,7 @@ class CausalLM(LightningModule):
         Args:
             prompt_BT: Tokens to start from, at least one each.
             max_new_tokens: Number of tokens to add.
-            temperature: Divides the logits: below 1 favours likely tokens, 0 always takes the likeliest.
+            temperature: Divides the logits: below 1 favors likely tokens, 0 always takes the likeliest.
             generator: Source of randomness; torch's default one if None.
 
         Returns:

@@ -163,7 +163,7 @@ class Partition:
         """Returns the reduction of whole gradients over replicas. Collective."""
         sync = self.plan.gradient_sync
         if sync.kind == "hierarchical":
-            return Hierarchical(*self.mesh.nested_groups(sync.inner or self.mesh.neighbours))
+            return Hierarchical(*self.mesh.nested_groups(sync.inner or self.mesh.neighbors))
         known = {"exact": Exact, "diloco": Exact, "bf16": InBfloat16, "bf16_fp32acc": InBfloat16AddedExactly}
         return known[sync.kind]()
 

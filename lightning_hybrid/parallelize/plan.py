@@ -263,13 +263,13 @@ def microbatches_for(root: pl.LightningModule, request: Request, batch: Any) -> 
     layout, asked = request.layout, request.microbatches
     if layout.pp == 1:
         return 1
-    normalised = has_batch_norm(root) and root.training
+    normalized = has_batch_norm(root) and root.training
     if asked == "auto":
-        return 1 if normalised else choose_microbatches(batch_size(batch), asked, layout.pp, request.schedule)
+        return 1 if normalized else choose_microbatches(batch_size(batch), asked, layout.pp, request.schedule)
     asked = int(asked)
     if asked == 1:
         return 1
-    if normalised:
+    if normalized:
         raise PartitionError(
             f"`microbatches={asked}` cannot give the result of one process for a model with BatchNorm, whose "
             "statistics are those of the whole batch. Use `microbatches=1` or 'auto', or GroupNorm in the model."

@@ -1,4 +1,4 @@
-"""BatchNorm over the global batch: replicas normalise with common statistics, as one process would."""
+"""BatchNorm over the global batch: replicas normalize with common statistics, as one process would."""
 
 from __future__ import annotations
 

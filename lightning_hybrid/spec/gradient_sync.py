@@ -26,7 +26,7 @@ class GradientSync:
     added up in float32. `hierarchical`: exactly, within a node first. `diloco`: not at all; replicas of `dp` step by
     themselves and agree on their weights now and then."""
     inner: int | None = None
-    """For `hierarchical`: replicas that are neighbours; None: those of a node."""
+    """For `hierarchical`: replicas that are neighbors; None: those of a node."""
     every_n_steps: int = 10
     """For `diloco`: H, steps between two agreements."""
     outer_learning_rate: float = 0.7
@@ -39,7 +39,7 @@ class GradientSync:
             raise ValueError(f"`gradient_sync` must be one of {', '.join(SYNC_KINDS)}. Got {self.kind!r}.")
         if self.inner is not None and (self.kind != "hierarchical" or self.inner < 1):
             raise ValueError(
-                f"`inner` is the number of neighbours of 'hierarchical', at least 1. Got {self.inner} with "
+                f"`inner` is the number of neighbors of 'hierarchical', at least 1. Got {self.inner} with "
                 f"'{self.kind}'."
             )
 

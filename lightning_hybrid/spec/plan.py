@@ -33,7 +33,7 @@ _HEADINGS = (
 )
 _HEADER = """\
 # A plan of lightning_hybrid. `HybridStrategy(layout="this file")` runs it as it stands here.
-# Pipeline stages list their units in the order of the step: move the first or last unit of a stage to its neighbour.
+# Pipeline stages list their units in the order of the step: move the first or last unit of a stage to its neighbor.
 """
 
 

@@ -1,4 +1,4 @@
-"""The same small Llama-style transformer under `HybridStrategy` and as one would parallelise it by hand.
+"""The same small Llama-style transformer under `HybridStrategy` and as one would parallelize it by hand.
 
 Dims in the suffixes of tensor names: B batch, T time, D model width, V vocabulary.
 """

@@ -13,7 +13,7 @@ import transformers as hf
 from tests.zoo.case import SEQUENCE, VOCABULARY, Case, class_id, token_ids
 
 LEARNING_RATE = 1.0
-"""Large, so that updates are well above the spacing of float32 numbers near 1, where normalisation weights are."""
+"""Large, so that updates are well above the spacing of float32 numbers near 1, where normalization weights are."""
 IMAGE_LEARNING_RATE = 0.1
 
 

@@ -106,7 +106,7 @@ def train(
     """A run, and what was moved in it."""
     quiet()
     L.seed_everything(7, verbose=False)
-    mixture = {"adamw": True, "favourite": True, **(module_options or {})}
+    mixture = {"adamw": True, "favorite": True, **(module_options or {})}
     module: Any = Mixture(**mixture) if experts else Sleeper(blocks, seconds, slow or {}, by_sample)
     chosen = RebalancingRules(**{"every_n_steps": 3, "rest_looks": 1, "horizon_steps": 10**6, **(rules or {})})
     rebalancing = LoadRebalancing(rules=chosen, **(options or {}))

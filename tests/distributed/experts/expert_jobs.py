@@ -73,7 +73,7 @@ class Mixture(L.LightningModule):
 
     Args:
         lazy: Build in `configure_model`.
-        favourite: Every token goes to the first experts, so that some ranks get none.
+        favorite: Every token goes to the first experts, so that some ranks get none.
         experts: The class of the experts.
         adamw: AdamW instead of SGD.
         blocks: Number of blocks.
@@ -88,7 +88,7 @@ class Mixture(L.LightningModule):
     def __init__(
         self,
         lazy: bool = False,
-        favourite: bool = False,
+        favorite: bool = False,
         experts: str = "UserExperts",
         adamw: bool = False,
         blocks: int = 4,
@@ -96,17 +96,17 @@ class Mixture(L.LightningModule):
         chosen: int = CHOSEN,
     ) -> None:
         super().__init__()
-        self.stem, self._options = None, (favourite, _EXPERTS[experts], blocks, chosen)
+        self.stem, self._options = None, (favorite, _EXPERTS[experts], blocks, chosen)
         self.adamw, self.automatic_optimization = adamw, not manual
         if not lazy:
             self._build()
 
     def _build(self) -> None:
-        favourite, experts, blocks, chosen = self._options
+        favorite, experts, blocks, chosen = self._options
         self.stem = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(MixtureBlock(experts, chosen) for _ in range(blocks))
         self.head = nn.Linear(WIDTH, 4)
-        for block in self.blocks if favourite else ():
+        for block in self.blocks if favorite else ():
             nn.init.constant_(block.router.bias[:chosen], 20.0)
 
     def configure_model(self):

@@ -10,7 +10,7 @@ import torch
 from tests.distributed.reshard import relayout_jobs as jobs
 from tests.harness import RankError, RankGroup
 
-MIXTURE: dict[str, Any] = {"kind": "Mixture", "steps": 6, "module_options": {"adamw": True, "favourite": True}}
+MIXTURE: dict[str, Any] = {"kind": "Mixture", "steps": 6, "module_options": {"adamw": True, "favorite": True}}
 HOSTS = ((0, 1, 2), (0, 1, 3))
 """All tokens go to the first two experts, which both ranks compute."""
 

@@ -42,7 +42,7 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"adamw": True}, {"gradient_clip_val": 0.05}),
         ({}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
         ({"lazy": True, "adamw": True}, {}),
-        ({"favourite": True}, {}),
+        ({"favorite": True}, {}),
     ],
     ids=["clip", "accumulate", "lazy", "ranks without tokens"],
 )

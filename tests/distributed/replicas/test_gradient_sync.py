@@ -136,5 +136,5 @@ def test_values_that_cannot_be() -> None:
         GradientSync.of("fp8")
     with pytest.raises(ValueError, match="`outer_momentum` must be at least 0 and below 1"):
         GradientSync(kind="diloco", outer_momentum=1.0)
-    with pytest.raises(ValueError, match="`inner` is the number of neighbours of 'hierarchical'"):
+    with pytest.raises(ValueError, match="`inner` is the number of neighbors of 'hierarchical'"):
         GradientSync(kind="bf16", inner=2)

@@ -153,7 +153,7 @@ def saved(folder: str, layouts: Mapping[int, str]) -> tuple[list[float], list[st
 def copied(layout: str, hosts: Sequence[Sequence[int]], **options: Any) -> dict[str, Any]:
     """A run in which the ranks compute these experts of every block, from the first step on; and the tokens of each."""
     named = {f"blocks.{i}.experts": hosts for i in range(4)}
-    module_options = {"experts": "Counting", "adamw": True, "favourite": True, **options.pop("module_options", {})}
+    module_options = {"experts": "Counting", "adamw": True, "favorite": True, **options.pop("module_options", {})}
     counter = Came()
     found = train(
         layout,

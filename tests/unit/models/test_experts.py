@@ -119,7 +119,7 @@ def test_balance_loss_is_that_of_the_equations() -> None:
 
 
 def test_bias_balances_the_load_within_300_steps() -> None:
-    """The toy: what all tokens have in common favours some of 16 experts, three times their share for the busiest."""
+    """The toy: what all tokens have in common favors some of 16 experts, three times their share for the busiest."""
     torch.manual_seed(0)
     router, common = Router(WIDTH, config(experts=16)), 0.85 * torch.randn(WIDTH)
     violations = []
