@@ -219,12 +219,9 @@ class FailureMonitor:
         return self._answer(lookout, None)
 
     def _wait_for_reporter(self, lookout: PeerMonitor, cause: Cause) -> None:
-        reporter = None if cause.reporter is None else lookout.party.processes[cause.reporter]
         deadline = time.monotonic() + _LAST_WORD_SECONDS
-        while time.monotonic() < deadline:
-            if reporter is not None and reporter.is_local and reporter.state() == "gone":
-                return
-            time.sleep(0.05)
+        while time.monotonic() < deadline and not lookout.has_reported(cause.reporter):
+            time.sleep(_LEAVING_POLL_SECONDS)
 
     # ---- the end of the process
 
@@ -261,7 +258,15 @@ class FailureMonitor:
     def _reports(self, cause: Cause) -> bool:
         return self._lookout is None or cause.reporter == self._lookout.party.rank or bool(self._decision.speech)
 
+    def _note_reported(self) -> None:
+        """Lets the other ranks leave, once this one has shown the cause and its loggers are closed."""
+        lookout, cause = self._lookout, self._decision.cause
+        if lookout is not None and cause is not None and self._reports(cause) and not lookout.is_alone:
+            with contextlib.suppress(RuntimeError, OSError):
+                lookout.board.note_reported()
+
     def _at_exit(self) -> None:
+        self._note_reported()
         if self.failing:
             # process groups with open requests may wait for each other for ever in their destructors
             faulthandler.dump_traceback_later(_FINALIZE_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -274,6 +279,7 @@ class FailureMonitor:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+        self._note_reported()
         os._exit(1)
 
     def _end_stopped(self, lookout: PeerMonitor) -> None:
@@ -369,8 +375,8 @@ class FailureMonitor:
         elif seconds > _RETURN_SECONDS:
             if cause.reporter is None and self._claims(lookout):
                 _say(cause.text)
-            elif cause.reporter is None and seconds < _RETURN_SECONDS + _LAST_WORD_SECONDS:
-                return  # another one may be about to speak
+            elif seconds < _RETURN_SECONDS + _LAST_WORD_SECONDS and not lookout.has_reported(cause.reporter):
+                return  # a launcher ends all ranks when the first one exits
             self._end_process()
 
     def _is_known(self, lookout: PeerMonitor) -> bool:

@@ -104,6 +104,24 @@ class PeerMonitor:
         """Whether no rank before this one lives; ranks of other machines count as living."""
         return all(p.is_local and p.state() != "running" for p in self.party.processes[: self.party.rank])
 
+    def has_reported(self, reporter: int | None) -> bool:
+        """Returns whether the cause of a failure has been shown, or cannot be any more.
+
+        Args:
+            reporter: The rank that shows it, if it is known.
+        """
+        states = self.states()
+        if reporter in states and states[reporter] == "gone":
+            return True
+        if self.is_alone:
+            return False
+        if self.party.rank0_has_store and states.get(0) == "gone":
+            return True  # it has left after the report
+        try:
+            return self.board.is_reported()
+        except (RuntimeError, OSError):
+            return True
+
     def leave(self) -> bool:
         """Says that this rank's run is over; whether that of all others is, too."""
         try:

@@ -71,6 +71,14 @@ class FailureStore:
         """Whether this rank is the first to ask, and so the one to show the cause."""
         return self._store.add("speaker", 1) == 1
 
+    def note_reported(self) -> None:
+        """Tells all ranks that the cause has been shown."""
+        self._store.set("reported", "")
+
+    def is_reported(self) -> bool:
+        """Returns whether the cause has been shown."""
+        return self._store.check(["reported"])
+
     def note_seen(self) -> None:
         """This rank knows the cause."""
         self._store.add("seen", 1)

@@ -85,3 +85,21 @@ def test_one_cause_and_one_speaker_for_all() -> None:
     assert boards[1].decide(lambda: causes[1]) == causes[1]
     assert boards[0].decide(lambda: causes[0]) == causes[1]
     assert [board.claim_report() for board in boards] == [True, False]
+
+
+def test_quiet_ranks_leave_when_the_cause_has_been_reported() -> None:
+    store = HashStore()
+    lookout = _lookout(store, this_process(), _dead())
+    assert not lookout.has_reported(1)
+    assert not lookout.has_reported(None)
+    assert lookout.has_reported(2)  # its process is gone
+    FailureStore(store, 1).note_reported()
+    assert lookout.has_reported(1)
+    assert lookout.has_reported(None)
+
+
+def test_a_rank_without_a_store_waits_for_a_report_to_the_end() -> None:
+    lookout = _lookout(HashStore(), this_process())
+    lookout.is_alone = True
+    FailureStore(lookout.party.store, 1).note_reported()
+    assert not lookout.has_reported(None)
