@@ -1,4 +1,4 @@
-"""Lightning's launcher, with the end of a failed run in the hands of the watch."""
+"""Lightning's launcher, the failure monitor decides how a failed run ends."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class HybridLauncher(_SubprocessScriptLauncher):
             raise
         except BaseException as error:
             replacement = self._watch.failed(error)
-            if not self._watch.met:
+            if not self._watch.connected:
                 atexit.register(self._reap)  # ranks that have met end themselves, and may run callbacks before
             if replacement is None:
                 raise

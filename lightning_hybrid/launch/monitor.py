@@ -1,9 +1,9 @@
-"""A thread beside each rank's main thread: it notices failures of any rank, finds the cause and ends what hangs.
+"""A thread beside each rank's main thread: it detects failures of any rank, decides on the cause and ends what hangs.
 
-The main thread notes what it is doing; the thread tells the others about once a second that the rank lives, and looks
-whether they do. After a failure each rank learns the one cause. The rank that has caused it raises its own exception;
-where it cannot, the first that can names it. All others leave quietly, by themselves if their main thread comes back
-from the collective in which it waits, else by the end of the process.
+The main thread notes its operation; the thread sends a heartbeat about twice a second and checks those of others. After
+a failure all ranks learn the one cause. Its reporter is the rank that has caused it, which raises its own exception, or
+if that rank cannot, the first that can. All others exit quietly once the reporter has set the key `reported`: the main
+thread raises `RankFailed` if it returns from its collective, otherwise the process is ended.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from lightning_hybrid.spec.errors import RankError
 
 _RETURN_SECONDS = 3.0
 """How long a quiet rank's main thread may take to come back from a collective; closed connections wake it at once."""
-_SPEECH_SECONDS = 10.0
-"""How long the rank with the cause may take for callbacks and loggers; all ranks are to end within 15 s."""
+_REPORT_SECONDS = 10.0
+"""How long the reporter may take for callbacks and loggers; all ranks are to end within 15 s."""
 _PATIENCE_SECONDS = 12.0
 """How long a failing main thread waits for the decision; one with a dead store takes its own."""
-_LAST_WORD_SECONDS = 3.0
-"""How long a quiet rank stays for another to speak: launchers end all ranks as soon as the first one goes."""
+_AWAIT_REPORT_SECONDS = 3.0
+"""How long a quiet rank delays its exit for a report at most: a launcher kills all ranks when the first one exits."""
 _FINALIZE_SECONDS = 5.0
 _INTERRUPTED_SECONDS = 10.0
 """How long a rank that stops on SIGTERM stays for the others to end."""
@@ -58,12 +58,12 @@ class _Decision:
     decided: threading.Event = field(default_factory=threading.Event)
     known_to_all: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    speech: bool | None = None
-    """Whether this rank shows a cause that has no speaker of its own; None: not asked."""
+    is_reporter: bool | None = None
+    """Whether this rank reports a failure whose own rank cannot; None until decided."""
 
 
 class FailureMonitor:
-    """Watches over the runs of one strategy, one after another.
+    """Monitors the runs of one strategy, one after another.
 
     Args:
         timeout: How long collectives wait, for the text of errors.
@@ -71,8 +71,8 @@ class FailureMonitor:
 
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
-        self._doing: tuple[str, int | None, int | None, bool] = ("start", None, None, False)
-        self._lookout: PeerMonitor | None = None
+        self._operation: tuple[str, int | None, int | None, bool] = ("start", None, None, False)
+        self._peers: PeerMonitor | None = None
         self._thread: threading.Thread | None = None
         self._finished = threading.Event()
         self._raised: BaseException | None = None
@@ -85,22 +85,22 @@ class FailureMonitor:
 
     @contextmanager
     def during(self, operation: str, batch: int | None = None, step: int | None = None) -> Iterator[None]:
-        """Notes what the main thread is doing; after an exception it still is."""
-        self._doing = (operation, batch, step, False)
+        """Notes the operation of the main thread; it stays noted after an exception."""
+        self._operation = (operation, batch, step, False)
         yield
-        self._doing = (operation, batch, step, True)
+        self._operation = (operation, batch, step, True)
 
     @property
-    def doing(self) -> str:
-        """What the main thread is doing, in words."""
-        operation, batch, step, over = self._doing
+    def operation(self) -> str:
+        """The operation of the main thread, in words."""
+        operation, batch, step, over = self._operation
         at = "" if batch is None else f" of batch {batch}" + ("" if step is None else f" (global step {step})")
         return f"{'after ' if over else ''}{operation}{at}"
 
     @property
-    def met(self) -> bool:
+    def connected(self) -> bool:
         """Whether all ranks have come."""
-        return self._lookout is not None
+        return self._peers is not None
 
     @property
     def failing(self) -> bool:
@@ -108,7 +108,7 @@ class FailureMonitor:
         return self._raising and self._decision.cause is not None
 
     def begin(self, children: Sequence[Popen], main_pid: int | None) -> None:
-        """Starts to watch.
+        """Starts the thread.
 
         Args:
             children: Ranks that this process has started, local rank 1 first.
@@ -117,16 +117,16 @@ class FailureMonitor:
         self._children, self._main_pid = children, main_pid
         self._decision = _Decision()
         self._wake, self._finished = threading.Event(), threading.Event()
-        self._lookout, self._raised = None, None
+        self._peers, self._raised = None, None
         self._raising = self._in_failed = False
-        self._doing = ("start", None, None, False)
+        self._operation = ("start", None, None, False)
         self._hook_process()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="failure monitor", daemon=True)
         self._thread.start()
 
-    def connect(self, party: RankGroup) -> None:
-        """From now on this rank tells the others, and looks at them."""
-        self._lookout = PeerMonitor(party, self._children, lambda: self.doing)
+    def connect(self, group: RankGroup) -> None:
+        """Starts to exchange heartbeats and failures with the other ranks."""
+        self._peers = PeerMonitor(group, self._children, lambda: self.operation)
 
     def check_children(self) -> None:
         """Raises if a rank that this process has started has ended before all ranks have met."""
@@ -139,7 +139,7 @@ class FailureMonitor:
                 )
 
     def failed(self, error: BaseException) -> BaseException | None:
-        """Tells the others of an exception, and finds out whose it is to be shown.
+        """Posts an exception to the other ranks, and waits for the decision on the cause.
 
         Returns:
             What to raise in its place; None: the exception itself.
@@ -147,35 +147,35 @@ class FailureMonitor:
         self._raised, self._raising = error, True
         atexit.unregister(self._at_exit)
         atexit.register(self._at_exit)
-        lookout, decision = self._lookout, self._decision
-        if lookout is None or self._thread is None or isinstance(error, RankFailed):
+        peers, decision = self._peers, self._decision
+        if peers is None or self._thread is None or isinstance(error, RankFailed):
             return None
         self._in_failed = True
-        lookout.outbox.append(failure_of(error, lookout.party.rank, self.doing))
+        peers.outbox.append(failure_of(error, peers.group.rank, self.operation))
         self._wake.set()
         if not decision.decided.wait(_PATIENCE_SECONDS):  # the store does not answer
-            lookout.is_alone = True
-            self._accept(lookout, self._choose(lookout, {}))
-        return self._answer(lookout, error)
+            peers.is_alone = True
+            self._accept(peers, self._choose(peers, {}))
+        return self._answer(peers, error)
 
-    def _answer(self, lookout: PeerMonitor, error: BaseException | None) -> BaseException | None:
-        """What this rank raises, which has raised `error` or nothing, when the cause is decided."""
-        cause, rank = self._decision.cause, lookout.party.rank
+    def _answer(self, peers: PeerMonitor, error: BaseException | None) -> BaseException | None:
+        """Returns what this rank raises in place of `error` when the cause is decided; None: `error` itself."""
+        cause, rank = self._decision.cause, peers.group.rank
         if cause is None:
             return None
-        if rank == 0 and lookout.party.rank0_has_store:
-            self._decision.known_to_all.wait(_LAST_WORD_SECONDS)  # the store ends with this process
+        if rank == 0 and peers.group.rank0_has_store:
+            self._decision.known_to_all.wait(_AWAIT_REPORT_SECONDS)  # the store ends with this process
         if cause.reporter is None:
-            self._claims(lookout)
+            self._claims(peers)
         if self._reports(cause):
-            self._end_stopped(lookout)
+            self._end_stopped(peers)
         if isinstance(error, KeyboardInterrupt | SystemExit):
-            if cause.rank == rank and len({f.rank for f in lookout.failures}) < lookout.world_size:
-                _say(cause.text)  # these show nothing by themselves
+            if cause.rank == rank and len({f.rank for f in peers.failures}) < peers.world_size:
+                _print_error(cause.text)  # these show nothing by themselves
             return None
         if self._reports(cause):
             return None if cause.reporter == rank else RankError(cause.text)
-        self._wait_for_reporter(lookout, cause)
+        self._wait_for_reporter(peers, cause)
         return RankFailed(cause.text)
 
     def note_unsaved(self, path: object) -> None:
@@ -198,12 +198,12 @@ class FailureMonitor:
             self.finish()
 
     def finish(self) -> BaseException | None:
-        """Ends watching, when all ranks have ended their run: one may still fail in its last hooks.
+        """Stops the thread when all ranks have ended their run: one may still fail in its last hooks.
 
         Returns:
             What to raise if one has.
         """
-        thread, lookout = self._thread, self._lookout
+        thread, peers = self._thread, self._peers
         if thread is None:
             return None
         self._finished.set()
@@ -211,16 +211,16 @@ class FailureMonitor:
         if not self.failing:
             thread.join(_INTERRUPTED_SECONDS if self._raising else self._timeout.total_seconds())
         self._thread = self._raised = None
-        if lookout is None or self._raising or self._decision.cause is None:
+        if peers is None or self._raising or self._decision.cause is None:
             if not self._raising and not self.failing:
                 self._unhook_process()
             return None
         self._raising = self._in_failed = True
-        return self._answer(lookout, None)
+        return self._answer(peers, None)
 
-    def _wait_for_reporter(self, lookout: PeerMonitor, cause: Cause) -> None:
-        deadline = time.monotonic() + _LAST_WORD_SECONDS
-        while time.monotonic() < deadline and not lookout.has_reported(cause.reporter):
+    def _wait_for_reporter(self, peers: PeerMonitor, cause: Cause) -> None:
+        deadline = time.monotonic() + _AWAIT_REPORT_SECONDS
+        while time.monotonic() < deadline and not peers.has_reported(cause.reporter):
             time.sleep(_LEAVING_POLL_SECONDS)
 
     # ---- the end of the process
@@ -256,14 +256,14 @@ class FailureMonitor:
         sys.excepthook = hook
 
     def _reports(self, cause: Cause) -> bool:
-        return self._lookout is None or cause.reporter == self._lookout.party.rank or bool(self._decision.speech)
+        return self._peers is None or cause.reporter == self._peers.group.rank or bool(self._decision.is_reporter)
 
     def _note_reported(self) -> None:
         """Lets the other ranks leave, once this one has shown the cause and its loggers are closed."""
-        lookout, cause = self._lookout, self._decision.cause
-        if lookout is not None and cause is not None and self._reports(cause) and not lookout.is_alone:
+        peers, cause = self._peers, self._decision.cause
+        if peers is not None and cause is not None and self._reports(cause) and not peers.is_alone:
             with contextlib.suppress(RuntimeError, OSError):
-                lookout.board.note_reported()
+                peers.store.note_reported()
 
     def _at_exit(self) -> None:
         self._note_reported()
@@ -274,17 +274,17 @@ class FailureMonitor:
     def _end_process(self) -> NoReturn:
         for child in multiprocessing.active_children():  # workers of data loaders, which may hang too
             child.kill()
-        if self._lookout is not None:
-            self._end_stopped(self._lookout)
+        if self._peers is not None:
+            self._end_stopped(self._peers)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         self._note_reported()
         os._exit(1)
 
-    def _end_stopped(self, lookout: PeerMonitor) -> None:
+    def _end_stopped(self, peers: PeerMonitor) -> None:
         """A stopped process cannot end itself."""
-        for process in lookout.party.processes:
+        for process in peers.group.processes:
             if process.is_local and process.pid != os.getpid() and process.state() == "stopped":
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
@@ -295,118 +295,118 @@ class FailureMonitor:
         while True:
             self._wake.wait(_LEAVING_POLL_SECONDS if self._finished.is_set() else POLL_SECONDS)
             self._wake.clear()
-            lookout = self._lookout
-            if self._finished.is_set() and (lookout is None or self.failing or lookout.leave()):
+            peers = self._peers
+            if self._finished.is_set() and (peers is None or self.failing or peers.leave()):
                 return
-            if lookout is None:
+            if peers is None:
                 self._before_meeting()
                 continue
-            if lookout.outbox:
+            if peers.outbox:
                 time.sleep(_DEATH_SECONDS)
-            lookout.look()
+            peers.poll()
             if self._decision.cause is None:
-                self._try_to_decide(lookout)
+                self._try_to_decide(peers)
             if self._decision.cause is not None:
-                if self._is_known(lookout) and self._finished.is_set():
+                if self._is_known(peers) and self._finished.is_set():
                     return  # the main thread is waiting for this
                 if not self._finished.is_set():
-                    self._enforce(lookout, self._decision.cause)
+                    self._enforce(peers, self._decision.cause)
 
     def _before_meeting(self) -> None:
         if self._main_pid is not None and process_state(self._main_pid) == "gone":
             if os.environ.get("LOCAL_RANK") == "1":
-                _say("The run cannot start: the process that had started the ranks ended without a word.")
+                _print_error("The run cannot start: the process that had started the ranks ended without a word.")
             self._end_process()
 
     # ---- decisions
 
-    def _try_to_decide(self, lookout: PeerMonitor) -> None:
-        if lookout.is_alone and not lookout.failures:
-            self._accept(lookout, Cause(kind="ended", rank=None, text=_NO_LAUNCHER, reporter=None))
-        if not lookout.failures:
+    def _try_to_decide(self, peers: PeerMonitor) -> None:
+        if peers.is_alone and not peers.failures:
+            self._accept(peers, Cause(kind="ended", rank=None, text=_NO_LAUNCHER, reporter=None))
+        if not peers.failures:
             return
-        ripe = is_ripe(lookout.failures, lookout.world_size, time.monotonic() - lookout.first_seen)
-        if ripe and lookout.party.rank0_has_store and lookout.states().get(0) in ("stopped", "gone"):
-            lookout.is_alone = True
-        if lookout.is_alone:
+        ripe = is_ripe(peers.failures, peers.world_size, time.monotonic() - peers.first_seen)
+        if ripe and peers.group.rank0_has_store and peers.states().get(0) in ("stopped", "gone"):
+            peers.is_alone = True
+        if peers.is_alone:
             if ripe:
-                self._accept(lookout, self._choose(lookout, {}))
+                self._accept(peers, self._choose(peers, {}))
             return
-        board = lookout.board
+        store = peers.store
         try:
-            cause = board.decided()
+            cause = store.decided()
             if cause is None and ripe:
-                cause = board.decide(lambda: self._choose(lookout, board.answers(lookout.world_size)))
+                cause = store.decide(lambda: self._choose(peers, store.answers(peers.world_size)))
             if cause is None:
                 return
-            board.note_seen()
-            self._accept(lookout, cause)
+            store.note_seen()
+            self._accept(peers, cause)
         except (RuntimeError, OSError):
-            lookout.lose_store()
+            peers.lose_store()
 
-    def _choose(self, lookout: PeerMonitor, answers: dict[int, Answer]) -> Cause:
+    def _choose(self, peers: PeerMonitor, answers: dict[int, Answer]) -> Cause:
         return choose_cause(
-            [*lookout.failures, *lookout.outbox],
-            world_size=lookout.world_size,
-            own_rank=lookout.party.rank,
-            own_doing=self.doing,
+            [*peers.failures, *peers.outbox],
+            world_size=peers.world_size,
+            own_rank=peers.group.rank,
+            own_operation=self.operation,
             answers=answers,
-            stopped=[r for r, state in lookout.states().items() if state == "stopped"],
+            stopped=[r for r, state in peers.states().items() if state == "stopped"],
             timeout=str(self._timeout),
         )
 
-    def _accept(self, lookout: PeerMonitor, cause: Cause) -> None:
+    def _accept(self, peers: PeerMonitor, cause: Cause) -> None:
         decision = self._decision
         if decision.cause is None:
-            decision.alone, decision.at, decision.cause = lookout.is_alone, time.monotonic(), cause
+            decision.alone, decision.at, decision.cause = peers.is_alone, time.monotonic(), cause
         decision.decided.set()
 
-    def _enforce(self, lookout: PeerMonitor, cause: Cause) -> None:
+    def _enforce(self, peers: PeerMonitor, cause: Cause) -> None:
         """Ends the process if the main thread does not, which is stuck in a collective or in the user's code."""
         seconds = time.monotonic() - self._decision.at
-        if cause.reporter == lookout.party.rank:
-            if seconds > _SPEECH_SECONDS:
+        if cause.reporter == peers.group.rank:
+            if seconds > _REPORT_SECONDS:
                 if self._raised is not None:
                     traceback.print_exception(self._raised)
                 self._end_process()
         elif self._in_failed:
-            if seconds > _SPEECH_SECONDS:
+            if seconds > _REPORT_SECONDS:
                 self._end_process()
         elif seconds > _RETURN_SECONDS:
-            if cause.reporter is None and self._claims(lookout):
-                _say(cause.text)
-            elif seconds < _RETURN_SECONDS + _LAST_WORD_SECONDS and not lookout.has_reported(cause.reporter):
-                return  # a launcher ends all ranks when the first one exits
+            if cause.reporter is None and self._claims(peers):
+                _print_error(cause.text)
+            elif seconds < _RETURN_SECONDS + _AWAIT_REPORT_SECONDS and not peers.has_reported(cause.reporter):
+                return  # a launcher kills all ranks when the first one exits
             self._end_process()
 
-    def _is_known(self, lookout: PeerMonitor) -> bool:
+    def _is_known(self, peers: PeerMonitor) -> bool:
         """Whether all ranks know the cause, if they learn it from this one's store."""
-        known = lookout.is_alone or not (lookout.party.rank == 0 and lookout.party.rank0_has_store)
+        known = peers.is_alone or not (peers.group.rank == 0 and peers.group.rank0_has_store)
         if not known:
             with contextlib.suppress(RuntimeError):
-                known = lookout.everyone_knows()
-        if known or time.monotonic() - self._decision.at > _LAST_WORD_SECONDS:
+                known = peers.everyone_knows()
+        if known or time.monotonic() - self._decision.at > _AWAIT_REPORT_SECONDS:
             self._decision.known_to_all.set()
         return self._decision.known_to_all.is_set()
 
-    def _claims(self, lookout: PeerMonitor) -> bool:
-        """Whether this rank is to show a cause that has no speaker of its own; both threads may ask."""
+    def _claims(self, peers: PeerMonitor) -> bool:
+        """Whether this rank reports a failure whose own rank cannot; both threads may ask."""
         decision = self._decision
         with decision.lock:
-            if decision.speech is None:
-                decision.speech = False
+            if decision.is_reporter is None:
+                decision.is_reporter = False
                 if decision.alone:
-                    decision.speech = lookout.is_first_alive()
+                    decision.is_reporter = peers.is_first_alive()
                 else:
-                    with contextlib.suppress(RuntimeError):  # a store that is gone since has ended after a speech
-                        decision.speech = lookout.board.claim_report()
-        return decision.speech
+                    with contextlib.suppress(RuntimeError):  # a store that is gone has ended after the report
+                        decision.is_reporter = peers.store.claim_report()
+        return decision.is_reporter
 
 
 _NO_LAUNCHER = "The launcher of the ranks has ended without a word."
 
 
-def _say(text: str) -> None:
-    """Shows an error for which there is no traceback."""
+def _print_error(text: str) -> None:
+    """Prints an error for which there is no traceback."""
     sys.stderr.write(f"lightning_hybrid: {RankError.__name__}: {text}\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Looks at the processes of all ranks, and exchanges with the others what has gone wrong."""
+"""Checks the processes of all ranks, and exchanges failures with them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from lightning_hybrid.launch.processes import RankGroup, State, exit_text
 from lightning_hybrid.launch.store import FailureStore
 
 POLL_SECONDS = 0.5
-"""How often the watch looks."""
+"""Seconds between two polls."""
 _SILENT_POLLS, _SILENT_POLLS_ALONE = 10, 120
-"""After so many looks without a sign a rank on another machine counts as ended: if something failed, and if not."""
+"""Polls without a heartbeat after which a rank of another machine counts as ended: after a failure, and otherwise."""
 
 
 class PeerMonitor:
-    """What one rank knows of the failures of all.
+    """One rank's view of the failures of all ranks.
 
     Args:
-        party: The ranks.
+        group: The ranks.
         children: Those of them that this process has started.
-        doing: What the main thread is doing.
+        operation: Names the operation of the main thread.
     """
 
-    def __init__(self, party: RankGroup, children: Sequence[Popen], doing: Callable[[], str]) -> None:
-        self.party, self._children, self._doing = party, children, doing
-        self.board = FailureStore(party.store, party.rank)
+    def __init__(self, group: RankGroup, children: Sequence[Popen], operation: Callable[[], str]) -> None:
+        self.group, self._children, self._operation = group, children, operation
+        self.store = FailureStore(group.store, group.rank)
         self.failures: list[Failure] = []
         self.first_seen = 0.0
         self.outbox: list[Failure] = []
-        """What is to be posted."""
+        """Failures to be posted."""
         self.is_alone = False
         """Whether the store is gone, so that this rank cannot reach the others."""
-        self._told: set[tuple[int, bool]] = set()
+        self._posted: set[tuple[int, bool]] = set()
         self._beats: dict[int, tuple[str, int]] = {}
         self._polls = 0
         self._has_left = False
@@ -43,22 +43,22 @@ class PeerMonitor:
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return len(self.party.processes)
+        return len(self.group.processes)
 
     def states(self) -> dict[int, State]:
         """The other ranks on this machine."""
-        processes = enumerate(self.party.processes)
-        return {r: process.state() for r, process in processes if process.is_local and r != self.party.rank}
+        processes = enumerate(self.group.processes)
+        return {r: process.state() for r, process in processes if process.is_local and r != self.group.rank}
 
-    def look(self) -> None:
-        """Looks once."""
+    def poll(self) -> None:
+        """Exchanges failures and checks the processes once."""
         self._polls += 1
         states = self.states()
-        host = states.get(0) if self.party.rank0_has_store else None
+        host = states.get(0) if self.group.rank0_has_store else None
         if host == "gone" and self._has_left:
             return
         if self.is_alone or host == "stopped":  # it would answer when it goes on, or never
-            self._look_at_processes(states)
+            self._check_processes(states)
             self._note(self.outbox)
             self.outbox = []
         elif host == "gone":  # asking it would make torch print a stack
@@ -70,22 +70,22 @@ class PeerMonitor:
                 self.lose_store()
 
     def _exchange(self, states: dict[int, State]) -> None:
-        board, before = self.board, bool(self.failures)
-        board.beat(self._doing())
-        self._note(board.new_failures())  # before the processes: one that has said why it ends is not missed
-        self._look_at_processes(states)
-        self._look_at_remote()
+        store, before = self.store, bool(self.failures)
+        store.beat(self._operation())
+        self._note(store.new_failures())  # before the processes: one that has said why it ends is not missed
+        self._check_processes(states)
+        self._check_remote()
         while self.outbox:
-            board.post(self.outbox[0])
+            store.post(self.outbox[0])
             self.outbox.pop(0)
-            self._note(board.new_failures())
+            self._note(store.new_failures())
         if self.failures and not before:
             where, waiting = main_thread_location()
-            board.answer(Answer(doing=self._doing(), where=where, waiting=waiting))
+            store.answer(Answer(operation=self._operation(), where=where, waiting=waiting))
 
     def everyone_knows(self) -> bool:
         """Whether all ranks that live have seen the cause."""
-        return self.board.seen() >= self.world_size - len({f.rank for f in self.failures if f.kind == "ended"})
+        return self.store.seen() >= self.world_size - len({f.rank for f in self.failures if f.kind == "ended"})
 
     def _note(self, failures: Sequence[Failure]) -> None:
         if failures and not self.failures:
@@ -95,14 +95,14 @@ class PeerMonitor:
     def lose_store(self) -> None:
         """From now on this rank decides for itself."""
         self.is_alone = True
-        if self.party.rank0_has_store:
+        if self.group.rank0_has_store:
             self._ended(0, "its process is gone, and with it the store of the run")
         self._note(self.outbox)
         self.outbox = []
 
     def is_first_alive(self) -> bool:
         """Whether no rank before this one lives; ranks of other machines count as living."""
-        return all(p.is_local and p.state() != "running" for p in self.party.processes[: self.party.rank])
+        return all(p.is_local and p.state() != "running" for p in self.group.processes[: self.group.rank])
 
     def has_reported(self, reporter: int | None) -> bool:
         """Returns whether the cause of a failure has been shown, or cannot be any more.
@@ -115,10 +115,10 @@ class PeerMonitor:
             return True
         if self.is_alone:
             return False
-        if self.party.rank0_has_store and states.get(0) == "gone":
+        if self.group.rank0_has_store and states.get(0) == "gone":
             return True  # it has left after the report
         try:
-            return self.board.is_reported()
+            return self.store.is_reported()
         except (RuntimeError, OSError):
             return True
 
@@ -126,29 +126,29 @@ class PeerMonitor:
         """Says that this rank's run is over; whether that of all others is, too."""
         try:
             if not self._has_left and not self.is_alone:
-                self.board.leave()
+                self.store.leave()
                 self._has_left = True
-            return self.is_alone or all(self.board.has_left(r) for r in range(self.world_size))
+            return self.is_alone or all(self.store.has_left(r) for r in range(self.world_size))
         except (RuntimeError, OSError):
             return True  # rank 0 has seen all others leave, and is gone with the store
 
     # ---- other ranks
 
-    def _look_at_processes(self, states: dict[int, State]) -> None:
+    def _check_processes(self, states: dict[int, State]) -> None:
         for rank, state in states.items():
             if state == "gone":
-                self._ended(rank, f"its process (pid {self.party.processes[rank].pid}) is gone")
+                self._ended(rank, f"its process (pid {self.group.processes[rank].pid}) is gone")
         for local_rank, child in enumerate(self._children, 1):
             code = child.poll()
             if code is not None:
-                self._ended(self.party.rank + local_rank, f"its process (pid {child.pid}) {exit_text(code)}", sure=True)
+                self._ended(self.group.rank + local_rank, f"its process (pid {child.pid}) {exit_text(code)}", sure=True)
 
-    def _look_at_remote(self) -> None:
+    def _check_remote(self) -> None:
         """The neighbors in rank, if they are on other machines."""
-        for rank in {(self.party.rank + 1) % self.world_size, (self.party.rank - 1) % self.world_size}:
-            if self.party.processes[rank].is_local:
+        for rank in {(self.group.rank + 1) % self.world_size, (self.group.rank - 1) % self.world_size}:
+            if self.group.processes[rank].is_local:
                 continue
-            beat = f"{self.board.beat_of(rank)}"
+            beat = f"{self.store.beat_of(rank)}"
             last, since = self._beats.get(rank, ("", self._polls))
             if beat != last:
                 self._beats[rank] = (beat, self._polls)
@@ -165,12 +165,12 @@ class PeerMonitor:
             how: What is known of it.
             sure: Whether it is known from its parent, which adds the exit code to what others have posted.
         """
-        if (rank, sure) in self._told or any(f.rank == rank and f.kind != "ended" for f in self.failures):
+        if (rank, sure) in self._posted or any(f.rank == rank and f.kind != "ended" for f in self.failures):
             return
-        doing = ""
+        operation = ""
         if not self.is_alone:
-            if self.board.has_left(rank):
+            if self.store.has_left(rank):
                 return
-            doing = self.board.beat_of(rank) or ""
-        self._told.add((rank, sure))
-        self.outbox.append(Failure(rank=rank, kind="ended", text=how, doing=doing))
+            operation = self.store.beat_of(rank) or ""
+        self._posted.add((rank, sure))
+        self.outbox.append(Failure(rank=rank, kind="ended", text=how, operation=operation))

@@ -27,7 +27,7 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 """That of torch for gloo."""
 
 _LOOK_SECONDS = 0.02
-"""How often a rank looks whether the others have come; at most for the length of the start."""
+"""How often a rank polls whether the others have come; at most for the length of the start."""
 
 
 @dataclass(frozen=True)

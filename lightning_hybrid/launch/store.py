@@ -1,4 +1,4 @@
-"""What the ranks tell each other when something fails, in the store with which they met."""
+"""Heartbeats, failures and decisions that the ranks exchange in the store of their rendezvous."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class FailureStore:
         self._store, self._rank = store, rank
         self._read = 0
 
-    def beat(self, doing: str) -> None:
-        """Shows that this rank lives, and where it is."""
-        self._store.set(f"beat/{self._rank}", doing)
+    def beat(self, operation: str) -> None:
+        """Sends a heartbeat with this rank's operation."""
+        self._store.set(f"beat/{self._rank}", operation)
 
     def beat_of(self, rank: int) -> str | None:
-        """The last sign of another rank."""
+        """Returns the last heartbeat of another rank."""
         key = f"beat/{rank}"
         return self._store.get(key).decode() if self._store.check([key]) else None
 
@@ -39,7 +39,7 @@ class FailureStore:
         return self._store.check([f"left/{rank}"])
 
     def post(self, failure: Failure) -> None:
-        """Tells all ranks of a failure."""
+        """Posts a failure to all ranks."""
         self._store.set(f"failure/{self._store.add('failures', 1)}", failure.dump())
 
     def new_failures(self) -> list[Failure]:
@@ -51,11 +51,11 @@ class FailureStore:
         return found
 
     def answer(self, answer: Answer) -> None:
-        """Says where this rank's main thread is."""
+        """Posts where this rank's main thread is."""
         self._store.set(f"answer/{self._rank}", answer.dump())
 
     def answers(self, world_size: int) -> dict[int, Answer]:
-        """What the ranks have said so far."""
+        """Returns what ranks have posted so far."""
         given = [r for r in range(world_size) if self._store.check([f"answer/{r}"])]
         return {r: load(Answer, self._store.get(f"answer/{r}")) for r in given}
 
@@ -68,8 +68,8 @@ class FailureStore:
         return self.decided() or load(Cause, self._store.compare_set("cause", "", choose().dump()))
 
     def claim_report(self) -> bool:
-        """Whether this rank is the first to ask, and so the one to show the cause."""
-        return self._store.add("speaker", 1) == 1
+        """Returns whether this rank is the first to ask, and therefore the reporter."""
+        return self._store.add("reporter", 1) == 1
 
     def note_reported(self) -> None:
         """Tells all ranks that the cause has been shown."""

@@ -24,7 +24,7 @@ def _raised(rank: int) -> Failure:
     return failure_of(ValueError("bad"), rank, "training_step of batch 7")
 
 
-def _echo(rank: int) -> Failure:
+def _secondary(rank: int) -> Failure:
     return failure_of(RuntimeError(GLOO_CLOSED), rank, "backward of batch 7")
 
 
@@ -37,31 +37,31 @@ def _ended(rank: int, text: str = "its process (pid 7) is gone") -> Failure:
 
 
 def _cause(*failures: Failure, answers: dict[int, Answer] | None = None, stopped: tuple[int, ...] = ()) -> Cause:
-    options: dict[str, Any] = {"own_rank": 0, "own_doing": "training_step of batch 7", "timeout": "0:00:04"}
+    options: dict[str, Any] = {"own_rank": 0, "own_operation": "training_step of batch 7", "timeout": "0:00:04"}
     return choose_cause(failures, world_size=4, answers=answers or {}, stopped=stopped, **options)
 
 
 def _answers(**busy: str) -> dict[int, Answer]:
     """All four ranks wait, but for those that are named as `rank2="user.py:3 (f)"`."""
-    answers = {r: Answer(doing="backward of batch 7", where="x.py:1 (x)", waiting=True) for r in range(4)}
+    answers = {r: Answer(operation="backward of batch 7", where="x.py:1 (x)", waiting=True) for r in range(4)}
     for name, where in busy.items():
-        answers[int(name[4:])] = Answer(doing="training_step of batch 7", where=where, waiting=False)
+        answers[int(name[4:])] = Answer(operation="training_step of batch 7", where=where, waiting=False)
     return answers
 
 
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (RuntimeError(GLOO_CLOSED), "echo"),
+        (RuntimeError(GLOO_CLOSED), "secondary"),
         (RuntimeError(GLOO_TIMEOUT), "timeout"),
-        (dist.DistNetworkError("Broken pipe"), "echo"),  # type: ignore[attr-defined]
+        (dist.DistNetworkError("Broken pipe"), "secondary"),  # type: ignore[attr-defined]
         (dist.DistBackendError("Watchdog caught collective operation timeout"), "timeout"),  # type: ignore[attr-defined]
         (TimeoutError("the user's download timed out"), "raised"),
         (RuntimeError("the user's connection was closed"), "raised"),
         (ValueError("x"), "raised"),
     ],
 )
-def test_only_errors_of_collectives_are_echoes(error: BaseException, kind: str) -> None:
+def test_only_errors_of_collectives_are_secondary(error: BaseException, kind: str) -> None:
     assert failure_of(error, 0, "").kind == kind
     wrapped = RuntimeError("a save failed")
     wrapped.__cause__ = error
@@ -69,25 +69,25 @@ def test_only_errors_of_collectives_are_echoes(error: BaseException, kind: str) 
 
 
 def test_own_exception_before_everything_else() -> None:
-    cause = _cause(_echo(0), _ended(3), _raised(2), _raised(1), _timeout(3))
+    cause = _cause(_secondary(0), _ended(3), _raised(2), _raised(1), _timeout(3))
     assert (cause.kind, cause.rank, cause.reporter) == ("raised", 1, 1)
     assert "Rank 1 of 4" in cause.text
     assert "training_step of batch 7: ValueError: bad" in cause.text
 
 
 def test_a_rank_that_said_why_did_not_end_without_a_word() -> None:
-    assert _cause(_echo(0), _echo(1), _ended(1), _ended(2)).rank == 2
+    assert _cause(_secondary(0), _secondary(1), _ended(1), _ended(2)).rank == 2
 
 
 def test_ended_with_what_its_parent_knows() -> None:
-    cause = _cause(_ended(2), _ended(2, "its process (pid 7) ended by signal 9 (SIGKILL)"), _echo(0))
+    cause = _cause(_ended(2), _ended(2, "its process (pid 7) ended by signal 9 (SIGKILL)"), _secondary(0))
     assert (cause.rank, cause.reporter) == (2, None)
     assert "SIGKILL" in cause.text
     assert "Rank 0 was in training_step of batch 7" in cause.text
 
 
 def test_hang_in_user_code() -> None:
-    cause = _cause(_timeout(0), _echo(3), answers=_answers(rank2="user.py:33 (training_step)"))
+    cause = _cause(_timeout(0), _secondary(3), answers=_answers(rank2="user.py:33 (training_step)"))
     assert cause.rank == 2
     assert "hangs in training_step of batch 7, at user.py:33 (training_step)" in cause.text
     assert "waited 0:00:04" in cause.text
@@ -107,9 +107,9 @@ def test_all_wait_for_each_other() -> None:
     assert "each in another collective" in cause.text
 
 
-def test_an_echo_alone_is_shown_in_the_end() -> None:
-    cause = _cause(_echo(3), _echo(2))
-    assert (cause.kind, cause.reporter) == ("echo", 2)
+def test_a_secondary_failure_alone_is_shown_in_the_end() -> None:
+    cause = _cause(_secondary(3), _secondary(2))
+    assert (cause.kind, cause.reporter) == ("secondary", 2)
 
 
 def test_when_to_decide() -> None:
@@ -118,7 +118,7 @@ def test_when_to_decide() -> None:
     assert is_ripe([_raised(1)], 2, 1.5)
     assert is_ripe([_raised(1), _raised(0)], 2, 0.0)
     assert not is_ripe([_timeout(0)], 2, 2.0)
-    assert not is_ripe([_echo(0)], 2, 5.0)
+    assert not is_ripe([_secondary(0)], 2, 5.0)
 
 
 def test_through_the_store_and_back() -> None:
