@@ -1,4 +1,4 @@
-"""Lightning's launcher, the failure monitor decides how a failed run ends."""
+"""Lightning's launcher; the failure monitor decides how a failed run ends."""
 
 from __future__ import annotations
 
