@@ -60,6 +60,7 @@ class _Decision:
     lock: threading.Lock = field(default_factory=threading.Lock)
     is_reporter: bool | None = None
     """Whether this rank reports a failure whose own rank cannot; None until decided."""
+    polls_after_report: int = 0
 
 
 class FailureMonitor:
@@ -246,10 +247,9 @@ class FailureMonitor:
                 shown = None if isinstance(replacement, RankFailed) else (replacement or error)
             elif cause is not None and not isinstance(error, RankError) and not self._reports(cause):
                 shown = None
-            if shown is error:
-                previous(kind, error, trace)
-            elif shown is not None:
-                previous(type(shown), shown, None)
+            if shown is not None:
+                previous(type(shown), shown, trace if shown is error else None)
+            self._note_reported()
 
         hook.monitor = self  # type: ignore[attr-defined]
         self._hook, self._previous_hook = hook, previous
@@ -259,7 +259,7 @@ class FailureMonitor:
         return self._peers is None or cause.reporter == self._peers.group.rank or bool(self._decision.is_reporter)
 
     def _note_reported(self) -> None:
-        """Lets the other ranks leave, once this one has shown the cause and its loggers are closed."""
+        """Lets the other ranks leave, once this one has shown the cause."""
         peers, cause = self._peers, self._decision.cause
         if peers is not None and cause is not None and self._reports(cause) and not peers.is_alone:
             with contextlib.suppress(RuntimeError, OSError):
@@ -372,12 +372,16 @@ class FailureMonitor:
         elif self._in_failed:
             if seconds > _REPORT_SECONDS:
                 self._end_process()
-        elif seconds > _RETURN_SECONDS:
-            if cause.reporter is None and self._claims(peers):
-                _print_error(cause.text)
-            elif seconds < _RETURN_SECONDS + _AWAIT_REPORT_SECONDS and not peers.has_reported(cause.reporter):
-                return  # a launcher kills all ranks when the first one exits
+        elif seconds > _RETURN_SECONDS and cause.reporter is None and self._claims(peers):
+            _print_error(cause.text)
             self._end_process()
+        else:
+            self._decision.polls_after_report += peers.has_reported(cause.reporter)
+            limit = _RETURN_SECONDS + (_AWAIT_REPORT_SECONDS if cause.reporter is None else 0.0)
+            if (
+                self._decision.polls_after_report > 1 or seconds > limit
+            ):  # at the first one the main thread may just come back
+                self._end_process()
 
     def _is_known(self, peers: PeerMonitor) -> bool:
         """Whether all ranks know the cause, if they learn it from this one's store."""
