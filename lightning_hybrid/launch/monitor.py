@@ -261,9 +261,8 @@ class FailureMonitor:
     def _note_reported(self) -> None:
         """Lets the other ranks leave, once this one has shown the cause."""
         peers, cause = self._peers, self._decision.cause
-        if peers is not None and cause is not None and self._reports(cause) and not peers.is_alone:
-            with contextlib.suppress(RuntimeError, OSError):
-                peers.store.note_reported()
+        if peers is not None and cause is not None and self._reports(cause):
+            peers.note_reported()
 
     def _at_exit(self) -> None:
         self._note_reported()
@@ -364,13 +363,11 @@ class FailureMonitor:
     def _enforce(self, peers: PeerMonitor, cause: Cause) -> None:
         """Ends the process if the main thread does not, which is stuck in a collective or in the user's code."""
         seconds = time.monotonic() - self._decision.at
-        if cause.reporter == peers.group.rank:
+        own = cause.reporter == peers.group.rank
+        if own or self._in_failed:
             if seconds > _REPORT_SECONDS:
-                if self._raised is not None:
+                if own and self._raised is not None:
                     traceback.print_exception(self._raised)
-                self._end_process()
-        elif self._in_failed:
-            if seconds > _REPORT_SECONDS:
                 self._end_process()
         elif seconds > _RETURN_SECONDS and cause.reporter is None and self._claims(peers):
             _print_error(cause.text)

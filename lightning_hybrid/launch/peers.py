@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from subprocess import Popen
@@ -103,6 +104,12 @@ class PeerMonitor:
     def is_first_alive(self) -> bool:
         """Whether no rank before this one lives; ranks of other machines count as living."""
         return all(p.is_local and p.state() != "running" for p in self.group.processes[: self.group.rank])
+
+    def note_reported(self) -> None:
+        """Tells the others that this rank has shown the cause, so that they can exit."""
+        if not self.is_alone:
+            with contextlib.suppress(RuntimeError, OSError):
+                self.store.note_reported()
 
     def has_reported(self, reporter: int | None) -> bool:
         """Returns whether the cause of a failure has been shown, or cannot be any more.
