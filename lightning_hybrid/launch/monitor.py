@@ -80,7 +80,7 @@ class FailureMonitor:
         self._raising = self._in_failed = False
         self._decision = _Decision()
         self._hook: Callable[..., None] | None = None
-        self._previous_hook: Callable[..., Any] = sys.excepthook
+        self.previous_hook: Callable[..., Any] = sys.excepthook
 
     # ---- the main thread's side
 
@@ -229,7 +229,7 @@ class FailureMonitor:
     def _unhook_process(self) -> None:
         """Restores `sys.excepthook`; after an error it stays, since the error has not reached the top yet."""
         if sys.excepthook is self._hook:
-            sys.excepthook = self._previous_hook
+            sys.excepthook = self.previous_hook
         self._hook = None
 
     def _hook_process(self) -> None:
@@ -237,7 +237,7 @@ class FailureMonitor:
         self._unhook_process()
         previous = sys.excepthook
         while (monitor := getattr(previous, "monitor", None)) is not None:  # of a run that has failed
-            previous = monitor._previous_hook
+            previous = monitor.previous_hook
 
         def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
             shown: BaseException | None = error
@@ -252,7 +252,7 @@ class FailureMonitor:
             self._note_reported()
 
         hook.monitor = self  # type: ignore[attr-defined]
-        self._hook, self._previous_hook = hook, previous
+        self._hook, self.previous_hook = hook, previous
         sys.excepthook = hook
 
     def _reports(self, cause: Cause) -> bool:

@@ -180,7 +180,7 @@ def trainer_with(layout: str | None, alone: bool, folder: Path, callbacks: list[
 @contextlib.contextmanager
 def fresh_process() -> Iterator[None]:
     """Warnings as in a new process, and no waiting for ranks that are to end."""
-    with warnings.catch_warnings(), patch.object(monitor, "_LAST_WORD_SECONDS", 0.05):
+    with warnings.catch_warnings(), patch.object(monitor, "_AWAIT_REPORT_SECONDS", 0.05):
         warnings.resetwarnings()
         quiet()
         yield

@@ -203,7 +203,7 @@ def failed_callback(layout: str) -> list[int]:
     quiet()
     trainer, replicas = trainer_for(layout, callbacks=[Thaws(fails=True)], max_epochs=2)
     optimizers: list[Any] = []
-    with patch.object(monitor, "_LAST_WORD_SECONDS", 0.05), contextlib.suppress(KeyError, RankFailed):
+    with patch.object(monitor, "_AWAIT_REPORT_SECONDS", 0.05), contextlib.suppress(KeyError, RankFailed):
         trainer.fit(module, loader(replicas))
     optimizers += trainer.optimizers
     return [sum(isinstance(p, Ghost) for p in g["params"]) for o in optimizers for g in o.param_groups]
@@ -225,7 +225,7 @@ def failed_schedule() -> tuple[int, Any, int]:
     quiet()
     phases = PhaseSchedule([Phase(batch_size=32)])
     trainer, replicas = trainer_for("dp2", callbacks=[phases, Fails()])
-    with patch.object(monitor, "_LAST_WORD_SECONDS", 0.05), contextlib.suppress(KeyError, RankFailed):
+    with patch.object(monitor, "_AWAIT_REPORT_SECONDS", 0.05), contextlib.suppress(KeyError, RankFailed):
         trainer.fit(Classifier(), loader(replicas))
     strategy: Any = trainer.strategy
     return len(strategy.listeners), strategy.sequence_length, trainer.accumulate_grad_batches
@@ -246,7 +246,7 @@ def refused_first(lazy: bool, refused: bool) -> dict[str, torch.Tensor]:
     module = WithNorm(lazy)
     if refused:
         trainer, _ = trainer_for("tp2", strategy_options={"tensor_plan": {"no.such.module": "rowwise"}})
-        with patch.object(monitor, "_LAST_WORD_SECONDS", 0.05), contextlib.suppress(ValueError, RankFailed):
+        with patch.object(monitor, "_AWAIT_REPORT_SECONDS", 0.05), contextlib.suppress(ValueError, RankFailed):
             trainer.fit(module, loader(1))
         L.seed_everything(7, verbose=False)
         if not lazy:
