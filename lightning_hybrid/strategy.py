@@ -55,24 +55,24 @@ class HybridStrategy(ParallelStrategy):
 
     Args:
         layout: Sizes of the axes, such as `"dp2-tp2-pp2"`; their product is the number of devices. None: `fsdp` over
-            all devices. Or the path of a plan (`plan.yaml`) that `strategy.plan.to_yaml` has written: the run uses it
-            as it is, and arguments beside it, where they are not left at their defaults, must say the same.
+            all devices. Or the path of a plan (`plan.yaml`) written by `strategy.plan.to_yaml`, which is used without
+            changes; arguments other than their defaults must agree with it.
         schedule: The pipeline schedule: `GPipe`, `1F1B`, `Interleaved1F1B`, `ZBVZeroBubble` or `DualPipeV`.
-        microbatches: Into how many parts a replica's batch is split under `pp`; `"auto"` chooses.
+        microbatches: Number of microbatches of a replica's batch under `pp`; `"auto"` chooses it.
         tensor_plan: Overrides of the inferred tensor plan: patterns of module names to `"colwise"`, `"rowwise"`,
             `"colwise_gather"` or `"replicate"`.
         compile: Compile each block with `torch.compile`.
-        recompute: What the backward pass computes again instead of keeping it: `"full"`, every block; `"selective"`,
-            everything in a block but matmuls and attention, and of matmuls the up-projections of latents.
-        checkpoints: How checkpoints are saved, and what is trusted when they are loaded.
-        on_nonfinite: What all ranks do when a gradient or the loss is NaN or infinite on any of them, before the
+        recompute: Activation checkpointing: `"full"` recomputes every block in the backward pass; `"selective"` stores
+            the outputs of matmuls and attention and recomputes the rest, and the up-projections of latents.
+        checkpoints: Options for saving checkpoints and for trusting their content.
+        on_nonfinite: Policy if a gradient or the loss is NaN or infinite on any rank, applied by all ranks before the
             update: `"raise"` `NonFiniteError`, or `"skip"` the step.
-        gradient_sync: How replicas agree on gradients: `"exact"`; `"bf16"`, sent and added up in bfloat16;
-            `"bf16_fp32acc"`, sent in bfloat16 and added up in float32; `"hierarchical"`, within a node first;
-            `"diloco"`, not at all: replicas step by themselves and agree every few steps. Or a `GradientSync`.
-        process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
-        timeout: How long the start and collectives wait for another rank; then the run ends, and the error names the
-            rank that did not come and where it is.
+        gradient_sync: Gradient synchronization: `"exact"`; `"bf16"`, sent and summed in bfloat16; `"bf16_fp32acc"`,
+            sent in bfloat16 and summed in float32; `"hierarchical"`, within a node first; `"diloco"`, replicas step
+            independently and average their weights every few steps. Or a `GradientSync`.
+        process_group_backend: `"nccl"` or `"gloo"`; None chooses by device.
+        timeout: Collective timeout, also for the start. The run then ends with an error that names the missing rank and
+            its last operation.
 
     Raises:
         ValueError: If an argument is not one of its possible values.
