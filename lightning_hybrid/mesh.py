@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_hybrid._torch_private import default_group
+from lightning_hybrid._torch_private import default_group, flattened
 from lightning_hybrid.spec.layout import Layout
 
 AXES = ("pp", "dp", "fsdp", "ep", "tp")
@@ -78,9 +78,9 @@ class Mesh:
     def _create(cls, layout: Layout, device_type: str) -> Mesh:
         sizes = tuple(getattr(layout, axis) for axis in AXES)
         mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
-        replicas = mesh["dp", "fsdp", "ep"]._flatten("replicas")
+        replicas = flattened(mesh["dp", "fsdp", "ep"], "replicas")
         if layout.shards > layout.fsdp:
-            mesh["fsdp", "ep"]._flatten("shards")
+            flattened(mesh["fsdp", "ep"], "shards")
         by_pipeline = mesh.mesh.flatten(1).T.tolist()
         by_replicas = mesh.mesh.permute(0, 4, 1, 2, 3).reshape(-1, layout.replicas).tolist()
         return cls(

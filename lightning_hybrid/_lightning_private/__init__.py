@@ -11,10 +11,13 @@ from lightning_hybrid._lightning_private.accumulation import (
     steps_after_batch,
 )
 from lightning_hybrid._lightning_private.callbacks import (
+    average_of,
+    average_options,
     averaged_once_per_epoch,
     averaged_per_step,
     forget_schedulers_before_averaging,
     parameters_compared_by_identity,
+    set_average,
 )
 from lightning_hybrid._lightning_private.checkpoints import checkpoint_folders, checkpoint_of_run, last_found_by
 from lightning_hybrid._lightning_private.loaders import (
@@ -41,6 +44,9 @@ from lightning_hybrid._lightning_private.metrics import (
     as_hook,
     concatenates,
     counts_as_updated,
+    default_state,
+    drop_result,
+    fabric_of,
     metric_reductions,
     route_metric_sync,
     running_hook,
@@ -52,6 +58,7 @@ from lightning_hybrid._lightning_private.processes import default_backend, init_
 from lightning_hybrid._lightning_private.trainer import (
     PlaceInEpoch,
     TunerExit,
+    after_closure_of,
     detects_anomalies,
     evaluation_batch,
     evaluation_loops,
@@ -67,6 +74,13 @@ from lightning_hybrid._lightning_private.trainer import (
 )
 
 __all__ = [
+    "after_closure_of",
+    "default_state",
+    "drop_result",
+    "fabric_of",
+    "average_of",
+    "set_average",
+    "average_options",
     "as_hook",
     "last_found_by",
     "sampler_injection",

@@ -15,14 +15,29 @@ from lightning.pytorch.callbacks import (
 from torch.optim import Optimizer
 
 
+def average_of(callback: Any) -> Any:
+    """Returns the average that a callback keeps."""
+    return callback._average_model
+
+
+def set_average(callback: Any, average: Any) -> None:
+    """Replaces the average that a callback keeps."""
+    callback._average_model = average
+
+
+def average_options(callback: WeightAveraging) -> dict[str, Any]:
+    """Returns the arguments with which a callback has made its `AveragedModel`."""
+    return callback._kwargs
+
+
 def averaged_once_per_epoch(trainer: pl.Trainer) -> list[Any]:
-    """Returns the callbacks that average weights over epochs (the average is in `_average_model`)."""
+    """Returns the callbacks that average weights over epochs."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     return [c for c in callbacks if isinstance(c, StochasticWeightAveraging)]
 
 
 def averaged_per_step(trainer: pl.Trainer) -> list[Any]:
-    """Returns the callbacks with an `AveragedModel` (in `_average_model`, made with `_kwargs`) during training."""
+    """Returns the callbacks that keep an `AveragedModel`, which they have during training."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     return [c for c in callbacks if isinstance(c, WeightAveraging) and c._average_model is not None]
 

@@ -52,6 +52,21 @@ def concatenates(reduction: Callable[[Any], Any] | None) -> bool:
     return reduction is dim_zero_cat
 
 
+def default_state(metric: Metric, name: str) -> Any:
+    """Returns the value that `reset` gives the state `name` of a metric."""
+    return metric._defaults[name]
+
+
+def drop_result(metric: Metric) -> None:
+    """Drops the cached result of `compute`."""
+    metric._computed = None
+
+
+def fabric_of(module: pl.LightningModule) -> Any:
+    """Returns the Fabric that a LightningModule is used with, if any."""
+    return module._fabric
+
+
 def counts_as_updated(metric: Metric) -> None:
     """Records an update on another rank and drops the cached result."""
     metric._update_count += 1

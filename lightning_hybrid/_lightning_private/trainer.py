@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 
@@ -105,3 +106,8 @@ def injects_sampler(trainer: pl.Trainer) -> bool:
 def sampler_injection(trainer: pl.Trainer, enabled: bool) -> AbstractContextManager:
     """Sets the Trainer's `use_distributed_sampler` for a while."""
     return patched(trainer._accelerator_connector, use_distributed_sampler=enabled)
+
+
+def after_closure_of(precision: Precision) -> Callable[..., None]:
+    """Returns the method of the plugin's class that runs between a closure and the optimizer's update."""
+    return type(precision)._after_closure.__get__(precision)

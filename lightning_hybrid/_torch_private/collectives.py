@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
 from torch.distributed import _functional_collectives as functional
+from torch.distributed.device_mesh import DeviceMesh
 
 
 def default_group() -> dist.ProcessGroup:
@@ -23,6 +24,11 @@ def store_client() -> Any:
     """Returns a new connection to the store of the rendezvous, independent of the process groups' threads."""
     store: Any = dist.distributed_c10d._get_default_store()
     return store.clone()
+
+
+def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """Returns the mesh of one axis `name` with all ranks of `mesh`."""
+    return mesh._flatten(name)
 
 
 def limit_waiting(timeout: timedelta) -> None:

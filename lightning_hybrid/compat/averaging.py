@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_hybrid._lightning_private import (
+    average_of,
+    average_options,
     averaged_once_per_epoch,
     averaged_per_step,
     forget_schedulers_before_averaging,
+    set_average,
 )
 from lightning_hybrid.checkpoint.state import load_state_dict, read
 from lightning_hybrid.collectives import to_local
@@ -40,11 +43,11 @@ def use_local_averages(engine: Engine) -> None:
     for callback in averaged_once_per_epoch(trainer):
         local = LocalWeights(root, partition, on_load=lambda c=callback: forget_schedulers_before_averaging(c, trainer))
         local.saves_whole = True  # in the callback's own state, of which rank 0's is saved
-        callback._average_model = local
+        set_average(callback, local)
     for callback in averaged_per_step(trainer):
-        average, options = callback._average_model, callback._kwargs
+        average, options = average_of(callback), average_options(callback)
         if not isinstance(average, LocalAverage):
-            callback._average_model = LocalAverage(root, partition, average.use_buffers, options)
+            set_average(callback, LocalAverage(root, partition, average.use_buffers, options))
 
 
 def local_copies(engine: Engine) -> AbstractContextManager:
@@ -78,8 +81,8 @@ class _LoadsWholeWeights:
 
 def local_averages(trainer: pl.Trainer) -> list[LocalWeights]:
     """What callbacks keep of the averages of a partitioned module, on this rank."""
-    per_step: list[Any] = [c._average_model for c in averaged_per_step(trainer)]
-    found: list[Any] = [c._average_model for c in averaged_once_per_epoch(trainer)]
+    per_step: list[Any] = [average_of(c) for c in averaged_per_step(trainer)]
+    found: list[Any] = [average_of(c) for c in averaged_once_per_epoch(trainer)]
     return found + [a.module for a in per_step if isinstance(a, LocalAverage)]
 
 
@@ -87,12 +90,12 @@ def renew_averages(trainer: pl.Trainer, averages: list[LocalWeights]) -> None:
     """Puts others in the place of `local_averages`, in the same order."""
     left = iter(averages)
     for callback in averaged_once_per_epoch(trainer):
-        old, callback._average_model = callback._average_model, next(left)
-        callback._average_model.saves_whole = old.saves_whole
-        callback._average_model.__dict__["_on_load"] = old._on_load
+        old, new = average_of(callback), next(left)
+        new.saves_whole, new.on_load = old.saves_whole, old.on_load
+        set_average(callback, new)
     for callback in averaged_per_step(trainer):
-        if isinstance(callback._average_model, LocalAverage):
-            callback._average_model._modules["module"] = next(left)
+        if isinstance(average := average_of(callback), LocalAverage):
+            average.module = next(left)
 
 
 class LocalWeights(nn.Module):
@@ -105,11 +108,11 @@ class LocalWeights(nn.Module):
     """
 
     _partition: Partition
-    _on_load: Callable[[], None] | None
+    on_load: Callable[[], None] | None
 
     def __init__(self, root: nn.Module, partition: Partition, on_load: Callable[[], None] | None = None) -> None:
         super().__init__()
-        self.__dict__.update(_partition=partition, _on_load=on_load)
+        self.__dict__.update(_partition=partition, on_load=on_load)
         self.saves_whole = False
         partition.reshard()
         for name, parameter in root.named_parameters():
@@ -119,7 +122,7 @@ class LocalWeights(nn.Module):
             self.register_buffer(name.replace(".", _DOT), buffer.detach().clone())
 
     def __deepcopy__(self, memo: dict) -> LocalWeights:
-        return LocalWeights(self, self._partition, self._on_load)
+        return LocalWeights(self, self._partition, self.on_load)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses: these are weights without a model.
@@ -155,8 +158,8 @@ class LocalWeights(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes this rank's part of each value, which is whole or a `SavedTensor`."""
-        if self._on_load is not None:
-            self._on_load()
+        if self.on_load is not None:
+            self.on_load()
         partition = self._partition
         with torch.no_grad():
             for name, value in self.named_values().items():

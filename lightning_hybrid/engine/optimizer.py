@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
 
+from lightning_hybrid._lightning_private import after_closure_of
 from lightning_hybrid._torch_private import agree_on_overflow
 from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.engine.clipping import clip_by_norm, clip_by_value
@@ -46,7 +47,7 @@ class OptimizerWrapper:
         self.nonfinite = NonFiniteCheck(runner.partition, runner.device, on_nonfinite, self._exchange)
         self._known_norm: Tensor | None = None
         """The norm that the check has measured, while it is that of the gradients."""
-        self._after_closure: Callable[..., None] = type(precision)._after_closure.__get__(precision)
+        self._after_closure = after_closure_of(precision)
         self._scaler: Any = getattr(precision, "scaler", None)
         self._patches = ExitStack()
         self.names: dict[int, list[list[str]]] = {}

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
-from lightning_hybrid._lightning_private import running_hook, samples_of_running_batch
+from lightning_hybrid._lightning_private import fabric_of, running_hook, samples_of_running_batch
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import LogRecorder, by_name, leave_out, replay
 from lightning_hybrid.metrics.reduction import reduce_over_replicas
@@ -84,7 +84,7 @@ class _Collector:
 
     @property
     def _fabric(self) -> Any:
-        return self.root._fabric
+        return fabric_of(self.root)
 
     def log(self, **call: Any) -> None:
         self.calls.append(call)

@@ -18,6 +18,8 @@ from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_mean, di
 from lightning_hybrid._lightning_private import (
     concatenates,
     counts_as_updated,
+    default_state,
+    drop_result,
     metric_reductions,
     route_metric_sync,
     set_step_value,
@@ -186,13 +188,13 @@ class Metrics:
         return found
 
     def load_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Goes on with these states of all samples: the first replica has them, the others begin anew."""
+        """Loads global metric states: replica 0 takes them, the others reset; all take those that are means."""
         for name, values in states.items():
             metric: Any = self._root.get_submodule(name)
             for state, reduction in metric_reductions(metric).items():
                 begins = self._mesh.replica > 0 and not _is_mean(reduction)
-                setattr(metric, state, deepcopy(metric._defaults[state]) if begins else values[state])
-            metric._computed = None
+                setattr(metric, state, deepcopy(default_state(metric, state)) if begins else values[state])
+            drop_result(metric)
 
     # ---- in `compute`
 

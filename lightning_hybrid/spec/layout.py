@@ -89,7 +89,7 @@ class Layout:
     @property
     def devices(self) -> int:
         """The number of devices: the product of the axis sizes."""
-        return math.prod(self._sizes())
+        return math.prod(self.sizes())
 
     @property
     def replicas(self) -> int:
@@ -112,7 +112,7 @@ class Layout:
         """
         if self.devices == devices:
             return
-        factors = [str(size) for size in self._sizes() if size > 1]
+        factors = [str(size) for size in self.sizes() if size > 1]
         needs = f"{' × '.join(factors)} = {self.devices}" if len(factors) > 1 else str(self.devices)
         raise ValueError(
             f"`layout` must use every device once. Got '{self}', which needs {needs}, with {devices} "
@@ -147,17 +147,18 @@ class Layout:
 
     def __str__(self) -> str:
         """Return the text form, such as ``"dp2-pp2"``."""
-        parts = [f"{axis}{size}" for axis, size in zip(self.axes(), self._sizes(), strict=True) if size > 1]
+        parts = [f"{axis}{size}" for axis, size in zip(self.axes(), self.sizes(), strict=True) if size > 1]
         return "-".join(parts) or "dp1"
 
-    def _sizes(self) -> tuple[int, ...]:
+    def sizes(self) -> tuple[int, ...]:
+        """Returns the sizes of the axes, in the order of `axes`."""
         return self.dp, self.fsdp, self.ep, self.tp, self.pp
 
     def _distance(self, other: "Layout") -> tuple[float, ...]:
-        pairs = list(zip(self._sizes(), other._sizes(), strict=True))
+        pairs = list(zip(self.sizes(), other.sizes(), strict=True))
         changed = [mine != theirs for mine, theirs in pairs]
         doublings = sum(abs(math.log2(theirs / mine)) for mine, theirs in pairs)
-        return changed[2] + changed[3] + changed[4], sum(changed), doublings, *(-size for size in other._sizes())
+        return changed[2] + changed[3] + changed[4], sum(changed), doublings, *(-size for size in other.sizes())
 
     def _advice(self, devices: int) -> str:
         if devices < 1:
