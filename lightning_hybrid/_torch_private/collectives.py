@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork
-from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
+from torch._C._distributed_c10d import FakeProcessGroup, FakeWork
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -38,18 +37,13 @@ def limit_waiting(timeout: timedelta) -> None:
 
 
 def completed_work() -> Any:
-    """Returns the handle of a completed collective, boxed as operators of `c10d` return it."""
+    """Returns the handle of a finished collective, boxed as the operators of `c10d` return it."""
     return FakeWork().boxed()
 
 
 def boxed_group(box: Any) -> dist.ProcessGroup:
-    """Returns the process group in `box`, as operators of `c10d` are called with it."""
+    """The process group in the box in which operators of `c10d` take it."""
     return dist.ProcessGroup.unbox(box)
-
-
-def group_named(name: Any) -> dist.ProcessGroup:
-    """Returns the process group called `name`, as functional collectives are called; a group is returned as it is."""
-    return name if isinstance(name, dist.ProcessGroup) else resolve_process_group(name)
 
 
 def all_to_all_rows(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -72,20 +66,41 @@ def sum_over_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 @contextmanager
-def coalescing_off() -> Iterator[None]:
-    """Runs collectives that would be coalesced as separate operators, which a `DispatchMode` sees.
+def fake_backends() -> Iterator[list[dist.ProcessGroup]]:
+    """Replaces the backends of all process groups by torch's `FakeProcessGroup`, and registers them again at the end.
 
-    Backends that coalesce (NCCL) start and end a coalesced call without an operator.
+    Collectives then return without any peer. Where an output is made of all ranks' inputs it gets copies of this
+    rank's; received buffers stay as they are. Afterwards a group keeps its fake backend, of no device: nothing calls
+    it but `ProcessGroup.set_timeout`, on which it fails before torch 2.14.
+
+    Yields:
+        The groups.
+
+    Raises:
+        NotImplementedError: If a group is made inside, which takes all its ranks, or is of a class of its own.
     """
     module: Any = dist.distributed_c10d
-    kept = module._coalescing_manager
+    kinds = dist.ProcessGroup.BackendType
+    make_group, groups = module._new_process_group_helper, list(module._world.pg_map)
 
-    @contextmanager
-    def manager(*_: Any, **__: Any) -> Iterator[Any]:
-        yield module._CoalescingManager()
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("A process group cannot be made while a rank runs without the others.")
 
-    module._coalescing_manager = manager
-    try:
-        yield
-    finally:
-        module._coalescing_manager = kept
+    with ExitStack() as stack:
+        for group in groups:
+            name, description, bound = group.group_name, group.group_desc, group.bound_device_id
+            if not group._device_types:
+                raise NotImplementedError(f"Process group {name!r} has no backend that can be replaced.")
+            fake: Any = FakeProcessGroup._create_internal(group.rank(), group.size())
+            stack.callback(setattr, group, "bound_device_id", bound)
+            group.bound_device_id = None  # on which all fake backends of a group must agree
+            for device in group._device_types:
+                real: Any = group._get_backend(device)
+                kind = dist.Backend.backend_type_map.get(real.name(), kinds.CUSTOM)
+                stack.callback(group._register_backend, device, kind, real)
+                group._register_backend(device, kinds.UNDEFINED, fake)
+            group._set_group_name(name)  # a group's name is that of its backend
+            group._set_group_desc(description)
+        stack.callback(setattr, module, "_new_process_group_helper", make_group)
+        module._new_process_group_helper = refuse
+        yield groups

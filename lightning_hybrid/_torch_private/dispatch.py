@@ -44,6 +44,12 @@ def run_on_meta(func: Any, args: tuple, kwargs: dict) -> Any:
     return func(*(a.to(torch.bfloat16) for a in args[:2]), *args[2:], **kwargs).to(dtype)
 
 
+def run_kernel(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Runs the kernel of an operator that is made of others, which an entered `DispatchMode` sees then."""
+    key = torch._C.DispatchKey.CompositeExplicitAutograd
+    return func._op_dk(key, *args, **kwargs) if func.has_kernel_for_dispatch_key(key) else func(*args, **kwargs)
+
+
 def disable_torch_function() -> AbstractContextManager:
     """Returns a context in which functions run without `__torch_function__` of tensor subclasses."""
     return torch._C.DisableTorchFunctionSubclass()

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_hybrid.adapt.memory import MemoryFit, fit_peaks, fit_profiles, search_largest
 from lightning_hybrid.batches import tiled_batch
-from lightning_hybrid.tuning.memory_probe.collectives import UnknownCollectiveError, without_peers
+from lightning_hybrid.tuning.memory_probe.collectives import without_peers
 from lightning_hybrid.tuning.memory_probe.probe import is_out_of_memory
 from lightning_hybrid.tuning.memory_probe.tracker import MemoryTracker
 from tests.harness import start_fake_ranks
@@ -243,10 +243,65 @@ def test_functional_collectives_have_the_shapes_of_real_ones() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_collective_without_a_stand_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(without_peers.__wrapped__.__globals__["_BOXED"], "allreduce_")
-    with (
-        without_peers(),
-        pytest.raises(UnknownCollectiveError, match="no stand-in for the collective `c10d::allreduce_`"),
-    ):
-        dist.all_reduce(torch.ones(1))
+def test_uneven_coalesced_and_rooted_collectives_need_no_peer() -> None:
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    x, root = torch.arange(4.0), 1
+    with without_peers():
+        exchanged = [torch.empty(n) for n in (3, 1, 0, 2)]
+        dist.all_to_all(exchanged, [x[:2], x[2:], x[:0], x[:0]])
+        broadcast, scattered = torch.full((2,), torch.nan), torch.full((2,), torch.nan)
+        dist.broadcast(broadcast, root)
+        dist.scatter(scattered, None, root)
+        gathered = [torch.empty(4) for _ in range(4)]
+        dist.gather(x, gathered, dst=0)
+        first, second = x.clone(), x + 1
+        with _coalescing_manager():
+            dist.all_reduce(first)
+            dist.all_reduce(second)
+        dist.monitored_barrier()
+    assert [e.tolist() for e in exchanged[:3]] == [[0, 1, 0], [2], []]
+    assert all(t.isfinite().all() for t in (exchanged[3], broadcast, scattered))
+    assert torch.equal(torch.stack(gathered), x.expand(4, 4))
+    assert torch.equal(first, x)
+    assert torch.equal(second, x + 1)
+
+
+@pytest.mark.usefixtures("alone")
+def test_groups_are_as_before_after_an_error() -> None:
+    groups: list[Any] = [dist.group.WORLD, dist.new_group([0, 2])]
+    groups[1].bound_device_id = torch.device("cpu:0")
+
+    def state() -> list[Any]:
+        return [
+            (g.group_name, g.group_desc, g.bound_device_id, d, g._get_backend(d))  # noqa: SLF001
+            for g in groups
+            for d in g._device_types  # noqa: SLF001
+        ]
+
+    before = state()
+    for _ in range(2):
+        try:
+            with without_peers():
+                inside = state()
+                raise KeyError
+        except KeyError:
+            assert state() == before
+        for real, fake in zip(before, inside, strict=True):
+            assert real[:2] == fake[:2]
+            assert real[-1] is not fake[-1]
+    assert dist.get_process_group_ranks(dist.new_group([0, 1])) == [0, 1]
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_needs_other_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    world: Any = dist.distributed_c10d._world  # noqa: SLF001
+    unlisted = dist.new_group([0, 1])
+    monkeypatch.delitem(world.pg_map, unlisted)
+    with without_peers():
+        with pytest.raises(
+            NotImplementedError, match="no local substitute for `c10d::allreduce_` of this process group"
+        ):
+            dist.all_reduce(torch.ones(1), group=unlisted)
+        with pytest.raises(NotImplementedError, match="A process group cannot be made while a rank runs without"):
+            dist.new_group([0, 1])
