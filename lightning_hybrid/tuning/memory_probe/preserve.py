@@ -1,4 +1,4 @@
-"""What a trial step changes, and is as before after it."""
+"""Saves and restores what a trial step changes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _PACKAGE = __name__.partition(".")[0]
 
 @contextmanager
 def step_undone(runner: StepRunner) -> Iterator[None]:
-    """Inside, a step runs, to its end or not; afterwards everything is as before, except for gradients and weights.
+    """Restores everything but gradients and weights after a step, whether the step ended or failed.
 
-    Modules with their buffers and metrics, RNG state, and all objects of this package that the runner leads to:
-    its reducers, pipeline stages, records and counts.
+    Restores modules with their buffers and metrics, the states of random number generators, and all objects of this
+    package that attributes of `runner` refer to: reducers, pipeline stages, metrics and counters.
     """
     scaler = getattr(runner.precision, "scaler", None)
     step_module = runner.partition.step_module
@@ -41,7 +41,7 @@ def step_undone(runner: StepRunner) -> Iterator[None]:
 
 @contextmanager
 def preserved_training_state(parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """Weights, gradients and optimizers are afterwards as before; inside there are no gradients at first."""
+    """Restores weights, gradients and optimizers at the end, and removes the gradients at the beginning."""
     gradients = [p.grad for p in parameters]
     tensors = [to_local(p.detach()) for p in parameters]
     for optimizer in optimizers:
@@ -69,7 +69,7 @@ def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 @contextmanager
 def _preserved_optimizer(optimizer: Optimizer) -> Iterator[None]:
-    """Options, counters and the structure of the state; its tensors are the caller's to restore."""
+    """Restores options, counters and the structure of the state; the caller restores the tensors in it."""
     attributes = dict(vars(optimizer))
     groups, state = [dict(group) for group in optimizer.param_groups], _structure(dict(optimizer.state))
     try:
@@ -85,14 +85,14 @@ def _preserved_optimizer(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _structure(value: Any) -> Any:
-    """A copy of nested dicts and lists, with the same tensors in it."""
+    """Copies nested dicts and lists, not the tensors in them."""
     if isinstance(value, dict):
         return {k: _structure(v) for k, v in value.items()}
     return [_structure(v) for v in value] if isinstance(value, list) else value
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """This rank's parts of the tensors in nested dicts and lists."""
+    """Returns this rank's shards of the tensors in nested dicts and lists."""
     if isinstance(value, Tensor):
         return [to_local(value.detach())]
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -100,7 +100,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _objects_of(start: Any) -> list[Any]:
-    """The objects of this package that attributes lead to from `start`, itself first; no modules, tensors or types."""
+    """Returns `start` and all objects of this package that it refers to, except modules, tensors and types."""
     found: dict[int, Any] = {}
     ahead = [start]
     while ahead:

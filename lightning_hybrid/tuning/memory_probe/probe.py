@@ -1,4 +1,4 @@
-"""The largest microbatch that every rank has memory for, found before training, by trial steps of each rank alone."""
+"""Finds the largest microbatch that fits on every rank, before training, by trial steps of each rank alone."""
 
 from __future__ import annotations
 
@@ -35,32 +35,32 @@ _FITTED_SIZES = (2, 4)
 
 
 class ProbeError(RuntimeError):
-    """No microbatch was found; raised on all ranks."""
+    """Raised on all ranks if no microbatch was found."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """What a memory probe has found."""
+    """Result of a memory probe."""
 
     size: int
-    """The microbatch, in samples, that fits on all ranks; the same on all of them."""
+    """Samples of the largest microbatch that fits on all ranks; equal on all ranks."""
     limited_by: int
     """The first rank on which no larger one of the allowed sizes fits."""
     own_size: int
     """The largest allowed size that fits on this rank, confirmed by a step."""
     fit: MemoryFit | None
-    """The model of this rank's peak; None where the allowed sizes leave nothing to predict, or memory is too short."""
+    """The model of this rank's peak; None if there are too few allowed sizes to fit one, or too little memory."""
     predicted_bytes: int | None
-    """The peak of a step with `own_size` by the fit."""
+    """Predicted peak of a step with `own_size`."""
     measured_bytes: int
-    """The peak of the step that confirmed it."""
+    """Measured peak of the step that confirmed `own_size`."""
     trials: int
-    """Steps that the search took, beside the two for the fit."""
+    """Trial steps of the search, without those for the fit."""
 
 
 @dataclass
 class _Found:
-    """What this rank has found by itself."""
+    """Result of this rank alone."""
 
     size: int = 0
     fit: MemoryFit | None = None
@@ -69,21 +69,21 @@ class _Found:
 
 
 class MemoryProbe:
-    """Tries microbatches on this rank alone, with collectives stood in for, and has the ranks agree.
+    """Tries microbatches on this rank alone, with fake collectives, and takes the smallest limit of all ranks.
 
-    A trial is what a step of training is, on a batch made of the samples of the first one: forward and backward pass,
-    reduction of gradients, the gradients of the last step and the state of the optimizers being there. Afterwards
-    nothing has changed: weights, gradients, optimizers, buffers, metrics, RNG state.
+    A trial is a training step on a batch made of the samples of the first one: forward and backward pass and reduction
+    of gradients, while the gradients of the last step and the state of the optimizers exist. Weights, gradients,
+    optimizers, buffers, metrics and random number generators are restored afterwards.
 
-    The search begins at the size that should be the largest to fit, by the memory of two small steps.
+    The search starts at the largest size that is predicted to fit from the memory of two small steps.
 
     Args:
         runner: The partitioned module.
         optimizers: Its optimizers.
-        batch: A first batch as its loader gives it (see `execute.batches.sample_batch`).
-        microbatches: Microbatches of a step under `pp`; a step takes as many times the microbatch's samples.
-        accumulates: Whether steps of the optimizer take the gradients of several batches.
-        budget_bytes: Memory that may be used; None: what the device has.
+        batch: A first batch as its loader gives it (see `dataloader.peek.sample_batch`).
+        microbatches: Microbatches of a step under `pp`.
+        accumulates: True if a step of the optimizer uses the gradients of several batches.
+        budget_bytes: Upper limit of the memory; None: that of the device.
     """
 
     def __init__(
@@ -113,18 +113,18 @@ class MemoryProbe:
         self._device = runner.device
         self._parameters: list[Any] = []
         self._warm = False
-        """Whether the gradients of a last step are there."""
+        """True if gradients of a previous step exist."""
 
     # ---- all ranks
 
     def find(self, ladder: Sequence[int]) -> ProbeResult:
-        """The largest of the sizes in `ladder` that fits on all ranks. Collective over all of them.
+        """Finds the largest size in `ladder` that fits on all ranks. Collective over all ranks.
 
         Args:
             ladder: The allowed sizes in samples, ascending; equal on all ranks.
 
         Raises:
-            ProbeError: On all ranks, if anything but a lack of memory ended a trial on one of them, or nothing fits.
+            ProbeError: On all ranks, if a trial of any rank failed except for lack of memory, or if no size fits.
         """
         found, problem = _Found(), None
         try:
@@ -153,7 +153,7 @@ class MemoryProbe:
         )
 
     def _agree(self, size: int) -> tuple[int, int]:
-        """The smallest size of all ranks, and the first rank that has it; the one collective of a probe that works."""
+        """Returns the smallest size of all ranks and the first rank with it; the only collective of a working probe."""
         ranks = dist.get_world_size()
         told = torch.tensor([size * ranks + dist.get_rank()], dtype=torch.int64, device=self._device)
         dist.all_reduce(told, dist.ReduceOp.MIN)
@@ -196,7 +196,7 @@ class MemoryProbe:
             self._release()
 
     def _budget_to_predict(self) -> int | None:
-        """Bytes that this rank may use; None where only a trial tells."""
+        """Returns the bytes that this rank may use; None if they are unknown."""
         if self._budget is not None or self._device.type != "cuda":
             return self._budget
         free, _ = torch.cuda.mem_get_info(self._device)
@@ -217,7 +217,7 @@ class MemoryProbe:
     # ---- trials
 
     def _profile(self, size: int) -> list[int] | None:
-        """Bytes alive after each allocation of a step; None without enough memory."""
+        """Returns the bytes alive after each allocation of a step; None if memory is too short."""
         tracker = MemoryTracker(self._device)
         gc.disable()  # when it collects is a matter of chance, and two profiles are compared place by place
         try:
@@ -230,7 +230,7 @@ class MemoryProbe:
         return [place + unseen for place in tracker.profile()]
 
     def _peak(self, size: int) -> int | None:
-        """The peak of a step; None without enough memory."""
+        """Returns the peak of a step in bytes; None if memory is too short."""
         return self._measured(size, None if self._device.type == "cuda" else MemoryTracker(self._device))
 
     def _measured(self, size: int, tracker: MemoryTracker | None) -> int | None:
@@ -245,7 +245,7 @@ class MemoryProbe:
         return None if tracker is None else tracker.peak_bytes
 
     def _run(self, size: int, tracker: MemoryTracker | None) -> bool:
-        """Runs a step; False without enough memory."""
+        """Runs a step; returns False if memory is too short."""
         try:
             with step_undone(self._runner), ExitStack() as stack:
                 if tracker is not None:
@@ -263,11 +263,11 @@ class MemoryProbe:
         return False
 
     def _step(self, size: int) -> None:
-        """Gradients of one step of the optimizer, as Lightning has it: gradients go between forward and backward."""
+        """Computes the gradients of one optimizer step; drops the old ones after the forward pass, as Lightning does."""
         runner = self._runner
         runner.noise = None
         runner.microbatches = self._microbatches
-        # the one thing in a step that ranks tell each other as objects
+        # the only objects that ranks exchange in a step
         vars(runner)["_log"] = lambda *_: (torch.zeros(()), {})
         if self._accumulates:
             with runner.gradients.local_only():
@@ -287,9 +287,10 @@ class MemoryProbe:
             runner.precision.backward(loss, root, None)
 
     def _measure_optimizers(self, size: int) -> int | None:
-        """Has the optimizers make their state, as in the first step; the peak of it, None without enough memory.
+        """Makes the optimizers create their state, as in the first step, and returns the peak in bytes.
 
-        The learning rate is 0 and the gradients are zeros; what changes nevertheless is restored later.
+        Learning rates and gradients are set to 0; whatever changes nevertheless is restored later. Returns None if
+        memory is too short.
         """
         if not self._run(size, None):
             return None
@@ -309,7 +310,7 @@ class MemoryProbe:
         return tracker.peak_bytes
 
     def _begin(self, tracker: MemoryTracker | None) -> None:
-        """A measurement begins with what is there between two steps."""
+        """Starts a measurement with the tensors that exist between two steps."""
         self._release()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -329,7 +330,7 @@ class MemoryProbe:
 
 @contextmanager
 def _old_objects_left_out() -> Iterator[None]:
-    """Inside, garbage is looked for among new objects only, since that is done at each trial; unless a user does so."""
+    """Freezes existing objects, so that `gc.collect()` is cheap in each trial, unless the user froze some already."""
     if gc.get_freeze_count():
         yield
         return
@@ -342,7 +343,7 @@ def _old_objects_left_out() -> Iterator[None]:
 
 
 def _step_in_place(optimizer: Optimizer) -> None:
-    """A step that allocates what the first one does, and moves no weight."""
+    """Runs a step that allocates what the first one does, and changes no weight."""
     for group in optimizer.param_groups:
         if "lr" in group:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
@@ -353,7 +354,7 @@ def _step_in_place(optimizer: Optimizer) -> None:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that there is not enough memory."""
+    """Returns True if `error`, or an error that it was raised from, reports a lack of memory."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

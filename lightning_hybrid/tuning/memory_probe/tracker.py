@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive on a device, while a step runs.
+"""Counts the bytes of live tensors on a device while a step runs.
 
 torch ships `torch.distributed._tools.mem_tracker.MemTracker` for this. It keeps statistics by module, for which every
 module may run once a step (a pipeline runs them once a microbatch), and hooks on all modules and parameters.
@@ -20,36 +20,36 @@ from lightning_hybrid._torch_private import DispatchMode, storage_resizes_seen, 
 
 
 class MemoryTracker(DispatchMode):
-    """Counts live tensors while it is entered, by their storages, below autograd.
+    """Counts the storages of live tensors while it is entered, below autograd.
 
-    What exists before counts from the start, as soon as an operator reads it; `count` adds what none may read. Memory
-    that operators use inside and free again, and what an allocator rounds up or keeps, is not seen.
+    A tensor that existed before counts from the start once an operator reads it; `count` adds others. Memory that an
+    operator frees before it returns, and what an allocator rounds up or caches, is not seen.
 
     Args:
-        device: Tensors on devices of this kind count.
+        device: Tensors on devices of this type are counted.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device.type
         self._sizes: dict[int, int] = {}
-        """By the id of a storage, as long as it lives."""
+        """Bytes of each live storage, by its id."""
         self._alive: dict[int, weakref.ref] = {}
         self._before = 0
-        """Bytes of what existed before."""
+        """Bytes that existed before."""
         self._since = 0
-        """Bytes more than these at present."""
+        """Bytes allocated minus bytes freed since."""
         self._growth: list[int] = []
-        """`_since` at each allocation, so at every possible peak."""
+        """`_since` after each allocation: every possible peak."""
         self._stack = ExitStack()
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was alive at once."""
+        """Peak of the live bytes."""
         return self._before + max(self._growth, default=0)
 
     def profile(self) -> list[int]:
-        """Bytes alive after each allocation."""
+        """Returns the live bytes after each allocation."""
         return [self._before + growth for growth in self._growth]
 
     def count(self, tensors: Iterable[Tensor]) -> None:
@@ -59,13 +59,13 @@ class MemoryTracker(DispatchMode):
                 self._old(storage)
 
     def __enter__(self) -> Any:
-        """Starts."""
+        """Starts to count."""
         self._growth.append(self._since)
         self._stack.enter_context(storage_resizes_seen(self._resized))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        """Ends."""
+        """Stops to count."""
         super().__exit__(*error)
         self._stack.close()
 
