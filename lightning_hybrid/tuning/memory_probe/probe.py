@@ -263,7 +263,7 @@ class MemoryProbe:
         return False
 
     def _step(self, size: int) -> None:
-        """Computes the gradients of one optimizer step; drops the old ones after the forward pass, as Lightning does."""
+        """Computes the gradients of one optimizer step; drops the old ones after the forward pass, as Lightning."""
         runner = self._runner
         runner.noise = None
         runner.microbatches = self._microbatches
