@@ -296,7 +296,7 @@ def test_groups_are_as_before_after_an_error() -> None:
 @pytest.mark.usefixtures("alone")
 def test_what_needs_other_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     world: Any = dist.distributed_c10d._world  # noqa: SLF001
-    unlisted = dist.new_group([0, 1])
+    unlisted: Any = dist.new_group([0, 1])
     monkeypatch.delitem(world.pg_map, unlisted)
     with without_peers():
         with pytest.raises(
