@@ -247,6 +247,7 @@ def test_uneven_coalesced_and_rooted_collectives_need_no_peer() -> None:
     from torch.distributed.distributed_c10d import _coalescing_manager
 
     x, root = torch.arange(4.0), 1
+    world: Any = dist.group.WORLD
     with without_peers():
         exchanged = [torch.empty(n) for n in (3, 1, 0, 2)]
         dist.all_to_all(exchanged, [x[:2], x[2:], x[:0], x[:0]])
@@ -259,7 +260,7 @@ def test_uneven_coalesced_and_rooted_collectives_need_no_peer() -> None:
         with _coalescing_manager():
             dist.all_reduce(first)
             dist.all_reduce(second)
-        dist.monitored_barrier()
+        world.monitored_barrier()
     assert [e.tolist() for e in exchanged[:3]] == [[0, 1, 0], [2], []]
     assert all(t.isfinite().all() for t in (exchanged[3], broadcast, scattered))
     assert torch.equal(torch.stack(gathered), x.expand(4, 4))
@@ -290,7 +291,8 @@ def test_groups_are_as_before_after_an_error() -> None:
         for real, fake in zip(before, inside, strict=True):
             assert real[:2] == fake[:2]
             assert real[-1] is not fake[-1]
-    assert dist.get_process_group_ranks(dist.new_group([0, 1])) == [0, 1]
+    made: Any = dist.new_group([0, 1])
+    assert dist.get_process_group_ranks(made) == [0, 1]
 
 
 @pytest.mark.usefixtures("alone")
@@ -302,6 +304,6 @@ def test_what_needs_other_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(
             NotImplementedError, match="no local substitute for `c10d::allreduce_` of this process group"
         ):
-            dist.all_reduce(torch.ones(1), group=unlisted)
+            unlisted.allreduce([torch.ones(1)])
         with pytest.raises(NotImplementedError, match="A process group cannot be made while a rank runs without"):
             dist.new_group([0, 1])
