@@ -15,6 +15,11 @@ from lightning_hybrid.spec.errors import PartitionError
 
 T = TypeVar("T")
 
+all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Gathers parts into one tensor, by its name since torch 2.13."""
+reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""Adds tensors up and leaves a part on each rank, by its name since torch 2.13."""
+
 
 def to_host(value: Any) -> Any:
     """`value` with its tensors on the CPU and without their graphs, to be sent as an object."""

@@ -328,10 +328,13 @@ def _run(rank: int, world_size: int, function: Callable[..., Any], args: tuple, 
     """Run one call; a report of any outcome must reach the parent, hence the widest possible except."""
     # Lightning deletes `WORLD_SIZE` from the environment when a strategy is torn down.
     os.environ["WORLD_SIZE"] = str(world_size)
+    sys.excepthook = sys.__excepthook__  # the strategies of earlier calls are done with
     try:
         return pickle.dumps((None, function(*args, **kwargs)))
     except BaseException as error:
         failure = RankFailure(rank, type(error).__name__, str(error), traceback.format_exc())
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)  # by which the strategy sees that it is shown
         return pickle.dumps((failure, None))
     finally:
         sys.stdout.flush()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_hybrid._torch_private import ReduceScatter
+from lightning_hybrid.collectives import all_gather_single, reduce_scatter_single
 
 Finish = Callable[[], None]
 """Waits for a started reduction; the tensor then contains the sum."""
@@ -81,7 +82,7 @@ class InBfloat16AddedExactly:
         def finish() -> None:
             work.wait()
             own = arrived.view(ranks, -1).sum(0, dtype=torch.float32).bfloat16()
-            dist.all_gather_into_tensor(_bytes(short), _bytes(own), group=group)
+            all_gather_single(_bytes(short), _bytes(own), group=group)
             flat.copy_(short[: len(flat)])
 
         return finish
@@ -111,12 +112,12 @@ class Hierarchical:
         padded = torch.zeros(-(-len(flat) // ranks) * ranks, dtype=flat.dtype, device=flat.device)
         padded[: len(flat)] = flat
         own = torch.empty(len(padded) // ranks, dtype=flat.dtype, device=flat.device)
-        work: Any = dist.reduce_scatter_tensor(own, padded, group=near, async_op=True)
+        work: Any = reduce_scatter_single(own, padded, group=near, async_op=True)
 
         def finish() -> None:
             work.wait()
             dist.all_reduce(own, group=far)
-            dist.all_gather_into_tensor(padded, own, group=near)
+            all_gather_single(padded, own, group=near)
             flat.copy_(padded[: len(flat)])
 
         return finish
@@ -151,7 +152,7 @@ class ShardedInBfloat16(ReduceScatter):
             output_tensor.copy_(arrived.view(group.size(), -1).sum(0, dtype=torch.float32))
         else:
             own = torch.empty(output_tensor.shape, dtype=torch.bfloat16, device=short.device)
-            dist.reduce_scatter_tensor(own, short, group=group)
+            reduce_scatter_single(own, short, group=group)
             output_tensor.copy_(own)
         if op == dist.ReduceOp.AVG:
             output_tensor /= group.size()

@@ -378,12 +378,13 @@ class Unsized(IterableDataset):
 
 
 class ShortOfMemory(L.Callback):
-    """On rank 0, allocations are tried again in some steps."""
+    """On rank 0, allocations are tried again in some steps, of which `AdaptiveBatchSize` warns."""
 
     def __init__(self, steps: tuple[int, ...]) -> None:
         self._steps, self._retries = steps, 0
 
     def on_train_start(self, trainer, pl_module):
+        warnings.filterwarnings("ignore", "AdaptiveBatchSize: memory ran short")
         self._kept = batch_control.allocation_retries
         batch_control.allocation_retries = lambda device: self._retries
 

@@ -125,7 +125,7 @@ def in_one_process(sizes: Sequence[int], lengths: Sequence[int], streams_at: int
         loss.backward()
         optimizer.step()
         scheduler.step()
-        losses.append(float(found.next_token))
+        losses.append(float(found.next_token.detach()))
         used = (used + size) % 96
     return {"losses": losses, "weights": module.state_dict()}
 

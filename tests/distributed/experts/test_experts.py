@@ -146,7 +146,7 @@ def test_taken_off_again(request: pytest.FixtureRequest, layouts: str) -> None:
         (
             "ep2",
             {"experts": "Coupled"},
-            r"`blocks\.0\.experts` does not give the sum of what its experts give for each",
+            r"`blocks\.0\.experts` does not return the weighted sum of the outputs of its experts for each",
         ),
     ],
     ids=["not divisible", "no experts", "coupled"],

@@ -157,7 +157,7 @@ def diloco_in_one_process(replicas: int, sync: GradientSync, *, steps: int = 12,
             optimizers[0].zero_grad()
             loss.backward()
             optimizers[0].step()
-            found.append(float(loss))
+            found.append(float(loss.detach()))
         losses.append(sum(found) / replicas)
         if (step + 1) * 8 % samples == 0:
             for _, schedulers in made:
