@@ -101,5 +101,5 @@ def test_what_stays_whole_is_said() -> None:
 
 
 def test_what_gives_other_numbers_in_parts_is_refused() -> None:
-    with pytest.raises(PartitionError, match=r"`inner` does not give the sum of what its experts give"):
+    with pytest.raises(PartitionError, match=r"`inner` does not return the weighted sum of the outputs of its experts"):
         plan(Calls(WeighsTheInput(4, 16, 8)), torch.randn(6, 16))
