@@ -352,7 +352,7 @@ class HybridStrategy(ParallelStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self._world.monitor.during("predict_step", evaluation_batch(self._module.trainer) - 1):
             out = self.engine.runner.evaluation_step("predict_step", None, *self.data.numbered(args), **kwargs)
-        self.data.go_along()
+        self.data.run_padding_steps()
         return out
 
     def _run_padding(self, batch: Any, weights: BatchWeights) -> None:

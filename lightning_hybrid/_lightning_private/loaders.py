@@ -35,8 +35,8 @@ def hands_out_its_iterator(trainer: pl.Trainer) -> bool:
     return isinstance(trainer._active_loop._data_fetcher, _DataLoaderIterDataFetcher)  # type: ignore[union-attr]
 
 
-def state_left(trainer: pl.Trainer, flow: Any) -> dict[str, Any] | None:
-    """Returns and removes the checkpoint's state of the training loader with `flow`, if Lightning did not load it.
+def state_left(trainer: pl.Trainer, shard: Any) -> dict[str, Any] | None:
+    """Returns and removes the checkpoint's state of the training loader with `shard`, if Lightning did not load it.
 
     Lightning loads no loader state after the end of an epoch.
     """
@@ -46,7 +46,7 @@ def state_left(trainer: pl.Trainer, flow: Any) -> dict[str, Any] | None:
         return None
     stateful = [loader for loader in combined.flattened if isinstance(loader, _Stateful)]
     for i, loader in enumerate(stateful):
-        if getattr(loader, "flow", None) is flow and i < len(states):
+        if getattr(loader, "replica_shard", None) is shard and i < len(states):
             state, states[i] = states[i], None
             return state
     return None
@@ -63,13 +63,13 @@ def set_epoch(loader: Any, trainer: pl.Trainer, ahead: int = 0) -> None:
     _set_sampler_epoch(loader, progress.processed + ahead)
 
 
-def set_epoch_length(trainer: pl.Trainer, flow: Any, length: int) -> None:
-    """Sets the number of batches, in the epoch that begins, of the training loader with `flow`."""
+def set_epoch_length(trainer: pl.Trainer, shard: Any, length: int) -> None:
+    """Sets the number of batches, in the epoch that begins, of the training loader with `shard`."""
     loop: Any = trainer.fit_loop
     combined, limit = loop._combined_loader, trainer.limit_train_batches
     limits = combined.limits  # changed in place, since the iterator has this list already
     for i, loader in enumerate(combined.flattened):
-        if getattr(loader, "flow", None) is flow:
+        if getattr(loader, "replica_shard", None) is shard:
             limits[i] = min(length, limit) if isinstance(limit, int) else int(length * limit)
     if loop._data_fetcher is None:
         return  # the loop reads the lengths during its setup
@@ -83,7 +83,7 @@ def training_loaders(trainer: pl.Trainer) -> Any:
     return trainer.fit_loop._combined_loader
 
 
-def load_validation_anew(trainer: pl.Trainer) -> None:
+def reload_validation(trainer: pl.Trainer) -> None:
     """Makes the next validation set up its loaders again."""
     trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
 

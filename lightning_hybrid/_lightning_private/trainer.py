@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.plugins.precision import Precision
@@ -111,3 +112,8 @@ def sampler_injection(trainer: pl.Trainer, enabled: bool) -> AbstractContextMana
 def after_closure_of(precision: Precision) -> Callable[..., None]:
     """Returns the method of the plugin's class that runs between a closure and the optimizer's update."""
     return type(precision)._after_closure.__get__(precision)
+
+
+def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Returns the user's optimizer behind a `LightningOptimizer`; any other optimizer is returned as it is."""
+    return getattr(optimizer, "_optimizer", optimizer)

@@ -48,6 +48,7 @@ from lightning_hybrid._torch_private.fsdp import (
     forget_sharded_step,
     forget_sharding_marks,
 )
+from lightning_hybrid._torch_private.loaders import replace_parts
 from lightning_hybrid._torch_private.modules import (
     BatchNorm,
     check_input_dim,
@@ -108,6 +109,7 @@ __all__ = [
     "own_buffers",
     "own_parameters",
     "recomputation_off",
+    "replace_parts",
     "run_kernel",
     "run_on_meta",
     "step_without_hooks",

@@ -1,4 +1,4 @@
-"""Saving and loading for the strategy: what goes in, where it goes, and which one is meant."""
+"""Saves and loads the checkpoints of a run for the strategy."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_hybrid.rng.state import RNGState, default_generators
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """Saves and loads the checkpoints of a run.
 
     Args:
         options: The strategy's `checkpoints`.
-        timeout: How long one rank waits for another.
+        timeout: Time after which a rank stops waiting for another.
     """
 
     def __init__(self, options: CheckpointOptions, timeout: timedelta | None) -> None:
@@ -33,17 +33,17 @@ class Checkpoints:
         self._saver: Saver | None = None
         self._older: list[Path] = []
         self._rng: Mapping[str, Any] | None = None
-        self._local_steps: Mapping[str, Any] | None = None
+        self._diloco: Mapping[str, Any] | None = None
 
     @property
     def saver(self) -> Saver:
-        """Writes them; there once the processes are connected."""
+        """The writer of checkpoints; needs the process groups."""
         if self._saver is None:
             self._saver = Saver(self._options, self._timeout)
         return self._saver
 
     def save(self, engine: Engine, checkpoint: Mapping[str, Any], path: str | Path) -> None:
-        """Saves Lightning's checkpoint dict, whose state is this rank's parts. Collective."""
+        """Saves Lightning's checkpoint dict, which holds this rank's shards of the state. Collective."""
         rng = RNGState.capture(default_generators(engine.device)).plain() | engine.rng.state_dict()
         more: dict[str, Any] = {"streams": rng}
         if engine.diloco is not None:
@@ -52,13 +52,13 @@ class Checkpoints:
         self.saver.save(path, content, loading.manifest_facts(checkpoint, engine.mesh.layout))
 
     def find_last(self, trainer: pl.Trainer) -> str | None:
-        """What `ckpt_path="last"` means: the newest checkpoint of the callbacks' folders; older ones stand by."""
+        """Returns the newest checkpoint of the callbacks' folders (`ckpt_path="last"`); older ones are the fallback."""
         found = loading.valid_checkpoints([Path(folder) for folder in checkpoint_folders(trainer)])
         self._older = found[1:]
         return str(found[0]) if found else None
 
     def load(self, engine: Engine, path: str | Path, trust_pickle: bool) -> dict[str, Any]:
-        """Lightning's checkpoint dict from `path`, or if that was found by `find_last`, from the newest intact one."""
+        """Returns Lightning's checkpoint dict from `path`; after `find_last` from the newest intact checkpoint."""
         self.saver.wait()
         paths: list[Any] = [Path(path), *self._older]
         box = [paths]
@@ -68,18 +68,18 @@ class Checkpoints:
         if not isinstance(opened, SavedCheckpoint):
             return opened
         checkpoint = loading.as_lightning(opened, engine.root.trainer, engine.mesh.layout)
-        self._rng, self._local_steps = checkpoint.pop("streams"), checkpoint.pop("local_steps", None)
+        self._rng, self._diloco = checkpoint.pop("streams"), checkpoint.pop("local_steps", None)
         return checkpoint
 
     def restore_rng(self, engine: Engine) -> None:
-        """Restores the RNG state of the time when the checkpoint was saved."""
+        """Restores the RNG state saved in the loaded checkpoint."""
         if self._rng is not None:
             RNGState.from_plain(self._rng).restore(default_generators(engine.device))
             engine.rng.load_state_dict(self._rng)
 
     def restore_diloco(self, engine: Engine) -> None:
-        """Replicas that step by themselves go on where each of them was, in the same layout; else where they agreed."""
-        saved, self._local_steps = self._local_steps, None
+        """Restores each DiLoCo replica's own weights in the same layout, otherwise the last averaged weights."""
+        saved, self._diloco = self._diloco, None
         if engine.diloco is None:
             return
         engine.diloco.begin()
@@ -88,18 +88,18 @@ class Checkpoints:
             state.load_own_optimizer_states(engine, saved["optimizers"])
 
     def first_batch(self, trainer: pl.Trainer) -> None:
-        """Before the first training batch: starting the loader in the middle of an epoch has drawn numbers."""
+        """Restores the RNG state before the first batch of a resumed epoch: starting the loader has drawn numbers."""
         if self._rng is not None and trainer.training:
             if trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
                 RNGState.from_plain(self._rng).restore(default_generators(trainer.strategy.root_device))
             self._rng = None
 
     def wait(self) -> None:
-        """Waits for what is being written."""
+        """Waits for an asynchronous save to end."""
         if self._saver is not None:
             self._saver.wait()
 
     def abandon(self) -> None:
-        """After an error of the run."""
+        """Stops waiting for an asynchronous save, after an error of the run."""
         if self._saver is not None:
             self._saver.abandon()

@@ -1,4 +1,4 @@
-"""One plain file out of a checkpoint: for `LightningModule.load_from_checkpoint`, or for other programs."""
+"""Converts a checkpoint to a single file, for `LightningModule.load_from_checkpoint` or other programs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_hybrid.spec.errors import CheckpointError
 
 
 def consolidate(checkpoint: Path, out: Path, *, weights_only: bool = False, trust_pickle: bool = False) -> None:
-    """Write a checkpoint as one plain file.
+    """Writes a checkpoint as a single file.
 
     Args:
         checkpoint: The checkpoint's folder.
-        out: The file to write. With the suffix `.safetensors` it holds the weights only; else it is a checkpoint of
+        out: The file to write. With the suffix `.safetensors` it holds the weights only, otherwise a checkpoint of
             Lightning, which `LightningModule.load_from_checkpoint` and `Trainer.fit(ckpt_path=...)` read.
-        weights_only: Leave out the states of optimizers, callbacks and loops.
-        trust_pickle: Run the pickles that the checkpoint may hold. They can execute any code.
+        weights_only: Whether to leave out the states of optimizers, callbacks and loops.
+        trust_pickle: Whether to run pickles in the checkpoint, which can execute any code.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged, or `out` is there already.
+        CheckpointError: If the checkpoint is damaged, or `out` exists.
     """
     if out.exists():
-        raise CheckpointError(f"`out` must not be there yet. Got {out}, which is.")
+        raise CheckpointError(f"`out` must not exist. Got {out}, which does. Remove it, or choose another path.")
     saved = SavedCheckpoint(checkpoint, trust_pickle)
     problems = saved.problems()
     if problems:
@@ -44,16 +44,16 @@ def consolidate(checkpoint: Path, out: Path, *, weights_only: bool = False, trus
 
 
 def verify(checkpoint: Path) -> str:
-    """Check every byte of a checkpoint against its manifest.
+    """Verifies all files of a checkpoint against the checksums in its manifest.
 
     Args:
         checkpoint: The checkpoint's folder.
 
     Returns:
-        A line that says what it is.
+        A line that describes the checkpoint.
 
     Raises:
-        CheckpointError: If it is damaged; names each file and the rank that wrote it.
+        CheckpointError: If the checkpoint is damaged; names each damaged file and the rank that wrote it.
     """
     saved = SavedCheckpoint(checkpoint)
     problems = saved.problems()
@@ -67,9 +67,9 @@ def verify(checkpoint: Path) -> str:
 
 
 def as_one_process(saved: SavedCheckpoint, weights_only: bool = False) -> dict[str, Any]:
-    """The checkpoint dict that Lightning would have saved in one process."""
+    """Returns the checkpoint dict that Lightning would have saved in a single process."""
     checkpoint = saved.document(0)
-    for key in ("names", "aliases", "streams", "local_steps"):  # of no use to Lightning
+    for key in ("names", "aliases", "streams", "local_steps"):  # not part of Lightning's format
         checkpoint.pop(key, None)
     for group in saved.model_groups:
         checkpoint[group] = {name: whole(value) for name, value in saved.group(group).items()}

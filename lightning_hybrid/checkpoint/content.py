@@ -1,4 +1,4 @@
-"""What one rank puts into a checkpoint."""
+"""The content that one rank writes to a checkpoint, and its files."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from lightning_hybrid.spec.tensor_index import Index
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A tensor, or a rank's part of one."""
+    """A tensor, or a rank's shard of one."""
 
     group: str
     """The mapping that the tensor belongs to, such as `state_dict`."""
     name: str
-    """Its name there; for what belongs to a parameter, the parameter's name."""
+    """Name of the tensor in the group; for optimizer state the name of its parameter."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     index: Index
-    """Which part of it this is."""
+    """Index of the shard in the whole tensor."""
     tensor: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """Tensors and state of one rank."""
+    """Tensors and state that one rank writes."""
 
     parts: list[Part] = field(default_factory=list)
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Members of groups that are no tensors: group, name, value."""
+    """Members of groups that are not tensors, by group and name."""
     document: Mapping[str, Any] = field(default_factory=dict)
-    """Everything else: nested Python state, tensors included."""
+    """All other state: nested Python values, which may contain tensors."""
 
 
 @dataclass(frozen=True)
 class RankFiles:
-    """The two files of a rank, before they are written."""
+    """Content of the two files of a rank."""
 
     index: dict[str, Any]
-    """What goes into the state file."""
+    """Content of the state file."""
     tensors: dict[str, Tensor]
-    """What goes into the tensor file, by key."""
+    """Content of the tensor file, by key."""
 
     @classmethod
     def of(cls, content: Content) -> RankFiles:
-        """Encodes the state at once, so that later changes of it do not matter; tensors are referred to."""
+        """Encodes the state of `content`, so that later changes of it have no effect; refers to its tensors."""
         tensors: dict[str, Tensor] = {}
 
         def put(tensor: Tensor) -> str:
@@ -72,17 +72,17 @@ class RankFiles:
         return cls(index, tensors)
 
     def on_host(self) -> RankFiles:
-        """With a copy of the tensors in host memory, which training does not change any more."""
+        """Returns these files with copies of the tensors in host memory, which training does not change."""
         copied = {key: _copy(tensor) for key, tensor in self.tensors.items()}
         if any(tensor.device.type == "cuda" for tensor in self.tensors.values()):
             torch.cuda.synchronize()
         return RankFiles(self.index, copied)
 
     def write(self, folder: Path, rank: int) -> dict[str, dict[str, Any]]:
-        """Writes both files durably.
+        """Writes both files to disk.
 
         Returns:
-            For each file its size in bytes and its SHA-256.
+            Size in bytes and SHA-256 of each file.
         """
         state, weights = (folder / name for name in file_names(rank))
         write_durably(state, json.dumps(self.index, separators=(",", ":")).encode())
@@ -92,7 +92,7 @@ class RankFiles:
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous host tensors, no two of which share memory, as the file format needs them."""
+    """Returns contiguous host tensors that share no memory, as the file format requires."""
     seen: set[int] = set()
     result = {}
     for key, tensor in tensors.items():

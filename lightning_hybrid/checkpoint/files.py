@@ -1,11 +1,11 @@
-"""The names of things on disk: one folder a checkpoint, which is there as a whole or not at all.
+"""Files and folders of checkpoints: one folder per checkpoint, committed atomically.
 
 step=20.ckpt/              a checkpoint
-    manifest.json          written last: what every file must be
-    rank-00000.json        the rank's state, and which parts of which tensors it has written
-    rank-00000.safetensors these parts
-step=30.ckpt.tmp/          being written, or left by a run that was killed
-last.ckpt.replaced/        the one before, for the moment in which `last.ckpt` is exchanged
+    manifest.json          written last: size and checksum of every file
+    rank-00000.json        the rank's state, and the index of each tensor shard that it has written
+    rank-00000.safetensors these tensor shards
+step=30.ckpt.tmp/          staging folder: being written, or left by a run that was killed
+last.ckpt.replaced/        the previous checkpoint, while `last.ckpt` is replaced
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ MANIFEST = "manifest.json"
 FORMAT = "lightning_hybrid/1"
 STAGED, REPLACED = ".tmp", ".replaced"
 FILE_NAME = re.compile(r"rank-\d{5,}\.(json|safetensors)")
-"""Names that a manifest may list: none leads out of the folder."""
+"""Names that a manifest may list: no paths outside the folder."""
 
 
 def staged(path: Path) -> Path:
-    """Where the checkpoint `path` is written before it gets its name."""
+    """Returns the staging folder of the checkpoint `path`."""
     return path.with_name(path.name + STAGED)
 
 
 def file_names(rank: int) -> tuple[str, str]:
-    """The state file and the tensor file of a rank."""
+    """Returns the names of the state file and the tensor file of a rank."""
     return f"rank-{rank:05d}.json", f"rank-{rank:05d}.safetensors"
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -45,7 +45,7 @@ def sha256(path: Path) -> str:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file that is on the disk when this returns."""
+    """Writes a file and waits until it is on disk."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -53,7 +53,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,7 +62,7 @@ def sync(path: Path) -> None:
 
 
 def put_in_place(path: Path) -> None:
-    """Gives a complete staged checkpoint its name; what had the name goes only when the new one is there."""
+    """Commits a complete staged checkpoint by renaming it; removes a previous one of that name afterwards."""
     before = path.with_name(path.name + REPLACED)
     if path.exists() or path.is_symlink():
         remove(before)
@@ -73,7 +73,7 @@ def put_in_place(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint of any kind, if it is there; the manifest first, so that no half of one looks whole."""
+    """Removes a checkpoint of any kind, if it exists; the manifest first, so that a partial one is never valid."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir():
@@ -83,7 +83,7 @@ def remove(path: Path) -> None:
 
 
 def candidates(folder: Path) -> Iterator[Path]:
-    """Everything in a folder that may be a checkpoint, also what a killed run left complete under a passing name."""
+    """Yields every path in a folder that may be a checkpoint, complete staging folders of killed runs included."""
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
             if (path / MANIFEST).is_file() or (path.is_file() and path.suffix == ".ckpt"):

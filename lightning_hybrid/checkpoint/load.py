@@ -1,4 +1,4 @@
-"""Loading checkpoints: found, checked by all ranks together, and given to Lightning in the form it knows."""
+"""Finds checkpoints, verifies them on all ranks together, and converts them to Lightning's checkpoint dict."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_hybrid.spec.layout import Layout
 
 
 def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """What the manifest says of a checkpoint."""
+    """Returns the entries of the manifest that describe a checkpoint."""
     return {
         "step": checkpoint.get("global_step", 0),
         "epoch": checkpoint.get("epoch", 0),
@@ -39,28 +39,28 @@ def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout) -> dict[str, A
     }
 
 
-# ---- which one
+# ---- selection
 
 
 def valid_checkpoints(folders: Sequence[Path]) -> list[Path]:
-    """Checkpoints in `folders`, the newest first: ours by step, then plain files of Lightning by their time."""
+    """Returns the checkpoints in `folders`, newest first: sharded ones by step, then Lightning's files by time."""
     found = [path for folder in folders for path in candidates(folder)]
     folders_found = [path for path in found if path.is_dir()]
     ours = newest_first(folders_found)
     for path in set(folders_found) - set(ours):
-        rank_zero_warn(f"{path} is passed over: its manifest is damaged.")
+        rank_zero_warn(f"{path} is skipped: its manifest is damaged.")
     plain = sorted((p for p in found if p.is_file()), key=lambda p: p.stat().st_mtime, reverse=True)
     return [*ours, *plain]
 
 
 def open_first(paths: Sequence[Path], trust_pickle: bool) -> SavedCheckpoint | dict[str, Any]:
-    """The first of `paths` that is intact on all ranks, which check its files together; collective.
+    """Opens the first of `paths` that is intact on all ranks, which verify its files together. Collective.
 
     Returns:
-        A checkpoint of ours, or the content of a plain file of Lightning.
+        A sharded checkpoint, or the content of a file of Lightning.
 
     Raises:
-        CheckpointError: If none is, with what is wrong with the first.
+        CheckpointError: If none is intact; the message lists the problems of the first.
     """
     refused: list[str] = []
     for path in paths:
@@ -68,7 +68,7 @@ def open_first(paths: Sequence[Path], trust_pickle: bool) -> SavedCheckpoint | d
         found = list(dict.fromkeys(p for of_rank in gather_objects(problems) for p in of_rank))
         if not found and opened is not None:
             if refused:
-                rank_zero_warn(f"{refused[0]} Going on from {path} instead, the newest checkpoint that is intact.")
+                rank_zero_warn(f"{refused[0]} Resuming from {path} instead, the newest checkpoint that is intact.")
             return opened
         refused.append(" ".join(found))
     raise CheckpointError(refused[0] if refused else "There is no checkpoint.")
@@ -86,14 +86,14 @@ def _open(path: Path, trust_pickle: bool) -> tuple[SavedCheckpoint | dict[str, A
 
 
 def _plain(path: Path, trust_pickle: bool) -> dict[str, Any]:
-    """A checkpoint file of Lightning's own; its tensors stay on the disk until they are read."""
+    """Returns the content of a checkpoint file of Lightning; tensors are memory-mapped."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is a pickle with more than plain data in it, and unpickling can run any code "
+            f"{path} is a pickle that contains more than plain data, and unpickling can run any code "
             f"({str(error).splitlines()[0]}). If you trust the file, pass "
             "`checkpoints=CheckpointOptions(trust_pickle=True)` to the strategy."
         ) from error
@@ -105,9 +105,9 @@ def _plain(path: Path, trust_pickle: bool) -> dict[str, Any]:
 
 
 def as_lightning(saved: SavedCheckpoint, trainer: pl.Trainer, layout: Layout) -> dict[str, Any]:
-    """The checkpoint dict that Lightning restores from; weights stay on the disk, as `SavedTensor`s, until used.
+    """Returns the checkpoint dict that Lightning restores from; weights are `SavedTensor`s, read when used.
 
-    Where a hook of the user or of a callback looks at the checkpoint, the model's weights are whole tensors in it.
+    If the module or a callback has a hook `on_load_checkpoint`, the model's weights are whole tensors instead.
     """
     checkpoint = saved.document(0, leave_out_pickles=HYPER_PARAMETERS)
     same = saved.about["layout"] == str(layout) and saved.world_size == dist.get_world_size()
@@ -115,13 +115,13 @@ def as_lightning(saved: SavedCheckpoint, trainer: pl.Trainer, layout: Layout) ->
         checkpoint |= saved.document(dist.get_rank())
     elif not same:
         checkpoint.pop("local_steps", None)
-    looked_at = is_overridden("on_load_checkpoint", trainer.lightning_module) or any(
+    hooked = is_overridden("on_load_checkpoint", trainer.lightning_module) or any(
         type(callback).on_load_checkpoint is not pl.Callback.on_load_checkpoint
         for callback in trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     )
     for group in saved.model_groups:
         members = saved.group(group)
-        checkpoint[group] = {name: whole(value) for name, value in members.items()} if looked_at else members
+        checkpoint[group] = {name: whole(value) for name, value in members.items()} if hooked else members
     for i, optimizer in enumerate(checkpoint.get(OPTIMIZER_STATES, [])):
         optimizer["state"] = saved.optimizer_entries(i)
     return checkpoint

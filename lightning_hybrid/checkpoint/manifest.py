@@ -1,7 +1,7 @@
-"""Writing a checkpoint from all ranks together: it is there as a whole, or not at all.
+"""Writes a checkpoint from all ranks and commits it atomically.
 
-Every rank writes its files into a staging folder and tells the store their sizes and hashes; rank 0 then writes the
-manifest and gives the folder its name. The ranks talk through the store only, so that a background thread can do this
+Every rank writes its files into a staging folder and puts their sizes and checksums into the store; rank 0 then writes
+the manifest and renames the folder. The ranks communicate through the store only, so that a background thread can save
 while training uses the process groups.
 """
 
@@ -25,33 +25,33 @@ from lightning_hybrid.spec.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Party:
-    """The ranks that write together."""
+class WritingRanks:
+    """This rank, and the others that write the same checkpoint."""
 
     store: Store
     rank: int
     world_size: int
     timeout: timedelta
-    """How long one rank waits for another."""
+    """Time after which a rank stops waiting for another."""
 
 
 def write_checkpoint(
-    party: Party, number: int, path: Path, files: RankFiles, about: dict[str, Any], after: Callable[[], None]
+    ranks: WritingRanks, number: int, path: Path, files: RankFiles, about: dict[str, Any], after: Callable[[], None]
 ) -> None:
-    """Writes one checkpoint; every rank calls it with the same `number` and `path`.
+    """Writes one checkpoint. Collective: every rank calls it with the same `number` and `path`.
 
     Args:
-        party: This rank and the others.
-        number: Counts the checkpoints of this run.
+        ranks: This rank and the others.
+        number: Number of the checkpoint in this process.
         path: The checkpoint's folder.
-        files: What this rank writes.
-        about: What the manifest says beside the files: step, layout, versions.
-        after: Called on rank 0 once the checkpoint is in place.
+        files: Content of this rank's files.
+        about: Entries of the manifest beside the files: step, layout, versions.
+        after: Called on rank 0 after the checkpoint is committed.
 
     Raises:
-        CheckpointError: On every rank, if any rank could not write; what was there before is untouched.
+        CheckpointError: On every rank, if any rank could not write; earlier checkpoints are unchanged.
     """
-    store, rank = party.store, party.rank
+    store, rank = ranks.store, ranks.rank
     prefix = f"lightning_hybrid/checkpoint/{number}"
     folder = staged(path)
     try:
@@ -62,21 +62,21 @@ def write_checkpoint(
                 store.set(f"{prefix}/begin", "")
             except OSError as error:
                 store.set(f"{prefix}/begin", str(error))
-        problem = _wait(party, f"{prefix}/begin")
+        problem = _wait(ranks, f"{prefix}/begin")
         report: dict[str, Any] = {"error": problem} if problem else _write(folder, files, rank)
         store.set(f"{prefix}/rank/{rank}", json.dumps(report))
         if rank == 0:
-            store.set(f"{prefix}/end", _commit(party, prefix, path, about, after))
-        problem = _wait(party, f"{prefix}/end")
+            store.set(f"{prefix}/end", _commit(ranks, prefix, path, about, after))
+        problem = _wait(ranks, f"{prefix}/end")
     except DistError as error:
         raise CheckpointError(f"Saving {path} ended: another rank did not answer ({error}).") from error
     if problem:
         raise CheckpointError(f"Saving {path} failed, earlier checkpoints are untouched. {problem}")
 
 
-def _wait(party: Party, key: str) -> str:
-    party.store.wait([key], party.timeout)
-    return party.store.get(key).decode()
+def _wait(ranks: WritingRanks, key: str) -> str:
+    ranks.store.wait([key], ranks.timeout)
+    return ranks.store.get(key).decode()
 
 
 def _write(folder: Path, files: RankFiles, rank: int) -> dict[str, Any]:
@@ -86,24 +86,24 @@ def _write(folder: Path, files: RankFiles, rank: int) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _commit(party: Party, prefix: str, path: Path, about: dict[str, Any], after: Callable[[], None]) -> str:
-    """Rank 0: waits for all, and completes the checkpoint or takes it away. Returns what went wrong, or nothing."""
+def _commit(ranks: WritingRanks, prefix: str, path: Path, about: dict[str, Any], after: Callable[[], None]) -> str:
+    """Commits the checkpoint on rank 0 after all ranks have written, or removes it; returns the problems, or `""`."""
     folder, files, problems = staged(path), {}, []
-    for rank in range(party.world_size):
-        report = json.loads(_wait(party, f"{prefix}/rank/{rank}"))
+    for rank in range(ranks.world_size):
+        report = json.loads(_wait(ranks, f"{prefix}/rank/{rank}"))
         if "error" in report:
             problems.append(f"Rank {rank}: {report['error']}.")
         else:
             files |= report
     try:
         if not problems:
-            write_manifest(folder, {**about, "world_size": party.world_size, "files": files})
+            write_manifest(folder, {**about, "world_size": ranks.world_size, "files": files})
             put_in_place(path)
             after()
     except OSError as error:
         problems.append(f"Rank 0: {type(error).__name__}: {error}.")
-    for rank in range(party.world_size):
-        party.store.delete_key(f"{prefix}/rank/{rank}")
+    for rank in range(ranks.world_size):
+        ranks.store.delete_key(f"{prefix}/rank/{rank}")
     if problems:
         with contextlib.suppress(OSError):
             remove(folder)
@@ -111,15 +111,15 @@ def _commit(party: Party, prefix: str, path: Path, about: dict[str, Any], after:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Writes the manifest of a folder; from then on the folder is a checkpoint."""
+    """Writes the manifest of a folder, which makes it a valid checkpoint."""
     text = canonical(content)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    passing = folder / (MANIFEST + ".part")
-    write_durably(passing, json.dumps({"format": FORMAT, "digest": digest, "content": content}, indent=1).encode())
-    os.rename(passing, folder / MANIFEST)
+    unfinished = folder / (MANIFEST + ".part")
+    write_durably(unfinished, json.dumps({"format": FORMAT, "digest": digest, "content": content}, indent=1).encode())
+    os.rename(unfinished, folder / MANIFEST)
     sync(folder)
 
 
 def canonical(content: dict[str, Any]) -> str:
-    """The text of a manifest's content that its digest is taken of."""
+    """Returns the text of a manifest's content from which its digest is computed."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""How checkpoints are saved and what is trusted when they are loaded."""
+"""Options of saving and loading checkpoints."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,16 +13,16 @@ class CheckpointOptions:
     """
 
     asynchronous: bool = False
-    """Training goes on as soon as the state has been copied to host memory; a thread writes it. There is room for one
-    save at a time: a second one waits for the first."""
+    """Whether training continues after the state has been copied to host memory, while a thread writes it. One save runs
+    at a time: a second one waits for the first."""
     keep: int = 1
-    """The newest `keep` valid checkpoints of a folder are never removed, whatever a callback asks: with 2, there is one
-    to fall back to when the newest is damaged."""
+    """Number of the newest valid checkpoints of a folder that are never removed, even if a callback asks for it: with 2,
+    there is a fallback if the newest is damaged."""
     on_error: Literal["warn", "raise"] = "warn"
-    """What happens when a checkpoint cannot be written (disk full): a warning, and training goes on; or an error on all
-    ranks. Earlier checkpoints are left as they are in both cases."""
+    """Policy for checkpoints that cannot be written (disk full): warn and continue training, or raise on all ranks.
+    Earlier checkpoints are unchanged in both cases."""
     trust_pickle: bool = False
-    """Whether to run the pickle of files that need it. It can execute any code: only for files that you trust."""
+    """Whether to run pickles in checkpoints. They can execute any code: use only for files that you trust."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1:

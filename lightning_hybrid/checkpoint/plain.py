@@ -1,8 +1,8 @@
-"""Nested Python state as JSON, with its tensors set apart: no pickle is needed to read it back.
+"""Converts nested Python state to JSON and separate tensors, and back without pickle.
 
-Plain values stand for themselves. A dict stays a JSON object where its keys are text; everything else is an object with
-one key that begins with `$`: `{"$tuple": [...]}`, `{"$tensor": "name in the tensor file"}`. What has no such form is
-pickled into `{"$pickle": ...}` and is read back only where the user trusts the file.
+Plain values are written as they are. A dict whose keys are text is a JSON object; every other value is an object with
+one key that begins with `$`: `{"$tuple": [...]}`, `{"$tensor": "name in the tensor file"}`. Values of other types are
+pickled into `{"$pickle": ...}`, which is read only if the user trusts the file.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lightning_hybrid.spec.errors import CheckpointError
 
 
 def encode(value: Any, put: Callable[[Tensor], str], path: str = "") -> Any:
-    """What `json.dumps` can write.
+    """Returns `value` in a form that `json.dumps` can write.
 
     Args:
         value: Nested state.
-        put: Takes a tensor and gives the name under which it is kept.
-        path: Where the value stands, for `pickled_paths` and errors.
+        put: Stores a tensor and returns its name.
+        path: Path of the value in the state, for errors.
     """
     if value is None or isinstance(value, bool | str) or type(value) is int:
         return value
@@ -56,11 +56,11 @@ def encode(value: Any, put: Callable[[Tensor], str], path: str = "") -> Any:
 
 
 def decode(value: Any, get: Callable[[str], Tensor], trust_pickle: bool, source: str) -> Any:
-    """The reverse of `encode`.
+    """Returns the state that `encode` has converted to `value`.
 
     Args:
-        value: What JSON gave.
-        get: Gives the tensor kept under a name.
+        value: Parsed JSON.
+        get: Returns the tensor of a name.
         trust_pickle: Whether to run pickles.
         source: The file, for errors.
 
@@ -87,7 +87,9 @@ def decode(value: Any, get: Callable[[str], Tensor], trust_pickle: bool, source:
         if tag == "$torch":
             return torch.device(v[tag]) if v["kind"] == "device" else _dtype(v[tag], source)
         if tag not in _READERS:
-            raise CheckpointError(f"{source} holds a value of the unknown form {tag!r}: it was not written by us.")
+            raise CheckpointError(
+                f"{source} holds a value of the unknown form {tag!r}: it was not written by lightning_hybrid."
+            )
         return _READERS[tag](inner(v[tag]))
 
     return inner(value)
@@ -146,7 +148,7 @@ _KINDS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     pathlib.WindowsPath: ("$path", str),
     torch.Size: ("$size", list),
 }
-"""Types with a form of their own: its tag, and what stands behind it."""
+"""For each type its tag, and the conversion to a plain value."""
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "$float": float,

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: what it claims is checked before anything is used, and no code in it is run."""
+"""Reads a checkpoint after its manifest and checksums have been verified; runs no code from it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lightning_hybrid.spec.errors import CheckpointError
 from lightning_hybrid.spec.tensor_index import Index, overlaps, shape_of, whole_index
 
 OPTIMIZER_STATES = "optimizer_states"
-"""Begins the names of groups with optimizer state: `optimizer_states/<number>/<entry>`."""
+"""Prefix of the groups with optimizer state: `optimizer_states/<number>/<entry>`."""
 HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
-"""Lightning saves them for `load_from_checkpoint`; nothing else reads them."""
+"""Keys that Lightning saves for `load_from_checkpoint` only."""
 _BOXES_READ_SINGLY = 8
-"""A part that shares more boxes with what is wanted is read whole: one long read is faster than many short ones."""
+"""Overlapping boxes above which a stored shard is read whole: one long read is faster than many short ones."""
 
 
 class _Stored(NamedTuple):
@@ -37,7 +37,7 @@ class _Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor of a checkpoint, of which any part can be read."""
+    """A tensor of a checkpoint, of which any shard can be read."""
 
     checkpoint: SavedCheckpoint
     name: str
@@ -45,10 +45,10 @@ class SavedTensor:
     stored: list[_Stored]
 
     def read(self, index: Index | None = None) -> Tensor:
-        """The part `index` of the tensor (None: all of it), on the CPU.
+        """Returns the shard `index` of the tensor (None: the whole), on the CPU.
 
         Raises:
-            CheckpointError: If the checkpoint has not all of it.
+            CheckpointError: If elements are missing in the checkpoint.
         """
         index = whole_index(self.shape) if index is None else index
         out: Tensor | None = None
@@ -79,25 +79,25 @@ class SavedTensor:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The type of its elements."""
+        """The dtype of the elements."""
         rank, key, _ = self.stored[0]
         return self.checkpoint.tensor(rank, key).dtype
 
 
 def whole(value: Any) -> Any:
-    """All of a `SavedTensor`; anything else as it is."""
+    """Returns the whole tensor of a `SavedTensor`, and any other value unchanged."""
     return value.read() if isinstance(value, SavedTensor) else value
 
 
 class SavedCheckpoint:
-    """A checkpoint on disk, its manifest checked.
+    """A checkpoint on disk whose manifest has been verified.
 
     Args:
-        path: Its folder.
-        trust_pickle: Whether to run the pickles that a state file may hold.
+        path: The checkpoint's folder.
+        trust_pickle: Whether to run pickles in state files.
 
     Raises:
-        CheckpointError: If it is not there, incomplete, or not one of ours.
+        CheckpointError: If the checkpoint does not exist, is incomplete, or has another format.
     """
 
     def __init__(self, path: str | Path, trust_pickle: bool = False) -> None:
@@ -108,21 +108,21 @@ class SavedCheckpoint:
 
     @property
     def step(self) -> int:
-        """The global step at which it was saved."""
+        """The global step at which the checkpoint was saved."""
         return int(self.about.get("step", 0))
 
     @property
     def world_size(self) -> int:
-        """The number of ranks that wrote it."""
+        """The number of ranks that wrote the checkpoint."""
         return int(self.about["world_size"])
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
-        """Size and hash of each file."""
+        """Size and checksum of each file, by name."""
         return self.about["files"]
 
     def problems(self, names: Sequence[str] | None = None) -> list[str]:
-        """What is wrong with the files `names` (None: all); reads every byte of them."""
+        """Returns the problems of the files `names` (None: all); reads every byte of them."""
         return [p for name in (self.files if names is None else names) if (p := self._problem(name, self.files[name]))]
 
     def _problem(self, name: str, expected: Mapping[str, Any]) -> str | None:
@@ -140,11 +140,11 @@ class SavedCheckpoint:
     # ---- content
 
     def document(self, rank: int = 0, leave_out_pickles: Sequence[str] = ()) -> dict[str, Any]:
-        """The state of a rank, apart from the groups of tensors.
+        """Returns the state of a rank, without the groups of tensors.
 
         Args:
-            rank: The rank that saved it.
-            leave_out_pickles: Top-level keys that are left out where they hold pickles that are not trusted.
+            rank: The rank that saved the state.
+            leave_out_pickles: Top-level keys that are left out if they contain pickles that are not trusted.
         """
         index = self._index(rank)
         source = str(self.path / file_names(rank)[0])
@@ -172,7 +172,7 @@ class SavedCheckpoint:
 
     @cached_property
     def values(self) -> dict[str, dict[str, Any]]:
-        """Members of groups that are no tensors."""
+        """Members of groups that are not tensors, by group and name."""
         found: dict[str, dict[str, Any]] = {}
         for rank in range(self.world_size):
             source = str(self.path / file_names(rank)[0])
@@ -184,7 +184,7 @@ class SavedCheckpoint:
         return found
 
     def group(self, name: str) -> dict[str, Any]:
-        """A group's tensors and other members under all their names, in the order of the module's."""
+        """Returns a group's tensors and other members under all their names, in the order of the module's names."""
         members: dict[str, Any] = {**self.groups.get(name, {}), **self.values.get(name, {})}
         document = self._index(0)["document"]
         members |= {alias: members[first] for alias, first in document["aliases"].items() if first in members}
@@ -193,11 +193,11 @@ class SavedCheckpoint:
 
     @property
     def model_groups(self) -> list[str]:
-        """The groups with entries for names of the module: `state_dict`, and what hooks have added like it."""
+        """The groups with entries for names of the module: `state_dict`, and similar mappings that hooks have added."""
         return sorted(g for g in {*self.groups, *self.values} if not g.startswith(OPTIMIZER_STATES))
 
     def optimizer_entries(self, number: int) -> dict[str, dict[str, Any]]:
-        """The state of optimizer `number`: parameter name to the entries of its state."""
+        """Returns the state of optimizer `number`, by parameter name and entry."""
         prefix = f"{OPTIMIZER_STATES}/{number}/"
         entries: dict[str, dict[str, Any]] = {}
         for groups in (self.groups, self.values):
@@ -208,7 +208,7 @@ class SavedCheckpoint:
         return entries
 
     def tensor(self, rank: int, key: str) -> Tensor:
-        """One tensor of a rank's file."""
+        """Returns a tensor of a rank's file."""
         path = self.path / file_names(rank)[1]
         try:
             return self._file(rank).get_tensor(key)
@@ -216,7 +216,7 @@ class SavedCheckpoint:
             raise CheckpointError(f"{path} (rank {rank}) cannot be read: {error}.") from error
 
     def slices(self, rank: int, key: str, name: str, shape: tuple[int, ...]) -> Any:
-        """One tensor of a rank's file, of which `[...]` reads a part; its shape must be `shape`."""
+        """Returns a lazy tensor of a rank's file, of which `[...]` reads slices; its shape must be `shape`."""
         path = self.path / file_names(rank)[1]
         try:
             found = self._file(rank).get_slice(key)
@@ -274,7 +274,7 @@ def _names(world_size: int) -> Iterator[str]:
 
 
 def saved_callback_state(path: str | Path | None, key: str) -> dict[str, Any]:
-    """The state of a callback in a checkpoint, before that is loaded; `{}` where there is none of ours or no state."""
+    """Returns the state of callback `key` in a checkpoint that is not loaded yet; `{}` if there is none."""
     if path is None or not (Path(path) / MANIFEST).is_file():
         return {}
     callbacks = SavedCheckpoint(path).document(leave_out_pickles=("callbacks",)).get("callbacks", {})
@@ -282,13 +282,13 @@ def saved_callback_state(path: str | Path | None, key: str) -> dict[str, Any]:
 
 
 def newest_first(paths: Sequence[Path]) -> list[Path]:
-    """Checkpoints of ours by step, those with a readable manifest only; of one step the last written first."""
+    """Returns the checkpoints with a valid manifest, newest first: by step, then by time of writing."""
     found = []
     for path in paths:
         try:
             about = _read_manifest(path)
         except CheckpointError:
             continue
-        passing = path.name.endswith((STAGED, REPLACED))
-        found.append((int(about.get("step", 0)), float(about.get("seconds", 0.0)), not passing, str(path), path))
+        staging = path.name.endswith((STAGED, REPLACED))
+        found.append((int(about.get("step", 0)), float(about.get("seconds", 0.0)), not staging, str(path), path))
     return [entry[-1] for entry in sorted(found, reverse=True)]

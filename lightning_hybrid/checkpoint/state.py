@@ -1,7 +1,7 @@
-"""A partitioned module and its optimizers as the content of a checkpoint, and back: every rank its own parts.
+"""Converts the state of a partitioned module and its optimizers to the content of a checkpoint, and back.
 
-In a checkpoint on its way to the disk, `state_dict` and `optimizer_states` of a rank hold that rank's parts, under the
-user's names. On the way back they hold `SavedTensor`s, of which each rank reads its part, or whole tensors.
+When saving, `state_dict` and `optimizer_states` of a rank hold that rank's shards, under the user's names. When
+loading, they hold `SavedTensor`s, of which each rank reads its shard, or whole tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_hybrid._lightning_private import plain_optimizer
 from lightning_hybrid.checkpoint.content import Content, Part
 from lightning_hybrid.checkpoint.reader import SavedTensor
 from lightning_hybrid.collectives import gather_objects, to_local
@@ -28,16 +29,16 @@ from lightning_hybrid.spec.tensor_index import Index, shape_of, whole_index
 EXTRA_STATE = "_extra_state"
 """The name under which `nn.Module.state_dict` puts what `get_extra_state` returns."""
 
-# ---- out of the module
+# ---- saving
 
 
 def state_dict(engine: Engine) -> dict[str, Any]:
-    """This rank's parts of all weights, and the persistent buffers, under the user's names."""
+    """Returns this rank's shards of all weights, and the persistent buffers, under the user's names."""
     engine.partition.reshard()
     with engine.partition.parameters.all_visible():
         shown = engine.root.state_dict()
     found = {name: value for name, value in shown.items() if not isinstance(value, Ghost)}
-    if engine.diloco is not None:  # what all replicas have agreed on
+    if engine.diloco is not None:  # the last averaged weights
         first = engine.partition.parameters.first_names
         for name in found:
             agreed = engine.diloco.agreed(first.get(name, name))
@@ -46,7 +47,7 @@ def state_dict(engine: Engine) -> dict[str, Any]:
 
 
 def optimizer_state(engine: Engine, optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state of this rank's parameters, by name; the groups hold the names of all parameters."""
+    """Returns the optimizer's state of this rank's parameters, by name; groups list the names of all parameters."""
     optimizer = plain_optimizer(optimizer)
     names = engine.optimizers.names_in(optimizer)
     parameters = engine.partition.parameters
@@ -63,17 +64,17 @@ def optimizer_state(engine: Engine, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _laid_out(value: Any, parameter: Tensor) -> Any:
-    """State of the parameter's shape stays divided as it is; what has another shape is made whole."""
+    """Returns state of the parameter's shape unchanged, and gathers state of another shape."""
     if isinstance(value, DTensor) and value.shape != parameter.shape:
         return value.full_tensor()
     return value
 
 
 def content_of(engine: Engine, checkpoint: Mapping[str, Any]) -> Content:
-    """What this rank writes of Lightning's checkpoint dict.
+    """Returns the part of Lightning's checkpoint dict that this rank writes.
 
     Raises:
-        CheckpointError: If a tensor of the model's state has neither the whole shape nor that of this rank's part.
+        CheckpointError: If a tensor of the model's state has neither the whole shape nor that of this rank's shard.
     """
     known = set(_shown_names(engine))
     first = dist.get_rank() == 0
@@ -96,7 +97,7 @@ def content_of(engine: Engine, checkpoint: Mapping[str, Any]) -> Content:
 
 
 PER_RANK = ("loops", "streams", "local_steps")
-"""Keys of the checkpoint dict that every rank saves; everything else is rank 0's."""
+"""Keys of the checkpoint dict that every rank saves; rank 0 saves all others."""
 
 
 def _shown_names(engine: Engine) -> list[str]:
@@ -139,7 +140,7 @@ def _add_optimizer(engine: Engine, content: Content, prefix: str, saved: Mapping
 
 
 def _part(engine: Engine, group: str, name: str, tensor: Tensor) -> Part | None:
-    """This rank's part of a tensor laid out like parameter `name`; None if another rank writes it."""
+    """Returns this rank's shard of a tensor laid out like parameter `name`; None if another rank writes it."""
     partition = engine.partition
     shape, index = tuple(partition.shape_of(name)), index_of(partition, name)
     own = to_local(tensor.detach())
@@ -153,7 +154,7 @@ def _part(engine: Engine, group: str, name: str, tensor: Tensor) -> Part | None:
     else:
         raise CheckpointError(
             f"`{group}['{name}']` has shape {tuple(own.shape)}: neither that of the weight, {shape}, nor that of this "
-            f"rank's part of it, {shape_of(index)}."
+            f"rank's shard of it, {shape_of(index)}."
         )
     return Part(group=group, name=name, shape=shape, index=index, tensor=own)
 
@@ -166,24 +167,19 @@ def _whole_part(group: str, name: str, tensor: Tensor) -> Part:
 
 
 def _leads(engine: Engine, pipeline_rank: int) -> bool:
-    """Whether this is the first rank of its kind on a pipeline rank."""
+    """Returns True if this is the first rank of the pipeline rank `pipeline_rank`."""
     places = {axis: engine.mesh.rank(axis) for axis in AXES}
     return places == {**dict.fromkeys(AXES, 0), "pp": pipeline_rank}
 
 
-def plain_optimizer(optimizer: Any) -> Optimizer:
-    """The user's optimizer; Lightning wraps optimizers."""
-    return getattr(optimizer, "_optimizer", optimizer)
-
-
-# ---- into the module
+# ---- loading
 
 
 def load_state_dict(engine: Engine, state: Mapping[str, Any], strict: bool) -> None:
-    """Each rank takes its part of the weights in `state`, which are whole tensors or `SavedTensor`s. Collective.
+    """Loads this rank's shards of the weights in `state`, which are whole tensors or `SavedTensor`s. Collective.
 
     Raises:
-        RuntimeError: If `strict` and the names differ, or a shape differs, as `nn.Module.load_state_dict` does.
+        RuntimeError: If `strict` and names differ, or a shape differs, like `nn.Module.load_state_dict`.
     """
     partition = engine.partition
     partition.reshard()
@@ -209,7 +205,7 @@ def load_state_dict(engine: Engine, state: Mapping[str, Any], strict: bool) -> N
 
 
 def _check_names(engine: Engine, missing: set[str], unexpected: set[str]) -> None:
-    """Each rank knows what it needs itself; all of them raise the same. Collective."""
+    """Raises the same error on all ranks if names are missing or unexpected on any rank. Collective."""
     found = gather_objects((missing, unexpected))
     missing, unexpected = set().union(*(m for m, _ in found)), set().union(*(u for _, u in found))
     if missing or unexpected:
@@ -228,7 +224,7 @@ def _check_shape(engine: Engine, name: str, saved: Any, shape: torch.Size) -> No
 
 
 def load_optimizer_state(engine: Engine, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Each rank takes its part of an optimizer's state, saved by name or, by one process, by number."""
+    """Loads this rank's shards of an optimizer's state, saved by name or, by a single process, by number."""
     optimizer = plain_optimizer(optimizer)
     names = engine.optimizers.names_in(optimizer)
     order = [name for group in names for name in group]
@@ -247,7 +243,7 @@ def load_optimizer_state(engine: Engine, optimizer: Optimizer, saved: Mapping[st
 
 
 def own_optimizer_states(engine: Engine) -> list[dict[str, dict[str, Any]]]:
-    """For each optimizer, this rank's own parts of its state, by name: where replicas step by themselves."""
+    """Returns this rank's own state of each optimizer, by name, for DiLoCo replicas."""
     names = {id(p): n for n, p in engine.partition.parameters.local().items()}
     found = []
     for optimizer in map(plain_optimizer, engine.root.trainer.optimizers):
@@ -259,7 +255,7 @@ def own_optimizer_states(engine: Engine) -> list[dict[str, dict[str, Any]]]:
 
 
 def load_own_optimizer_states(engine: Engine, saved: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
-    """The reverse of `own_optimizer_states`, over a state of the same form that has been loaded."""
+    """Copies states of `own_optimizer_states` into optimizers with loaded state of the same form."""
     local = engine.partition.parameters.local()
     for optimizer, entries in zip(map(plain_optimizer, engine.root.trainer.optimizers), saved, strict=True):
         for name, entry in entries.items():
@@ -280,14 +276,14 @@ def _own_entry(engine: Engine, name: str, parameter: Tensor, entry: Mapping[str,
             yield key, own
         elif isinstance(value, Tensor | SavedTensor):
             whole = read(value).clone()
-            # a step count stays where its optimizer wants it: on the CPU, unless it has been saved from a device
+            # step counts stay on the device where the optimizer keeps them: the CPU, unless saved from another device
             yield key, whole.to(parameter.device) if whole.ndim else whole
         else:
             yield key, value
 
 
 def read(value: Any, index: Index | None = None) -> Any:
-    """The part `index` (None: all) of a whole tensor or a `SavedTensor`; anything else as it is."""
+    """Returns the shard `index` (None: all) of a tensor or a `SavedTensor`, and any other value unchanged."""
     if isinstance(value, SavedTensor):
         return value.read(index)
     if index is None or not isinstance(value, Tensor):
@@ -299,11 +295,15 @@ def read(value: Any, index: Index | None = None) -> Any:
     return value
 
 
-# ---- whole weights in memory
+# ---- gathered weights
 
 
 def full_state_dict(engine: Engine) -> dict[str, Any]:
-    """All weights and persistent buffers on the CPU of rank 0, under the user's names; `{}` elsewhere. Collective."""
+    """Gathers all weights and persistent buffers on the CPU of rank 0, under the user's names. Collective.
+
+    Returns:
+        The state dict on rank 0, `{}` on all other ranks.
+    """
     engine.partition.reshard()
     parameters = engine.partition.parameters
     with parameters.all_visible():

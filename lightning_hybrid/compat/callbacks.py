@@ -14,8 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary
 
-from lightning_hybrid._lightning_private import parameters_compared_by_identity
-from lightning_hybrid.checkpoint.state import plain_optimizer
+from lightning_hybrid._lightning_private import parameters_compared_by_identity, plain_optimizer
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.patching import patched
 

@@ -1,1 +1,1 @@
-"""Which samples each replica reads, in which order, with which random numbers."""
+"""Shards data over replicas: samples, their order and the RNG states under which they are read."""

@@ -1,4 +1,4 @@
-"""Whether ranks read the same data: checked on the first batch."""
+"""Checks on the first batch that ranks of a replica read the same data."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_hybrid.spec.errors import PartitionError
 
 
 def replicas_of(mesh: Mesh, by_rank: list[Any]) -> list[list[Any]]:
-    """Values by rank, sorted by replica."""
+    """Returns, for each replica, the values of its ranks."""
     return [[by_rank[rank] for rank in members] for members in mesh.ranks_by_replica()]
 
 
 def all_read_the_same(own: int | None, mesh: Mesh) -> bool:
-    """Whether the first batches of all replicas are the same; collective.
+    """Returns True if all replicas have the same first batch. Collective.
 
     Raises:
-        PartitionError: If the ranks of one replica have different ones.
+        PartitionError: If ranks of one replica have different first batches.
     """
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, own)
@@ -38,7 +38,7 @@ def all_read_the_same(own: int | None, mesh: Mesh) -> bool:
 
 
 def different_data(mesh: Mesh, what: str, number: int) -> str:
-    """The error for ranks of replica `number` that read `what`."""
+    """Returns the message of the error for ranks of replica `number` that read `what`."""
     ranks = replicas_of(mesh, list(range(dist.get_world_size())))[number]
     return (
         f"`layout='{mesh.layout}'`: the ranks {', '.join(map(str, ranks))} of one replica must read the same data, "
@@ -49,7 +49,7 @@ def different_data(mesh: Mesh, what: str, number: int) -> str:
 
 
 def digest(batch: Any) -> int:
-    """A number that is equal for equal batches."""
+    """Returns a checksum that is equal for equal batches."""
     code = 0
     for part in _parts(batch):
         code = zlib.crc32(part, code)
@@ -78,11 +78,11 @@ def _parts(value: Any) -> Iterator[bytes]:
 
 
 class CheckedShard:
-    """Leaves a loader alone, but for a look at the first batch: ranks of one replica must read the same.
+    """Iterates a loader unchanged, and checks that ranks of one replica have the same first batch.
 
     Args:
         mesh: The mesh.
-        on_yield: Told of every batch that is handed out.
+        on_yield: Called with the weights of every batch before it is yielded.
     """
 
     def __init__(self, mesh: Mesh, on_yield: Callable[[BatchWeights | None], None]) -> None:
@@ -90,7 +90,7 @@ class CheckedShard:
         self.history: deque[BatchWeights | None] = deque(maxlen=8)
 
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Begins a pass over the loader."""
+        """Returns an iterator over the loader."""
         return self._batches(start())
 
     def _batches(self, iterator: Iterator[Any]) -> Iterator[Any]:
@@ -104,12 +104,12 @@ class CheckedShard:
             yield batch
 
     def length(self, loader: Any, own: Callable[[], int]) -> int:
-        """As the user's loader says."""
+        """Returns the length of the user's loader."""
         return own()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Returns no state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Ignores `state`."""

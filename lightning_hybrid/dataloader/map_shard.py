@@ -1,4 +1,4 @@
-"""Map-style datasets: the user's own sampler gives the order, and every replica reads its share of it."""
+"""Shards map-style datasets: the user's sampler gives the order, and every replica reads its shard."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from lightning_hybrid._lightning_private import (
     set_epoch_length,
     state_left,
 )
-from lightning_hybrid.dataloader import seeding
-from lightning_hybrid.dataloader import sharding as sharding
+from lightning_hybrid.dataloader import seeding, sharding
 from lightning_hybrid.dataloader.order import Order
 from lightning_hybrid.dataloader.sharding import BatchWeights, ByShares, Division, Share
 from lightning_hybrid.patching import patched
@@ -29,42 +28,42 @@ from lightning_hybrid.rng.step import mix
 _END: Any = object()
 
 Kind = Literal["samples", "batches", "items"]
-"""What is dealt: samples, in batches of the loader's size; the batches of a batch sampler; items without batches."""
+"""Unit of sharding: samples, in batches of the loader's size; batches of a batch sampler; items without batches."""
 
 
 class ShardedSampler:
-    """In the place of a loader's batch sampler, or of its sampler if it has no batches."""
+    """Replaces a loader's batch sampler, or its sampler if it has no batches."""
 
-    def __init__(self, flow: MapShard, sampler: Any, batch_size: int | None, drop_last: bool) -> None:
-        self.flow, self.sampler, self.batch_size, self.drop_last = flow, sampler, batch_size, drop_last
+    def __init__(self, shard: MapShard, sampler: Any, batch_size: int | None, drop_last: bool) -> None:
+        self.shard, self.sampler, self.batch_size, self.drop_last = shard, sampler, batch_size, drop_last
 
     def __iter__(self) -> Iterator[Any]:
-        return self.flow.keys()
+        return self.shard.keys()
 
     def __len__(self) -> int:
-        return self.flow.steps_in_all()
+        return self.shard.steps_in_all()
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the user's sampler, if it asks for it."""
-        tell = getattr(self.sampler, "set_epoch", None)
-        if callable(tell):
-            tell(epoch)
+        """Calls `set_epoch` of the user's sampler, if it has one."""
+        set_epoch = getattr(self.sampler, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
 
 
 class MapShard:
-    """Deals the samples, batches or items of a map-style loader.
+    """Shards the samples, batches or items of a map-style loader round-robin over replicas.
 
     Args:
         source: The user's sampler, or for `batches` the batch sampler.
-        kind: What is dealt.
+        kind: Unit of sharding.
         replica: Index of this rank's replica.
-        replicas: How many there are.
-        batch_size: Samples of a replica in a step.
-        drop_last: Whether a last batch that is not full is left out.
-        training: The trainer, if its training loop iterates this loader; its place then goes into checkpoints.
-        limit: For predictions: Lightning's limit, which is for the batches of one process.
-        run_padding: For predictions: runs a step on a batch whose result is not wanted.
-        on_yield: Told of every batch that is handed out.
+        replicas: Number of replicas.
+        batch_size: Samples per replica and step.
+        drop_last: Whether an incomplete last batch is left out.
+        training: The trainer, if its training loop iterates this loader; checkpoints then hold the position.
+        limit: For predictions: Lightning's `limit_predict_batches`, which counts batches of a single process.
+        run_padding: For predictions: runs a step on a padding batch, whose result is discarded.
+        on_yield: Called with the weights of every batch before it is yielded.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class MapShard:
         self._source, self._kind, self._replica, self._replicas = source, kind, replica, replicas
         self._batch_size, self._drop_last = batch_size, drop_last
         self.division: Division | None = None
-        """How global batches are divided among replicas; None: in turn."""
+        """Division of global batches among replicas; None: round-robin."""
         self._trainer, self._limit, self._run_padding, self._on_yield = training, limit, run_padding, on_yield
         self.history: deque[BatchWeights | None] = deque(maxlen=8)
         self._pending: deque[BatchWeights | None] = deque()
@@ -93,30 +92,30 @@ class MapShard:
         self._passes = 0
         self._begun = False
         self._first = 0
-        """Samples, batches or items that were used before this pass began in the middle of an epoch."""
+        """Samples, batches or items of the epoch that were used before this pass."""
         self._steps_before = 0
-        """Steps of the epoch that were made before this pass began."""
-        self._handed_out = 0
-        """Batches of this pass, since the batch size changed last."""
-        self._again = False
-        """Whether the batches that were not handed out are to be put together anew."""
+        """Steps of the epoch before this pass."""
+        self._yielded = 0
+        """Batches yielded in this pass since the last change of the batch size."""
+        self._restart = False
+        """True if the remaining batches have to be assembled again."""
         self._resume: dict[str, Any] | None = None
-        self._other_length = self._ended = self._followed = False
-        self._owned_then: dict[str, Any] | None = None
+        self._length_changed = self._ended = self._after_epoch = False
+        self._owned_at_end: dict[str, Any] | None = None
 
     # ---- one pass
 
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Begins a pass over the loader."""
+        """Returns an iterator over this replica's batches of one pass."""
         self._order.agree(loader)
-        self._followed = False
+        self._after_epoch = False
         resume = self._begin_pass(loader)
-        if self._followed and loader.persistent_workers:
+        if self._after_epoch and loader.persistent_workers:
             self._order.keep_for_workers()
         iterator = self._started(loader, start, kept=resume)
-        if self._ended and self._owned_then is not None:
-            self._order.set_owned(self._owned_then)  # beginning has drawn from the loader's generator
-        return self._batches(iterator, partial(self._started_again, loader, start))
+        if self._ended and self._owned_at_end is not None:
+            self._order.set_owned(self._owned_at_end)  # starting has drawn from the loader's generator
+        return self._batches(iterator, partial(self._restarted, loader, start))
 
     def _started(self, loader: Any, start: Callable[[], Iterator[Any]], *, kept: bool) -> Iterator[Any]:
         shared = seeding.Seeding()
@@ -129,9 +128,9 @@ class MapShard:
         with preserved_rng() if kept else nullcontext(), patched(loader, **parts):
             return start()
 
-    def _started_again(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """In the same pass, for another batch size."""
-        self._again = False
+    def _restarted(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Returns a new iterator of the same pass, for another batch size."""
+        self._restart = False
         with self._order.preserved_generators():
             return self._started(loader, start, kept=True)
 
@@ -140,25 +139,27 @@ class MapShard:
         trainer, new_epoch = self._trainer, 0
         place = place_in_epoch(trainer) if trainer is not None else None
         if resume is not None and resume["complete"] and place is not None and place.completed < place.processed:
-            self._follow(resume)
-            resume, new_epoch = None, 1  # saved at the end of the last batch: Lightning goes on with the next epoch
+            self._continue_after_epoch(resume)
+            resume, new_epoch = None, 1  # saved at the end of the last batch: Lightning continues with the next epoch
         elif resume is not None and resume["complete"]:
-            self._follow(resume)  # Lightning asks for nothing more, and begins the next epoch anew
+            self._continue_after_epoch(
+                resume
+            )  # Lightning requests no more batches and starts the next epoch from its beginning
         elif resume is None and trainer is not None:
-            self._follow(state_left(trainer, self))
+            self._continue_after_epoch(state_left(trainer, self))
         self._ended = resume is not None and resume["complete"]
         if trainer is not None:
             set_epoch(loader, trainer, new_epoch)
         self._pending.clear()
-        self._begun, self._again, self._order.drawn_from, self._handed_out = True, False, None, 0
+        self._begun, self._restart, self._order.drawn_from, self._yielded = True, False, None, 0
         if resume is None:
             self._first = 0
             self._steps_before = place.fetched if place is not None and place.ready else 0
             # workers that persist draw no new seed for a pass
             self._seed = mix(next_seed(loader), self._passes)
             self._passes += 1
-            if self._other_length and trainer is not None:
-                self._other_length = False
+            if self._length_changed and trainer is not None:
+                self._length_changed = False
                 set_epoch_length(trainer, self, self.steps_in_all())
             return False
         self._steps_before = place.processed if place is not None else 0
@@ -166,17 +167,17 @@ class MapShard:
         self._order.drawn_from = resume["drawn_from"]
         return True
 
-    def _follow(self, ended: dict[str, Any] | None) -> None:
-        """Goes on behind the epoch of that state."""
+    def _continue_after_epoch(self, ended: dict[str, Any] | None) -> None:
+        """Continues with the epoch after the one saved in `ended`."""
         if ended and ended["kind"] == self._kind:
-            self._followed, self._owned_then = True, ended["owned"]
+            self._after_epoch, self._owned_at_end = True, ended["owned"]
             self._passes = ended["passes"]
             self._order.set_owned(ended["owned"])
 
-    def _batches(self, iterator: Iterator[Any], started_again: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    def _batches(self, iterator: Iterator[Any], restarted: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         while True:
-            if self._again:
-                iterator = started_again()
+            if self._restart:
+                iterator = restarted()
             batch = next(iterator, _END)
             if batch is _END:
                 return
@@ -186,29 +187,29 @@ class MapShard:
                 return
             self.history.append(batch_weights)
             self._on_yield(batch_weights)
-            self._handed_out += 1
+            self._yielded += 1
             yield batch
 
-    # ---- another batch size
+    # ---- changes of the batch size
 
     @property
     def can_rebatch(self) -> bool:
-        """Whether the batch size can change in the middle of an epoch."""
+        """True if the batch size can change within an epoch."""
         return self._kind == "samples" and self._order.sized and self._trainer is not None
 
     @property
     def samples(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples per epoch."""
         return len(self._source)
 
     def rebatch(self, batch_size: int) -> bool:
-        """The batches that are not handed out yet have `batch_size` samples of each replica; the order stays.
+        """Sets the size of the epoch's remaining batches to `batch_size` samples per replica; keeps the order.
 
         Returns:
-            Whether there is such a batch in this epoch. If not, nothing has changed; see `rebatch_next`.
+            True if the epoch has such a batch left. Otherwise nothing has changed; see `rebatch_next`.
         """
         whole = self._replicas * self._batch_size
-        used = min(self._first + self._handed_out * whole, len(self._source)) if self._begun else 0
+        used = min(self._first + self._yielded * whole, len(self._source)) if self._begun else 0
         if (
             sharding.steps_of_samples(len(self._source) - used, batch_size, self._replicas, drop_last=self._drop_last)
             < 1
@@ -216,52 +217,52 @@ class MapShard:
             return False
         self._batch_size = batch_size
         self._forget_shares()
-        self._go_on_behind(used)
+        self._continue_after(used)
         return True
 
-    def _go_on_behind(self, used: int) -> None:
+    def _continue_after(self, used: int) -> None:
         trainer: Any = self._trainer
         place = place_in_epoch(trainer)
-        self._first, self._handed_out = used, 0
+        self._first, self._yielded = used, 0
         self._steps_before = max(place.fetched, place.processed) if self._begun else 0
         self._pending.clear()
-        self._again = self._other_length = True
+        self._restart = self._length_changed = True
         set_epoch_length(trainer, self, self.steps_in_all())
 
     @property
     def batch_size(self) -> int:
-        """Samples of a replica in a batch."""
+        """Samples per replica and batch."""
         return self._batch_size
 
     @property
     def can_reshard(self) -> bool:
-        """Whether what is left of an epoch can be dealt to other replicas; samples only to another number of them."""
+        """True if the rest of an epoch can be sharded over other replicas; a different number of them needs samples."""
         return self._order.sized
 
     def reshard(self, replica: int, replicas: int, batch_size: int, division: Division | None = None) -> None:
-        """From now on this rank reads for replica `replica` of `replicas`, in batches of `batch_size`.
+        """Shards the rest of the epoch over `replicas` replicas, of which this rank reads for number `replica`.
 
         Args:
-            replica: Its number.
-            replicas: How many there are.
-            batch_size: Samples of a replica in a batch.
-            division: How global batches are divided; None: in turn, or by length as before.
+            replica: Index of the replica.
+            replicas: Number of replicas.
+            batch_size: Samples per replica and batch.
+            division: Division of global batches; None: round-robin, or by length if it was so before.
         """
         each = self._batch_size if self._kind == "samples" else 1
-        used = min(self._first + self._handed_out * self._replicas * each, len(self._source)) if self._begun else 0
+        used = min(self._first + self._yielded * self._replicas * each, len(self._source)) if self._begun else 0
         running = self._trainer is not None and self._begun and used < len(self._source)
         self._replica, self._replicas, self._batch_size = replica, replicas, batch_size
         self._forget_shares()
         self.division = division or self.division
-        self._other_length = True
+        self._length_changed = True
         if running:
-            self._go_on_behind(used)
+            self._continue_after(used)
         elif self._trainer is not None and not self._begun:
             set_epoch_length(self._trainer, self, self.steps_in_all())
 
     def rebatch_next(self, batch_size: int) -> None:
-        """The next epoch's batches have `batch_size` samples of each replica."""
-        self._batch_size, self._other_length = batch_size, True
+        """Sets the size of the next epoch's batches to `batch_size` samples per replica."""
+        self._batch_size, self._length_changed = batch_size, True
         self._forget_shares()
 
     def _forget_shares(self) -> None:
@@ -269,7 +270,7 @@ class MapShard:
             self.division = None
 
     def keys(self) -> Iterator[Any]:
-        """This replica's keys, batch by batch; the order is drawn when the first is asked for."""
+        """Yields the keys of each of this replica's batches; the order is drawn with the first one."""
         if self._ended:
             return
         order = self._order.draw(self._first)
@@ -293,7 +294,7 @@ class MapShard:
     # ---- lengths
 
     def length(self, loader: Any, own: Callable[[], int]) -> int:
-        """Steps of an epoch."""
+        """Returns the length that gives the right number of steps per epoch under Lightning's limit."""
         if self._limit is None:
             return own()
         if self._cap() == 0:
@@ -301,13 +302,13 @@ class MapShard:
         return sharding.length_before_limit(own(), self._limit)
 
     def _cap(self) -> int | None:
-        """How many batches are used at all."""
+        """Returns the number of batches that the limit allows; None if it allows all."""
         if isinstance(self._limit, float):
             return int(len(self._source) * self._limit) if self._limit < 1.0 else None
         return self._limit
 
     def steps_in_all(self) -> int:
-        """Steps of the epoch, those before a resumption included."""
+        """Returns the number of steps of the epoch, including those before a resumption."""
         resumed = self._resume or ({"used": self._first} if self._first else None)
         if resumed is None:
             return self._steps(0)
@@ -327,7 +328,7 @@ class MapShard:
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """How much of the epoch is trained on, and what its order was drawn from; the same on every rank."""
+        """Returns the position in the epoch and the RNG state that its order was drawn from; equal on all ranks."""
         if self._trainer is None or not self._begun:
             return {}
         place = place_in_epoch(self._trainer)
@@ -348,28 +349,28 @@ class MapShard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next pass goes on behind the samples that were trained on, without reading them.
+        """Makes the next pass continue after the samples that were trained on, without reading them.
 
         Raises:
-            ValueError: If the loader is of another kind than the one whose state it is.
+            ValueError: If the state is that of a loader of another kind.
         """
         if not state or (state.get("drawn_from") is None and not self._order.sequential):
             return  # saved before the first batch
         if state.get("kind") != self._kind:
             raise ValueError(
-                f"The training loader deals {self._kind}, but the checkpoint has the place of one that deals "
-                f"{state.get('kind')}. Resume with a loader like the one that was saved."
+                f"The training loader is sharded by {self._kind}, but the checkpoint has the position of a loader "
+                f"sharded by {state.get('kind')}. Resume with a loader like the one that was saved."
             )
         self._resume = {**state, "used": int(state["used"])}
         if self._order.sized and self._trainer is not None and not state["complete"]:
             length = self.steps_in_all()
-            if length != self._steps(0):  # the global batch is another one than before
-                self._other_length = True
+            if length != self._steps(0):  # the global batch size has changed
+                self._length_changed = True
                 set_epoch_length(self._trainer, self, length)
 
 
 def next_seed(loader: Any) -> int:
-    """The seed that the loader is about to draw for its workers, without drawing it."""
+    """Returns the seed that the loader draws next for its workers, without drawing it."""
     generator = loader.generator
     with preserved_rng(), preserved_generators([] if generator is None else [generator]):
         return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())

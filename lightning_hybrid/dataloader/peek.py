@@ -1,4 +1,4 @@
-"""Reads a first batch to plan with, without advancing loaders, datasets or random generators."""
+"""Reads the first batch for planning, without advancing loaders, datasets or random generators."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lightning_hybrid.rng.state import preserved_generators, preserved_rng
 from lightning_hybrid.spec.errors import PartitionError
 
 _NONE: Any = object()
-"""In the place of a batch where there is none."""
+"""Marks the absence of a batch."""
 
 
 def sample_batch(loaders: Any, *, training: bool) -> tuple[Any, tuple[int, ...]]:
-    """The first batch that a step is given, without advancing anything, and the index of its loader.
+    """Returns the first batch of a step and the index of its loader, without advancing anything.
 
     Args:
-        loaders: What the user has given: a loader, a collection, or Lightning's `CombinedLoader`.
-        training: Whether for training, which takes a batch of every loader at once and no index.
+        loaders: The user's loaders: a loader, a collection, or Lightning's `CombinedLoader`.
+        training: True for training steps, whose batch holds one batch of every loader and which have no loader index.
 
     Returns:
-        The batch, and in a tuple the index if the step is given one.
+        The batch, and a tuple with the loader index if the step has such an argument.
 
     Raises:
         PartitionError: If there is no batch, or a loader can be iterated only once.
@@ -46,7 +46,7 @@ def sample_batch(loaders: Any, *, training: bool) -> tuple[Any, tuple[int, ...]]
 
 
 def first_batch(loaders: Any) -> Any:
-    """The first batch of a loader, or of all loaders of a collection, without advancing anything.
+    """Returns the first batch of a loader, or of all loaders of a collection, without advancing anything.
 
     Raises:
         PartitionError: If a loader has no batch, or can be iterated only once.
@@ -86,14 +86,14 @@ def _first(loader: Any) -> Any:
             raise PartitionError(
                 f"`layout` with `tp` or `pp` looks at the first batch before training, but the data loader of type "
                 f"{type(loader).__name__} can be iterated only once. Wrap it in an object whose `__iter__` starts "
-                "anew."
+                "from the beginning."
             )
         return next(iterator, _NONE)
 
 
 @contextmanager
 def preserved_position(source: Any) -> Iterator[None]:
-    """A loader or dataset that keeps its own place (`state_dict`) is afterwards where it was before."""
+    """Restores the position of a stateful loader or dataset (`state_dict`) at exit."""
     stateful = callable(getattr(source, "state_dict", None)) and callable(getattr(source, "load_state_dict", None))
     place = copy.deepcopy(source.state_dict()) if stateful else None
     try:
@@ -121,7 +121,7 @@ def _first_of_data_loader(loader: DataLoader) -> Any:
 
 
 def batch_of(loader: Any, keys: Sequence[Any]) -> Any:
-    """The batch of these samples of a map-style DataLoader, without advancing anything."""
+    """Returns the batch of the samples `keys` of a map-style DataLoader, without advancing anything."""
     loader = users_loader(loader)
     with preserved_rng(), preserved_position(loader.dataset):
         return _collated(loader, keys, batched=True)

@@ -1,7 +1,6 @@
-"""Which data a rank sees: those of its replica. Every layout has the global batches of one process.
+"""Gives each rank the data of its replica. The global batches of every layout are those of a single process.
 
-`MapShard` deals map-style datasets, `StreamShard` everything without a sampler; `CheckedShard` leaves a loader as it
-is.
+`MapShard` shards map-style datasets, `StreamShard` loaders without a sampler; `CheckedShard` leaves a loader unchanged.
 """
 
 from __future__ import annotations
@@ -27,32 +26,32 @@ from lightning_hybrid._lightning_private import (
     batches_left_in_window,
     behind_index_batches,
     hands_out_its_iterator,
-    load_validation_anew,
     loaders_of_running_batch,
     prediction_loaders,
     predictions_of,
     prefetches,
+    reload_validation,
     training_loaders,
 )
-from lightning_hybrid.dataloader import sharding as sharding
+from lightning_hybrid.dataloader import sharding
 from lightning_hybrid.dataloader.agreement import CheckedShard
 from lightning_hybrid.dataloader.map_shard import MapShard, ShardedSampler
 from lightning_hybrid.dataloader.sharding import BatchWeights, ByShares, Division
 from lightning_hybrid.dataloader.stream_shard import StreamShard
-from lightning_hybrid.dataloader.wrap import BatchStream, ResumableStream, keeps_its_place, placed, users_loader
+from lightning_hybrid.dataloader.wrap import BatchStream, ResumableStream, keeps_its_place, sharded_loader, users_loader
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
 
 
 class ReplicaData:
-    """The data of this rank's replica.
+    """Shards the trainer's loaders and reads the data of this rank's replica.
 
     Args:
         trainer: The trainer.
         mesh: The mesh.
         device: This rank's device, for collectives.
-        split: Whether the user wants data to be split over the replicas (`use_distributed_sampler`).
-        run_padding: Runs a prediction step on a batch whose result is not wanted.
+        split: Whether data are sharded over the replicas (`use_distributed_sampler`).
+        run_padding: Runs a prediction step on a padding batch, whose result is discarded.
     """
 
     def __init__(
@@ -66,36 +65,36 @@ class ReplicaData:
     ) -> None:
         self._trainer, self._mesh, self._device, self._split = trainer, mesh, device, split
         self._run_padding = run_padding
-        self._handed_out: deque[BatchWeights | None] = deque(maxlen=16)
-        """Of all loaders."""
+        self._recent_weights: deque[BatchWeights | None] = deque(maxlen=16)
+        """Weights of the last batches of all loaders."""
         self._any_uneven = False
         self._left_in_step = self._tokens_in_step = 0
 
     # ---- loaders
 
     def process(self, loader: object) -> object:
-        """The loader as this rank iterates it; collective over all ranks."""
+        """Returns the loader as this rank iterates it. Collective over all ranks."""
         loader = users_loader(loader)
         if isinstance(loader, DataLoader):
             return self._data_loader(loader)
         if not self._split and self._mesh.layout.devices == self._mesh.layout.replicas:
             return loader
-        flow = self._stream(loader) if self._split else CheckedShard(self._mesh, self._note)
+        shard = self._stream(loader) if self._split else CheckedShard(self._mesh, self._note)
         resumes = self._training is not None and (self._split or keeps_its_place(loader))
-        return (ResumableStream if resumes else BatchStream)(loader, flow)
+        return (ResumableStream if resumes else BatchStream)(loader, shard)
 
     def _data_loader(self, loader: DataLoader) -> DataLoader:
         parts: dict[str, Any] = {}
         if loader.worker_init_fn is None and int(os.environ.get("PL_SEED_WORKERS", "0")):
-            # Lightning would seed by rank; the ranks of a replica must read the same
+            # Lightning would seed per rank; the ranks of a replica must read the same data
             parts["worker_init_fn"] = partial(pl_worker_init_function, rank=self._mesh.replica)
         if not self._split or _is_distributed(loader):
-            return placed(loader, CheckedShard(self._mesh, self._note), resumable=False, **parts)
+            return sharded_loader(loader, CheckedShard(self._mesh, self._note), resumable=False, **parts)
         resumes = self._training is not None and not keeps_its_place(loader)
         if has_iterable_dataset(loader):
-            return placed(loader, self._stream(loader), resumable=resumes, **parts)
-        flow, own = self._samples(loader)
-        return placed(loader, flow, resumable=resumes, **own, **parts)
+            return sharded_loader(loader, self._stream(loader), resumable=resumes, **parts)
+        shard, own = self._samples(loader)
+        return sharded_loader(loader, shard, resumable=resumes, **own, **parts)
 
     @property
     def _predicting(self) -> bool:
@@ -103,7 +102,7 @@ class ReplicaData:
 
     @property
     def _training(self) -> pl.Trainer | None:
-        """The trainer, while it sets up its training loader."""
+        """The trainer while it sets up its training loader, otherwise None."""
         fitting = self._trainer.state.fn == TrainerFn.FITTING
         return self._trainer if fitting and self._trainer.training else None
 
@@ -127,68 +126,68 @@ class ReplicaData:
             options |= {"limit": self._trainer.limit_predict_batches, "run_padding": self._run_padding}
         place = (self._mesh.replica, self._mesh.layout.replicas)
         if batches is None:
-            flow = MapShard(loader.sampler, "items", *place, **options)
-            return flow, {"sampler": ShardedSampler(flow, loader.sampler, None, False)}
+            shard = MapShard(loader.sampler, "items", *place, **options)
+            return shard, {"sampler": ShardedSampler(shard, loader.sampler, None, False)}
         if standard:
             options |= {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
-        flow = MapShard(
+        shard = MapShard(
             batches.sampler if standard else batches, "samples" if standard else "batches", *place, **options
         )
-        dealt = ShardedSampler(
-            flow,
+        sampler = ShardedSampler(
+            shard,
             getattr(batches, "sampler", None),
             getattr(batches, "batch_size", loader.batch_size),
             getattr(batches, "drop_last", loader.drop_last),
         )
-        return flow, {"batch_sampler": IndexBatches(dealt) if self._predicting else dealt}
+        return shard, {"batch_sampler": IndexBatches(sampler) if self._predicting else sampler}
 
     # ---- the running step
 
     def _note(self, batch_weights: BatchWeights | None) -> None:
-        self._handed_out.append(batch_weights)
+        self._recent_weights.append(batch_weights)
         if batch_weights is not None:
             self._any_uneven = True
             if hands_out_its_iterator(self._trainer):
                 raise PartitionError(
                     "The step takes an iterator (`dataloader_iter`), so a batch of which the replicas have different "
-                    f"numbers of samples, {batch_weights.counts}, or of tokens, cannot be weighed. "
-                    "Set `drop_last=True`, or let the step take a batch."
+                    f"numbers of samples, {batch_weights.counts}, or of tokens, cannot be weighted. "
+                    "Set `drop_last=True`, or give the step an argument `batch`."
                 )
 
     def batch_weights(self) -> BatchWeights | None:
-        """Of the batch that the trainer is about to run a step on."""
+        """Returns the weights of the batch that the trainer is about to run a step on; None if it is not weighted."""
         if not self._any_uneven:
             return None
         loaders, ahead = loaders_of_running_batch(self._trainer)
         if loaders is None:
-            return self._handed_out[-1 - ahead]
-        histories = [loader.flow.history for loader in loaders if hasattr(loader, "flow")]
+            return self._recent_weights[-1 - ahead]
+        histories = [loader.replica_shard.history for loader in loaders if hasattr(loader, "replica_shard")]
         found = [history[-1 - ahead] for history in histories if len(history) > ahead]
         if len(found) < 2 or all(u is None for u in found):
             return found[0] if found else None
         if any(u is not None and u.tokens is not None for u in found):
             raise PartitionError(
                 "Several training loaders are read together, and one of them has batches with `lengths`. Its tokens "
-                "cannot weigh the samples of the others. Use one loader, or batches without `lengths`."
+                "cannot weight the samples of the others. Use one loader, or batches without `lengths`."
             )
         rank_zero_warn(
             "Several training loaders are read together, and one of them is used up within a global batch. The batch "
-            "is weighed by the samples of all loaders."
+            "is weighted by the samples of all loaders."
         )
-        sizes = [getattr(loader, "batch_size", None) for loader in loaders if hasattr(loader, "flow")]
+        sizes = [getattr(loader, "batch_size", None) for loader in loaders if hasattr(loader, "replica_shard")]
         if any(u is None and n is None for u, n in zip(found, sizes, strict=True)):
             raise PartitionError(
                 "Several training loaders are read together. One of them is used up within a global batch, and another "
-                "has no `batch_size`, so the batch cannot be weighed. Set `drop_last=True`, or give a `batch_size`."
+                "has no `batch_size`, so the batch cannot be weighted. Set `drop_last=True`, or give a `batch_size`."
             )
         replicas = self._mesh.layout.replicas
         return sharding.added([u or sharding.even(replicas, n or 1) for u, n in zip(found, sizes, strict=True)])
 
     def share_in_step(self, batch_weights: BatchWeights | None) -> float:
-        """The factor on the loss of the training batch that is about to run, among the batches of a step.
+        """Returns the factor on the loss of the next training batch, among the accumulated batches of a step.
 
-        It is 1 where batches are not weighed by tokens: Lightning takes the mean over accumulated batches. Called for
-        every training batch.
+        The factor is 1 if batches are not weighted by tokens: Lightning averages over accumulated batches. Must be
+        called for every training batch.
         """
         if batch_weights is None or batch_weights.tokens is None:
             return 1.0
@@ -199,34 +198,34 @@ class ReplicaData:
         self._left_in_step -= 1
         return tokens.share(self._trainer.accumulate_grad_batches, self._tokens_in_step)
 
-    # ---- another layout
+    # ---- changes of the layout
 
     def check_layout(self, mesh: Mesh) -> None:
-        """Whether what is left of the epoch can be dealt to the replicas of another mesh.
+        """Checks that the rest of the epoch can be sharded over the replicas of another mesh.
 
         Raises:
-            PartitionError: If not.
+            PartitionError: If it cannot.
         """
         if mesh.replica_of_ranks == self._mesh.replica_of_ranks:
             return
         change = f"`layout='{mesh.layout}'`"
         for loader in training_loaders(self._trainer).flattened:
-            flow = getattr(loader, "flow", None)
-            if not isinstance(flow, MapShard) or not flow.can_reshard:
+            shard = getattr(loader, "replica_shard", None)
+            if not isinstance(shard, MapShard) or not shard.can_reshard:
                 raise PartitionError(
-                    f"{change} gives the data to other replicas, and a {type(users_loader(loader)).__name__} without "
-                    "a sampler that has a length, or with a distributed one, cannot be read by others. Use a "
-                    "map-style dataset, or a layout with the same replicas on the same ranks."
+                    f"{change} shards the data over other replicas. That is not possible for a "
+                    f"{type(users_loader(loader)).__name__} without a sampler that has a length, or with a distributed "
+                    "sampler. Use a map-style dataset, or a layout with the same replicas on the same ranks."
                 )
             if mesh.layout.replicas == self._mesh.layout.replicas:
                 continue
-            if not flow.can_rebatch:
+            if not shard.can_rebatch:
                 raise PartitionError(
                     f"{change} has {mesh.layout.replicas} replicas instead of {self._mesh.layout.replicas}, and the "
                     "batches of a batch sampler cannot be made larger or smaller, so the global batch would change. "
                     "Give the DataLoader a `batch_size`, or use a layout with as many replicas."
                 )
-            whole = flow.batch_size * self._mesh.layout.replicas
+            whole = shard.batch_size * self._mesh.layout.replicas
             if whole % mesh.layout.replicas:
                 raise PartitionError(
                     f"{change}: a batch of {whole} samples cannot be shared by {mesh.layout.replicas} replicas. Use a "
@@ -234,60 +233,63 @@ class ReplicaData:
                 )
 
     def batch_size_under(self, mesh: Mesh) -> int | None:
-        """Samples of a replica's batch under a mesh, if the global batch stays; None where batches stay as they are."""
-        flow = getattr(training_loaders(self._trainer).flattened[0], "flow", None)
-        if not isinstance(flow, MapShard) or not flow.can_rebatch:
+        """Returns the samples per replica and batch under `mesh` for the same global batch; None if sizes are fixed."""
+        shard = getattr(training_loaders(self._trainer).flattened[0], "replica_shard", None)
+        if not isinstance(shard, MapShard) or not shard.can_rebatch:
             return None
-        return flow.batch_size * self._mesh.layout.replicas // mesh.layout.replicas
+        return shard.batch_size * self._mesh.layout.replicas // mesh.layout.replicas
 
     def follow_layout(self, mesh: Mesh) -> None:
-        """From now on the data are dealt to the replicas of `mesh`; training goes on behind the last batch."""
+        """Shards the rest of the epoch over the replicas of `mesh`; training continues after the last batch."""
         before, self._mesh = self._mesh, mesh
         self._left_in_step = 0
         if mesh.replica_of_ranks == before.replica_of_ranks:
             return
         for loader in training_loaders(self._trainer).flattened:
-            size = loader.flow.batch_size * before.layout.replicas // mesh.layout.replicas
-            loader.flow.reshard(mesh.replica, mesh.layout.replicas, size)
-        load_validation_anew(self._trainer)
+            size = loader.replica_shard.batch_size * before.layout.replicas // mesh.layout.replicas
+            loader.replica_shard.reshard(mesh.replica, mesh.layout.replicas, size)
+        reload_validation(self._trainer)
 
     @property
     def can_share(self) -> bool:
-        """Whether replicas can have different numbers of samples of a batch."""
-        flows = [getattr(loader, "flow", None) for loader in training_loaders(self._trainer).flattened]
-        return len(flows) == 1 and isinstance(flows[0], MapShard) and flows[0].can_rebatch
+        """True if replicas can have different numbers of samples of a batch."""
+        shards = [getattr(loader, "replica_shard", None) for loader in training_loaders(self._trainer).flattened]
+        return len(shards) == 1 and isinstance(shards[0], MapShard) and shards[0].can_rebatch
 
     @property
     def global_batch_size(self) -> int:
-        """Samples of all replicas in a batch, where `can_share`."""
-        return training_loaders(self._trainer).flattened[0].flow.batch_size * self._mesh.layout.replicas
+        """Samples of all replicas in a batch; needs `can_share`."""
+        return training_loaders(self._trainer).flattened[0].shard.batch_size * self._mesh.layout.replicas
 
     @property
     def shares(self) -> tuple[int, ...]:
-        """Samples of each replica in a batch, where `can_share`."""
-        flow = training_loaders(self._trainer).flattened[0].flow
-        if isinstance(flow.division, ByShares):
-            return flow.division.shares
-        return (flow.batch_size,) * self._mesh.layout.replicas
+        """Samples of each replica in a batch; needs `can_share`."""
+        shard = training_loaders(self._trainer).flattened[0].shard
+        if isinstance(shard.division, ByShares):
+            return shard.division.shares
+        return (shard.batch_size,) * self._mesh.layout.replicas
 
     def share(self, shares: tuple[int, ...]) -> None:
-        """From the next batch on replica r has `shares[r]` samples of each global batch.
+        """Gives replica r `shares[r]` samples of each global batch, from the next batch on.
 
-        Called between two batches, on all ranks alike.
+        Must be called between two batches, with equal arguments on all ranks.
+
+        Raises:
+            ValueError: If `shares` do not add up to the global batch size.
         """
         if sum(shares) != self.global_batch_size:
             raise ValueError(f"`shares` must add up to {self.global_batch_size}. Got {shares}.")
         self.divide(ByShares(shares=shares))
 
     def divide(self, division: Division) -> None:
-        """Global batches are divided like that from the next one on. Called between two batches, on all ranks alike."""
-        flow = training_loaders(self._trainer).flattened[0].flow
-        flow.reshard(self._mesh.replica, self._mesh.layout.replicas, flow.batch_size, division)
+        """Divides global batches by `division`, from the next one on; called between two batches, on all ranks."""
+        shard = training_loaders(self._trainer).flattened[0].shard
+        shard.reshard(self._mesh.replica, self._mesh.layout.replicas, shard.batch_size, division)
 
     # ---- predictions
 
     def numbered(self, args: tuple) -> tuple:
-        """The arguments of `predict_step`, with the batch's number in one process instead of on this replica."""
+        """Returns the arguments of `predict_step`, with the batch index that a single process would have."""
         step = self._trainer.lightning_module.predict_step
         if not is_param_in_hook_signature(step, "batch_idx", min_args=2):
             return args
@@ -297,33 +299,33 @@ class ReplicaData:
         return (batch, number * self._mesh.layout.replicas + self._mesh.replica, *rest)
 
     def check_predictions(self) -> None:
-        """Before predictions.
+        """Checks the loaders before predictions.
 
         Raises:
-            PartitionError: If a stream is predicted on beside other loaders.
+            PartitionError: If one of several loaders has no sampler.
         """
         loaders = prediction_loaders(self._trainer)
-        streamed = [x for x in loaders if isinstance(getattr(x, "flow", None), StreamShard)]
+        streamed = [x for x in loaders if isinstance(getattr(x, "replica_shard", None), StreamShard)]
         if streamed and len(loaders) > 1 and self._mesh.layout.replicas > 1:
             raise PartitionError(
                 f"`layout='{self._mesh.layout}'`: {len(loaders)} loaders are predicted on, among them one without a "
                 "sampler, which replicas may end at different times. Call `trainer.predict` once for each loader."
             )
 
-    def go_along(self) -> None:
-        """Takes part in the steps of other replicas, if this one has no batches left."""
+    def run_padding_steps(self) -> None:
+        """Runs steps on padding while other replicas have batches and this one has none left."""
         for loader, limit in zip(
             prediction_loaders(self._trainer), self._trainer.predict_loop.max_batches, strict=True
         ):
-            if isinstance(getattr(loader, "flow", None), StreamShard):
-                loader.flow.go_along(prefetches(self._trainer), limit)
+            if isinstance(getattr(loader, "replica_shard", None), StreamShard):
+                loader.replica_shard.run_padding_steps(prefetches(self._trainer), limit)
 
     def finish_predictions(self) -> None:
-        """Every rank has the predictions of all replicas, in the order of one process; collective.
+        """Gathers the predictions of all replicas on every rank, in the order of a single process. Collective.
 
-        The trainer's list is filled in place, after all hooks have run on this rank's own.
+        Fills the trainer's lists in place, after all hooks have run on this rank's own predictions.
         """
-        self.go_along()
+        self.run_padding_steps()
         own, loaders = predictions_of(self._trainer), prediction_loaders(self._trainer)
         replicas = self._mesh.layout.replicas
         if own is None or replicas == 1 or not all(self._is_sharded(loader) for loader in loaders):
@@ -336,7 +338,7 @@ class ReplicaData:
             mine[:] = [part[step] for step in range(steps) for part in parts if step < len(part)]
 
     def _is_sharded(self, loader: Any) -> bool:
-        return isinstance(getattr(loader, "flow", None), MapShard | StreamShard)
+        return isinstance(getattr(loader, "replica_shard", None), MapShard | StreamShard)
 
 
 def _is_distributed(loader: DataLoader) -> bool:

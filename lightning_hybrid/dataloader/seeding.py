@@ -1,8 +1,8 @@
 """Seeds the random generators for every sample that is read.
 
-What `dataset[i]` and `collate_fn` draw (augmentations, masks) comes from generators that are seeded from the loader's
-seed of this epoch and the sample's place in the global order. So it does not depend on the layout, on the number of
-workers, or on where a run was resumed, and ranks of one replica read equal samples.
+Random numbers drawn by `dataset[i]` and `collate_fn` (augmentations, masks) come from generators that are seeded with
+the loader's seed of this epoch and the sample's position in the global order. So samples do not depend on the layout,
+the number of workers, or where a run was resumed, and ranks of one replica read equal samples.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lightning_hybrid.rng.state import RNGState, seed_all
 from lightning_hybrid.rng.step import mix
 
 _COLLATE = 1
-"""Sets the seed of `collate_fn` apart from that of the first sample."""
+"""Makes the seed of `collate_fn` differ from that of the first sample."""
 
 
 class Keys(list):
-    """The keys of a batch, with their places in the global order and the seed of the epoch."""
+    """The keys of a batch, with their positions in the global order and the seed of the epoch."""
 
     def __init__(self, keys: Sequence[Any], positions: Sequence[int], seed: int) -> None:
         super().__init__(keys)
@@ -39,28 +39,28 @@ class Key(NamedTuple):
 
 
 class Seeding:
-    """What the two wrappers of a loader tell each other between reading samples and collating them."""
+    """State that `SeededSamples` and `SeededCollate` of one loader share between reading and collating samples."""
 
     def __init__(self) -> None:
         self.outside: RNGState | None = None
         """The RNG state to restore after collating, in the main process."""
 
     def begin(self) -> None:
-        """Samples are about to be read."""
+        """Captures the RNG state of the main process before samples are read."""
         if get_worker_info() is None:
             self.outside = RNGState.capture()
 
     def end(self) -> None:
-        """The batch is complete, or has failed."""
+        """Restores the RNG state after the batch is complete or has failed."""
         if self.outside is not None:
             self.outside.restore()
             self.outside = None
 
 
 class SeededSamples:
-    """A map-style dataset as the loader's fetcher sees it: each sample is read with its own seed.
+    """Wraps a map-style dataset for the loader's fetcher: each sample is read with its own seed.
 
-    A dataset with `__getitems__` reads a batch at once, with the seed of its first sample.
+    A dataset with `__getitems__` reads a batch at once, with the seed of the batch's first sample.
     """
 
     def __init__(self, dataset: Any, seeding: Seeding) -> None:
@@ -98,20 +98,20 @@ class SeededSamples:
 
 
 def _reads_together(dataset: Any) -> bool:
-    """Whether it reads a batch at once. A torch `Subset` does so only if the dataset behind it does."""
+    """Returns True if `dataset` reads a batch at once; a torch `Subset` does so if the dataset behind it does."""
     while isinstance(dataset, Subset) and type(dataset).__getitems__ is Subset.__getitems__:
         dataset = dataset.dataset
     return callable(getattr(dataset, "__getitems__", None))
 
 
 class SeededCollate:
-    """A loader's `collate_fn`, which draws from the generators as `SeededSamples` has seeded them."""
+    """Wraps a loader's `collate_fn`, which draws from generators that `SeededSamples` has seeded."""
 
     def __init__(self, collate: Callable[[Any], Any], seeding: Seeding) -> None:
         self._collate, self._seeding = collate, seeding
 
     def __call__(self, samples: Any) -> Any:
-        """Returns what the user's function makes of the samples."""
+        """Returns the result of the user's function."""
         try:
             return self._collate(samples)
         finally:
@@ -119,14 +119,14 @@ class SeededCollate:
 
 
 class WorkerInit:
-    """The user's `worker_init_fn`, for which `get_worker_info().dataset` is the user's own dataset."""
+    """Wraps the user's `worker_init_fn`; `get_worker_info().dataset` is the user's dataset."""
 
     def __init__(self, user: Callable[[int], Any] | None) -> None:
         self._user = user
 
     def __call__(self, worker: int) -> None:
-        """Runs in the worker before it reads anything."""
+        """Runs the user's function in the worker, before any sample is read."""
         info: Any = get_worker_info()
-        object.__setattr__(info, "dataset", info.dataset.dataset)  # it is frozen, and in some releases has slots
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # the info is frozen, and in some releases has slots
         if self._user is not None:
             self._user(worker)

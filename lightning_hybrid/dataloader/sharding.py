@@ -1,11 +1,9 @@
-"""How an epoch's samples are dealt to the replicas: arithmetic alone, the same on every rank.
+"""Shards an epoch's samples over the replicas: pure arithmetic, the same on every rank.
 
-Where batches say how many tokens their samples have, gradients are weighed by tokens (see `Tokens`).
-
-With R replicas, sample i of the order in which one process would read goes to replica i mod R, and R x b consecutive
-samples are a global batch, where b is the loader's `batch_size`. All replicas make equally many steps. If the samples
-do not fill the last global batch, some replicas have one fewer in it; a replica that has none left runs a sample once
-more, which counts for nothing (see `BatchWeights`).
+With R replicas, sample i of the order of a single process goes to replica i mod R, and R x b consecutive samples are a
+global batch, where b is the loader's `batch_size`. All replicas run the same number of steps. If the last global batch
+is incomplete, some replicas have one sample fewer in it; a replica without a sample runs one as padding, with weight 0
+(see `BatchWeights`). Gradients are weighted by tokens if batches have the token counts of their samples (see `Tokens`).
 """
 
 from __future__ import annotations
@@ -22,113 +20,113 @@ from lightning_hybrid.adapt.shares import pack, sequence_cost
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The tokens of a global batch, of which a step's loss is the mean.
+    """Tokens of a global batch: the loss of a step is the mean over them.
 
-    A batch sampler whose batches have an attribute `lengths`, tokens of each sample, asks for this.
+    Used if the batches of a batch sampler have an attribute `lengths`, the tokens of each sample.
     """
 
     counts: tuple[int, ...]
-    """By replica; 0 for one whose batch does not count."""
+    """Tokens of each replica; 0 for one that runs padding."""
     own: tuple[int, ...]
-    """Of each sample that this replica runs."""
+    """Tokens of each sample that this replica runs."""
     number: int
-    """Which of the pass's global batches it is, from 0."""
+    """Index of the global batch in the pass."""
     totals: tuple[int, ...]
-    """Of every global batch of the pass."""
+    """Tokens of every global batch of the pass."""
 
     def share(self, batches: int, total: int) -> float:
-        """The factor on a batch's gradient among `batches` accumulated ones of `total` tokens, whose mean is taken."""
+        """Returns the factor on a batch's gradient in the mean over `batches` accumulated ones with `total` tokens."""
         return sum(self.counts) * batches / total
 
     def weights(self, parts: int) -> list[float]:
-        """The factors on the losses of equally many samples each, so that their mean is the mean over tokens."""
+        """Returns the factors on the losses of `parts` equal parts, so that their mean is the mean over tokens."""
         size, total = len(self.own) // parts, sum(self.own)
         return [sum(self.own[i * size : (i + 1) * size]) * parts / total for i in range(parts)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchWeights:
-    """A global batch of which the replicas have different numbers of samples, or that is weighed by tokens."""
+    """Weights of a global batch with different numbers of samples per replica, or weighted by tokens."""
 
     counts: tuple[int, ...]
-    """Samples that count, by replica."""
+    """Samples of each replica without padding."""
     sizes: tuple[int, ...]
-    """Samples that are run, by replica: at least one."""
+    """Samples that each replica runs, padding included: at least one."""
     tokens: Tokens | None = None
-    """Where gradients are weighed by tokens."""
+    """Token counts, if gradients are weighted by tokens."""
 
     def factor(self, replica: int) -> float:
-        """The factor on a replica's mean loss, so that the mean over replicas is the mean over the global batch."""
+        """Returns the factor on a replica's mean loss, so that the mean over replicas is that over the global batch."""
         counts = self.counts if self.tokens is None else self.tokens.counts
         return counts[replica] * len(counts) / sum(counts)
 
     def padding(self, replica: int) -> bool:
-        """Whether what the replica runs counts for nothing."""
+        """Returns True if the replica runs padding only."""
         return self.counts[replica] == 0
 
     @property
     def common_divisor(self) -> int:
-        """The largest number into which every replica's batch can be split."""
+        """The largest number of equal parts into which every replica's batch can be split."""
         return math.gcd(*self.sizes)
 
 
 def added(parts: Sequence[BatchWeights]) -> BatchWeights:
-    """Of several batches that are run as one."""
+    """Returns the weights of several batches that are run as one."""
     counts, sizes = zip(*((p.counts, p.sizes) for p in parts), strict=True)
     return BatchWeights(counts=tuple(map(sum, zip(*counts))), sizes=tuple(map(sum, zip(*sizes))))  # noqa: B905
 
 
 def even(replicas: int, size: int) -> BatchWeights:
-    """A batch of `size` samples on every replica."""
+    """Returns the weights of a batch of `size` samples on every replica."""
     return BatchWeights(counts=(size,) * replicas, sizes=(size,) * replicas)
 
 
 class Share(NamedTuple):
-    """What one replica reads for one step."""
+    """The samples that one replica reads for one step."""
 
     keys: list[Any]
     """Keys into the dataset."""
     positions: list[int]
-    """Their places in the order of one process."""
+    """Positions of the samples in the order of a single process."""
     batch_weights: BatchWeights | None
-    """None where every replica has equally many."""
+    """None if every replica has the same number of samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByShares:
-    """Replicas of different speed: each takes so many samples in a row."""
+    """Divides a global batch among replicas of different speed: `shares[r]` consecutive samples for replica r."""
 
     shares: tuple[int, ...]
-    """By replica."""
+    """Samples of each replica."""
     lengths: None = None
-    """Gradients are weighed by samples."""
+    """None: gradients are weighted by samples."""
 
     def divide(self, keys: Sequence[Any], replicas: int) -> list[Sequence[int]]:
-        """Places in `keys`, by replica."""
+        """Returns the positions in `keys` of each replica's samples."""
         ends = list(itertools.accumulate(self.shares))
         return [range(end - share, end) for share, end in zip(self.shares, ends, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByLength:
-    """Sequences of different lengths, to be dealt so that all ranks have equally much to do."""
+    """Divides a global batch of sequences of different lengths so that all ranks have the same cost."""
 
     lengths: Sequence[int]
-    """Tokens of the sample with each key, by which gradients are weighed."""
+    """Tokens of the sample with each key, by which gradients are weighted."""
     width: int
-    """Of the model, h (see `adapt.shares.sequence_cost`)."""
+    """Width of the model, h (see `adapt.shares.sequence_cost`)."""
     parts: int = 1
-    """Microbatches of a replica's batch, which are balanced too."""
+    """Microbatches of a replica's batch, which are balanced, too."""
 
     def divide(self, keys: Sequence[int], replicas: int) -> list[Sequence[int]]:
-        """Places in `keys`, by replica: equally many samples for each, one microbatch after the other."""
+        """Returns the positions in `keys` of each replica's samples, by microbatch; all have equally many."""
         bins, size = replicas * self.parts, len(keys) // (replicas * self.parts)
         packed = pack([sequence_cost(self.lengths[k], self.width) for k in keys], bins, size)
         return [[i for b in packed[r * self.parts : (r + 1) * self.parts] for i in b] for r in range(replicas)]
 
 
 Division = ByShares | ByLength
-"""How a full global batch is divided among replicas, where not in turn."""
+"""How a full global batch is divided among replicas, if not round-robin."""
 
 
 def shard_samples(
@@ -141,16 +139,16 @@ def shard_samples(
     first: int = 0,
     division: Division | None = None,
 ) -> Iterator[Share]:
-    """Deals single samples: number i goes to replica i mod `replicas`, or as `division` says.
+    """Yields one replica's samples of each step: sample i goes to replica i mod `replicas`, or by `division`.
 
     Args:
-        order: Keys of the samples in the order of one process.
-        batch_size: Samples of a replica in a step.
-        replica: The replica that asks.
-        replicas: How many there are.
-        drop_last: Whether a last global batch that is not full is left out.
-        first: Samples at the beginning that have been used already.
-        division: Of full global batches; one that is not full is dealt in turn.
+        order: Keys of the samples in the order of a single process.
+        batch_size: Samples per replica and step.
+        replica: Index of the replica.
+        replicas: Number of replicas.
+        drop_last: Whether an incomplete last global batch is left out.
+        first: Number of samples at the beginning that have been used already.
+        division: Division of full global batches; an incomplete one is divided round-robin.
     """
     whole, lengths = batch_size * replicas, None if division is None else division.lengths
     totals: tuple[int, ...] = ()
@@ -164,7 +162,7 @@ def shard_samples(
         size = len(chunk)
         if not size or (size < whole and drop_last):
             return
-        places: list[Sequence[int]] = []  # of all replicas, where they are not simply equally many
+        places: list[Sequence[int]] = []  # of all replicas, unless they have equal numbers of samples round-robin
         if division is not None and size == whole:
             places = division.divide(chunk, replicas)
         elif size % replicas or lengths is not None:
@@ -186,16 +184,16 @@ def _batch_weights_of(places: Sequence[Sequence[int]]) -> BatchWeights | None:
 
 
 def shard_batches(batches: Iterable[Sequence[Any]], replica: int, replicas: int, *, first: int = 0) -> Iterator[Share]:
-    """Deals whole batches: number k goes to replica k mod `replicas`.
+    """Yields one replica's batches: batch k goes to replica k mod `replicas`.
 
-    A replica for which there is none in the last step runs that of replica 0 again, which does not count. Batches in a
-    list, each with an attribute `lengths`, are weighed by tokens.
+    A replica without a batch in the last step runs that of replica 0 as padding. Batches in a list, each with an
+    attribute `lengths`, are weighted by tokens.
 
     Args:
         batches: Keys of the samples of each batch.
-        replica: The replica that asks.
-        replicas: How many there are.
-        first: Batches at the beginning that have been used already.
+        replica: Index of the replica.
+        replicas: Number of replicas.
+        first: Number of batches at the beginning that have been used already.
     """
     totals = _tokens_of_steps(batches, replicas, first)
     batches, position, number = iter(batches), 0, 0
@@ -228,18 +226,18 @@ def _tokens_of_steps(batches: Iterable[Sequence[Any]], replicas: int, first: int
 
 
 def steps_of_samples(count: int, batch_size: int, replicas: int, *, drop_last: bool = False) -> int:
-    """Steps in which `count` samples are used."""
+    """Returns the number of steps for `count` samples."""
     whole = batch_size * replicas
     return count // whole if drop_last else -(-count // whole)
 
 
 def steps_of_batches(count: int, replicas: int) -> int:
-    """Steps in which `count` batches are used."""
+    """Returns the number of steps for `count` batches."""
     return -(-count // replicas)
 
 
 def length_before_limit(steps: int, limit: int | float) -> int:
-    """The smallest length of which Lightning's `limit_*_batches` leaves at least `steps` steps."""
+    """Returns the smallest length of which Lightning's `limit_*_batches` leaves at least `steps` steps."""
     if isinstance(limit, int) or limit == 1.0 or limit <= 0.0:
         return steps
     length = math.ceil(steps / limit)

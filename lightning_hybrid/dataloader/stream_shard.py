@@ -1,9 +1,9 @@
-"""Loaders without a sampler: iterable datasets, lists of batches, any other iterable.
+"""Shards loaders without a sampler: iterable datasets, lists of batches, any other iterable.
 
-Whether the user's code shards such a stream over the replicas shows in the first batch. If all replicas read the same
-one, the stream is dealt to them here: replica r takes number r of every R, samples from an iterable dataset, batches
-from anything else. If they differ, the user shards it, and it is left alone. Lengths are not known, so in every step
-the ranks tell each other how many samples they have.
+The first batch shows whether the user's code shards such a stream over the replicas. If all replicas read the same
+first batch, the stream is sharded here, round-robin: replica r reads number r of every R, samples of an iterable
+dataset, batches of anything else. If the first batches differ, the user shards the stream, and it is left unchanged.
+Lengths are not known, so the ranks gather their numbers of samples in every step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hybrid._lightning_private import place_in_epoch
 from lightning_hybrid.batches import count_samples
-from lightning_hybrid.dataloader import seeding
-from lightning_hybrid.dataloader import sharding as sharding
+from lightning_hybrid.dataloader import seeding, sharding
 from lightning_hybrid.dataloader.agreement import all_read_the_same, different_data, digest, replicas_of
 from lightning_hybrid.dataloader.map_shard import next_seed
 from lightning_hybrid.dataloader.peek import preserved_position
@@ -41,7 +40,7 @@ _END: Any = object()
 
 
 class EveryNth(IterableDataset):
-    """Number `index` of every `count` samples of a dataset; it reads all of them."""
+    """Yields sample `index` of every `count` samples of a dataset; reads all of them."""
 
     def __init__(self, dataset: Any, index: int, count: int, before: list[Any]) -> None:
         self.dataset, self._index, self._count, self._before = dataset, index, count, before
@@ -54,17 +53,17 @@ class EveryNth(IterableDataset):
 
 
 class StreamShard:
-    """Iterates a loader without a sampler.
+    """Shards a loader without a sampler over the replicas.
 
     Args:
         loader: The user's loader.
         mesh: The mesh.
         device: This rank's device, for collectives.
         training: The trainer, if its training loop iterates this loader.
-        predicting: Whether it is predicted on: then it is dealt in batches, and read to the end.
-        limit: For predictions: Lightning's limit, which is for the batches of one process.
-        run_padding: Runs a step on a batch whose result is not wanted (predictions).
-        on_yield: Told of every batch that is handed out.
+        predicting: Whether the loader is used for predictions: it is then sharded by batches, and read to the end.
+        limit: For predictions: Lightning's `limit_predict_batches`, which counts batches of a single process.
+        run_padding: For predictions: runs a step on a padding batch, whose result is discarded.
+        on_yield: Called with the weights of every batch before it is yielded.
     """
 
     def __init__(
@@ -87,24 +86,24 @@ class StreamShard:
         is_dataset = isinstance(loader, DataLoader) and not predicting
         self._by_samples = is_dataset and isinstance(loader.dataset, IterableDataset)
         self._before: list[Any] = []
-        """Samples that were read to look at the first batch."""
+        """Samples that were read for the first batch and cannot be read again."""
         self._started: Iterator[Any] | None = None
         self._spare: Any = _END
-        """The batch that is run where there is none."""
-        self._dealt = self._decide(loader)
+        """The batch that is run as padding."""
+        self._sharded_here = self._decide(loader)
         self._seed, self._passes, self._begun = 0, 0, False
         self._begun_from: torch.Tensor | None = None
         self._steps_before = self._skipped = self._yielded = 0
         self._ended = False
         self._resume: dict[str, Any] | None = None
-        self._places: deque[tuple[int, Any]] = deque(maxlen=4)
+        self._positions: deque[tuple[int, Any]] = deque(maxlen=4)
         self._counts = [0] * self._replicas
-        self._others_go_on: BatchWeights | None = None
+        self._padding_weights: BatchWeights | None = None
 
     # ---- who shards
 
     def _decide(self, loader: Any) -> bool:
-        """Whether the stream is to be dealt to the replicas here; collective."""
+        """Returns True if the stream is to be sharded here. Collective."""
         if dist.get_world_size() == 1:
             return False
         with preserved_rng(), preserved_position(loader), preserved_position(getattr(loader, "dataset", None)):
@@ -117,7 +116,7 @@ class StreamShard:
         kind = "sample" if self._by_samples else "batch"
         rank_zero_info(
             f"All replicas read the same first batch from {_name(loader)}, so it is not sharded: replica r of "
-            f"{self._replicas} takes {kind} r, r + {self._replicas}, r + {2 * self._replicas}, ... of it."
+            f"{self._replicas} reads {kind} r, r + {self._replicas}, r + {2 * self._replicas}, ... of it."
         )
         return True
 
@@ -131,7 +130,7 @@ class StreamShard:
             return first
         iterator = iter(loader.dataset)
         samples = list(islice(iterator, loader.batch_size or 1))
-        if iterator is loader.dataset:  # it cannot be read again
+        if iterator is loader.dataset:  # the samples cannot be read again
             self._before = samples
         if not samples:
             return _END
@@ -140,19 +139,19 @@ class StreamShard:
     # ---- one pass
 
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Begins a pass over the loader."""
+        """Returns an iterator over this replica's batches of one pass."""
         generators = generators_of(loader)
         agree(generators)
         resume = self._begin_pass(loader)
         dataset = getattr(loader, "dataset", None)
         parts: dict[str, Any] = {}
         if self._by_samples:
-            index, count = (self._replica, self._replicas) if self._dealt else (0, 1)
+            index, count = (self._replica, self._replicas) if self._sharded_here else (0, 1)
             parts["dataset"] = EveryNth(dataset, index, count, self._before)
             user = loader.worker_init_fn
             if isinstance(user, partial) and user.func is pl_worker_init_function:
-                # a stream that is dealt must be the same everywhere, as on the first of one process
-                user = partial(pl_worker_init_function, rank=0 if self._dealt else self._replica)
+                # a stream that is sharded here must be the same on all replicas, as on rank 0 of a single process
+                user = partial(pl_worker_init_function, rank=0 if self._sharded_here else self._replica)
             parts["worker_init_fn"] = seeding.WorkerInit(user)
         with (
             preserved_rng() if resume is not None else nullcontext(),
@@ -163,8 +162,8 @@ class StreamShard:
             iterator, self._started = self._started or start(), None
         own = None
         if self._by_samples and loader.num_workers == 0:
-            own = _OwnRNG(mix(self._seed, 0 if self._dealt else self._replica))
-        if self._predicting and self._dealt and not isinstance(self._limit, float):
+            own = _OwnRNG(mix(self._seed, 0 if self._sharded_here else self._replica))
+        if self._predicting and self._sharded_here and not isinstance(self._limit, float):
             iterator = islice(iterator, self._limit)
         iterator = self._skip(dataset, iterator, own, resume)
         self._before = []
@@ -176,7 +175,7 @@ class StreamShard:
         if resume is not None and resume["complete"] and place is not None and place.completed < place.processed:
             resume = None
         self._begun, self._ended, self._yielded = True, False, 0
-        self._places.clear()
+        self._positions.clear()
         if resume is not None:
             self._steps_before = place.processed if place is not None else 0
             self._skipped, self._seed, self._passes = resume["steps"], resume["seed"], resume["passes"]
@@ -191,7 +190,7 @@ class StreamShard:
         return None
 
     def _skip(self, dataset: Any, iterator: Iterator[Any], own: _OwnRNG | None, resume: Any) -> Iterator[Any]:
-        """What was used before is read again and dropped, unless the dataset itself can go on there."""
+        """Reads and drops the samples that were used before, unless the dataset can restore its position."""
         if own is not None:
             iterator = own.around(iterator)
         if resume is None:
@@ -201,61 +200,61 @@ class StreamShard:
             dataset.load_state_dict(state)
             own.set(own_rng)
             return iterator
-        each = 1 if self._by_samples or not self._dealt else self._replicas
+        each = 1 if self._by_samples or not self._sharded_here else self._replicas
         for _ in range(self._skipped * each):
             next(iterator, None)
         return iterator
 
     def _read(self, iterator: Iterator[Any]) -> Any:
-        if not self._dealt or self._by_samples:
+        if not self._sharded_here or self._by_samples:
             return next(iterator, _END)
         group = list(islice(iterator, self._replicas))
         return group[self._replica] if len(group) > self._replica else _END
 
     def _steps(self, iterator: Iterator[Any], dataset: Any, own: _OwnRNG | None, drop_last: bool) -> Iterator[Any]:
-        to_the_end = self._predicting or (self._dealt and not drop_last)
-        keeps = own is not None and keeps_its_place(dataset) and (self._dealt or self._replicas == 1)
+        to_the_end = self._predicting or (self._sharded_here and not drop_last)
+        keeps = own is not None and keeps_its_place(dataset) and (self._sharded_here or self._replicas == 1)
         while True:
             batch = self._read(iterator)
-            counts = self._exchange(-1 if batch is _END else count_samples(batch))
+            counts = self._gather_counts(-1 if batch is _END else count_samples(batch))
             if max(counts) < 0 or (min(counts) < 0 and not to_the_end):
                 self._ended = True
-                self._warn_of_rest(counts, drop_last)
+                self._warn_of_unread(counts, drop_last)
                 return
             batch_weights = self._batch_weights(counts)
             if batch is _END:
                 if self._predicting:
-                    self._others_go_on = batch_weights
+                    self._padding_weights = batch_weights
                     return
                 batch = self._spare
             self._spare = batch
             self._yielded += 1
             if keeps and own is not None:
-                self._places.append((self._yielded, (dataset.state_dict(), own.get())))
+                self._positions.append((self._yielded, (dataset.state_dict(), own.get())))
             self.history.append(batch_weights)
             self._on_yield(batch_weights)
             yield batch
 
-    def go_along(self, ahead: bool, limit: float) -> None:
-        """For predictions: runs steps for nothing, as long as other replicas have batches.
+    def run_padding_steps(self, ahead: bool, limit: float) -> None:
+        """Runs prediction steps on padding as long as other replicas have batches.
 
         Args:
-            ahead: Whether Lightning takes the next batch before the present one is run, as it does where there is no
-                length. So this waits until the last own batch is done.
-            limit: How many steps Lightning makes at most; it does not ask whether there are more.
+            ahead: Whether Lightning fetches a batch before the previous one has run, as for loaders without length.
+                The steps on padding then start after the last own batch has run.
+            limit: Largest number of steps; Lightning does not ask for more batches after it.
         """
-        batch_weights, self._others_go_on = self._others_go_on, None
+        batch_weights, self._padding_weights = self._padding_weights, None
         step = self._yielded
         while batch_weights is not None and self._run_padding is not None:
             step += 1
-            following = self._exchange(-1) if ahead and step < limit else []
+            following = self._gather_counts(-1) if ahead and step < limit else []
             self._run_padding(self._spare, batch_weights)
             if not ahead and step < limit:
-                following = self._exchange(-1)
+                following = self._gather_counts(-1)
             batch_weights = self._batch_weights(following) if following else None
 
-    def _exchange(self, count: int) -> list[int]:
-        """Samples of every replica in this step, -1 where there are none left; collective over all ranks."""
+    def _gather_counts(self, count: int) -> list[int]:
+        """Returns the samples of every replica in this step, -1 if none are left. Collective over all ranks."""
         if dist.get_world_size() == 1:
             return [count]
         own = torch.tensor([count], device=self._device)
@@ -276,7 +275,7 @@ class StreamShard:
             return None
         return BatchWeights(counts=tuple(max(0, c) for c in counts), sizes=tuple(max(1, c) for c in counts))
 
-    def _warn_of_rest(self, counts: list[int], drop_last: bool) -> None:
+    def _warn_of_unread(self, counts: list[int], drop_last: bool) -> None:
         if max(counts) < 0 or drop_last:
             return
         ended = [r for r, c in enumerate(counts) if c < 0]
@@ -289,8 +288,8 @@ class StreamShard:
     # ---- lengths and state
 
     def length(self, loader: Any, own: Callable[[], int]) -> int:
-        """Steps of a pass, where the stream says how long it is."""
-        if not self._dealt:
+        """Returns the number of steps of a pass, if the stream has a length."""
+        if not self._sharded_here:
             return own()
         if self._predicting:
             limit = self._limit
@@ -303,12 +302,12 @@ class StreamShard:
         return sharding.steps_of_samples(samples, loader.batch_size, self._replicas, drop_last=loader.drop_last)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps of the pass are trained on."""
+        """Returns the position: the number of steps of the pass that are trained on, and the RNG state of its start."""
         if self._trainer is None or not self._begun:
             return {}
         place = place_in_epoch(self._trainer)
         done = max(0, place.processed - self._steps_before)
-        places = dict(self._places)
+        positions = dict(self._positions)
         return {
             "kind": "stream",
             "steps": self._skipped + done,
@@ -317,17 +316,17 @@ class StreamShard:
             "seed": self._seed,
             "passes": self._passes,
             "begun_from": self._begun_from,
-            "dataset": places.get(done),
+            "dataset": positions.get(done),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next pass goes on behind these steps."""
+        """Makes the next pass continue after the saved steps."""
         if state.get("kind") == "stream" and (state["steps"] or state["complete"]):
             self._resume = dict(state)
 
 
 class _OwnRNG:
-    """RNG state of a dataset that is read in the main process, apart from the state that all share."""
+    """Separate RNG state of a dataset that is read in the main process."""
 
     def __init__(self, seed: int) -> None:
         with preserved_rng():
@@ -335,7 +334,7 @@ class _OwnRNG:
             self._state = RNGState.capture()
 
     def around(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        """Yields what `iterator` gives when it draws from generators in this state."""
+        """Yields the items of `iterator`, which draws from generators in this state."""
         while True:
             with preserved_rng():
                 self._state.restore()
@@ -350,7 +349,7 @@ class _OwnRNG:
         return self._state.plain()
 
     def set(self, plain: dict[str, Any]) -> None:
-        """Takes a state in its plain form."""
+        """Sets the state from its plain form."""
         self._state = RNGState.from_plain(plain)
 
 

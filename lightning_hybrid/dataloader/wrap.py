@@ -1,4 +1,4 @@
-"""A user's loader with its data dealt to the replicas: the same object to look at, with another iteration."""
+"""Copies of a user's loader that iterate over this replica's shard of its data."""
 
 from __future__ import annotations
 
@@ -11,89 +11,89 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_hybrid._torch_private import replace_parts
 from lightning_hybrid.dataloader.sharding import BatchWeights
 
 
-class Flow(Protocol):
-    """How a loader's batches come to this rank."""
+class Shard(Protocol):
+    """This replica's shard of a loader's data: the batches that this rank iterates over."""
 
     history: deque[BatchWeights | None]
-    """Of the batches that were handed out last."""
+    """Weights of the last batches."""
 
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Begins a pass; `start` begins the user's own."""
+        """Returns an iterator over the shard; `start` returns one over the user's loader."""
         ...
 
     def length(self, loader: Any, own: Callable[[], int]) -> int:
-        """Steps of a pass; `own` is the length of the user's loader."""
+        """Returns the number of steps of a pass; `own` returns the length of the user's loader."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the pass is, for a checkpoint."""
+        """Returns the position in the pass, for checkpoints."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next pass goes on there."""
+        """Makes the next pass start at the saved position."""
         ...
 
 
-class _Placed(DataLoader):
-    flow: Flow
+class _ShardedLoader(DataLoader):
+    replica_shard: Shard
     users_loader: DataLoader
 
     def __iter__(self) -> Any:
-        return self.flow.iterate(self, super().__iter__)
+        return self.replica_shard.iterate(self, super().__iter__)
 
     def __len__(self) -> int:
-        return self.flow.length(self, super().__len__)
+        return self.replica_shard.length(self, super().__len__)
 
 
-class _Resumable(_Placed):
+class _ResumableLoader(_ShardedLoader):
     def state_dict(self) -> dict[str, Any]:
-        return self.flow.state_dict()
+        return self.replica_shard.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.flow.load_state_dict(state)
+        self.replica_shard.load_state_dict(state)
 
 
-def placed(loader: DataLoader, flow: Flow, *, resumable: bool, **parts: Any) -> DataLoader:
-    """A copy of `loader`, of the user's own class, that iterates by `flow`.
+def sharded_loader(loader: DataLoader, shard: Shard, *, resumable: bool, **parts: Any) -> DataLoader:
+    """Returns a copy of `loader`, of a subclass of the user's class, that iterates over `shard`.
 
     Args:
-        loader: The user's loader, which stays as it is.
-        flow: What iterates.
-        resumable: Whether its place goes into checkpoints.
+        loader: The user's loader, which is not changed.
+        shard: This replica's shard.
+        resumable: Whether checkpoints hold the position.
         **parts: Attributes of the copy, such as another `batch_sampler`.
     """
     copied: Any = copy.copy(loader)
-    base = _Resumable if resumable else _Placed
+    base = _ResumableLoader if resumable else _ShardedLoader
     kind: Any = type(loader)
     copied.__class__ = types.new_class(kind.__name__, (base,) if kind is DataLoader else (base, kind))
-    # a DataLoader refuses to have its parts set, since its sampler would not know; here both are set together
-    copied.__dict__.update(parts, flow=flow, users_loader=loader, _iterator=None)
+    replace_parts(copied, **parts, replica_shard=shard, users_loader=loader)
     if "in_order" in copied.__dict__:
         copied.__dict__["in_order"] = True
     return copied
 
 
 def users_loader(loader: Any) -> Any:
-    """The user's own loader, for one that is dealt: Lightning hands those out, and they may be given to it again."""
-    if isinstance(loader, _Placed):
+    """Returns the user's loader behind a sharded one, which Lightning returns and users may pass to it again."""
+    if isinstance(loader, _ShardedLoader):
         return loader.users_loader
     return loader.loader if isinstance(loader, BatchStream) else loader
 
 
 class BatchStream:
-    """Any other iterable of batches, iterated by a flow."""
+    """Iterates over this replica's shard of any other iterable of batches."""
 
-    def __init__(self, loader: Any, flow: Flow) -> None:
-        self.loader, self.flow = loader, flow
+    def __init__(self, loader: Any, shard: Shard) -> None:
+        self.loader, self.replica_shard = loader, shard
 
     def __iter__(self) -> Iterator[Any]:
-        return self.flow.iterate(self.loader, lambda: iter(self.loader))
+        return self.replica_shard.iterate(self.loader, lambda: iter(self.loader))
 
     def __len__(self) -> int:
-        return self.flow.length(self.loader, lambda: len(self.loader))
+        return self.replica_shard.length(self.loader, lambda: len(self.loader))
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader":  # while an instance is being copied
@@ -102,28 +102,28 @@ class BatchStream:
 
 
 class ResumableStream(BatchStream):
-    """With its place in checkpoints: the loader's own, if it keeps one."""
+    """A `BatchStream` whose position checkpoints hold; the loader's own position if it is stateful."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the pass is."""
-        return self._keeper.state_dict()
+        """Returns the position in the pass."""
+        return self._stateful.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next pass goes on there."""
-        self._keeper.load_state_dict(state)
+        """Makes the next pass start at the saved position."""
+        self._stateful.load_state_dict(state)
 
     @property
-    def _keeper(self) -> Any:
-        return self.loader if keeps_its_place(self.loader) else self.flow
+    def _stateful(self) -> Any:
+        return self.loader if keeps_its_place(self.loader) else self.replica_shard
 
 
 def keeps_its_place(loader: Any) -> bool:
-    """Whether a loader has a state of its own, as torchdata's StatefulDataLoader."""
+    """Returns True if a loader is stateful, as torchdata's StatefulDataLoader."""
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """The random generators that a loader and its samplers own."""
+    """Returns the random generators that a loader and its samplers own."""
     batches = getattr(loader, "batch_sampler", None)
     owners = [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
     found = [g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)]

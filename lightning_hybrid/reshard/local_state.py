@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hybrid._lightning_private import fresh_optimizers
-from lightning_hybrid.checkpoint.state import optimizer_state, plain_optimizer
+from lightning_hybrid._lightning_private import fresh_optimizers, plain_optimizer
+from lightning_hybrid.checkpoint.state import optimizer_state
 from lightning_hybrid.collectives import gather_objects, to_local
 from lightning_hybrid.compat.averaging import LocalWeights
 from lightning_hybrid.engine.engine import Engine

@@ -146,7 +146,7 @@ class BatchSizeController:
         loaders = training_loaders(self._trainer).flattened
         if len(loaders) > 1 or isinstance(self._trainer.limit_train_batches, int):
             return None
-        flow = getattr(loaders[0], "flow", None)
+        flow = getattr(loaders[0], "replica_shard", None)
         return flow if isinstance(flow, MapShard) and flow.can_rebatch else None
 
     def _present(self) -> BatchDivision:

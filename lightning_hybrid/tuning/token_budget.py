@@ -50,8 +50,8 @@ class TokenBudget:
     def of(cls, trainer: pl.Trainer, runner: StepRunner, loader: Any) -> TokenBudget | None:
         """None where the loader's batches have no token budget."""
         sampler = getattr(users_loader(loader), "batch_sampler", None)
-        dealt = isinstance(getattr(loader, "flow", None), MapShard)
-        return cls(trainer, runner, loader, sampler) if dealt and isinstance(sampler, TokenBatches) else None
+        sharded = isinstance(getattr(loader, "replica_shard", None), MapShard)
+        return cls(trainer, runner, loader, sampler) if sharded and isinstance(sampler, TokenBatches) else None
 
     @property
     def tokens(self) -> int:
@@ -61,8 +61,8 @@ class TokenBudget:
     def change(self, tokens: int) -> None:
         """The batches of the epoch that is about to begin have so many tokens, or what the longest sample needs."""
         self._sampler.max_tokens = max(tokens, self._sampler.multiple_of * max(self._sampler.lengths))
-        flow = self._loader.flow
-        set_epoch_length(self._trainer, flow, flow.steps_in_all())
+        shard = self._loader.replica_shard
+        set_epoch_length(self._trainer, shard, shard.steps_in_all())
 
     def find(self, limit: int, probe_for: Callable[[Any, int], MemoryProbe]) -> int:
         """The largest budget up to `limit` that fits into the memory of all ranks. Collective.

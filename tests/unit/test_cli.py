@@ -13,7 +13,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lightning_hybrid.callbacks.save_config import redacted
 from lightning_hybrid.checkpoint.content import Content, Part, RankFiles
-from lightning_hybrid.checkpoint.manifest import Party, write_checkpoint
+from lightning_hybrid.checkpoint.manifest import WritingRanks, write_checkpoint
 from lightning_hybrid.cli import main
 from lightning_hybrid.spec.tensor_index import whole_index
 
@@ -84,10 +84,10 @@ def test_checkpoint_commands(tmp_path, capsys):
         document={"epoch": 0, "global_step": 3, "names": ["w"], "aliases": {}, "streams": {}},
         parts=[Part(group="state_dict", name="w", shape=(2,), index=whole_index((2,)), tensor=torch.ones(2))],
     )
-    party = Party(store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=5))
+    ranks = WritingRanks(store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=5))
     about = {"step": 3, "epoch": 0, "layout": "dp1"}
     path = tmp_path / "a.ckpt"
-    write_checkpoint(party, 1, path, RankFiles.of(content), about, lambda: None)
+    write_checkpoint(ranks, 1, path, RankFiles.of(content), about, lambda: None)
     main(["verify", str(path)])
     assert "a.ckpt is intact: step 3, epoch 0, layout dp1, 1 ranks" in capsys.readouterr().out
     main(["consolidate", str(path), str(tmp_path / "out.safetensors")])

@@ -195,8 +195,8 @@ def test_last_is_the_newest_that_is_intact(ranks2: RankGroup, tmp_path: Path, la
     assert_goes_on(resumed, whole, LAST - 4)
     said = resumed[0]["warnings"]
     assert re.search(rf"step={LAST}.ckpt/rank-00001.json \(rank 1\) has .* cut off", said), said
-    assert f"Going on from {tmp_path}/step={LAST - 4}.ckpt instead" in said
-    assert f"step={LAST - 3}.ckpt is passed over: its manifest is damaged" in said
+    assert f"Resuming from {tmp_path}/step={LAST - 4}.ckpt instead" in said
+    assert f"step={LAST - 3}.ckpt is skipped: its manifest is damaged" in said
 
 
 def test_last_where_all_are_damaged_does_not_start_anew(ranks2: RankGroup, tmp_path: Path):

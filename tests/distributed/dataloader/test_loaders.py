@@ -78,7 +78,7 @@ def test_several_loaders(ranks2: RankGroup, layout, mode):
 
 
 def test_several_loaders_with_batches_of_unknown_size(ranks2: RankGroup):
-    with pytest.raises(RankError, match=r"PartitionError: .*cannot be weighed"):
+    with pytest.raises(RankError, match=r"PartitionError: .*cannot be weighted"):
         ranks2.call(loader_jobs.train_on_several, "dp2", "min_size", (37, 40), own_batches=True)
 
 
@@ -97,7 +97,7 @@ def test_several_loaders_go_on(ranks2: RankGroup, tmp_path, saved, resumed):
 @pytest.mark.parametrize(
     "layout", ["dp2", pytest.param("fsdp2", marks=pytest.mark.slow), "tp2", pytest.param("pp2", marks=pytest.mark.slow)]
 )
-def test_loaders_that_lightning_has_handed_out_are_not_dealt_twice(ranks2: RankGroup, layout):
+def test_loaders_that_lightning_has_returned_are_not_sharded_twice(ranks2: RankGroup, layout):
     logged, counts = reference(loader_jobs.read_again, None)
     assert counts == [3, 5, 2 * 5]
     for values, found in ranks2.call(loader_jobs.read_again, layout):
@@ -145,7 +145,7 @@ def test_an_order_from_the_global_stream_without_a_length_does_not_go_on(ranks2:
     job = loader_jobs.train_without_end
     path = data_jobs.file_of(tmp_path, "one.ckpt")
     assert_trained(ranks2.call(job, "dp2", False, save=(path, "batch", 7))[0], job(None, False))
-    with pytest.raises(RankError, match=r"ValueError: The sampler Endless has no length.*`torch.Generator` of its own"):
+    with pytest.raises(RankError, match=r"ValueError: The sampler Endless has no length.*its own `torch.Generator`"):
         ranks2.call(job, "dp2", False, ckpt_path=path)
 
 

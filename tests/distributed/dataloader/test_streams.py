@@ -1,4 +1,4 @@
-"""Loaders without a sampler: dealt to the replicas or sharded by the user, never read twice, never a hang."""
+"""Loaders without a sampler: sharded here or by the user, never read twice, never a hang."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def assert_trained(result: dict, expected: dict) -> None:
 @pytest.mark.feature("data: `IterableDataset`, sharded round-robin")
 @pytest.mark.parametrize("samples", [37, pytest.param(33, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", TWO)
-def test_a_stream_that_is_not_sharded_is_dealt(ranks2: RankGroup, layout, samples):
+def test_a_stream_that_the_user_does_not_shard_is_sharded(ranks2: RankGroup, layout, samples):
     expected = reference(stream_jobs.train_on_stream, None, samples=samples)
     results = ranks2.call(stream_jobs.train_on_stream, layout, samples=samples)
     assert_trained(results[0], expected)

@@ -109,7 +109,7 @@ def test_memory_that_is_short_halves_the_next_epochs_budget(ranks2: RankGroup) -
 @pytest.mark.parametrize(
     "layout", ["dp2", "pp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fsdp2", "dp2-pp2"))]
 )
-def test_samples_are_dealt_by_their_lengths(request: pytest.FixtureRequest, layout: str) -> None:
+def test_samples_are_divided_by_their_lengths(request: pytest.FixtureRequest, layout: str) -> None:
     """The loss is the mean over tokens of a batch whose last part is not full; replicas have equally much to do."""
     ranks = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
     options: dict[str, Any] = {"strategy_options": {"microbatches": 2}} if "pp" in layout else {}

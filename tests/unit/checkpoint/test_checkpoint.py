@@ -23,7 +23,7 @@ from lightning_hybrid.checkpoint import content as content_module
 from lightning_hybrid.checkpoint.consolidate import consolidate, verify
 from lightning_hybrid.checkpoint.content import Content, Part, RankFiles
 from lightning_hybrid.checkpoint.files import MANIFEST, candidates, staged
-from lightning_hybrid.checkpoint.manifest import Party, write_checkpoint, write_manifest
+from lightning_hybrid.checkpoint.manifest import WritingRanks, write_checkpoint, write_manifest
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.plain import decode, encode
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint, newest_first
@@ -194,9 +194,9 @@ def _save(path: Path, step: int = 5, store: Any = None, number: int = 1) -> list
     errors = [""] * 3
 
     def write(rank: int, content: Content) -> None:
-        party = Party(store=store, rank=rank, world_size=3, timeout=datetime.timedelta(seconds=10))
+        ranks = WritingRanks(store=store, rank=rank, world_size=3, timeout=datetime.timedelta(seconds=10))
         try:
-            write_checkpoint(party, number, path, RankFiles.of(content), {**ABOUT, "step": step}, lambda: None)
+            write_checkpoint(ranks, number, path, RankFiles.of(content), {**ABOUT, "step": step}, lambda: None)
         except CheckpointError as error:
             errors[rank] = str(error)
 
@@ -241,7 +241,7 @@ def test_one_plain_file_of_it(path, tmp_path):
     tensors = load_file(tmp_path / "one.safetensors")
     assert set(tensors) == {"b", "w", "w2"}
     assert torch.equal(tensors["w"], one["state_dict"]["w"])
-    with pytest.raises(CheckpointError, match="`out` must not be there"):
+    with pytest.raises(CheckpointError, match="`out` must not exist"):
         consolidate(path, tmp_path / "one.ckpt")
     assert "is intact: step 5, epoch 1, layout dp1, 3 ranks" in verify(path)
 
@@ -363,18 +363,18 @@ def test_a_run_killed_between_the_renames_has_both(path, monkeypatch):
 
     monkeypatch.setattr("lightning_hybrid.checkpoint.files.os.rename", rename)
     store = HashStore()
-    party = Party(store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=10))
+    ranks = WritingRanks(store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=10))
     files = RankFiles.of(Content(document={}))
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(party, 1, path, files, {**ABOUT, "step": 6}, lambda: None)
+        write_checkpoint(ranks, 1, path, files, {**ABOUT, "step": 6}, lambda: None)
     assert not path.exists()
     assert [SavedCheckpoint(p).step for p in newest_first(list(candidates(path.parent)))] == [6, 5]
 
 
 def test_a_rank_that_does_not_answer_ends_the_save(tmp_path):
-    party = Party(store=HashStore(), rank=0, world_size=2, timeout=datetime.timedelta(seconds=0.5))
+    ranks = WritingRanks(store=HashStore(), rank=0, world_size=2, timeout=datetime.timedelta(seconds=0.5))
     with pytest.raises(CheckpointError, match="another rank did not answer"):
-        write_checkpoint(party, 1, tmp_path / "a.ckpt", RankFiles.of(Content()), dict(ABOUT), lambda: None)
+        write_checkpoint(ranks, 1, tmp_path / "a.ckpt", RankFiles.of(Content()), dict(ABOUT), lambda: None)
     assert newest_first(list(candidates(tmp_path))) == []
 
 

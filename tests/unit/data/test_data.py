@@ -92,7 +92,7 @@ def test_held_out_packages_are_not_trained_on() -> None:
 
 
 def global_batches(data: list[StdlibText], loader: str, count: int) -> list[Tensor]:
-    """Return the first global batches: the replicas' parts, as the strategy deals them, in an order of content."""
+    """Return the first global batches: the replicas' parts, as the strategy shards them, in an order of content."""
     loaders = [getattr(replica, loader)() for replica in data]
     shares = [
         list(shard_samples(own.sampler, own.batch_size, r, len(loaders), drop_last=True))

@@ -1,4 +1,4 @@
-"""Dealing samples to replicas: every sample once, equally many steps, the global batches of one process."""
+"""Sharding of samples over replicas: every sample once, equally many steps, the global batches of one process."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def real(share: Share, replica: int) -> list:
     return [] if share.batch_weights is not None and share.batch_weights.padding(replica) else share.keys
 
 
-def dealt(count: int, size: int, replicas: int, **options) -> list[list[Share]]:
+def sharded(count: int, size: int, replicas: int, **options) -> list[list[Share]]:
     order = [f"sample {i}" for i in range(count)]
     return [list(shard_samples(order, size, r, replicas, **options)) for r in range(replicas)]
 
 
 @pytest.mark.parametrize(("count", "replicas", "size"), list(itertools.product(COUNTS, REPLICAS, SIZES)))
 def test_samples(count, replicas, size):
-    shares = dealt(count, size, replicas)
+    shares = sharded(count, size, replicas)
     whole = size * replicas
     assert {len(s) for s in shares} == {steps_of_samples(count, size, replicas)}, "equally many steps"
     for step, together in enumerate(zip(*shares, strict=True)):
@@ -57,7 +57,7 @@ def test_samples(count, replicas, size):
 
 @pytest.mark.parametrize(("count", "replicas", "size"), list(itertools.product(COUNTS, REPLICAS, SIZES)))
 def test_drop_last_truncates_to_the_global_batch(count, replicas, size):
-    shares = dealt(count, size, replicas, drop_last=True)
+    shares = sharded(count, size, replicas, drop_last=True)
     steps = count // (size * replicas)
     assert steps == steps_of_samples(count, size, replicas, drop_last=True)
     for r, own in enumerate(shares):
@@ -70,7 +70,7 @@ def test_drop_last_truncates_to_the_global_batch(count, replicas, size):
 @pytest.mark.parametrize(("count", "replicas", "size"), list(itertools.product([7, 24, 25], REPLICAS, SIZES)))
 def test_what_was_used_is_left_out(count, replicas, size):
     for first in (0, 1, 5, count):
-        rest = dealt(count, size, replicas, first=first)
+        rest = sharded(count, size, replicas, first=first)
         kept = {k for r, own in enumerate(rest) for share in own for k in real(share, r)}
         assert kept == {f"sample {i}" for i in range(first, count)}
         assert all(share.keys == [f"sample {p}" for p in share.positions] for own in rest for share in own)

@@ -1,0 +1,15 @@
+"""Private attributes of `DataLoader`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+
+def replace_parts(loader: DataLoader, **parts: Any) -> None:
+    """Sets attributes of a new copy of a loader, such as `batch_sampler`, and forgets its persistent workers.
+
+    A `DataLoader` refuses to have these attributes set, since its sampler depends on them; here they are set together.
+    """
+    loader.__dict__.update(parts, _iterator=None)
