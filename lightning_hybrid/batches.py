@@ -1,4 +1,4 @@
-"""Batches: how many samples one has, splitting it into microbatches, and a first batch to plan with."""
+"""Counts the samples of batches, and splits batches into microbatches."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from lightning_hybrid._torch_private import tree_leaves
 from lightning_hybrid.spec.errors import PartitionError
 
 
 def batch_size(batch: Any) -> int:
-    """The number of samples: the size of dimension 0, on which all tensors with dimensions must agree.
+    """Returns the number of samples: the size of dimension 0, which must be equal for all tensors with dimensions.
 
     Raises:
-        PartitionError: If they do not, or there is no tensor.
+        PartitionError: If sizes differ, or there is no tensor.
     """
     sizes = _first_dims(batch)
     if not sizes or len(set(sizes)) > 1:
@@ -30,13 +30,13 @@ def batch_size(batch: Any) -> int:
 
 
 def count_samples(batch: Any) -> int:
-    """The number of samples by the first tensor that has dimensions; 1 where there is none."""
+    """Returns the number of samples of the first tensor that has dimensions; 1 if there is none."""
     sizes = _first_dims(batch)
     return sizes[0] if sizes else 1
 
 
 def count_tokens(batch: Any) -> int | None:
-    """The elements of a batch's first tensor, such as `input_ids`; None where there is no tensor."""
+    """Returns the number of elements of a batch's first tensor, such as `input_ids`; None if there is none."""
     return next((leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
 
 
@@ -49,7 +49,7 @@ def _first_dims(batch: Any) -> list[int]:
 def split_batch(batch: Any, count: int) -> list[Any]:
     """Splits a batch of any nested structure into `count` equal parts along dimension 0.
 
-    Tensors and lists with one element a sample are split; everything else goes whole into every part.
+    Tensors and lists with one element per sample are split; every part contains all other values whole.
     """
     if count == 1:
         return [batch]
@@ -58,7 +58,7 @@ def split_batch(batch: Any, count: int) -> list[Any]:
 
 
 def split_sequences(batch: Any, length: int) -> Any:
-    """Samples of T positions along dim 1 as T / `length` samples of `length`; other tensors stay as they are.
+    """Splits samples of T positions along dim 1 into T / `length` samples; other tensors are unchanged.
 
     Raises:
         ValueError: If `length` does not divide T, or no tensor has two dims.
@@ -77,12 +77,12 @@ def split_sequences(batch: Any, length: int) -> Any:
 
 
 def tiled_batch(batch: Any, size: int) -> Any:
-    """A batch of `size` samples: those of `batch` in order, again and again.
+    """Returns a batch of `size` samples that repeats those of `batch` in order.
 
-    Tensors and lists with one element a sample are tiled along dimension 0; everything else stays as it is.
+    Tensors and lists with one element per sample are tiled along dimension 0; other values are unchanged.
 
     Raises:
-        ValueError: If the tensors do not agree on the number of samples, or there are none.
+        ValueError: If tensors have different numbers of samples, or there are no samples.
     """
     sizes = set(_first_dims(batch))
     if len(sizes) != 1 or 0 in sizes:
@@ -97,7 +97,7 @@ def tiled_batch(batch: Any, size: int) -> Any:
 
 
 def _samples_of(value: Any, size: int, rows: slice | Tensor) -> Any:
-    """Some of the `size` samples of a batch: a view of a slice, a copy of those with the indices `rows`."""
+    """Returns the samples `rows` of a batch of `size` samples: a view for a slice, a copy for indices."""
     if isinstance(value, Tensor):
         return _rows_of(value, rows)
     if isinstance(value, list | tuple) and len(value) == size and not _holds_tensors(value):
@@ -124,7 +124,7 @@ def _holds_tensors(values: list | tuple) -> bool:
 
 
 def signature(batch: Any) -> Hashable:
-    """Equal for batches that run the same way: shapes and types of tensors, and everything that is not a tensor."""
+    """Returns a key that is equal for batches of the same structure, tensor shapes and dtypes, and other types."""
     parts: list[Hashable] = []
 
     def walk(value: Any) -> None:

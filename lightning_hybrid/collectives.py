@@ -1,4 +1,4 @@
-"""Objects with tensors in them, from one rank to the others of a group."""
+"""Collectives of objects that contain tensors."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single
 
 
 def to_host(value: Any) -> Any:
-    """`value` with its tensors on the CPU and without their graphs, to be sent as an object."""
+    """Returns `value` with its tensors detached and on the CPU, to be sent as an object."""
     return apply_to_collection(value, Tensor, lambda t: t.detach().cpu())
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with its tensors on `device`."""
+    """Returns `value` with its tensors on `device`."""
     return apply_to_collection(value, Tensor, lambda t: t.to(device))
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The `value` of every rank, by rank, on all of them; collective."""
+    """Returns the `value` of every rank, by rank, on all ranks. Collective."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 
 def share_object(value: Any, source: int, group: dist.ProcessGroup, device: torch.device) -> Any:
-    """Gives every rank of `group` the `value` of its rank `source`, tensors on the receiver's device; collective."""
+    """Returns the `value` of rank `source` on every rank of `group`, with tensors on `device`. Collective."""
     own = dist.get_rank(group) == source
     box = [to_host(value) if own else None]
     dist.broadcast_object_list(box, dist.get_global_rank(group, source), group=group)
@@ -47,7 +47,7 @@ def share_object(value: Any, source: int, group: dist.ProcessGroup, device: torc
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, or the tensor itself."""
+    """Returns this rank's shard of a DTensor; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -69,5 +69,5 @@ def on_all_ranks(step: Callable[[], T]) -> T:
 
 
 def error_message(error: Exception) -> str:
-    """Returns the text of a `PartitionError`, which says all; of other errors the class too."""
+    """Returns the message of an error, with the class of the error unless it is a `PartitionError`."""
     return str(error) if isinstance(error, PartitionError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The device mesh of a layout, and the process groups that it gives."""
+"""The device mesh of a layout, and its process groups."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_hybrid._torch_private import default_group, flattened
 from lightning_hybrid.spec.layout import Layout
 
 AXES = ("pp", "dp", "fsdp", "ep", "tp")
-"""From the slowest network to the fastest: neighbors in `tp` are neighbors in rank."""
+"""From outermost to innermost: pp spans the slowest network, tp the fastest."""
 
 
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layout, str], Mesh]] = WeakKeyDictionary()
-"""The meshes that were made on each default process group; they go with it."""
+"""Meshes by default process group; they are freed with the group."""
 
 
 class Place(NamedTuple):
@@ -34,11 +34,11 @@ class Place(NamedTuple):
     tp: int
 
     def replica(self, layout: Layout) -> int:
-        """Index of the rank's replica; its ranks (of `tp` and `pp`) see the same batches."""
+        """Returns the index of the rank's replica, whose ranks (of `tp` and `pp`) read the same batches."""
         return (self.dp * layout.fsdp + self.fsdp) * layout.ep + self.ep
 
     def shard(self, layout: Layout) -> int:
-        """Index of the rank's shard of the weights outside the experts."""
+        """Returns the index of the rank's shard of the weights outside the experts."""
         return self.fsdp * layout.ep + self.ep if layout.fsdp > 1 else 0
 
 
@@ -49,25 +49,25 @@ class Mesh:
     layout: Layout
     device_mesh: DeviceMesh
     replica_group: dist.ProcessGroup
-    """The ranks that hold the same weights and see other data: all of `dp`, `fsdp` and `ep`."""
+    """The ranks that hold the same weights and read different data: all of `dp`, `fsdp` and `ep`."""
 
     log_group: dist.ProcessGroup
-    """The same ranks, for what is logged: a call of `self.log` on some ranks only must not meet another collective."""
+    """The same ranks, for logs: a `self.log` on some ranks only must not be matched with another collective."""
 
     log_stage_group: dist.ProcessGroup
-    """The ranks of this rank's pipeline, for what is logged."""
+    """The ranks of this rank's pipeline, for logs."""
 
     holder_groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
-    """Groups of pipeline ranks that share weights, as far as they have been made (see `holder_group`)."""
+    """Groups of pipeline ranks that share weights, created so far (see `holder_group`)."""
     _tried: set[tuple[int, ...]] = field(default_factory=set)
     _nested: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = field(default_factory=dict)
 
     @classmethod
     def create(cls, layout: Layout, device_type: str) -> Mesh:
-        """The mesh of a layout; collective over all ranks.
+        """Returns the mesh of a layout. Collective over all ranks.
 
-        Process groups hold threads and connections for as long as the process lives, so that a later Trainer of the
-        same processes with the same layout gets the same ones.
+        Process groups hold threads and connections until the process ends, so later Trainers of the same processes
+        reuse those of the same layout.
         """
         made = _made.setdefault(default_group(), {})
         if (layout, device_type) not in made:
@@ -92,7 +92,7 @@ class Mesh:
         )
 
     def holder_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """The group of the pipeline ranks `ranks` of this rank's column; None if it is none of them. Collective."""
+        """Returns the group of the ranks `ranks` of this rank's pipeline; None if it is none of them. Collective."""
         if ranks not in self._tried:
             self._tried.add(ranks)
             for column in self.device_mesh.mesh.flatten(1).T.tolist():
@@ -104,13 +104,13 @@ class Mesh:
 
     @property
     def neighbors(self) -> int:
-        """How many replicas of the `dp` axis are on one node: the largest such number that is the same everywhere."""
+        """Number of replicas of the `dp` axis per node: the largest one that is equal on all nodes."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         step = self.layout.devices // (self.layout.pp * self.layout.dp)  # ranks from one replica to the next
         return math.gcd(self.layout.dp, max(1, here // step))
 
     def nested_groups(self, inner: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-        """Of the ranks of `dp`: `inner` neighbors, and the ranks with the same place among theirs. Collective."""
+        """Returns the groups of `inner` neighbors in `dp`, and of ranks with equal index among them. Collective."""
         if self.layout.dp == 1:
             return default_group(), default_group()  # never used
         if inner not in self._nested:
@@ -122,16 +122,16 @@ class Mesh:
         return self._nested[inner]
 
     def rank(self, axis: str) -> int:
-        """This rank's index on `axis`."""
+        """Returns this rank's index on `axis`."""
         return self.device_mesh.get_local_rank(axis)
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The ranks that differ from this one in `axis` only."""
+        """Returns the group of ranks that differ from this one in `axis` only."""
         return self.device_mesh.get_group(axis)
 
     @property
     def replica(self) -> int:
-        """Index of this rank's replica; its ranks (of `tp` and `pp`) see the same batches."""
+        """Index of this rank's replica, whose ranks (of `tp` and `pp`) read the same batches."""
         return self.place.replica(self.layout)
 
     @cached_property
@@ -141,14 +141,14 @@ class Mesh:
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
-        """Those of all ranks, by rank."""
+        """The indices of all ranks, by rank."""
         by_rank = self.device_mesh.mesh.flatten().tolist()
         indices = itertools.product(*(range(size) for size in self.device_mesh.mesh.shape))
         found = dict(zip(by_rank, (Place(*i) for i in indices), strict=True))
         return tuple(found[rank] for rank in range(len(found)))
 
     def ranks_by_replica(self) -> list[list[int]]:
-        """The ranks of each replica."""
+        """Returns the ranks of each replica."""
         return self.device_mesh.mesh.permute(1, 2, 3, 0, 4).reshape(self.layout.replicas, -1).tolist()
 
     @property
@@ -162,17 +162,17 @@ class Mesh:
         return self.place.shard(self.layout)
 
     def sharding(self, experts: bool) -> DeviceMesh:
-        """The mesh over which `fsdp` shards weights, with their replicas as a first dim where there are any.
+        """Returns the mesh over which `fsdp` shards weights; with `dp` it has their replicas as first dim.
 
         Args:
-            experts: Whether it is for experts, which `ep` has divided already.
+            experts: True for weights of experts, which `ep` has divided already.
         """
         axis = "fsdp" if experts or self.layout.shards == self.layout.fsdp else "shards"
         return self.device_mesh["dp", axis] if self.layout.dp > 1 else self.device_mesh[axis]
 
 
 def _own_group(all_members: list[list[int]]) -> dist.ProcessGroup:
-    """Makes a group of each list of ranks, and gives the one with this rank. Collective."""
+    """Creates a group of each list of ranks, and returns the one with this rank. Collective."""
     if len(all_members[0]) == 1:
         return default_group()  # never used; a group of one costs as many threads as a large one
     return _group_with_this_rank(all_members)

@@ -61,7 +61,7 @@ from lightning_hybrid._torch_private.modules import (
     own_buffers,
     own_parameters,
 )
-from lightning_hybrid._torch_private.optimizers import agree_on_overflow, step_without_hooks
+from lightning_hybrid._torch_private.optimizers import agree_on_overflow, step_without_hooks, unscales_itself
 from lightning_hybrid._torch_private.versions import TESTED_TORCH, warn_if_untested
 
 __all__ = [
@@ -89,6 +89,7 @@ __all__ = [
     "fake_backends",
     "finish_sharded_backward",
     "flat_weight_names",
+    "flattened",
     "foreach_copy",
     "forget_fully_shard",
     "forget_sharded_step",
@@ -121,6 +122,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "unscales_itself",
     "user_location",
     "version_of",
     "wrap_others",

@@ -48,3 +48,8 @@ def step_without_hooks(optimizer: torch.optim.Optimizer, closure: Callable[[], A
     if getattr(step, "hooked", False):
         step = step.__wrapped__
     step(optimizer, closure)
+
+
+def unscales_itself(optimizer: Any) -> bool:
+    """Returns True if the optimizer divides gradients by the loss scale in its step, as fused ones do."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)

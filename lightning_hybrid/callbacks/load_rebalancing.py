@@ -185,7 +185,7 @@ class LoadRebalancing(Callback):
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, load: Workload) -> None:
         strategy = hybrid_strategy(trainer, self)
-        seen = load.take(self._rules.every_n_steps)
+        seen = load.observe(self._rules.every_n_steps)
         self._note(seen)
         decided = None
         if trainer.global_rank == 0:

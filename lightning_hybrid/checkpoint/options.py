@@ -13,11 +13,11 @@ class CheckpointOptions:
     """
 
     asynchronous: bool = False
-    """Whether training continues after the state has been copied to host memory, while a thread writes it. One save runs
-    at a time: a second one waits for the first."""
+    """Whether training continues after the state has been copied to host memory, while a thread writes it. One save
+    runs at a time: a second one waits for the first."""
     keep: int = 1
-    """Number of the newest valid checkpoints of a folder that are never removed, even if a callback asks for it: with 2,
-    there is a fallback if the newest is damaged."""
+    """Number of the newest valid checkpoints of a folder that are never removed, even if a callback asks for that: with
+    2, there is a fallback if the newest is damaged."""
     on_error: Literal["warn", "raise"] = "warn"
     """Policy for checkpoints that cannot be written (disk full): warn and continue training, or raise on all ranks.
     Earlier checkpoints are unchanged in both cases."""

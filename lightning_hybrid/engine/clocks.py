@@ -1,4 +1,4 @@
-"""How long this rank computes, apart from what it waits for others: by stage, and by step."""
+"""Measures how long this rank computes, without waiting for other ranks: per stage, and per step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Stopwatch:
-    """Intervals of a device's time; on a CUDA device they are read when they are asked for.
+    """Measures intervals of time on a device; on CUDA with events, which are read later.
 
     Args:
         device: The device whose work is timed.
@@ -25,7 +25,7 @@ class Stopwatch:
         self._cuda = device.type == "cuda"
 
     def now(self) -> Any:
-        """A point in time."""
+        """Returns a point in time."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -33,7 +33,7 @@ class Stopwatch:
         return event
 
     def seconds(self, start: Any, stop: Any) -> float:
-        """Between two points; waits for the second one."""
+        """Returns the seconds between two points in time; waits until the device has reached `stop`."""
         if not self._cuda:
             return stop - start
         stop.synchronize()
@@ -41,7 +41,7 @@ class Stopwatch:
 
 
 class Clocks:
-    """The clocks of a runner, while somebody looks at them.
+    """Measures the computation of a runner's stages and steps.
 
     Args:
         device: This rank's device.
@@ -56,9 +56,9 @@ class Clocks:
         self._handles: list[RemovableHandle] = []
 
     def time_calls(self, modules: Iterable[nn.Module]) -> None:
-        """A step is from now on the forward passes of these modules: for shards, which wait for others in between.
+        """Measures steps by the forward passes of `modules`: sharded ranks wait for others between them.
 
-        What `fully_shard` gathers before a call and frees after it is not counted.
+        The time of `fully_shard` for gathering before and freeing after a call is not counted.
         """
         enter, leave = (cast(Any, torch.compiler.disable(hook)) for hook in (self._enter, self._leave))
         for module in modules:
@@ -66,7 +66,7 @@ class Clocks:
             self._handles.append(module.register_forward_hook(leave, prepend=True))
 
     def release(self) -> None:
-        """No calls are timed any more."""
+        """Stops measuring forward passes."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -80,19 +80,19 @@ class Clocks:
 
     @contextmanager
     def stage(self, stage: int) -> Iterator[None]:
-        """Around the forward or the backward pass of one microbatch of a stage."""
+        """Measures the forward or the backward pass of one microbatch of a stage."""
         start = self._watch.now()
         yield
         self._stages[stage][-1].append((start, self._watch.now()))
 
     def begin_batch(self, stages: list[int]) -> None:
-        """A batch begins; these stages are of this rank."""
+        """Starts measuring a batch, which runs through `stages` of this rank."""
         for stage in stages:
             self._stages[stage].append([])
         self._begun = self._watch.now()
 
     def end_batch(self) -> None:
-        """Its gradients are there; what comes is the exchange with other ranks. Later calls do not count."""
+        """Ends a batch, before gradients are synchronized; further calls have no effect."""
         if self._begun is not None:
             if not self._handles:
                 self._steps[-1].append((self._begun, self._watch.now()))
@@ -100,7 +100,7 @@ class Clocks:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, this rank may wait for others in the middle of a batch."""
+        """Leaves out the time inside the context, in which this rank may wait for others."""
         runs = self._begun is not None
         self.end_batch()
         yield
@@ -108,14 +108,14 @@ class Clocks:
             self._begun = self._watch.now()
 
     def end_step(self) -> None:
-        """The optimizer has made a step."""
+        """Ends a step of the optimizer."""
         self._steps.append([])
 
-    def take(self, microbatches: int) -> tuple[dict[int, float], float]:
-        """Medians since the last call: of each stage's seconds for a microbatch, and of a step's.
+    def read(self, microbatches: int) -> tuple[dict[int, float], float]:
+        """Returns medians since the last call: seconds of each stage per microbatch, and seconds per step.
 
         Args:
-            microbatches: Of a batch.
+            microbatches: Number of microbatches per batch.
         """
         stages = {
             stage: median(self._sum(b) for b in batches) / microbatches for stage, batches in self._stages.items()

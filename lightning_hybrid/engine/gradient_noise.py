@@ -1,7 +1,7 @@
-"""Squared norms of the gradients of a batch's parts, taken where each part's backward pass makes them.
+"""Measures squared norms of the gradients of a batch's parts, during the backward pass of each part.
 
-A part is what one replica runs at once: an accumulated batch, or a microbatch of a pipeline. Autograd hands every
-part's gradient to the hooks of a weight, under `fsdp` to those of the gathered one; nothing is computed twice.
+A part is an accumulated batch of one replica, or a microbatch of a pipeline. Autograd passes the gradient of every part
+to the hooks of a weight, under `fsdp` to those of the gathered weight; nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hybrid._torch_private import unscales_itself
 from lightning_hybrid.adapt.gradient_noise import PartNorms
 from lightning_hybrid.engine.norms import local_norms, local_square
 from lightning_hybrid.parallelize.apply import Partition
 
 
 class GradientNoise:
-    """Measures a step's `PartNorms`, one of all weights outside of divided experts and one of those.
+    """Measures a step's `PartNorms`: one for the weights outside divided experts, and one for divided experts.
 
     The gradient of an expert that `ep` divides is a sum over the tokens of all replicas of its group, so its parts are
     larger. Weights that several pipeline ranks hold are left out: no rank has a part's whole gradient of them.
@@ -32,7 +33,7 @@ class GradientNoise:
     """
 
     numbers = 5
-    """How many numbers the ranks add up."""
+    """Length of the vector that is summed over ranks."""
 
     def __init__(self, partition: Partition, device: torch.device, scaler: Any = None) -> None:
         self._partition, self._device, self._scaler = partition, device, scaler
@@ -41,18 +42,18 @@ class GradientNoise:
         self._sizes: list[tuple[int, int]] = []
         self._even = True
         self.measures = True
-        """Whether the present step is measured."""
+        """Whether the current step is measured."""
         self.accumulate = 1
-        """Batches that a complete step has."""
+        """Number of batches of a complete step."""
         self.last: list[PartNorms] = []
-        """Of the last step; empty if its parts were of different sizes, or not all there."""
+        """`PartNorms` of the last step; empty if parts had different sizes or were missing."""
         self.batch_size = 0
-        """Samples of all replicas in that step."""
+        """Samples of all replicas in the last step."""
 
     # ---- in the backward pass
 
     def install(self) -> None:
-        """Hooks every trainable weight that this rank counts; those that have a hook keep it."""
+        """Registers hooks of the trainable weights that this rank counts, unless they have one."""
         partition = self._partition
         divided = {} if partition.plan.tensor_plan is None else partition.plan.tensor_plan.parameters
         for name, parameter in partition.parameters.local().items():
@@ -61,37 +62,38 @@ class GradientNoise:
                 continue
             if id(parameter) not in self._handles:
                 kind = self._norms[partition.expert_plan_of(name) is not None]
-                self._handles[id(parameter)] = parameter.register_hook(self._noted_in(kind))
+                self._handles[id(parameter)] = parameter.register_hook(self._norm_hook(kind))
 
     def remove(self) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
         self.forget()
 
-    def _noted_in(self, norms: list[Tensor]) -> Callable[[Tensor], None]:
+    def _norm_hook(self, norms: list[Tensor]) -> Callable[[Tensor], None]:
         def note(gradient: Tensor) -> None:
             if self.measures:
                 norms.extend(local_norms([gradient]))
 
         return note
 
-    def saw_batch(self, samples: int, parts: int, even: bool) -> None:
-        """A batch of this replica was run in `parts` parts; `even`: all replicas have equally many samples."""
+    def count_batch(self, samples: int, parts: int, even: bool) -> None:
+        """Counts a batch of this replica that was run in `parts` parts; `even`: replicas have equal sizes."""
         self._sizes.append((samples, parts))
         self._even = self._even and even
 
     # ---- before the optimizer's step
 
     def local_numbers(self, optimizer: Any, norms: Mapping[int, Tensor]) -> Tensor:
-        """This rank's share of the squared norms, of shape `(numbers,)`, to be summed over all ranks.
+        """Returns this rank's contribution to the squared norms, of shape `(numbers,)`, to be summed over all ranks.
 
-        Sums over parts and of the whole, outside of experts and of experts; and whether this rank's parts are alike.
+        The vector holds the sum over parts and the norm of the whole gradient, first outside experts, then of experts;
+        and 1 if this rank's parts have equal sizes.
 
         Args:
             optimizer: The optimizer.
-            norms: Of its gradients, by the `id` of the parameter.
+            norms: Norms of its gradients, by the `id` of the parameter.
         """
         found = torch.zeros(self.numbers, dtype=torch.float64, device=self._device)
         for i, parts in enumerate(self._norms):
@@ -102,7 +104,7 @@ class GradientNoise:
         if self._scaler is not None:  # the parts' gradients are of the scaled loss
             scale = self._scaler.get_scale() ** 2
             found[0::2] /= scale
-            if getattr(optimizer, "_step_supports_amp_scaling", False):
+            if unscales_itself(optimizer):
                 found[1::2] /= scale
         found[4] = float(self._even and len(self._sizes) == self.accumulate and len(set(self._sizes)) == 1)
         return found
@@ -111,8 +113,8 @@ class GradientNoise:
         partition = self._partition
         return name not in partition.tied_weight_groups and (partition.expert_plan_of(name) is not None) == experts
 
-    def take(self, numbers: list[float], ranks: int) -> None:
-        """The sums over all ranks."""
+    def set_sums(self, numbers: list[float], ranks: int) -> None:
+        """Computes `last` and `batch_size` from the sums of `local_numbers` over all ranks."""
         layout = self._partition.plan.layout
         alike = round(numbers[4]) == ranks
         parts = self.accumulate * self._sizes[0][1] if alike else 0
@@ -127,7 +129,7 @@ class GradientNoise:
         self.forget()
 
     def forget(self) -> None:
-        """A step begins."""
+        """Discards the measurements of the current step."""
         for norms in self._norms:
             norms.clear()
         self._sizes, self._even = [], True

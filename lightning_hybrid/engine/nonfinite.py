@@ -125,7 +125,7 @@ class NonFiniteCheck:
         numbers = None if noise is None else noise.local_numbers(optimizer, norms_by_id(optimizer))
         sums, _ = self._exchange.run(numbers)
         if noise is not None:
-            noise.take(sums, dist.get_world_size())
+            noise.set_sums(sums, dist.get_world_size())
 
     @property
     def _measuring(self) -> GradientNoise | None:
@@ -143,7 +143,7 @@ class NonFiniteCheck:
             told = torch.cat([told, noise.local_numbers(optimizer, norms)])
         (suspects, others, _, *numbers), sums = self._exchange.run(told)
         if noise is not None:
-            noise.take(numbers, dist.get_world_size())
+            noise.set_sums(numbers, dist.get_world_size())
         return suspects > 0, None if others else sums[2].sqrt()
 
     def _look_closer(self, optimizer: Optimizer, loss: Tensor | None) -> list[_Finding]:

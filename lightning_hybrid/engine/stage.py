@@ -1,8 +1,8 @@
-"""One stage running the user's own step on one microbatch.
+"""Runs the user's step on one microbatch for one stage.
 
-The step starts at its first line on every stage. Units of earlier stages are skipped (their output is made of ghosts);
-at the entry of the stage's first unit what was received takes the place of the ghosts; at the entry of the next stage's
-first unit the step is left with `StopStage`, taking along what has to be sent.
+The step starts at its first line on every stage. Units of earlier stages are skipped and return ghosts. On entry of the
+stage's first unit the received tensors replace the ghosts. On entry of the next stage's first unit the step is aborted
+with `StopStage`, which holds the tensors to send.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lightning_hybrid._torch_private import is_view
+from lightning_hybrid._torch_private import is_view, tree_flatten, tree_map, tree_unflatten
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.trace import CrossingValue, Trace
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.spec.errors import PartitionError
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None))
-"""Types of arguments that hold no ghost."""
+"""Types of arguments that contain no ghost."""
 
 
 class StopStage(BaseException):
-    """Leaves the user's step where the next stage takes over. Not an `Exception`, so that user code lets it pass."""
+    """Aborts the user's step where the next stage begins. Not an `Exception`, so that user code does not catch it."""
 
     def __init__(self, values: tuple[torch.Tensor, ...]) -> None:
         super().__init__()
@@ -34,7 +33,7 @@ class StopStage(BaseException):
 
 @dataclass(frozen=True, kw_only=True)
 class StageProgram:
-    """What one stage does in one step function for one shape of microbatch."""
+    """The unit calls of one stage, for a step function and a shape of microbatch."""
 
     trace: Trace
     first: int
@@ -44,18 +43,18 @@ class StageProgram:
 
     @property
     def received(self) -> tuple[CrossingValue, ...]:
-        """What the previous stage sends."""
+        """Tensors that the previous stage sends."""
         return self.trace.cuts[self.first].values if self.first else ()
 
     @property
     def sent(self) -> tuple[CrossingValue, ...]:
-        """What goes to the next stage."""
+        """Tensors to send to the next stage."""
         return self.trace.cuts[self.stop].values if self.stop is not None else ()
 
 
 @dataclass
 class StageRun:
-    """Takes the unit calls of one run of the step (see `CallInterceptor`)."""
+    """Handles the unit calls of one run of the step (see `CallInterceptor`)."""
 
     program: StageProgram
     inputs: Sequence[torch.Tensor]
@@ -63,7 +62,7 @@ class StageRun:
     metrics: Metrics
     calls: int = 0
     own: bool = False
-    """True from the entry of the stage's first unit on: what the user's code does now is this stage's to do."""
+    """True from the entry of the stage's first unit on: code of the user belongs to this stage."""
     _outputs: dict[tuple[str, int, int], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,13 +73,13 @@ class StageRun:
     def metric_call(
         self, metric: Any, kind: Literal["forward", "update"], call: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Any:
-        """A metric is updated by the stage that computes its input; elsewhere the call does nothing."""
+        """Updates a metric on the stage that computes its input; on other stages the call has no effect."""
         if self.own:
             return self.metrics.call(metric, kind, call, args, kwargs)
         return Ghost(torch.empty((), device="meta"), torch.device("cpu"))
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Skips, runs or stops, by the position of this call."""
+        """Skips the call, runs it, or aborts the step, depending on the index of the call."""
         index, program = self.calls, self.program
         recorded = program.trace.calls
         if index >= len(recorded) or recorded[index].name != name:
@@ -95,7 +94,7 @@ class StageRun:
             self._leave(args, kwargs)
         self.calls += 1
         if index > program.first > 0 and not all(type(x) in _PLAIN for x in (*args, *kwargs.values())):
-            # autograd functions of blocks take tensors only, not what stands for them
+            # autograd functions of blocks accept tensors only, not ghosts with received tensors
             args, kwargs = tree_map(_received, (args, kwargs))
         skips = index < program.first and recorded[index].skippable
         out = self._skip(index, args, kwargs) if skips else call(*args, **kwargs)
@@ -150,7 +149,7 @@ class StageRun:
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """The identity; what goes back to the previous stage must be contiguous to be sent."""
+    """The identity, whose gradient is made contiguous: it is sent to the previous stage."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -162,7 +161,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 def _received(value: Any) -> Any:
-    """What a ghost stands for, once it is there."""
+    """Returns the received tensor of a ghost, and any other value unchanged."""
     return value.received if isinstance(value, Ghost) and value.received is not None else value
 
 
@@ -172,5 +171,5 @@ def _to_send(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.requires_grad:
         return tensor.detach().contiguous().requires_grad_()  # frozen so far; torch wants to hand back a gradient
     tensor = tensor.contiguous()
-    # what was received and is passed on, and views, which torch cannot detach in place after use
+    # received tensors that are passed on, and views, which torch cannot detach in place after use
     return tensor.clone() if tensor.is_leaf or is_view(tensor) else tensor

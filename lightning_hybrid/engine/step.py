@@ -154,7 +154,7 @@ class StepRunner:
 
     def _note_parts(self, context: StepContext, batch: Any, parts: int) -> None:
         if self.noise is not None:
-            self.noise.saw_batch(count_samples(batch), parts, context.weights is None)
+            self.noise.count_batch(count_samples(batch), parts, context.weights is None)
 
     def _pipelined_step(self, pipeline: Pipeline, context: StepContext, *args: Any) -> Any:
         stashed, tied = self.gradients.begin_pipeline()

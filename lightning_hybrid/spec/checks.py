@@ -6,10 +6,10 @@ from lightning_hybrid.spec.stages import SCHEDULES
 
 
 def check_at_least(values: object, least: int, *names: str) -> None:
-    """Whether these attributes, where they are not None, are at least so large.
+    """Checks that the attributes `names` of `values` are None or at least `least`.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If an attribute is smaller.
     """
     for name in names:
         value = getattr(values, name)
@@ -18,7 +18,7 @@ def check_at_least(values: object, least: int, *names: str) -> None:
 
 
 def check_choices(schedule: str, microbatches: int | str, recompute: str | None) -> None:
-    """Checks what a request and a plan have in common.
+    """Checks the fields that a request and a plan have in common.
 
     Raises:
         ValueError: If a value is not one of its possible values.

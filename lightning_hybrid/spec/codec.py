@@ -13,15 +13,15 @@ from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.tensor_index import runs_of
 
 _LONG = 8
-"""From so many integers on, a sequence is written as runs where that is shorter."""
+"""Smallest number of integers of a sequence that is written as runs, if that is shorter."""
 _SHORT = 100
-"""Characters that fit on a line."""
+"""Characters per line."""
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The one in C is about ten times as fast; a plan of a large model has thousands of lines."""
+"""The loader in C is about ten times as fast; a plan of a large model has thousands of lines."""
 
 
 def encode(value: Any) -> Any:
-    """Returns `value` as plain data; fields that are empty and are so by default are left out."""
+    """Returns `value` as plain data; fields that are empty by default and empty are left out."""
     if isinstance(value, Layout):
         return str(value)
     if is_dataclass(value):
@@ -41,7 +41,7 @@ def _left_out(field: Any, value: Any) -> bool:
 
 
 def _runs(values: tuple | list) -> str | None:
-    """`0-3 8-11` for the integers of these runs; None where a list is as short or there are other values."""
+    """Returns integers as runs, such as `0-3 8-11`; None if a list is as short or there are other values."""
     if len(values) < _LONG or not all(type(v) is int and v >= 0 for v in values):
         return None
     runs = runs_of(values)
@@ -54,7 +54,7 @@ def decode(kind: Any, data: Any, where: str) -> Any:
     Args:
         kind: A dataclass, or a type that one of its fields may have.
         data: Plain data.
-        where: What the data is called in errors.
+        where: Name of the data in errors.
 
     Raises:
         ValueError: If the data does not have this type; names the place and what was found.
@@ -115,11 +115,11 @@ def _from_runs(text: str, where: str) -> list[int]:
 
 
 class Shared(dict):
-    """A mapping that is written once, where it stands first; further places refer to it."""
+    """A mapping that is written once, at its first occurrence; later occurrences refer to it."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what is short on one line, and values in full wherever they stand."""
+    """Writes short values on one line, and equal values in full unless they are `Shared`."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return not isinstance(data, Shared)
@@ -144,9 +144,9 @@ def from_text(text: str) -> Any:
     """Returns the plain data of a YAML text.
 
     Raises:
-        ValueError: If it is not YAML.
+        ValueError: If the text is not YAML.
     """
     try:
-        return yaml.load(text, Loader=_LOADER)  # a safe loader: it makes plain data only
+        return yaml.load(text, Loader=_LOADER)  # a safe loader, which makes plain data only
     except yaml.YAMLError as error:
         raise ValueError(f"It is not YAML: {error}") from None

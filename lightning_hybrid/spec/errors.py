@@ -18,4 +18,4 @@ class NonFiniteError(ArithmeticError):
 
 
 class RankError(RuntimeError):
-    """The run has ended because of another rank; the message names it and what it did."""
+    """The run has ended because of another rank; the message names the rank and the cause."""

@@ -1,4 +1,4 @@
-"""How one module of experts is divided over the `ep` axis: plain data."""
+"""Plan of one module of experts on the `ep` axis: plain data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ExpertPlan:
     """
 
     experts: int
-    """Experts of the whole module, E."""
+    """Number of experts of the whole module, E."""
     tokens: Path
     """The argument of shape `(N, D)`."""
     index: Path
@@ -28,16 +28,16 @@ class ExpertPlan:
     attributes: tuple[str, ...]
     """Integer attributes of the module that hold the number of experts."""
     order: tuple[int, ...] | None = None
-    """Which expert stands at each place, places being shared out in order; None: each at the place of its number."""
+    """The expert at each place, where places are divided over ranks in order; None: expert i is at place i."""
     hosts: tuple[tuple[int, ...], ...] | None = None
     """By rank, the experts that it computes; an expert of several ranks has copies, which share its tokens. None: each
     rank computes those that it holds."""
 
     def check(self, name: str, ranks: int) -> None:
-        """Refuses an order or hosts that do not belong to this module on so many ranks.
+        """Checks that order and hosts fit this module and the number of ranks.
 
         Raises:
-            PartitionError: If so.
+            PartitionError: If they do not.
         """
         if self.order is not None and sorted(self.order) != list(range(self.experts)):
             raise PartitionError(
@@ -54,16 +54,16 @@ class ExpertPlan:
             )
 
     def computed(self, rank: int, ranks: int) -> Sequence[int]:
-        """The experts that `rank` of `ranks` computes."""
+        """Returns the experts that `rank` of `ranks` computes."""
         return self.part(rank, ranks) if self.hosts is None else self.hosts[rank]
 
     def part(self, rank: int, ranks: int) -> Sequence[int]:
-        """The experts that `rank` of `ranks` holds, in the order of their places."""
+        """Returns the experts that `rank` of `ranks` holds, in the order of their places."""
         size = self.experts // ranks
         places = range(rank * size, (rank + 1) * size)
         return places if self.order is None else [self.order[place] for place in places]
 
 
 def plan_of(plans: Mapping[str, ExpertPlan], parameter: str) -> ExpertPlan | None:
-    """The plan of the module that a parameter belongs to; None if it is no expert's."""
+    """Returns the plan of the module that a parameter belongs to; None for parameters outside experts."""
     return plans.get(parameter.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""How replicas agree on gradients: plain data."""
+"""Options of gradient synchronization between replicas: plain data."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ SYNC_KINDS: tuple[SyncKind, ...] = ("exact", "bf16", "bf16_fp32acc", "hierarchic
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSync:
-    """What is sent, and how it is added up.
+    """Options of gradient synchronization: the dtype that is sent, and the order of sums.
 
     Raises:
         ValueError: If a value is not one of its possible values.
     """
 
     kind: SyncKind = "exact"
-    """`exact`: in the gradients' own type. `bf16`: sent and added up in bfloat16. `bf16_fp32acc`: sent in bfloat16,
-    added up in float32. `hierarchical`: exactly, within a node first. `diloco`: not at all; replicas of `dp` step by
-    themselves and agree on their weights now and then."""
+    """`exact`: in the gradients' dtype. `bf16`: sent and summed in bfloat16. `bf16_fp32acc`: sent in bfloat16, summed
+    in float32. `hierarchical`: exact, within a node first. `diloco`: no synchronization of gradients; replicas of `dp`
+    step independently and average their weights every `every_n_steps` steps."""
     inner: int | None = None
-    """For `hierarchical`: replicas that are neighbors; None: those of a node."""
+    """For `hierarchical`: number of neighboring replicas; None: those of a node."""
     every_n_steps: int = 10
-    """For `diloco`: H, steps between two agreements."""
+    """For `diloco`: H, steps between two averages."""
     outer_learning_rate: float = 0.7
-    """For `diloco`: of the outer SGD."""
+    """For `diloco`: learning rate of the outer SGD."""
     outer_momentum: float = 0.5
-    """For `diloco`: Nesterov momentum of the outer SGD. The paper's 0.9 needs many agreements before it pays."""
+    """For `diloco`: Nesterov momentum of the outer SGD. The paper's 0.9 helps only after many averages."""
 
     def __post_init__(self) -> None:
         if self.kind not in SYNC_KINDS:
@@ -51,14 +51,14 @@ class GradientSync:
 
     @classmethod
     def of(cls, value: str | GradientSync) -> GradientSync:
-        """From the name of a kind."""
+        """Returns the options for `value`, which may be the name of a kind."""
         return value if isinstance(value, GradientSync) else cls(kind=value)  # type: ignore[arg-type] -- checked there
 
     def check(self, layout: Layout) -> None:
-        """Whether it can work under a layout.
+        """Checks that `kind` works under a layout.
 
         Raises:
-            PartitionError: If not.
+            PartitionError: If it does not.
         """
         short = self.kind in ("bf16", "bf16_fp32acc")
         if short and layout.fsdp > 1 and layout.dp > 1:

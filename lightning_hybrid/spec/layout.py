@@ -1,4 +1,4 @@
-"""The sizes of the device mesh's axes, and their text form."""
+"""Layouts: the sizes of the device mesh's axes, and their text form."""
 
 import math
 import re
@@ -11,7 +11,7 @@ _ALTERNATIVES_SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How many devices each axis of the device mesh has.
+    """The number of devices on each axis of the device mesh.
 
     The text form names every axis larger than one, as in ``"dp2-fsdp2-tp2-pp2"``; ``Layout()`` is ``"dp1"``.
 
@@ -20,9 +20,9 @@ class Layout:
     """
 
     dp: int = 1
-    """Replicas: each holds the whole model and sees its own part of the batch."""
+    """Replicas: each holds the whole model and reads its own shard of the batch."""
     fsdp: int = 1
-    """Sharded replicas: each sees its own part of the batch and holds a shard of every weight."""
+    """Sharded replicas: each reads its own shard of the batch and holds a shard of every weight."""
     ep: int = 1
     """Expert-parallel ranks: replicas over which the experts of a mixture are divided; they hold all other weights."""
     tp: int = 1
@@ -41,12 +41,12 @@ class Layout:
 
     @classmethod
     def axes(cls) -> tuple[str, ...]:
-        """Return the names of the axes, in the order in which the text form writes them."""
+        """Returns the names of the axes, in the order in which the text form writes them."""
         return tuple(field.name for field in fields(cls))
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
-        """Read a layout from its text form.
+        """Reads a layout from its text form.
 
         Args:
             text: Axes with their sizes, joined by ``-``, in any order, such as ``"dp2-pp2"``. An axis left out has
@@ -98,11 +98,11 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """Into how many shards the weights outside the experts are divided: with `fsdp`, over `ep` too."""
+        """The number of shards of the weights outside the experts: with `fsdp` they are sharded over `ep`, too."""
         return self.fsdp * self.ep if self.fsdp > 1 else 1
 
     def validate(self, devices: int) -> None:
-        """Check that the layout uses exactly the given number of devices.
+        """Checks that the layout uses exactly the given number of devices.
 
         Args:
             devices: The number of devices of the Trainer, over all nodes.
@@ -121,9 +121,9 @@ class Layout:
         )
 
     def alternatives(self, devices: int) -> list["Layout"]:
-        """Return every layout for the given number of devices, nearest to this one first.
+        """Returns every layout for the given number of devices, nearest to this one first.
 
-        Layouts that keep ``ep``, ``tp`` and ``pp`` come first: a rank's share of the model stays what it was, and only
+        Layouts that keep ``ep``, ``tp`` and ``pp`` come first: a rank's shard of the model is unchanged, and only
         the number of replicas changes. Then come those that change fewer axes, and those that change them less.
 
         Args:
@@ -142,11 +142,11 @@ class Layout:
         return sorted(layouts, key=self._distance)
 
     def moved(self, axis: str, to: str) -> "Layout":
-        """Return the layout for as many devices that has the ranks of `axis` on the axis `to` instead."""
+        """Returns the layout for as many devices that has the ranks of `axis` on the axis `to` instead."""
         return replace(self, **{axis: 1, to: getattr(self, to) * getattr(self, axis)})
 
     def __str__(self) -> str:
-        """Return the text form, such as ``"dp2-pp2"``."""
+        """Returns the text form, such as ``"dp2-pp2"``."""
         parts = [f"{axis}{size}" for axis, size in zip(self.axes(), self.sizes(), strict=True) if size > 1]
         return "-".join(parts) or "dp1"
 

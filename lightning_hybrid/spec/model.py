@@ -1,4 +1,4 @@
-"""What a plan has to know of a model: its units and parameters, and in which order a step calls the units."""
+"""Description of a model for plans: its units and parameters, and the order in which a step calls the units."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class ParameterSpec:
     """One parameter; a shared one counts once, under its first name."""
 
     dtype: str
-    """As torch calls it, such as `float32`."""
+    """Name of the torch dtype, such as `float32`."""
     shape: tuple[int, ...]
     calls: tuple[int, ...] = ()
-    """For `pp`: during which calls of the step it is used."""
+    """For `pp`: the calls of the step that use the parameter."""
 
     @property
     def elements(self) -> int:
@@ -28,7 +28,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model as a plan sees it; two models with equal specs can run the same plans."""
+    """Description of a model; models with equal specs can run the same plans."""
 
     units: Mapping[str, str]
     """The units in the order of `named_modules`, each with the classes of its modules and how many there are."""
@@ -84,7 +84,7 @@ class ModelSpec:
 
 
 def _of_mappings(kind: str, planned: Mapping[str, object], found: Mapping[str, object]) -> Iterator[str]:
-    """The names, values and order of two mappings, in the order of the plan."""
+    """Yields the differences of names, values and order of two mappings, in the order of the plan."""
     for name in [*planned, *(n for n in found if n not in planned)]:
         ours, theirs = planned.get(name, "none"), found.get(name, "none")
         if ours != theirs:

@@ -1,4 +1,4 @@
-"""A Plan: a Layout with everything decided."""
+"""Plans: a layout with every decision about the partition."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class StagePlan:
     """Index of the first unit call of the next stage; for the last stage the number of calls."""
     units: tuple[str, ...]
     parameters: tuple[str, ...]
-    """Names of the parameters that it uses, shared ones by their first name."""
+    """Names of the parameters that the stage uses; shared ones by their first name."""
     flop_share: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which rank holds what, in which order the microbatches run, and how replicas agree.
+    """Assignment of the model to ranks, pipeline schedule, and synchronization of replicas.
 
     `str(plan)` is the table that is printed at the start of a run. `to_yaml` writes everything; `from_yaml` reads an
     equal plan.
@@ -69,9 +69,9 @@ class Plan:
     schedule: str = "1F1B"
     microbatches: int = 1
     gradient_sync: GradientSync = GradientSync()
-    """How replicas agree on gradients."""
+    """Gradient synchronization between replicas."""
     recompute: Recompute | None = None
-    """Which activations of blocks the backward pass recomputes."""
+    """Activation checkpointing of blocks."""
     compile: bool = False
     """Whether each block is compiled."""
     cuts: tuple[int, ...] = ()
@@ -97,17 +97,17 @@ class Plan:
         for name, plan in self.expert_plans.items():
             plan.check(name, self.layout.ep)
 
-    # ---- what follows from it
+    # ---- derived values
 
     @cached_property
     def stages(self) -> tuple[StagePlan, ...]:
-        """The pipeline stages; one of all units without `pp`."""
+        """The pipeline stages; one with all units without `pp`."""
         model, ranks = self.model, stage_ranks(self.schedule, self.layout.pp)
         calls = model.calls or tuple(model.units)
         bounds = [0, *self.cuts, len(calls)]
         used: list[list[str]] = [[] for _ in bounds[1:]]
         for name, parameter in model.parameters.items():
-            # what is never used is held by the first stage
+            # parameters that are never used belong to the first stage
             for stage in sorted({stage_of(call, bounds) for call in parameter.calls or (0,)}) if self.cuts else (0,):
                 used[stage].append(name)
         total = sum(model.costs) or 1.0
@@ -135,19 +135,19 @@ class Plan:
 
     @property
     def bubble(self) -> float:
-        """Predicted share of a step in which a rank waits."""
+        """Predicted fraction of a step in which a rank waits."""
         return bubble(self.schedule, self.layout.pp, self.microbatches)
 
     def ranks_of(self, parameter: str) -> tuple[int, ...]:
-        """The pipeline ranks that hold `parameter`, ascending."""
+        """Returns the pipeline ranks that hold `parameter`, ascending."""
         return tuple(sorted({self.stages[s].rank for s in self.holders[parameter]}))
 
     def sharded_over_tp(self, parameter: str) -> ShardedParameter | None:
-        """How `parameter` is divided over `tp`; None if every rank has the whole."""
+        """Returns the sharding of `parameter` over `tp`; None if it is replicated."""
         return None if self.tensor_plan is None else self.tensor_plan.parameters.get(parameter)
 
     def expert_plan_of(self, parameter: str) -> ExpertPlan | None:
-        """How `parameter` is divided over `ep`; None if it is no expert's."""
+        """Returns the plan of the experts that `parameter` belongs to; None for parameters outside experts."""
         return plan_of(self.expert_plans, parameter)
 
     # ---- as a table and a record
@@ -188,7 +188,7 @@ class Plan:
         return sum(self.model.parameters[name].elements for name in stage.parameters)
 
     def _sharded(self) -> list[tuple[str, str]]:
-        """What is divided, and how."""
+        """Returns the sharded modules and weights, each with how it is sharded."""
         rows, layout = [], self.layout
         if self.tensor_plan is not None:
             rows += self.tensor_plan.rows()
@@ -210,15 +210,15 @@ class Plan:
 
     @classmethod
     def from_text(cls, text: str) -> Plan:
-        """Reads what `to_text` has made.
+        """Returns the plan of a text of `to_text`.
 
         Raises:
-            ValueError: If the text is no plan.
+            ValueError: If the text is not a plan.
         """
         return codec.decode(cls, rearranged(codec.from_text(text)), "plan")
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything into a file, which is there whole or not at all."""
+        """Writes everything into a file, atomically."""
         target = Path(path)
         unfinished = target.with_name(f".{target.name}.{os.getpid()}")
         unfinished.write_text(self.to_text(), encoding="utf-8")
@@ -226,10 +226,10 @@ class Plan:
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Plan:
-        """Reads a file that `to_yaml` has written, and a person may have changed.
+        """Returns the plan of a file of `to_yaml`, which may have been edited.
 
         Raises:
-            ValueError: If there is no such file, or what it says is no plan; names the file and the place.
+            ValueError: If there is no such file, or it contains no valid plan; names the file and the entry.
         """
         try:
             return cls.from_text(Path(path).read_text(encoding="utf-8"))
@@ -250,7 +250,7 @@ class Plan:
 
 
 def call_costs(flops: Sequence[float]) -> tuple[float, ...]:
-    """Returns the cost of each call, with what follows it.
+    """Returns the cost of each call, including the operations after it.
 
     Args:
         flops: Cost of interval -1 and of each call's interval (see `Trace`).
@@ -282,7 +282,7 @@ def choose_cuts(layout: Layout, schedule: str, model: ModelSpec, refusals: Mappi
 
 
 def stage_of(interval: int, bounds: Sequence[int]) -> int:
-    """The stage that an interval of a trace belongs to, where stage s begins at call `bounds[s]`."""
+    """Returns the stage of an interval of a trace, where stage s begins at call `bounds[s]`."""
     return max(s for s in range(len(bounds) - 1) if bounds[s] <= max(0, interval))
 
 
@@ -302,7 +302,7 @@ def _check_block_count(layout: Layout, schedule: str, count: int, available: int
 
 
 def _without_pipeline(layout: Layout) -> str:
-    """Layouts for as many devices that do not cut the model."""
+    """Returns advice: layouts for the same devices that do not cut the model."""
     return (
         f"a layout that does not cut the model, such as '{layout.moved('pp', 'dp')}' or '{layout.moved('pp', 'fsdp')}'"
     )

@@ -1,4 +1,4 @@
-"""The order and form in which a plan's file says things: for people who read and change it."""
+"""Order and form of the entries of a plan's file, for people who read and edit it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_hybrid.spec.codec import Shared
 
 
 def arranged(plan: Mapping[str, Any], stages: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Returns a plan as a file says it: stages by their units instead of calls and cuts; equal parts once.
+    """Returns a plan in the form of a file: stages by their units instead of calls and cuts; equal parts once.
 
     Args:
         plan: The plan as plain data.
@@ -50,6 +50,6 @@ def rearranged(data: Any) -> Any:
 
 
 def _once(plans: Mapping[str, Any]) -> dict[str, Any]:
-    """Has equal plans, of the blocks of a stack, written once."""
+    """Makes equal plans, of the blocks of a stack, be written once."""
     seen: dict[str, Shared] = {}
     return {name: seen.setdefault(repr(plan), Shared(plan)) if plan else plan for name, plan in plans.items()}

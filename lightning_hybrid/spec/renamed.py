@@ -18,7 +18,7 @@ def renamed_arguments(**names: str) -> Callable[[_Class], _Class]:
     hold them, too.
 
     Args:
-        names: The present name of each old one. The present argument must be None by default.
+        names: The new name of each old one. The new argument must be None by default.
     """
 
     def decorate(cls: _Class) -> _Class:

@@ -1,4 +1,4 @@
-"""What a user asks for: a layout and everything that belongs to it."""
+"""Requests: a layout and the options that belong to it, as the user gives them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LayoutOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for.
+    """A layout and its options, as the user gives them.
 
     Raises:
         ValueError: If a value is not one of its possible values.
@@ -51,19 +51,19 @@ class Request:
     microbatches: int | str = "auto"
     tensor_plan: Mapping[str, str] | None = None
     cuts: tuple[int, ...] | None = None
-    """Where pipeline stages begin, by number of the call in the step's trace; None: by FLOPs."""
+    """First call of each pipeline stage but the first, by its index in the step's trace; None: by FLOPs."""
     gradient_sync: GradientSync = GradientSync()
-    """How replicas agree on gradients."""
+    """Gradient synchronization between replicas."""
     expert_orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """By name of a module of experts: which expert stands at each place over the ranks of `ep`; else in their order."""
+    """By name of a module of experts: the expert at each place over the ranks of `ep`; by default in their order."""
     expert_hosts: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    """By name of a module of experts: the experts that each rank of `ep` computes; else those that it has."""
+    """By name of a module of experts: the experts that each rank of `ep` computes; by default those that it holds."""
     recompute: Recompute | None = None
-    """Which activations of blocks the backward pass recomputes."""
+    """Activation checkpointing of blocks."""
     compile: bool = False
     """Whether each block is compiled."""
     plan: Plan | None = None
-    """A plan to be used as it is; the other fields say the same."""
+    """A plan to use unchanged; the other fields have the same values."""
 
     def __post_init__(self) -> None:
         check_choices(self.schedule, self.microbatches, self.recompute)

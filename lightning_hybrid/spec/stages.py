@@ -1,4 +1,4 @@
-"""Where to cut a model into pipeline stages, and which rank holds which stage."""
+"""Cuts a model into pipeline stages, and assigns stages to ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 
 
 def stages_per_rank(schedule: str) -> int:
-    """How many stages a rank holds: two for interleaved and V-shaped schedules, otherwise one."""
+    """Returns the number of stages per rank: two for interleaved and V-shaped schedules, otherwise one."""
     return 1 if schedule in ("GPipe", "1F1B") else 2
 
 
 def stage_ranks(schedule: str, ranks: int) -> tuple[int, ...]:
-    """The pipeline rank of each stage, in stage order."""
+    """Returns the pipeline rank of each stage, in stage order."""
     count = ranks * stages_per_rank(schedule)
     if schedule in V_SHAPED:
         return tuple(s if s < ranks else count - 1 - s for s in range(count))
@@ -31,7 +31,7 @@ def balance(costs: Sequence[float], stages: int, cuts: Collection[int]) -> tuple
 
     Args:
         costs: Cost of each link of the chain, such as FLOPs.
-        stages: How many stages to make.
+        stages: Number of stages.
         cuts: Positions 0 < k < len(costs) at which the chain may be cut (before link k).
 
     Returns:
@@ -71,7 +71,7 @@ def balance(costs: Sequence[float], stages: int, cuts: Collection[int]) -> tuple
 
 
 def bubble(schedule: str, ranks: int, microbatches: int) -> float:
-    """Predicted share of a step in which a rank waits, with backward = 2 x forward and equal stages.
+    """Returns the predicted fraction of a step in which a rank waits, with backward = 2 x forward and equal stages.
 
     Reference: the bubble of GPipe and 1F1B is (p - 1)/(m + p - 1) (Narayanan et al., 2021, section 2.2.1); interleaving
     v stages divides it by v (section 2.2.2). ZB-V and DualPipeV (Qi et al., 2024, section 4) count like two interleaved
@@ -84,25 +84,25 @@ def bubble(schedule: str, ranks: int, microbatches: int) -> float:
 
 
 def choose_microbatches(batch: int, requested: int | str, ranks: int, schedule: str) -> int:
-    """How many microbatches a batch of `batch` samples is split into.
+    """Returns the number of microbatches of a batch of `batch` samples.
 
-    `"auto"` takes the largest divisor of the batch up to four per pipeline rank: a bubble of at most a fifth. A given
-    number is used where it divides the batch; the last, smaller batch of an epoch takes the largest divisor below it.
+    `"auto"` is the largest divisor of the batch up to four per pipeline rank: a bubble of at most a fifth. A given
+    number is used if it divides the batch; the last, smaller batch of an epoch uses the largest divisor below it.
     """
     limit = 4 * ranks if requested == "auto" else int(requested)
     return max(d for d in range(1, min(limit, batch) + 1) if batch % d == 0 and divides_into(schedule, ranks, d))
 
 
 def divides_into(schedule: str, ranks: int, microbatches: int) -> bool:
-    """Whether a schedule can run so many microbatches.
+    """Returns True if a schedule can run this number of microbatches.
 
-    Interleaved1F1B goes in rounds of about `ranks` microbatches, and they must come out even.
+    Interleaved1F1B runs rounds of about `ranks` microbatches, all of equal size.
     """
     return schedule != "Interleaved1F1B" or microbatches % max(1, microbatches // ranks) == 0
 
 
 def runnable_schedule(schedule: str, ranks: int, microbatches: int) -> str:
-    """The schedule to run for this many microbatches, on the same stages.
+    """Returns the schedule to run with this number of microbatches, on the same stages.
 
     With fewer microbatches than stages 1F1B never reaches its steady state and is GPipe, and DualPipeV has nothing to
     overlap; torch refuses both, so GPipe and ZBVZeroBubble run such (usually the last, smaller) batches.

@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 _WIDTH = 110
-"""Characters a line, which fits a log file; the variable COLUMNS has precedence."""
+"""Characters per line, for log files; the variable COLUMNS has precedence."""
 
 
 def table_text(title: str, headings: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> str:
     """Returns the table as lines of text.
 
     Args:
-        title: Above the table.
-        headings: Of the columns, each with whether its cells are aligned to the right.
+        title: Title above the table.
+        headings: Heading of each column, and whether its cells are aligned to the right.
         rows: The cells.
     """
     table = Table(title=title, title_justify="left")

@@ -1,8 +1,8 @@
-"""Which part of a whole tensor a rank has, and what two parts have in common.
+"""Index of a rank's part of a whole tensor, and overlaps of two parts.
 
-A part is described dim by dim: along each dim, by the runs of indices of the whole tensor that it consists of, in its
-own order. `((0, 4),), ((8, 12), (0, 4))` is rows 0 to 3 of columns 8 to 11, then of columns 0 to 3. Sharded replicas,
-tensor parallelism and permuted weights (fused q-k-v) all have this form, so any part can be filled from any others.
+A part is described per dim by the runs of indices of the whole tensor that it contains, in the order of the part.
+`((0, 4),), ((8, 12), (0, 4))` is rows 0 to 3 of columns 8 to 11, then of columns 0 to 3. Sharded replicas, tensor
+parallelism and permuted weights (fused q-k-v) all have this form, so any part can be filled from any others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Index = tuple[tuple[Run, ...], ...]
 
 
 def whole_index(shape: Sequence[int]) -> Index:
-    """The index of the whole tensor."""
+    """Returns the index of the whole tensor."""
     return tuple(((0, size),) if size else () for size in shape)
 
 
@@ -36,7 +36,7 @@ def runs_of(indices: Sequence[int]) -> tuple[Run, ...]:
 
 
 def shape_of(index: Index) -> tuple[int, ...]:
-    """The shape of a part."""
+    """Returns the shape of a part."""
     return tuple(sum(stop - start for start, stop in runs) for runs in index)
 
 
@@ -56,11 +56,11 @@ class Overlap(NamedTuple):
 
 
 def overlaps(target: Index, source: Index) -> Iterator[Overlap]:
-    """All boxes that `target` and `source` have in common.
+    """Yields all boxes that `target` and `source` have in common.
 
     Args:
-        target: Index of the part to be filled.
-        source: Index of the part that is there; the same number of dims.
+        target: Index of the part to fill.
+        source: Index of the available part; the same number of dims.
     """
     for boxes in itertools.product(*(_common(t, s) for t, s in zip(target, source, strict=True))):
         yield Overlap(tuple(t for t, _ in boxes), tuple(s for _, s in boxes))

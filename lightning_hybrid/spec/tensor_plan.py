@@ -1,4 +1,4 @@
-"""What a tensor-parallel plan says: plain data, no torch.
+"""Tensor-parallel plans: plain data, no torch.
 
 All names are full names from the root module. A plan is equal on every rank, so it is applied without communication.
 """
@@ -29,23 +29,23 @@ def renamed_choices(tensor_plan: Mapping[str, str] | None) -> dict[str, str] | N
 
 
 def one_of_many(name: str) -> str:
-    """A module name with the numbers of list elements that contain it as `*`."""
+    """Returns a module name with `*` for the numbers of list elements that contain it."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedParameter:
-    """One dim of a weight is divided among the ranks of the `tp` axis."""
+    """Sharding of one dim of a weight over the ranks of the `tp` axis."""
 
     dim: int
     """The dim that is divided."""
     size: int
-    """Its full length; a multiple of the axis size."""
+    """Full length of the dim; a multiple of the axis size."""
     order: tuple[int, ...] | None = None
-    """The permutation of the dim after which every rank's part is contiguous; None where it already is."""
+    """The permutation of the dim after which every rank's part is contiguous; None if it is so without one."""
 
     def part(self, rank: int, ranks: int) -> tuple[int, ...]:
-        """The indices of the full dim that belong to `rank`, in ascending order of the permuted dim."""
+        """Returns the indices of the full dim that belong to `rank`, in ascending order of the permuted dim."""
         length = self.size // ranks
         indices = self.order if self.order is not None else range(self.size)
         return tuple(indices[rank * length : (rank + 1) * length])
@@ -56,7 +56,7 @@ class SlicedArgument:
     """A floating-point argument of a unit of which each rank uses its own part (attention biases by head)."""
 
     path: Path
-    """Where it stands: `("args", 0, ...)` or `("kwargs", "name", ...)`, then indices into containers."""
+    """Path of the argument: `("args", 0, ...)` or `("kwargs", "name", ...)`, then indices into containers."""
     dim: int
     owners: tuple[int, ...]
     """The rank that uses index i is `owners[i % len(owners)]`; the period lets the batch size change."""
@@ -71,7 +71,7 @@ class UnitPlan:
     rowwise: tuple[str, ...] = ()
     """Linears whose input channels are divided: input local, output summed over the ranks."""
     regions: tuple[tuple[str, ...], ...] = ()
-    """The linears of each region, rowwise ones first: they run together or not at all."""
+    """The linears of each region, rowwise ones first: either all of them are parallel, or none."""
     parameters: dict[str, ShardedParameter] = field(default_factory=dict)
     buffers: dict[str, ShardedParameter] = field(default_factory=dict)
     partial: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class UnitPlan:
     selected_outputs: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     """Replicated linears of which each rank uses these output channels, by rank (fewer key heads than ranks)."""
     widths: dict[str, int] = field(default_factory=dict)
-    """Modules that read a width from the shape of their input: that width, which reads as a rank's part."""
+    """Modules that read a width from the shape of their input, with the width, which must read as a rank's part."""
     slices: tuple[SlicedArgument, ...] = ()
     shared_arguments: tuple[Path, ...] = ()
     """Arguments used whole inside a region: each rank has a part of the gradient."""
@@ -91,14 +91,14 @@ class UnitPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlan:
-    """How every weight of a model is laid out on the `tp` axis, and which modules communicate."""
+    """Sharding of every weight of a model over the `tp` axis, and the modules that communicate."""
 
     size: int
     """Ranks on the axis."""
     units: dict[str, UnitPlan] = field(default_factory=dict)
-    """By name of the unit; every unit that was seen, also those without tensor parallelism."""
+    """Plans of all units by name, including units without tensor parallelism."""
     parameters: dict[str, ShardedParameter] = field(default_factory=dict)
-    """Every divided parameter under every name it has."""
+    """Every divided parameter, under each of its names."""
     embeddings: tuple[str, ...] = ()
     """Embeddings divided by rows (vocabulary-parallel)."""
     gathered: tuple[str, ...] = ()
@@ -106,9 +106,9 @@ class TensorPlan:
     attention: tuple[str, ...] = ()
     """`nn.MultiheadAttention` modules divided by heads."""
     used_outside: tuple[str, ...] = ()
-    """Whole parameters of units that something outside their unit computes with too."""
+    """Whole parameters of units that are used outside their unit, too."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """Why a module that was considered stays replicated."""
+    """Reason why a module stays replicated, by name."""
     sharded_elements: int = 0
     """Elements of the divided parameters; shared parameters count once."""
     total_elements: int = 0
@@ -119,7 +119,7 @@ class TensorPlan:
         return self.sharded_elements / max(self.total_elements, 1)
 
     def modules(self) -> dict[str, str]:
-        """How each divided module is divided: module name to one of a few words."""
+        """Returns for each divided module how it is divided: `colwise`, `rowwise`, `by channel` and others."""
         found: dict[str, str] = {}
         for unit, plan in self.units.items():
             prefix = f"{unit}." if unit else ""
@@ -137,7 +137,7 @@ class TensorPlan:
         return any(name.startswith(f"{attention}.") for attention in self.attention)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Rows for a table: (which modules, how they are divided), block numbers as `*`."""
+        """Returns rows of a table: (modules, how they are divided), with `*` for block numbers."""
         counts: dict[tuple[str, str], int] = {}
         for name, how in self.modules().items():
             key = one_of_many(name), how

@@ -1,4 +1,4 @@
-"""Learning-rate schedulers while the batch size changes."""
+"""Advances learning-rate schedulers by samples while the batch size changes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import lightning.pytorch as pl
 
 
 class SchedulersBySamples:
-    """Learning-rate schedulers of interval `"step"` advance by samples: as often as steps of the first size would.
+    """Advances schedulers of interval `"step"` by samples: as often as with steps of the first batch size.
 
     Args:
         trainer: The trainer.
-        first_batch_size: The global batch size whose step is one step of a scheduler.
+        first_batch_size: Global batch size at which one step of training is one step of a scheduler.
     """
 
     def __init__(self, trainer: pl.Trainer, first_batch_size: int) -> None:
@@ -21,7 +21,7 @@ class SchedulersBySamples:
         self._frequencies: dict[int, int] = {}
         for config in trainer.lr_scheduler_configs:
             if config.interval == "step" and not config.reduce_on_plateau:
-                # Lightning counts batches for it, whose size changes; here it divides the samples
+                # Lightning applies the frequency to batches, whose size changes; here it applies to samples
                 self._frequencies[id(config.scheduler)] = config.frequency
                 config.frequency = 1
         self._module: Any = trainer.lightning_module
@@ -30,7 +30,7 @@ class SchedulersBySamples:
             self._module.__dict__["lr_scheduler_step"] = self._step
 
     def before_step(self, samples: int, batch_size: int) -> None:
-        """A step of the optimizer comes: `samples` are the batch sizes of all steps before it, added up."""
+        """Prepares a step of `batch_size` samples, after steps with `samples` samples in total."""
         self._samples, self._next = samples, samples + batch_size
 
     def _step(self, scheduler: Any, metric: Any) -> None:
@@ -43,7 +43,7 @@ class SchedulersBySamples:
             self._original(scheduler, metric)
 
     def release(self) -> None:
-        """Lightning advances them again."""
+        """Restores Lightning's schedule."""
         self._module.__dict__.pop("lr_scheduler_step", None)
         for config in self._trainer.lr_scheduler_configs:
             config.frequency = self._frequencies.get(id(config.scheduler), config.frequency)

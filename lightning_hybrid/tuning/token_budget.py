@@ -1,4 +1,4 @@
-"""Batches of a token budget: which budget fits, and how many microbatches such a batch has."""
+"""Finds the token budget of batches that fits into memory, and their number of microbatches."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class TokenBatches(Protocol):
     lengths: list[int]
     """Tokens of each sample."""
     max_tokens: int
-    """Tokens of a batch, padding included; can be set between two epochs."""
+    """Tokens per batch, padding included; can be set between two epochs."""
     multiple_of: int
-    """Samples of a batch are a multiple of it."""
+    """The number of samples of a batch is a multiple of `multiple_of`."""
 
     def extremes(self) -> tuple[int, int]:
-        """Indices of a longest and of a shortest sample."""
+        """Returns the indices of a longest and of a shortest sample."""
         ...
 
 
@@ -38,42 +38,42 @@ class TokenBudget:
         trainer: The trainer.
         runner: The partitioned module.
         loader: The training loader, as the ranks iterate it.
-        sampler: Its batch sampler.
+        sampler: The batch sampler of the loader.
     """
 
     def __init__(self, trainer: pl.Trainer, runner: StepRunner, loader: Any, sampler: TokenBatches) -> None:
         self._trainer, self._loader, self._sampler = trainer, loader, sampler
         self.microbatches = runner.microbatches_of(sampler.multiple_of)
-        """Of a batch, under `pp`."""
+        """Number of microbatches per batch, under `pp`."""
 
     @classmethod
     def of(cls, trainer: pl.Trainer, runner: StepRunner, loader: Any) -> TokenBudget | None:
-        """None where the loader's batches have no token budget."""
+        """Returns the token budget of a loader's batches; None if they have none."""
         sampler = getattr(users_loader(loader), "batch_sampler", None)
         sharded = isinstance(getattr(loader, "replica_shard", None), MapShard)
         return cls(trainer, runner, loader, sampler) if sharded and isinstance(sampler, TokenBatches) else None
 
     @property
     def tokens(self) -> int:
-        """Tokens of a batch of one replica."""
+        """Tokens per batch of one replica."""
         return self._sampler.max_tokens
 
     def change(self, tokens: int) -> None:
-        """The batches of the epoch that is about to begin have so many tokens, or what the longest sample needs."""
+        """Sets the tokens per batch of the next epoch, at least those that the longest sample needs."""
         self._sampler.max_tokens = max(tokens, self._sampler.multiple_of * max(self._sampler.lengths))
         shard = self._loader.replica_shard
         set_epoch_length(self._trainer, shard, shard.steps_in_all())
 
     def find(self, limit: int, probe_for: Callable[[Any, int], MemoryProbe]) -> int:
-        """The largest budget up to `limit` that fits into the memory of all ranks. Collective.
+        """Returns the largest budget up to `limit` that fits into the memory of all ranks. Collective.
 
         With T tokens in b samples of length L, a step needs at most a + b T + c T L + d T / L bytes: what every token
         needs, attention's squares, and what every sample needs. That is convex in L, so its maximum is at the longest
         or at the shortest samples, and both are tried.
 
         Args:
-            limit: Tokens.
-            probe_for: A probe that takes its samples from a batch, and their microbatches.
+            limit: Largest budget, in tokens.
+            probe_for: Makes a probe from a batch with samples and a number of microbatches.
         """
         count, step = self.microbatches, self._sampler.multiple_of // self.microbatches
         longest, shortest = (self._one(i) for i in self._sampler.extremes())
@@ -87,5 +87,5 @@ class TokenBudget:
         return max(tokens, count * step * longest[1])
 
     def _one(self, index: int) -> tuple[Any, int]:
-        """A batch of one sample, and its length."""
+        """Returns a batch of one sample, and the sample's length."""
         return batch_of(self._loader, [index]), self._sampler.lengths[index]

@@ -1,4 +1,4 @@
-"""What the ranks have to do, as measured, and what would balance it: for callbacks that move load."""
+"""Measures the workload of ranks, and computes divisions that balance it, for callbacks that rebalance load."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from lightning_hybrid.spec.stages import stages_per_rank
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What all ranks have measured since the last look, the same on all of them."""
+    """Measurements of all ranks since the last observation, equal on all ranks."""
 
     stages: tuple[StageTime, ...]
-    """Of the pipeline's stages, the slowest rank of each."""
+    """Times of the pipeline's stages, of the slowest rank of each."""
     replicas: tuple[float, ...]
-    """Seconds that each replica computes for one sample; under `fsdp`, in the forward passes of its blocks."""
+    """Seconds of computation per sample of each replica; under `fsdp`, in the forward passes of its blocks."""
     experts: Mapping[str, tuple[int, ...]]
     """Tokens of each expert, by module of experts."""
 
 
 class Workload:
-    """Measures the load of a running training.
+    """Measures the workload of a running training.
 
     Args:
         engine: The engine of the running fit.
@@ -41,29 +41,29 @@ class Workload:
         self.follow(engine)
 
     def follow(self, engine: Engine) -> None:
-        """Forgets the measurements of the layout before, and measures under `engine`. Collective."""
+        """Discards the measurements of the previous layout, and measures under `engine`. Collective."""
         self.engine, self._samples = engine, 0
         self._clocks = Clocks(engine.device)
         engine.runner.time_computation(self._clocks)
         engine.expert_loads()
 
     def release(self) -> None:
-        """Nothing is measured any more."""
+        """Stops measuring."""
         self.engine.runner.time_computation(None)
 
     def count(self, samples: int) -> None:
-        """A batch of so many samples of this replica has been run."""
+        """Counts the samples of a batch that this replica has run."""
         self._samples += samples
 
     def end_step(self) -> None:
-        """The optimizer has made a step."""
+        """Ends a step of the optimizer."""
         self._clocks.end_step()
 
-    def take(self, steps: int) -> Observation:
-        """What has been measured in the last `steps` steps. Collective."""
+    def observe(self, steps: int) -> Observation:
+        """Returns the measurements of the last `steps` steps. Collective."""
         runner = self.engine.runner
         mesh, plan, pipeline = runner.mesh, runner.partition.plan, runner.pipeline
-        stages, step = self._clocks.take(pipeline.parts if pipeline is not None else 1)
+        stages, step = self._clocks.read(pipeline.parts if pipeline is not None else 1)
         own = (stages, step * steps / max(self._samples, 1))
         self._samples = 0
         slowest: dict[int, float] = {}
@@ -81,14 +81,14 @@ class Workload:
         loads = {name: tuple(found.tolist()) for name, found in self.engine.expert_loads().items()}
         return Observation(stages=tuple(times), replicas=tuple(replicas), experts=loads)
 
-    # ---- what would be better: the gain as a share of a step, and the new division
+    # ---- balanced divisions, each with its predicted gain as a fraction of a step
 
     def better_cuts(self, seen: Sequence[StageTime], now: Sequence[StageTime]) -> tuple[float, tuple[int, ...]] | None:
-        """Of the pipeline, by the formula of `adapt.stage_cuts`; None where it is not known.
+        """Returns gain and cuts of the pipeline by `adapt.stage_cuts`; None if they are not known.
 
         Args:
-            seen: All that has been measured of this model on these ranks.
-            now: The present stages.
+            seen: All measurements of this model on these ranks.
+            now: Measurements of the current stages.
         """
         runner = self.engine.runner
         plan, pipeline = runner.partition.plan, runner.pipeline
@@ -104,11 +104,11 @@ class Workload:
         return 1 - step_seconds(better, pipeline.parts) / present, cuts
 
     def better_shares(self, seconds: Sequence[float], most: float) -> tuple[float, tuple[int, ...]] | None:
-        """Of a global batch among replicas of different speed; None where they cannot have different shares.
+        """Returns gain and shares of a global batch for replicas of different speed; None if shares cannot differ.
 
         Args:
-            seconds: Of one sample, by replica.
-            most: No replica gets more than so many times an equal share.
+            seconds: Seconds per sample of each replica.
+            most: Largest share of a replica, as a multiple of an equal share.
         """
         runner, data = self.engine.runner, self._data
         layout = runner.mesh.layout
@@ -126,11 +126,13 @@ class Workload:
     def better_experts(
         self, loads: Mapping[str, Sequence[int]], copies: int
     ) -> tuple[float, dict[str, dict[str, Any]]] | None:
-        """Of experts on the ranks of `ep`; the gain is that of the most loaded rank, summed over the model.
+        """Returns gain and placement of experts on the ranks of `ep`; None if there are none.
+
+        The gain is that of the most loaded rank, summed over the model.
 
         Args:
             loads: Tokens of each expert, by module.
-            copies: How many experts a rank computes beside as many as it has.
+            copies: Number of experts that a rank computes in addition to as many as it holds.
         """
         runner = self.engine.runner
         ranks, plans = runner.mesh.layout.ep, runner.partition.plan.expert_plans
@@ -141,7 +143,7 @@ class Workload:
         for name, of_module in loads.items():
             plan = plans[name]
             own = [plan.part(rank, ranks) for rank in range(ranks)]
-            most = plan.experts - plan.experts // ranks  # more would be an expert twice
+            most = plan.experts - plan.experts // ranks  # more copies would place an expert twice on a rank
             hosted = kept_in_place(place_experts(of_module, ranks, ranks * min(copies, most)), own)
             orders[name] = tuple(expert for part in owners(hosted, own) for expert in part)
             if copies:
@@ -151,7 +153,7 @@ class Workload:
         return 1 - new / old, {"orders": orders, "hosts": hosts}
 
     def expert_imbalance(self, loads: Mapping[str, Sequence[int]]) -> float:
-        """The largest load of a rank over the mean, at present, added up over the modules of experts."""
+        """Returns the current ratio of the largest load of a rank to the mean, summed over the modules of experts."""
         return sum(self._imbalance(name, of_module) for name, of_module in loads.items())
 
     def _imbalance(self, name: str, loads: Sequence[int]) -> float:
