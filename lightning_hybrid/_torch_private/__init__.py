@@ -84,7 +84,6 @@ __all__ = [
     "check_input_dim",
     "checkpoints_not_reentrant",
     "default_group",
-    "flattened",
     "disable_torch_function",
     "fake_backends",
     "finish_sharded_backward",

@@ -19,11 +19,6 @@ def default_group() -> dist.ProcessGroup:
     return dist.distributed_c10d._get_default_group()
 
 
-def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """Returns `mesh` with its dims flattened into one called `name`, which its root mesh then knows."""
-    return mesh._flatten(name)
-
-
 def store_client() -> Any:
     """Returns a new connection to the store of the rendezvous, independent of the process groups' threads."""
     store: Any = dist.distributed_c10d._get_default_store()
