@@ -122,7 +122,7 @@ def test_a_combined_loader_is_fitted_on_twice(ranks2: RankGroup, layout):
 
 @pytest.mark.parametrize("layout", ["dp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_step_that_takes_an_iterator(ranks2: RankGroup, layout):
-    """It is not known which batch it trains on, so an uneven one cannot be weighed."""
+    """It is not known which batch it trains on, so an uneven one cannot be weighted."""
     expected = reference(loader_jobs.train_by_iterator, None, 32)
     assert_trained(ranks2.call(loader_jobs.train_by_iterator, layout, 32)[0], expected)
     with pytest.raises(RankError, match=r"PartitionError: .*`dataloader_iter`.*different numbers of samples, \(1, 0\)"):

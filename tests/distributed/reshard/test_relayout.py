@@ -100,7 +100,7 @@ def test_checkpoints_have_the_same_names(ranks4: RankGroup, tmp_path: Path) -> N
         ),
         ("tp4", "dp4", {"batch": 6}, "a batch of 6 samples cannot be shared by 4 replicas"),
         ("dp4", "tp4", {"loader": "batches"}, "the batches of a batch sampler cannot be made larger or smaller"),
-        ("dp4", "tp4", {"loader": "stream"}, "cannot be read by others"),
+        ("dp4", "tp4", {"loader": "stream"}, "shards the data over other replicas. That is not possible"),
         ("dp4", "tp4", {"differs": True}, "`relayout` must be called alike on all ranks"),
         ("dp4", "pp4", {"manual": True}, "optimizes manually"),
     ],
