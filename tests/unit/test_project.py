@@ -38,6 +38,14 @@ def test_the_overview_has_every_page() -> None:
         assert page.name == "index.md" or f"]({page.name}" in index
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/how-it-works.md"])
+def test_the_map_names_files_that_exist(name: str) -> None:
+    for path in re.findall(r"`([a-z_]+/(?:[\w/]+\.py)?)`", (ROOT / name).read_text()):
+        assert (ROOT / path).exists() or (ROOT / "lightning_hybrid" / path).exists(), path
+    folders = {p.name for p in (ROOT / "lightning_hybrid").iterdir() if (p / "__init__.py").exists()}
+    assert folders <= set(re.findall(r"`(\w+)/`", (ROOT / name).read_text()))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_compile(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
