@@ -21,6 +21,7 @@ from lightning_hybrid.collectives import share_object
 from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
+from lightning_hybrid.engine.stage_bounds import stage_bounds
 from lightning_hybrid.ghosts.trace import CrossingValue, Trace, trace_step
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.outputs import extras, join
@@ -263,7 +264,7 @@ class Pipeline:
         return prepared
 
     def _programs(self, name: str, trace: Trace) -> dict[int, StageProgram]:
-        bounds = self.partition.stage_bounds(name, trace)
+        bounds = stage_bounds(self.partition.plan, name, trace)
         count = len(bounds) - 1
         return {
             s: StageProgram(trace=trace, first=bounds[s], stop=bounds[s + 1] if s + 1 < count else None)

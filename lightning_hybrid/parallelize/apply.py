@@ -25,7 +25,6 @@ from lightning_hybrid.experts.parallel import ExpertParallel
 from lightning_hybrid.ghosts.deferred_init import DeferredInit
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.parameters import Parameters
-from lightning_hybrid.ghosts.trace import Trace
 from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.parallelize.recompute import recomputed
@@ -41,9 +40,8 @@ from lightning_hybrid.replicas.reduction import (
     Reduction,
     ShardedInBfloat16,
 )
-from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.expert_plan import ExpertPlan
-from lightning_hybrid.spec.plan import Plan, stage_of
+from lightning_hybrid.spec.plan import Plan
 from lightning_hybrid.tensor.apply import TensorParallel, apply_tensor_plan, part_of
 
 
@@ -383,62 +381,6 @@ class Partition:
             m: [set(t) - old for t, old in zip(hook_tables(m), before[m], strict=True)] for m in self.root.modules()
         }
         return {m: ours for m, ours in found.items() if any(ours)}
-
-    # ---- stages
-
-    def stage_bounds(self, name: str, trace: Trace) -> list[int]:
-        """Returns the call at which each stage begins in the trace of a step function, and the number of calls.
-
-        Raises:
-            PartitionError: If this step calls modules in another order than the step used for planning.
-        """
-        planned = {}
-        for key, index in _occurrences(self.plan.model.calls).items():
-            planned[key] = next(s.index for s in self.plan.stages if s.first <= index < s.stop)
-        bounds, stage = [0], 0
-        for key, index in _occurrences([call.name for call in trace.calls]).items():
-            target = planned.get(key, stage)
-            if target < stage:
-                raise PartitionError(
-                    f"`{name}` calls `{key[0]}` after modules of later stages, unlike the step that the stages were "
-                    "planned with. Use a layout without `pp`, or the same order of modules in every step."
-                )
-            bounds += [index] * (target - stage)
-            stage = target
-        bounds += [len(trace.calls)] * (len(self.plan.stages) - stage)
-        if stage < len(self.plan.stages) - 1 or len(set(bounds)) < len(bounds):
-            raise PartitionError(
-                f"`{name}` calls no module of stage {stage + 1}, so it cannot run through the pipeline. "
-                "Use a layout without `pp`."
-            )
-        self._check_cuts(name, trace, bounds)
-        return bounds
-
-    def _check_cuts(self, name: str, trace: Trace, bounds: list[int]) -> None:
-        for c in bounds[1:-1]:
-            if trace.cuts[c].refusal is not None:
-                raise PartitionError(
-                    f"`{name}` cannot be cut before `{trace.calls[c].name}`: {trace.cuts[c].refusal}. Use a layout "
-                    "without `pp`."
-                )
-        for parameter, intervals in trace.parameter_uses.items():
-            for interval in intervals:
-                stage = stage_of(interval, bounds)
-                if stage not in self.plan.holders[parameter]:
-                    raise PartitionError(
-                        f"`{name}` uses `{parameter}` on stage {stage}, which holds it on stage "
-                        f"{self.plan.holders[parameter][0]} only. Use a layout without `pp`."
-                    )
-
-
-def _occurrences(calls: Sequence[str]) -> dict[tuple[str, int], int]:
-    """Maps (unit, number of its earlier calls) to the index of the call."""
-    seen: dict[str, int] = {}
-    result = {}
-    for index, name in enumerate(calls):
-        result[name, seen.get(name, 0)] = index
-        seen[name] = seen.get(name, 0) + 1
-    return result
 
 
 def _replace(target: dict, content: dict) -> None:

@@ -91,6 +91,8 @@ class BatchSizeController:
         control = cls(engine, policy)
         control._listeners = listeners
         listeners.append(control)
+        if control.budget is not None:
+            engine.run.patches.enter_context(control.budget.preserved())
         engine.run.patches.callback(control.release)
         return control
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -57,6 +58,15 @@ class TokenBudget:
     def tokens(self) -> int:
         """Tokens per batch of one replica."""
         return self._sampler.max_tokens
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Restores the budget of the user's sampler at exit."""
+        tokens = self.tokens
+        try:
+            yield
+        finally:
+            self._sampler.max_tokens = tokens
 
     def change(self, tokens: int) -> None:
         """Sets the tokens per batch of the next epoch, at least those that the longest sample needs."""

@@ -78,6 +78,7 @@ def test_budget_that_fits_on_all_ranks(ranks2: RankGroup, layout: str) -> None:
     expected = 200 // longest * longest * parts
     for result in results:
         assert result["budgets"] == [expected]
+        assert result["budget afterwards"] == 96, "the user's own"
         sizes = [rows * length for rows, length in result["shapes"]]
         assert 0.75 * expected < max(sizes) <= expected
 

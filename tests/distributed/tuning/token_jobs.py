@@ -128,6 +128,7 @@ def train(
         "weights": weights(trainer, module),
         "shapes": seen.shapes,
         "budgets": seen.budgets,
+        "budget afterwards": sampler.max_tokens,
         "steps": trainer.global_step,
     }
 
