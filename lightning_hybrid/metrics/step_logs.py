@@ -51,7 +51,7 @@ def seen_before_step(trainer: pl.Trainer) -> bool:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     return any(is_overridden(hook, owner) for hook in _HOOKS_BEFORE_CHECK for owner in callbacks) or any(
         is_overridden(hook, trainer.lightning_module)
-        for hook in (*_HOOKS_BEFORE_CHECK, "backward", "optimizer_zero_grad")
+        for hook in (*_HOOKS_BEFORE_CHECK, "backward", "optimizer_step", "optimizer_zero_grad")
     )
 
 
