@@ -1,4 +1,4 @@
-"""All ranks must run the same program: what they say of themselves at the start is compared."""
+"""Checks that all ranks run the same program: compares versions, code and arguments at the start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SETTINGS = (
 
 
 def facts_of(trainer: pl.Trainer, arguments: Mapping[str, object]) -> dict[str, str]:
-    """What this rank says of itself: versions, code, the strategy's arguments and the Trainer's."""
+    """Returns this rank's facts by name: versions, code, the strategy's arguments and the Trainer's."""
     facts = {
         "the version of Python": platform.python_version(),
         "the version of torch": torch.__version__,
@@ -50,10 +50,10 @@ def facts_of(trainer: pl.Trainer, arguments: Mapping[str, object]) -> dict[str, 
 
 
 def check_facts(facts: Sequence[Mapping[str, str]]) -> None:
-    """Compares what all ranks have said.
+    """Compares the facts of all ranks.
 
     Raises:
-        ValueError: If two differ; names what and the rank.
+        ValueError: If two ranks differ; names the fact and the rank.
     """
     for rank, other in enumerate(facts):
         for name in [*facts[0], *(n for n in other if n not in facts[0])]:
@@ -61,10 +61,10 @@ def check_facts(facts: Sequence[Mapping[str, str]]) -> None:
 
 
 def check_parameters(root: pl.LightningModule) -> None:
-    """Compares the names, shapes and types of the parameters of all ranks; collective.
+    """Compares the names, shapes, dtypes and order of the parameters of all ranks. Collective.
 
     Raises:
-        ValueError: If two ranks differ; names the first parameter that does.
+        ValueError: If two ranks differ; names the first parameter that differs, or the order.
     """
     own = {n: f"{tuple(p.shape)} {p.dtype}" for n, p in root.named_parameters()}
     digest = hashlib.sha256(repr(list(own.items())).encode()).hexdigest()

@@ -1,7 +1,8 @@
-"""What is known when a run fails, and who caused it: plain data and decisions, the same on every rank.
+"""Describes failures and decides on their cause: plain data and decisions, the same on every rank.
 
-A rank that raises, or sees another one gone, posts a `Failure`. From all of them `choose_cause` picks the one thing
-that is shown: a closed connection or a time-out on one rank is usually secondary to a failure of another.
+A rank that raises, or detects that another rank has ended, posts a `Failure`. From all failures `choose_cause` picks
+the single cause that is reported: a closed connection or a timeout on one rank is usually secondary to a failure of
+another rank.
 """
 
 from __future__ import annotations
@@ -31,54 +32,54 @@ class RankFailed(SystemExit):
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """One thing that went wrong on one rank."""
+    """One failure of one rank."""
 
     rank: int
-    """The rank that failed; for `ended`, another rank posts it."""
+    """The rank that failed; a failure of kind `ended` is posted by another rank."""
     kind: Kind
-    """`raised`: an exception of its own; `ended`: the process is gone without a word; `timeout`: waited for another
-    rank in vain; `secondary`: lost the connection to another rank."""
+    """`raised`: the rank raised an exception; `ended`: its process ended without posting a failure; `timeout`: the rank
+    waited for another rank until the timeout; `secondary`: the rank lost the connection to another rank."""
     text: str
     operation: str = ""
-    """The operation that the rank was in, as far as it is known."""
+    """The operation that the rank was in; empty if unknown."""
 
     def dump(self) -> str:
-        """As text for the store."""
+        """Returns the failure as text for the store."""
         return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Where a rank's main thread is when it learns of a failure."""
+    """The location of a rank's main thread when the rank learns of a failure."""
 
     operation: str
     where: str
     waiting: bool
-    """Whether it waits in a collective, rather than runs the user's code."""
+    """True if the main thread waits in a collective instead of running the user's code."""
 
     def dump(self) -> str:
-        """As text for the store."""
+        """Returns the answer as text for the store."""
         return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """Why the run ends."""
+    """The cause for which the run ends."""
 
     kind: Kind
     rank: int | None
-    """The rank that caused it; None: the launcher."""
+    """The rank that caused the failure; None for the launcher, or if no single rank did."""
     text: str
     reporter: int | None
-    """The rank that reports it, by raising its own exception; None: the first that can."""
+    """The rank that reports the cause, by raising its own exception; None: the first rank that can."""
 
     def dump(self) -> str:
-        """As text for the store."""
+        """Returns the cause as text for the store."""
         return json.dumps(asdict(self))
 
 
 def failure_of(error: BaseException, rank: int, operation: str) -> Failure:
-    """Returns what a rank posts about an exception that it has raised."""
+    """Returns the failure that `rank` posts for its exception `error`, raised in `operation`."""
     text = f"{type(error).__name__}: {error}"
     if len(text) > _LONGEST_TEXT:
         text = text[:_LONGEST_TEXT] + " ..."
@@ -105,18 +106,18 @@ def _chain(error: BaseException) -> Iterable[BaseException]:
 # ---- when to decide
 
 _SETTLE_SECONDS: Mapping[Kind, float] = {"raised": 1.0, "ended": 1.0, "timeout": 3.0, "secondary": 8.0}
-"""How long to wait for what other ranks post after the first failure of each kind; empirical. A secondary failure alone
-leaves the cause open: that a rank of another machine is gone takes a few seconds to notice."""
+"""Seconds to wait for failures of other ranks after the first failure of each kind; empirical. A secondary failure
+alone leaves the cause open: a rank of another machine that has ended is noticed only after a few seconds."""
 
 
 def is_ripe(failures: Collection[Failure], world_size: int, seconds: float) -> bool:
-    """Whether the cause can be decided, `seconds` after the first failure was seen."""
+    """Returns True if the cause can be decided, `seconds` after the first failure was seen."""
     if len({f.rank for f in failures}) == world_size:
         return True
     return bool(failures) and seconds >= min(_SETTLE_SECONDS[f.kind] for f in failures)
 
 
-# ---- who it was
+# ---- the cause
 
 
 def choose_cause(
@@ -129,16 +130,16 @@ def choose_cause(
     stopped: Collection[int],
     timeout: str,
 ) -> Cause:
-    """Chooses the one cause of all `failures`.
+    """Returns the single cause of all `failures`.
 
     Args:
-        failures: At least one.
+        failures: At least one failure.
         world_size: Number of ranks.
-        own_rank: The rank that decides.
-        own_operation: The operation that it is in.
-        answers: Where ranks are; a rank that gives no answer in time is missing.
+        own_rank: The deciding rank.
+        own_operation: The operation of the deciding rank.
+        answers: The answers of ranks, by rank; a rank that does not answer in time is missing.
         stopped: Ranks whose process is known to be stopped (SIGSTOP).
-        timeout: How long a collective waits, for the text.
+        timeout: The timeout of collectives, for the text.
     """
     by_kind = {kind: [f for f in failures if f.kind == kind] for kind in _SETTLE_SECONDS}
     posted = {f.rank for f in failures if f.kind != "ended"}
@@ -199,5 +200,5 @@ def _at(operation: str) -> str:
 
 
 def load(kind: type[Any], text: bytes | str) -> Any:
-    """Reads a `Failure`, `Answer` or `Cause` from the store."""
+    """Returns the `Failure`, `Answer` or `Cause` (`kind`) of which `text` is the dump."""
     return kind(**json.loads(text))

@@ -1,4 +1,4 @@
-"""Lightning's launcher; the failure monitor decides how a failed run ends."""
+"""Launches the ranks as Lightning does; the failure monitor decides how a failed run ends."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lightning_hybrid._lightning_private import TunerExit, last_found_by, share_
 from lightning_hybrid.launch.monitor import FailureMonitor
 
 _MAIN_PID = "LIGHTNING_HYBRID_MAIN_PID"
-"""Environment variable by which a rank knows the process that has started it."""
+"""Environment variable with the pid of the process that has started this rank."""
 
 
 class HybridLauncher(_SubprocessScriptLauncher):
-    """Starts the script once for every device of this node, unless another launcher has, and watches all ranks.
+    """Starts the script once per device of this node, unless another launcher has, and monitors all ranks.
 
-    Lightning's observer kills all ranks within 5 s of the first failure, the one that knows the reason included.
+    Lightning's own observer kills all ranks within 5 s of the first failure, including the rank that knows the cause.
 
     Args:
-        cluster_environment: Lightning's knowledge of the ranks.
-        num_processes: Processes on this node.
-        num_nodes: Nodes.
-        watch: Notices failures.
+        cluster_environment: Lightning's cluster environment, which knows rank and world size.
+        num_processes: Number of processes on this node.
+        num_nodes: Number of nodes.
+        watch: The failure monitor.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class HybridLauncher(_SubprocessScriptLauncher):
         except BaseException as error:
             replacement = self._watch.failed(error)
             if not self._watch.connected:
-                atexit.register(self._reap)  # ranks that have met end themselves, and may run callbacks before
+                atexit.register(self._reap)  # connected ranks end themselves, and may run callbacks first
             if replacement is None:
                 raise
             raise replacement from None
@@ -78,13 +78,13 @@ class HybridLauncher(_SubprocessScriptLauncher):
         return result
 
     def _main_pid(self) -> int | None:
-        """The process with whose end the run ends: Lightning's main one, or torchrun."""
+        """Returns the pid of the process whose end ends the run: Lightning's main process or torchrun, else None."""
         if _MAIN_PID in os.environ and self.cluster_environment.local_rank() > 0:
             return int(os.environ[_MAIN_PID])
         return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def _reap(self) -> None:
-        """Ends the processes that this one has started."""
+        """Kills the processes that this process has started, and waits for their end."""
         for child in self.procs:
             if child.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -93,6 +93,6 @@ class HybridLauncher(_SubprocessScriptLauncher):
 
 
 def leave_quietly() -> NoReturn:
-    """Ends a rank whose error rank 0 reports; a little later, since launchers end all ranks when the first one goes."""
+    """Ends a rank whose error rank 0 reports; after 1 s, since launchers kill all ranks when the first one exits."""
     time.sleep(1)
     sys.exit(1)

@@ -1,9 +1,9 @@
-"""A thread beside each rank's main thread: it detects failures of any rank, decides on the cause and ends what hangs.
+"""Monitors failures in a thread beside each rank's main thread: decides on the cause, and ends processes that hang.
 
-The main thread notes its operation; the thread sends a heartbeat about twice a second and checks those of others. After
-a failure all ranks learn the one cause. Its reporter is the rank that has caused it, which raises its own exception, or
-if that rank cannot, the first that can. All others exit quietly once the reporter has set the key `reported`: the main
-thread raises `RankFailed` if it returns from its collective, otherwise the process is ended.
+The main thread records its operation; the monitor thread sends a heartbeat about twice per second and checks those of
+other ranks. After a failure all ranks learn the single cause. The reporter is the rank that caused the failure, which
+raises its own exception, or if that rank cannot, the first rank that can. All others exit quietly once the reporter has
+set the key `reported`: the main thread raises `RankFailed` if it returns from its collective, or the process is ended.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ from lightning_hybrid.launch.processes import RankGroup, exit_text, process_stat
 from lightning_hybrid.spec.errors import RankError
 
 _RETURN_SECONDS = 3.0
-"""How long a quiet rank's main thread may take to come back from a collective; closed connections wake it at once."""
+"""Seconds for a quiet rank's main thread to return from a collective; closed connections wake the thread at once."""
 _REPORT_SECONDS = 10.0
-"""How long the reporter may take for callbacks and loggers; all ranks are to end within 15 s."""
+"""Seconds for the reporter's callbacks and loggers; all ranks are to end within 15 s."""
 _PATIENCE_SECONDS = 12.0
-"""How long a failing main thread waits for the decision; one with a dead store takes its own."""
+"""Seconds for which a failing main thread waits for the decision; without a live store the rank decides alone."""
 _AWAIT_REPORT_SECONDS = 3.0
-"""How long a quiet rank delays its exit for a report at most: a launcher kills all ranks when the first one exits."""
+"""Longest delay of a quiet rank's exit for the report: a launcher kills all ranks when the first one exits."""
 _FINALIZE_SECONDS = 5.0
 _INTERRUPTED_SECONDS = 10.0
-"""How long a rank that stops on SIGTERM stays for the others to end."""
+"""Seconds for which a rank that stops on SIGTERM waits for the other ranks to end."""
 _LEAVING_POLL_SECONDS = 0.02
 _DEATH_SECONDS = 0.1
-"""Connections of a killed process close a little before it counts as gone."""
+"""Delay before processes are checked: connections of a killed process close slightly before it counts as gone."""
 
 
 @dataclass
 class _Decision:
-    """The cause of a failed run, once it is decided."""
+    """The decision on the cause of a failed run."""
 
     cause: Cause | None = None
     alone: bool = False
-    """Whether this rank has decided by itself, without a store."""
+    """True if this rank has decided alone, without a store."""
     at: float = 0.0
     decided: threading.Event = field(default_factory=threading.Event)
     known_to_all: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     is_reporter: bool | None = None
-    """Whether this rank reports a failure whose own rank cannot; None until decided."""
+    """True if this rank reports a failure whose own rank cannot; None until decided."""
     polls_after_report: int = 0
 
 
@@ -67,7 +67,7 @@ class FailureMonitor:
     """Monitors the runs of one strategy, one after another.
 
     Args:
-        timeout: How long collectives wait, for the text of errors.
+        timeout: The timeout of collectives.
     """
 
     def __init__(self, timeout: timedelta) -> None:
@@ -86,34 +86,34 @@ class FailureMonitor:
 
     @contextmanager
     def during(self, operation: str, batch: int | None = None, step: int | None = None) -> Iterator[None]:
-        """Notes the operation of the main thread; it stays noted after an exception."""
+        """Records the main thread's `operation`, with `batch` and `step` if given; the record outlives an exception."""
         self._operation = (operation, batch, step, False)
         yield
         self._operation = (operation, batch, step, True)
 
     @property
     def operation(self) -> str:
-        """The operation of the main thread, in words."""
+        """The main thread's operation, as text for messages."""
         operation, batch, step, over = self._operation
         at = "" if batch is None else f" of batch {batch}" + ("" if step is None else f" (global step {step})")
         return f"{'after ' if over else ''}{operation}{at}"
 
     @property
     def connected(self) -> bool:
-        """Whether all ranks have come."""
+        """True if all ranks have met."""
         return self._peers is not None
 
     @property
     def failing(self) -> bool:
-        """Whether the ranks can no longer work together."""
+        """True if the ranks can no longer run collectives together."""
         return self._raising and self._decision.cause is not None
 
     def begin(self, children: Sequence[Popen], main_pid: int | None) -> None:
-        """Starts the thread.
+        """Starts the monitor thread.
 
         Args:
-            children: Ranks that this process has started, local rank 1 first.
-            main_pid: The process that has started this one, if its end ends the run.
+            children: The processes of the ranks that this process has started, local rank 1 first.
+            main_pid: The pid of the process whose end ends the run; None: there is none.
         """
         self._children, self._main_pid = children, main_pid
         self._decision = _Decision()
@@ -126,11 +126,11 @@ class FailureMonitor:
         self._thread.start()
 
     def connect(self, group: RankGroup) -> None:
-        """Starts to exchange heartbeats and failures with the other ranks."""
+        """Starts to exchange heartbeats and failures with the other ranks of `group`."""
         self._peers = PeerMonitor(group, self._children, lambda: self.operation)
 
     def check_children(self) -> None:
-        """Raises if a rank that this process has started has ended before all ranks have met."""
+        """Raises `RankError` if a rank that this process has started has ended before all ranks have met."""
         for local_rank, child in enumerate(self._children, 1):
             code = child.poll()
             if code is not None:
@@ -140,10 +140,10 @@ class FailureMonitor:
                 )
 
     def failed(self, error: BaseException) -> BaseException | None:
-        """Posts an exception to the other ranks, and waits for the decision on the cause.
+        """Posts `error` to the other ranks, and waits for the decision on the cause.
 
         Returns:
-            What to raise in its place; None: the exception itself.
+            The exception to raise in place of `error`; None: `error` itself.
         """
         self._raised, self._raising = error, True
         atexit.unregister(self._at_exit)
@@ -160,7 +160,7 @@ class FailureMonitor:
         return self._answer(peers, error)
 
     def _answer(self, peers: PeerMonitor, error: BaseException | None) -> BaseException | None:
-        """Returns what this rank raises in place of `error` when the cause is decided; None: `error` itself."""
+        """Returns the exception to raise in place of `error` once the cause is decided; None: `error` itself."""
         cause, rank = self._decision.cause, peers.group.rank
         if cause is None:
             return None
@@ -172,7 +172,7 @@ class FailureMonitor:
             self._end_stopped(peers)
         if isinstance(error, KeyboardInterrupt | SystemExit):
             if cause.rank == rank and len({f.rank for f in peers.failures}) < peers.world_size:
-                _print_error(cause.text)  # these show nothing by themselves
+                _print_error(cause.text)  # Python prints no message for these
             return None
         if self._reports(cause):
             return None if cause.reporter == rank else RankError(cause.text)
@@ -180,7 +180,7 @@ class FailureMonitor:
         return RankFailed(cause.text)
 
     def note_unsaved(self, path: object) -> None:
-        """Says, once, that a callback's checkpoint is not saved."""
+        """Warns, on the reporter only, that a callback's checkpoint `path` is not saved."""
         cause = self._decision.cause
         if cause is not None and self._reports(cause):
             warnings.warn(
@@ -190,19 +190,19 @@ class FailureMonitor:
             )
 
     def interrupted(self) -> None:
-        """Notes that all ranks raise an exception together, to stop."""
+        """Records that all ranks raise an exception together in order to stop."""
         self._raising = True
 
     def torn_down(self) -> None:
-        """The strategy's part is over; if that was because of an exception, so is the run."""
+        """Calls `finish` if an exception caused the strategy's teardown, because the run is over then, too."""
         if self._raising:
             self.finish()
 
     def finish(self) -> BaseException | None:
-        """Stops the thread when all ranks have ended their run: one may still fail in its last hooks.
+        """Stops the monitor thread once all ranks have ended their run: a rank may still fail in its last hooks.
 
         Returns:
-            What to raise if one has.
+            The exception to raise if a rank has failed; None otherwise.
         """
         thread, peers = self._thread, self._peers
         if thread is None:
@@ -227,16 +227,16 @@ class FailureMonitor:
     # ---- the end of the process
 
     def _unhook_process(self) -> None:
-        """Restores `sys.excepthook`; after an error it stays, since the error has not reached the top yet."""
+        """Restores `sys.excepthook`; after an error the hook stays until the error reaches the top of the stack."""
         if sys.excepthook is self._hook:
             sys.excepthook = self.previous_hook
         self._hook = None
 
     def _hook_process(self) -> None:
-        """Sees exceptions that reach the top: those from `on_exception` and teardown pass no other place."""
+        """Sets `sys.excepthook`: nothing else catches exceptions of `on_exception` and teardown."""
         self._unhook_process()
         previous = sys.excepthook
-        while (monitor := getattr(previous, "monitor", None)) is not None:  # of a run that has failed
+        while (monitor := getattr(previous, "monitor", None)) is not None:  # the hook of a failed run
             previous = monitor.previous_hook
 
         def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -259,7 +259,7 @@ class FailureMonitor:
         return self._peers is None or cause.reporter == self._peers.group.rank or bool(self._decision.is_reporter)
 
     def _note_reported(self) -> None:
-        """Lets the other ranks leave, once this one has shown the cause."""
+        """Sets the key `reported` if this rank is the reporter, so that the other ranks exit."""
         peers, cause = self._peers, self._decision.cause
         if peers is not None and cause is not None and self._reports(cause):
             peers.note_reported()
@@ -282,7 +282,7 @@ class FailureMonitor:
         os._exit(1)
 
     def _end_stopped(self, peers: PeerMonitor) -> None:
-        """A stopped process cannot end itself."""
+        """Kills stopped ranks of this machine, since a stopped process cannot end itself."""
         for process in peers.group.processes:
             if process.is_local and process.pid != os.getpid() and process.state() == "stopped":
                 with contextlib.suppress(ProcessLookupError):
@@ -361,7 +361,7 @@ class FailureMonitor:
         decision.decided.set()
 
     def _enforce(self, peers: PeerMonitor, cause: Cause) -> None:
-        """Ends the process if the main thread does not, which is stuck in a collective or in the user's code."""
+        """Ends the process if the main thread does not, because it is stuck in a collective or in the user's code."""
         seconds = time.monotonic() - self._decision.at
         own = cause.reporter == peers.group.rank
         if own or self._in_failed:
@@ -377,11 +377,11 @@ class FailureMonitor:
             limit = _RETURN_SECONDS + (_AWAIT_REPORT_SECONDS if cause.reporter is None else 0.0)
             if (
                 self._decision.polls_after_report > 1 or seconds > limit
-            ):  # at the first one the main thread may just come back
+            ):  # at the first such poll the main thread may be about to return
                 self._end_process()
 
     def _is_known(self, peers: PeerMonitor) -> bool:
-        """Whether all ranks know the cause, if they learn it from this one's store."""
+        """Returns True if all ranks that need this rank's store know the cause, or have had the time to read it."""
         known = peers.is_alone or not (peers.group.rank == 0 and peers.group.rank0_has_store)
         if not known:
             with contextlib.suppress(RuntimeError):
@@ -391,7 +391,7 @@ class FailureMonitor:
         return self._decision.known_to_all.is_set()
 
     def _claims(self, peers: PeerMonitor) -> bool:
-        """Whether this rank reports a failure whose own rank cannot; both threads may ask."""
+        """Returns True if this rank reports a failure whose own rank cannot; both threads may call it."""
         decision = self._decision
         with decision.lock:
             if decision.is_reporter is None:
@@ -399,7 +399,7 @@ class FailureMonitor:
                 if decision.alone:
                     decision.is_reporter = peers.is_first_alive()
                 else:
-                    with contextlib.suppress(RuntimeError):  # a store that is gone has ended after the report
+                    with contextlib.suppress(RuntimeError):  # a store that is gone ended after the report
                         decision.is_reporter = peers.store.claim_report()
         return decision.is_reporter
 
@@ -408,6 +408,6 @@ _NO_LAUNCHER = "The launcher of the ranks has ended without a word."
 
 
 def _print_error(text: str) -> None:
-    """Prints an error for which there is no traceback."""
+    """Prints an error that has no traceback."""
     sys.stderr.write(f"lightning_hybrid: {RankError.__name__}: {text}\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Checks the processes of all ranks, and exchanges failures with them."""
+"""Checks the processes of all ranks, and exchanges failures between ranks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning_hybrid.launch.processes import RankGroup, State, exit_text
 from lightning_hybrid.launch.store import FailureStore
 
 POLL_SECONDS = 0.5
-"""Seconds between two polls."""
+"""Seconds between polls."""
 _SILENT_POLLS, _SILENT_POLLS_ALONE = 10, 120
-"""Polls without a heartbeat after which a rank of another machine counts as ended: after a failure, and otherwise."""
+"""Polls without a heartbeat after which a rank of another machine counts as ended: after a failure, otherwise."""
 
 
 class PeerMonitor:
-    """One rank's view of the failures of all ranks.
+    """Collects the failures of all ranks, as one rank sees them.
 
     Args:
-        group: The ranks.
-        children: Those of them that this process has started.
-        operation: Names the operation of the main thread.
+        group: The ranks of the run.
+        children: The processes of the ranks that this process has started, local rank 1 first.
+        operation: Returns the operation of the main thread.
     """
 
     def __init__(self, group: RankGroup, children: Sequence[Popen], operation: Callable[[], str]) -> None:
@@ -33,9 +33,9 @@ class PeerMonitor:
         self.failures: list[Failure] = []
         self.first_seen = 0.0
         self.outbox: list[Failure] = []
-        """Failures to be posted."""
+        """Failures that this rank has not posted yet."""
         self.is_alone = False
-        """Whether the store is gone, so that this rank cannot reach the others."""
+        """True if the store is gone, so that this rank cannot reach the others."""
         self._posted: set[tuple[int, bool]] = set()
         self._beats: dict[int, tuple[str, int]] = {}
         self._polls = 0
@@ -47,22 +47,22 @@ class PeerMonitor:
         return len(self.group.processes)
 
     def states(self) -> dict[int, State]:
-        """The other ranks on this machine."""
+        """Returns the states of the other ranks' processes on this machine, by rank."""
         processes = enumerate(self.group.processes)
         return {r: process.state() for r, process in processes if process.is_local and r != self.group.rank}
 
     def poll(self) -> None:
-        """Exchanges failures and checks the processes once."""
+        """Exchanges failures, and checks all processes once."""
         self._polls += 1
         states = self.states()
         host = states.get(0) if self.group.rank0_has_store else None
         if host == "gone" and self._has_left:
             return
-        if self.is_alone or host == "stopped":  # it would answer when it goes on, or never
+        if self.is_alone or host == "stopped":  # a stopped store answers when its process continues, or never
             self._check_processes(states)
             self._note(self.outbox)
             self.outbox = []
-        elif host == "gone":  # asking it would make torch print a stack
+        elif host == "gone":  # a request would make torch print a stack trace
             self.lose_store()
         else:
             try:
@@ -73,7 +73,7 @@ class PeerMonitor:
     def _exchange(self, states: dict[int, State]) -> None:
         store, before = self.store, bool(self.failures)
         store.beat(self._operation())
-        self._note(store.new_failures())  # before the processes: one that has said why it ends is not missed
+        self._note(store.new_failures())  # first: a rank that has posted its failure is not missing
         self._check_processes(states)
         self._check_remote()
         while self.outbox:
@@ -85,7 +85,7 @@ class PeerMonitor:
             store.answer(Answer(operation=self._operation(), where=where, waiting=waiting))
 
     def everyone_knows(self) -> bool:
-        """Whether all ranks that live have seen the cause."""
+        """Returns True if all live ranks have read the cause."""
         return self.store.seen() >= self.world_size - len({f.rank for f in self.failures if f.kind == "ended"})
 
     def _note(self, failures: Sequence[Failure]) -> None:
@@ -94,7 +94,7 @@ class PeerMonitor:
         self.failures += failures
 
     def lose_store(self) -> None:
-        """From now on this rank decides for itself."""
+        """Makes this rank decide alone from now on, because the store is gone."""
         self.is_alone = True
         if self.group.rank0_has_store:
             self._ended(0, "its process is gone, and with it the store of the run")
@@ -102,20 +102,20 @@ class PeerMonitor:
         self.outbox = []
 
     def is_first_alive(self) -> bool:
-        """Whether no rank before this one lives; ranks of other machines count as living."""
+        """Returns True if no rank before this one is alive; ranks of other machines count as alive."""
         return all(p.is_local and p.state() != "running" for p in self.group.processes[: self.group.rank])
 
     def note_reported(self) -> None:
-        """Tells the others that this rank has shown the cause, so that they can exit."""
+        """Notifies the other ranks that this rank has reported the cause, so that they can exit."""
         if not self.is_alone:
             with contextlib.suppress(RuntimeError, OSError):
                 self.store.note_reported()
 
     def has_reported(self, reporter: int | None) -> bool:
-        """Returns whether the cause of a failure has been shown, or cannot be any more.
+        """Returns True if the cause has been reported, or can no longer be.
 
         Args:
-            reporter: The rank that shows it, if it is known.
+            reporter: The rank that reports the cause; None: not known.
         """
         states = self.states()
         if reporter in states and states[reporter] == "gone":
@@ -123,14 +123,14 @@ class PeerMonitor:
         if self.is_alone:
             return False
         if self.group.rank0_has_store and states.get(0) == "gone":
-            return True  # it has left after the report
+            return True  # rank 0 exited after the report
         try:
             return self.store.is_reported()
         except (RuntimeError, OSError):
             return True
 
     def leave(self) -> bool:
-        """Says that this rank's run is over; whether that of all others is, too."""
+        """Marks this rank's run as over; returns True once the runs of all ranks are over, or the store is gone."""
         try:
             if not self._has_left and not self.is_alone:
                 self.store.leave()
@@ -151,7 +151,7 @@ class PeerMonitor:
                 self._ended(self.group.rank + local_rank, f"its process (pid {child.pid}) {exit_text(code)}", sure=True)
 
     def _check_remote(self) -> None:
-        """The neighbors in rank, if they are on other machines."""
+        """Checks the heartbeats of the ranks before and after this one, if they are on other machines."""
         for rank in {(self.group.rank + 1) % self.world_size, (self.group.rank - 1) % self.world_size}:
             if self.group.processes[rank].is_local:
                 continue
@@ -165,12 +165,12 @@ class PeerMonitor:
                 self._ended(rank, f"no sign of it for {silent * POLL_SECONDS:.0f} s")
 
     def _ended(self, rank: int, how: str, *, sure: bool = False) -> None:
-        """Posts that a rank's process is gone, unless its run was over or it has said why.
+        """Posts that a rank's process has ended, unless its run was over or the rank has posted a failure.
 
         Args:
             rank: The rank.
-            how: What is known of it.
-            sure: Whether it is known from its parent, which adds the exit code to what others have posted.
+            how: How the process ended, as text.
+            sure: True if the parent of the process posts, which adds the exit code to the failures posted by others.
         """
         if (rank, sure) in self._posted or any(f.rank == rank and f.kind != "ended" for f in self.failures):
             return

@@ -1,10 +1,10 @@
-"""SIGTERM to any rank: all ranks end the batch that they are at, and stop together.
+"""Stops all ranks together after a SIGTERM to any rank: each rank completes its current batch.
 
-Lightning's handler broadcasts inside of the signal's handler, which meets the collectives of a step on other ranks and
-hangs. Here the handler only takes a note. The notes travel with the all-reduce of a step. So all ranks know already
-when a training batch begins, where Lightning broadcasts rank 0's note; only if there was no all-reduce since the last
-batch do they ask each other. Then all of them raise Lightning's `SIGTERMException` at the same place, so that callbacks
-may save a checkpoint together.
+Lightning broadcasts inside its signal handler; the broadcast meets the collectives of a step on other ranks and hangs.
+Here the handler only sets a flag. The all-reduce of a step carries the flags, so all ranks already know the result when
+a training batch begins, where Lightning broadcasts rank 0's flag; the ranks run a collective there only if there was no
+all-reduce since the last batch. Then all ranks raise Lightning's `SIGTERMException` at the same place, so that
+callbacks may save a checkpoint together.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from lightning_hybrid._lightning_private import set_received_sigterm, sigterm_ro
 
 
 class Preemption:
-    """One rank's note of a SIGTERM.
+    """Records a SIGTERM to this rank, and makes all ranks stop together.
 
     Args:
-        any_rank: Whether its argument is true on any rank; collective.
+        any_rank: Returns True if its argument is True on any rank. Collective.
     """
 
     def __init__(self, any_rank: Callable[[bool], bool]) -> None:
         self._any_rank = any_rank
         self.requested = False
-        """Whether this rank was asked to stop."""
+        """True if this rank has received a SIGTERM."""
         self._heard: bool | None = None
 
     def installed(self, trainer: pl.Trainer) -> AbstractContextManager:
-        """Takes the place of Lightning's handler while the trainer runs."""
+        """Replaces Lightning's handler while the trainer runs, for the duration of the context."""
         self._heard, self.requested = None, False
 
         def before_batch() -> None:
@@ -46,13 +46,13 @@ class Preemption:
         self.requested = True
 
     def hear(self, any_rank: bool) -> None:
-        """Takes what all ranks have just told each other; saves the next question."""
+        """Stores `any_rank`, the result of an all-reduce of the flags, so that the next `agree` needs no collective."""
         self._heard = any_rank
 
     def agree(self, trainer: pl.Trainer) -> bool:
-        """Returns whether any rank was asked to stop, and has Lightning's loops of all ranks stop then.
+        """Returns True if any rank has received a SIGTERM; Lightning's loops of all ranks then stop.
 
-        Collective, unless the ranks have told each other since the last time.
+        Collective, unless `hear` was called since the last `agree`.
         """
         heard, self._heard = self._heard, None
         wanted = self._any_rank(self.requested) if heard is None else heard

@@ -1,4 +1,4 @@
-"""The processes of a run: which rank is which process, whether it lives, and how it meets the others."""
+"""Connects the processes of a run, identifies the process of each rank, and reads process states."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from lightning_hybrid.spec.errors import RankError
 State = Literal["running", "stopped", "gone"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
-"""That of torch for gloo."""
+"""The default timeout of torch for gloo."""
 
 _LOOK_SECONDS = 0.02
-"""How often a rank polls whether the others have come; at most for the length of the start."""
+"""Seconds between a rank's polls for the other ranks; only during the start."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """Where a rank runs."""
+    """The process of a rank."""
 
     host: str
     pid: int
 
     @property
     def is_local(self) -> bool:
-        """Whether its process id means something here."""
+        """True if the pid is valid here: the process is on this machine, in the same namespace of process ids."""
         return self.host == _this_host()
 
     def state(self) -> State:
-        """Of a process on this machine."""
+        """Returns the state of the process, which must be on this machine."""
         return process_state(self.pid)
 
 
 def this_process() -> Process:
-    """This rank's own."""
+    """Returns the process of this rank."""
     return Process(_this_host(), os.getpid())
 
 
 def _this_host() -> str:
-    """The machine and, in it, the namespace in which process ids count."""
+    """Returns the name of the machine, with the namespace of its process ids where there is one."""
     try:
         return f"{socket.gethostname()}:{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
@@ -61,7 +61,7 @@ def _this_host() -> str:
 
 
 def process_state(pid: int) -> State:
-    """Whether a process of this machine lives; one that has ended and waits for its parent is gone."""
+    """Returns the state of a process of this machine; a zombie process counts as gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -80,7 +80,7 @@ def _state_without_proc(pid: int) -> State:
 
 
 def exit_text(code: int) -> str:
-    """What a return code of `subprocess` says."""
+    """Returns a return code of `subprocess` in words."""
     if code >= 0:
         return f"exit code {code}"
     try:
@@ -91,21 +91,21 @@ def exit_text(code: int) -> str:
     return f"ended by signal {-code} ({name}{hint})"
 
 
-# ---- meeting
+# ---- rendezvous
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankGroup:
-    """The ranks of one run, which have met."""
+    """The ranks of one run, after their rendezvous."""
 
     store: Store
-    """This rank's own connection, with keys of this run only."""
+    """This rank's own connection to the store, with keys of this run only."""
     rank: int
     processes: list[Process]
     facts: list[dict[str, str]]
-    """What each rank says of itself."""
+    """The facts of each rank, by rank; see `facts_of`."""
     rank0_has_store: bool
-    """Whether the store ends with rank 0; else an outer launcher has it."""
+    """True if the store ends with rank 0; otherwise an outer launcher hosts the store."""
 
 
 def meet(
@@ -116,18 +116,19 @@ def meet(
     facts: dict[str, str],
     check: Callable[[], None],
 ) -> RankGroup:
-    """Waits until all ranks have come.
+    """Waits until all ranks have connected.
 
     Args:
-        environment: Knows where rank 0 is.
+        environment: Lightning's cluster environment, which knows the address of rank 0.
         rank: This rank.
-        world_size: How many are to come.
-        timeout: How long to wait.
-        facts: What this rank says of itself.
-        check: Called while waiting; raises if there is no hope.
+        world_size: Number of ranks.
+        timeout: The longest wait; None: `DEFAULT_TIMEOUT`.
+        facts: This rank's facts, for all ranks.
+        check: Called at every poll; raises if the run cannot start.
 
     Raises:
-        RankError: If ranks are missing after `timeout`; names them.
+        RankError: If rank 0 cannot be reached; on the lowest rank present, if ranks are missing after `timeout`.
+        RankFailed: On the other ranks present, if ranks are missing.
     """
     timeout = timeout or DEFAULT_TIMEOUT
     deadline = time.monotonic() + timeout.total_seconds()
@@ -163,7 +164,7 @@ def _connect(environment: ClusterEnvironment, rank: int, world_size: int, timeou
         return store_client()
     address, port = environment.main_address, environment.main_port
     try:
-        return TCPStore(  # the process group's own comes later and shares the server
+        return TCPStore(  # the store of the process group comes later and shares the server
             address,
             port,
             world_size,

@@ -1,4 +1,4 @@
-"""Heartbeats, failures and decisions that the ranks exchange in the store of their rendezvous."""
+"""Exchanges heartbeats, failures and decisions in the store of the ranks' rendezvous."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from lightning_hybrid.launch.failures import Answer, Cause, Failure, load
 
 
 class FailureStore:
-    """One rank's view; each call is one or a few round trips to the store, of some 30 microseconds on one machine.
+    """Reads and writes the failures of a run for one rank.
+
+    Each call is one or a few round trips to the store, of about 30 microseconds each on one machine.
 
     Args:
-        store: A connection of its own.
+        store: This rank's own connection to the store.
         rank: This rank.
     """
 
@@ -22,28 +24,28 @@ class FailureStore:
         self._read = 0
 
     def beat(self, operation: str) -> None:
-        """Sends a heartbeat with this rank's operation."""
+        """Sends a heartbeat with this rank's `operation`."""
         self._store.set(f"beat/{self._rank}", operation)
 
     def beat_of(self, rank: int) -> str | None:
-        """Returns the last heartbeat of another rank."""
+        """Returns the operation in the last heartbeat of `rank`; None before the first."""
         key = f"beat/{rank}"
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def leave(self) -> None:
-        """This rank's run is over, and it may end."""
+        """Marks this rank's run as over, so that the rank may end."""
         self._store.set(f"left/{self._rank}", "")
 
     def has_left(self, rank: int) -> bool:
-        """Whether a rank's run is over."""
+        """Returns True if the run of `rank` is over."""
         return self._store.check([f"left/{rank}"])
 
     def post(self, failure: Failure) -> None:
-        """Posts a failure to all ranks."""
+        """Posts `failure` to all ranks."""
         self._store.set(f"failure/{self._store.add('failures', 1)}", failure.dump())
 
     def new_failures(self) -> list[Failure]:
-        """Those that this rank has not read yet."""
+        """Returns the failures that this rank has not read yet."""
         found = []
         while self._store.check([f"failure/{self._read + 1}"]):
             self._read += 1
@@ -51,38 +53,38 @@ class FailureStore:
         return found
 
     def answer(self, answer: Answer) -> None:
-        """Posts where this rank's main thread is."""
+        """Posts the location of this rank's main thread."""
         self._store.set(f"answer/{self._rank}", answer.dump())
 
     def answers(self, world_size: int) -> dict[int, Answer]:
-        """Returns what ranks have posted so far."""
+        """Returns the answers that ranks have posted so far, by rank."""
         given = [r for r in range(world_size) if self._store.check([f"answer/{r}"])]
         return {r: load(Answer, self._store.get(f"answer/{r}")) for r in given}
 
     def decided(self) -> Cause | None:
-        """The cause that one of the ranks has decided on."""
+        """Returns the cause on which a rank has decided; None before the decision."""
         return load(Cause, self._store.get("cause")) if self._store.check(["cause"]) else None
 
     def decide(self, choose: Callable[[], Cause]) -> Cause:
-        """The cause, which is the choice of the first rank that asks; the same for all."""
+        """Returns the cause that `choose` returns on the first rank to call; the same on all ranks."""
         return self.decided() or load(Cause, self._store.compare_set("cause", "", choose().dump()))
 
     def claim_report(self) -> bool:
-        """Returns whether this rank is the first to ask, and therefore the reporter."""
+        """Returns True if this rank is the first to call, and therefore the reporter."""
         return self._store.add("reporter", 1) == 1
 
     def note_reported(self) -> None:
-        """Tells all ranks that the cause has been shown."""
+        """Notifies all ranks that the cause has been reported."""
         self._store.set("reported", "")
 
     def is_reported(self) -> bool:
-        """Returns whether the cause has been shown."""
+        """Returns True if the cause has been reported."""
         return self._store.check(["reported"])
 
     def note_seen(self) -> None:
-        """This rank knows the cause."""
+        """Counts this rank among those that know the cause."""
         self._store.add("seen", 1)
 
     def seen(self) -> int:
-        """How many ranks know the cause."""
+        """Returns the number of ranks that know the cause."""
         return self._store.add("seen", 0)

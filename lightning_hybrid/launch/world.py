@@ -1,4 +1,4 @@
-"""All ranks of a run together: how they connect, and the collectives that Lightning asks a strategy for."""
+"""Connects all ranks of a run, and runs the collectives that Lightning requires of a strategy."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lightning_hybrid.launch.processes import DEFAULT_TIMEOUT, meet
 
 
 class World:
-    """The processes of a run.
+    """Connects the processes of a run, and runs collectives over them.
 
-    Collectives do nothing once a rank has failed, when callbacks may still ask for them.
+    Collectives do nothing after a rank has failed, when callbacks may still call them.
 
     Args:
-        backend: `"nccl"`, `"gloo"`; None: chosen by device.
-        timeout: How long one rank waits for another.
+        backend: `"nccl"` or `"gloo"`; None: chosen by device.
+        timeout: The longest wait of one rank for another.
     """
 
     def __init__(self, backend: str | None, timeout: timedelta | None) -> None:
@@ -34,7 +34,7 @@ class World:
         self.monitor = FailureMonitor(timeout or DEFAULT_TIMEOUT)
 
     def connect(self, environment: ClusterEnvironment, device: torch.device, facts: dict[str, str]) -> None:
-        """Meets all ranks, compares what they were started with, and makes the default process group. Collective.
+        """Connects all ranks, compares their facts, and creates the default process group. Collective.
 
         Args:
             environment: Lightning's cluster environment, which knows rank and world size.
@@ -51,7 +51,7 @@ class World:
         init_process_group(environment, self.backend, self._timeout, device if self.backend == "nccl" else None)
 
     def limit_waiting(self) -> None:
-        """Sets the time-out of all process groups that exist now."""
+        """Sets the timeout of all process groups that exist now."""
         limit_waiting(self._timeout or DEFAULT_TIMEOUT)
 
     @property
@@ -72,13 +72,13 @@ class World:
         return box[0]
 
     def reduce(self, tensor: Any, group: dist.ProcessGroup | None, operation: Any) -> Any:
-        """Reduces a tensor over `group`, or over all ranks; returns anything else as it is."""
+        """Returns `tensor` reduced over `group`, or over all ranks; any other value unchanged."""
         if not isinstance(tensor, Tensor) or not self._connected:
             return tensor
         return reduce_tensor(tensor, group, operation)
 
     def vote(self, decision: bool, device: torch.device, *, all: bool) -> bool:
-        """Returns True if the decision is true on all ranks, or on any rank."""
+        """Returns True if `decision` is True on all ranks (with `all`), or on any rank."""
         if not self._connected:
             return decision
         votes = torch.tensor(int(decision), device=device)
@@ -87,12 +87,12 @@ class World:
 
 
 def set_ranks(environment: ClusterEnvironment, nodes: int, processes: int) -> None:
-    """Sets rank and world size of `environment`, and the rank that Lightning's messages ask for.
+    """Sets rank and world size of `environment`, and the rank that Lightning's rank-zero messages use.
 
     Args:
         environment: Lightning's cluster environment.
         nodes: Number of nodes.
-        processes: Processes of each node.
+        processes: Number of processes per node.
     """
     environment.set_global_rank(environment.node_rank() * processes + environment.local_rank())
     environment.set_world_size(nodes * processes)

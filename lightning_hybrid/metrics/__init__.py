@@ -1,1 +1,1 @@
-"""Logged values, torchmetrics and outputs of steps, reduced over ranks; the plan as a table."""
+"""Reduces logged values, torchmetrics and outputs of steps over ranks; passes the plan to loggers."""

@@ -1,4 +1,4 @@
-"""`self.log` in hooks of the LightningModule and of callbacks: its values are reduced over the replicas."""
+"""Reduces values over the replicas that hooks of the LightningModule and of callbacks log by `self.log`."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lightning_hybrid.patching import patched
 
 
 class HookLogs:
-    """`self.log` and `self.log_dict` outside the steps, in hooks of the module and of callbacks.
+    """Handles `self.log` and `self.log_dict` outside the steps, in hooks of the module and of callbacks.
 
-    Every rank calls them, as Lightning asks; their values are reduced over the replicas, whatever `sync_dist` says.
+    Lightning requires every rank to call them. Values are reduced over the replicas, regardless of `sync_dist`.
     """
 
     def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device) -> None:
         self._root, self._mesh, self._device = root, mesh, device
         self._patches = ExitStack()
         self.padding: Callable[[], bool] = lambda: False
-        """True if the samples of the running batch count for nothing."""
+        """Returns True if this replica's samples of the running batch are padding."""
 
     def install(self) -> None:
-        """Starts taking the calls of the LightningModule."""
+        """Starts to intercept the calls of the LightningModule, if there are several replicas."""
         if self._mesh.layout.replicas > 1:
             self._patches.enter_context(patched(self._root, log=self._log, log_dict=self._log_dict))
 
     def remove(self) -> None:
-        """Ends it."""
+        """Stops intercepting the calls."""
         self._patches.close()
 
     def _log(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class HookLogs:
         collector = _Collector(self._root, calls)
         LightningModule.log_dict(collector, dictionary, *args, **kwargs)  # type: ignore[arg-type]
         if "log" in self._root.__dict__ and self._root.__dict__["log"] != self._log:
-            for call in calls:  # inside a step, whose recorder takes them
+            for call in calls:  # in a step, whose recorder collects them
                 self._root.log(**call)
         else:
             self._log_all(calls)
@@ -77,7 +77,7 @@ class HookLogs:
 
 @dataclass
 class _Collector:
-    """Stands in for a LightningModule while its `log_dict` takes a dictionary apart."""
+    """Collects, in place of a LightningModule, the `log` calls that its `log_dict` makes of a dictionary."""
 
     root: pl.LightningModule
     calls: list[dict[str, Any]]

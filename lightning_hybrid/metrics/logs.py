@@ -1,8 +1,8 @@
-"""`self.log` under any layout: recorded during a step, reduced over microbatches and replicas, replayed on every rank.
+"""Records `self.log` calls of a step, reduces them over microbatches and replicas, and replays them on every rank.
 
-A step's `self.log` calls run once a microbatch, and on one stage only. They are collected here, so that Lightning sees
-each call once a step, on every rank, with the value that one process would have logged for the global batch. Calls in
-other hooks run on every rank already; their values are reduced over the replicas.
+A step's `self.log` calls run once per microbatch, and on one stage only. The calls are collected here, so that
+Lightning sees each call once per step, on every rank, with the value that one process would have logged for the global
+batch. Calls in other hooks already run on every rank; their values are reduced over the replicas.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchmetrics import Metric
 _SIGNATURE = inspect.signature(LightningModule.log)
 _OPTIONS = frozenset(_SIGNATURE.parameters) - {"self", "name", "value"}
 _NOT_REPLAYED = ("sync_dist", "sync_dist_group", "enable_graph")
-"""Options that have done their work once a value is recorded."""
+"""Options without effect once a value is recorded."""
 
 
 @dataclass
@@ -35,23 +35,23 @@ class LogEntry:
     name: str
     options: dict[str, Any]
     value: Any
-    """Sum of value x weight for means, else the reduced value; for torchmetrics objects the object's module name."""
+    """Sum of value x weight for means, otherwise the reduced value; for a torchmetrics object its module name."""
     weight: float
-    """Samples behind the value."""
+    """Number of samples of the value, or the `batch_size` that was logged with it."""
     reduction: str
     """`mean`, `sum`, `max`, `min` or `metric`."""
     place: tuple[int, int] = (0, 0)
-    """Stage, and position among the stage's calls: the order in which one process would have logged."""
+    """Stage, and position among the stage's calls: sorts entries as one process would have logged them."""
 
     @property
     def everywhere(self) -> bool:
-        """Whether every replica logs it; not with `rank_zero_only`."""
+        """True if every replica logs the entry, that is, without `rank_zero_only`."""
         return not self.options.get("rank_zero_only", False)
 
 
 def by_name(root: pl.LightningModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a `self.log` call by name."""
-    if len(args) == 2 and _OPTIONS.issuperset(kwargs):  # nearly all calls; binding would take most of their time
+    """Returns the arguments of a `self.log` call, by name."""
+    if len(args) == 2 and _OPTIONS.issuperset(kwargs):  # nearly all calls; most of their time would go into binding
         return {"name": args[0], "value": args[1], **kwargs}
     bound = _SIGNATURE.bind(root, *args, **kwargs)
     return {k: v for k, v in bound.arguments.items() if k != "self"}
@@ -63,16 +63,22 @@ class LogRecorder:
 
     root: pl.LightningModule
     calls: dict[tuple[int, str, int], LogEntry] = field(default_factory=dict)
-    """By stage, key, and how many calls of this microbatch had the key before."""
+    """Entries by stage, key, and number of earlier calls of this microbatch with the key."""
 
     @property
     def entries(self) -> list[LogEntry]:
-        """What was logged, in order."""
+        """The logged entries, in order."""
         return sorted(self.calls.values(), key=lambda e: e.place)
 
     @contextmanager
     def recording(self, samples: int, owner: Any = None, stage: int = 0) -> Iterator[None]:
-        """Inside, `self.log` records; `samples` weigh a value with no `batch_size`; calls count while `owner.own`."""
+        """Records `self.log` calls of one microbatch for the duration of the context.
+
+        Args:
+            samples: Weight of a value that is logged without `batch_size`.
+            owner: Calls are recorded only while `owner.own` is True; None: always.
+            stage: Stage of the calls.
+        """
         seen: Counter[str] = Counter()
 
         def log(*args: Any, **kwargs: Any) -> None:
@@ -92,7 +98,7 @@ class LogRecorder:
                 self.root.__dict__["log"] = before
 
     def record(self, samples: int, call: tuple[int, str, int], /, name: str, value: Any, **options: Any) -> None:
-        """Adds one call of `self.log` for one microbatch."""
+        """Records one `self.log` call of one microbatch."""
         weight = float(options.pop("batch_size", None) or samples)
         options = {k: v for k, v in options.items() if k not in _NOT_REPLAYED}
         entry = self.calls.get(call)
@@ -130,7 +136,7 @@ _REDUCTIONS |= {torch.min: "min", min: "min", "avg": "mean"} | {n: n for n in ("
 
 
 def _reduction(name: str, reduce_fx: Any) -> str:
-    """As Lightning reads `reduce_fx`."""
+    """Returns the name of the reduction `reduce_fx`, by Lightning's rules."""
     found = _REDUCTIONS.get(reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx)
     if found is None:
         raise ValueError(
@@ -141,7 +147,7 @@ def _reduction(name: str, reduce_fx: Any) -> str:
 
 
 def leave_out(entries: list[LogEntry]) -> None:
-    """Makes entries of samples that do not count: the global batch is what the other replicas have."""
+    """Makes `entries` neutral in reductions: their samples are padding, the other replicas have the global batch."""
     empty = {"mean": 0.0, "sum": 0.0, "max": -math.inf, "min": math.inf}
     for entry in entries:
         entry.weight = 0.0
@@ -159,7 +165,7 @@ def replay(
 
     Args:
         root: The LightningModule.
-        entries: What to log.
+        entries: The entries to log.
         prepare_metric: Called with the entry of a torchmetrics object before it is logged.
     """
     for entry in entries:
@@ -175,7 +181,7 @@ def replay(
 
 @contextmanager
 def silent(root: pl.LightningModule) -> Iterator[None]:
-    """Inside, `self.log` does nothing: modules are run on made-up numbers."""
+    """Disables `self.log` for the duration of the context, in which modules run on made-up numbers."""
     kept = {key: root.__dict__[key] for key in ("log", "log_dict") if key in root.__dict__}
     root.__dict__.update(log=_nothing, log_dict=_nothing)
     try:

@@ -1,4 +1,4 @@
-"""What `training_step` returns beside the loss, joined over the microbatches of a pipeline."""
+"""Joins the outputs of `training_step` beside the loss over the microbatches of a pipeline."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from lightning_hybrid.spec.errors import PartitionError
 
 
 def extras(out: Any) -> dict[str, Any]:
-    """The entries of a step's output beside the loss, without their graphs."""
+    """Returns the entries of a step's output beside the loss, detached from their graphs."""
     if not isinstance(out, Mapping):
         return {}
     return {k: apply_to_collection(v, Tensor, Tensor.detach) for k, v in out.items() if k != "loss"}
 
 
 def join(parts: list[dict[str, Any]], samples: list[int]) -> dict[str, Any]:
-    """One dictionary for the whole batch from those of its microbatches.
+    """Returns one dictionary for the whole batch from those of its microbatches.
 
-    Tensors with the samples on dim 0 and lists with an element a sample are joined; scalar tensors and numbers are
-    averaged, weighted by samples; everything else must be the same in all parts.
+    Tensors with the samples on dim 0 and lists with one element per sample are concatenated; scalar tensors and numbers
+    are averaged, weighted by samples; everything else must be the same in all parts.
+
+    Args:
+        parts: The dictionary of each microbatch.
+        samples: The number of samples of each microbatch.
 
     Raises:
         PartitionError: If a value can be neither joined nor averaged.

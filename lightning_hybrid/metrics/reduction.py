@@ -1,4 +1,4 @@
-"""Logged values of all replicas: as numbers that replicas add up in one all-reduce, and back."""
+"""Reduces logged values over replicas: packs them into one all-reduce, and unpacks the sums."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import LogEntry
 
 _CAPACITY = 64
-"""Numbers that fit in the first all-reduce of a hook; a hook that logs more needs a second one."""
+"""Numbers that fit into the first all-reduce of a hook; a hook that logs more needs a second all-reduce."""
 
 
 def pack(entries: Sequence[LogEntry], replica: int, replicas: int) -> tuple[list[float], list[Any]]:
-    """Gives the weights and the values of `entries` as numbers to add up over replicas.
+    """Returns the weights and the values of `entries` as numbers to sum over replicas.
 
-    Values that are not summed (largest, smallest, those with `rank_zero_only`) have a place for each replica. Entries
-    with `rank_zero_only` come last, since some replicas may lack them.
+    Values that are not summed (maximum, minimum, entries with `rank_zero_only`) have one slot per replica. Entries with
+    `rank_zero_only` come last, since some replicas may lack them.
     """
     weights: list[float] = []
     values: list[Any] = []
@@ -40,13 +40,13 @@ def pack(entries: Sequence[LogEntry], replica: int, replicas: int) -> tuple[list
 
 
 def unpack(entries: Sequence[LogEntry], weights: Sequence[float], values: Tensor, replica: int, replicas: int) -> None:
-    """Gives `entries` the weights and values of all replicas, from the sums of what `pack` gave on each.
+    """Sets the weights and values of `entries` to those of all replicas, from sums of the numbers of `pack`.
 
     Args:
-        entries: The same as for `pack`; those of another stage have no values yet.
+        entries: The same as for `pack`; entries of another stage have no values yet.
         weights: The sums of weights.
         values: The sums of values, on the device, of shape `(values,)` or longer.
-        replica: This replica, for `rank_zero_only`.
+        replica: The index of this replica, for `rank_zero_only`.
         replicas: Number of replicas.
     """
     w = v = 0
@@ -72,7 +72,7 @@ def _in_order(entries: Sequence[LogEntry]) -> Iterator[LogEntry]:
 
 
 def as_numbers(values: Sequence[float | Tensor], device: torch.device, size: int | None = None) -> Tensor:
-    """Gives `values` as a float64 tensor of shape `(size,)` on `device`, zeros at its end; the host does not wait."""
+    """Returns `values` as a float64 tensor of shape `(size,)` on `device`, filled up with zeros; no host sync."""
     size = len(values) if size is None else size
     if not any(isinstance(v, Tensor) for v in values):
         padded = [*values, *[0.0] * (size - len(values))]
@@ -82,13 +82,13 @@ def as_numbers(values: Sequence[float | Tensor], device: torch.device, size: int
 
 
 def reduce_over_replicas(entries: list[LogEntry], mesh: Mesh, device: torch.device, hook: str = "") -> None:
-    """Makes each entry that of the global batch; collective over the replicas, which must have logged the same keys.
+    """Reduces `entries` to those of the global batch. Collective over the replicas, which must log the same keys.
 
     Args:
-        entries: What this rank has logged, in order.
+        entries: This rank's entries, in order.
         mesh: The mesh.
         device: This rank's device.
-        hook: The hook that logged.
+        hook: The name of the hook that logged.
 
     Raises:
         ValueError: On every replica, if the keys differ.
@@ -118,7 +118,7 @@ def reduce_over_replicas(entries: list[LogEntry], mesh: Mesh, device: torch.devi
 
 
 def different_keys(by_replica: list[list[str]]) -> ValueError:
-    """The error for replicas that have logged different keys."""
+    """Returns the error for replicas that have logged different keys."""
     return ValueError(
         f"`self.log` must be called with the same keys on every replica, in the same order. Got {by_replica}. "
         "Log a key on all of them or on none, or with `rank_zero_only=True`."

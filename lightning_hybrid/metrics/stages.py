@@ -1,4 +1,4 @@
-"""The loss of a pipeline's last stage, and what `training_step` returned beside it, sent to the other stages."""
+"""Sends the loss of a pipeline's last stage, and the other outputs of `training_step`, to the other stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.reduction import as_numbers
 
 _EXACT = 2**53
-"""Whole numbers below have a float64 of their own."""
+"""Bound up to which float64 represents every whole number exactly."""
 
 
 class _Array(NamedTuple):
@@ -23,25 +23,25 @@ class _Array(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """The extras without the values of tensors and numbers."""
+    """The form of the extras: all but the values of tensors and numbers."""
 
     structure: TreeSpec
     leaves: list[Any]
-    """Of each leaf: an `_Array`; `int` or `float`; a constant; or an object that equals no other."""
+    """For each leaf: an `_Array`; `int` or `float`; a constant; or an object that equals no other."""
 
     @property
     def numbers(self) -> int:
-        """How many leaves are numbers."""
+        """Number of leaves that are numbers."""
         return sum(leaf in (int, float) for leaf in self.leaves)
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes of each tensor."""
+        """Number of bytes of each tensor."""
         return [x.shape.numel() * x.dtype.itemsize for x in self.leaves if isinstance(x, _Array)]
 
 
 class StageOutputs:
-    """Shares the loss and the extras over the stages, in one broadcast while the extras keep their form.
+    """Sends the loss and the extras to all stages, in one broadcast while the form of the extras stays the same.
 
     Args:
         mesh: The mesh.
@@ -53,14 +53,14 @@ class StageOutputs:
         self._group, self._device, self._last = mesh.log_stage_group, device, last
         self._form = _form_of({})
         self.objects_sent = 0
-        """How often extras were sent as an object."""
+        """Number of times that extras were sent as an object."""
 
     def share(self, loss: Tensor | None, extras: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Gives every stage the loss and the extras of the last one; collective over the ranks of a pipeline.
+        """Returns the loss and the extras of the last stage on every stage. Collective over the ranks of a pipeline.
 
         Args:
             loss: The loss, on the rank of the last stage; None elsewhere.
-            extras: What `training_step` returned beside it, there.
+            extras: The other outputs of `training_step`, on the rank of the last stage.
         """
         form, header = self._form, 8 * (2 + self._form.numbers)
         message = torch.zeros(header + sum(form.sizes), dtype=torch.uint8, device=self._device)
@@ -84,7 +84,7 @@ class StageOutputs:
         return head[1].float(), extras
 
     def _message(self, loss: Tensor, extras: dict[str, Any], new: bool) -> Tensor:
-        """The bytes of whether the form is `new`, the loss, numbers, and tensors."""
+        """Returns the bytes of `new` (True if the form has changed), the loss, the numbers, and the tensors."""
         leaves = tree_flatten(extras)[0]
         tensors = [x.to(self._device).contiguous() for x in leaves if isinstance(x, Tensor)]
         numbers = as_numbers([float(new), 0.0, *(float(x) for x in leaves if type(x) in (int, float))], self._device)

@@ -1,9 +1,9 @@
-"""The logs of a step, on every rank: as numbers that all ranks add up, together with others of the step.
+"""Reduces the logs of a step: as numbers that are summed over all ranks, together with other numbers of the step.
 
-From one step to the next only values change, as a rule. So every rank has a table of what all ranks have logged
-together before. In a step a rank names the row of the table that it has logged, by its number and the square of it: the
-sums over the ranks show to all of them alike whether those of a stage name the same row. If they do not, or one has
-logged something new, all ranks gather what each has logged as objects, add a row, and add up their numbers again.
+From one step to the next usually only values change. Therefore every rank keeps a table of the logs of all ranks in
+earlier steps. In a step each rank sends the number of the row that matches its logs, and the square of the number: the
+sums over the ranks show every rank whether the ranks of each stage name the same row. If the ranks of a stage differ,
+or a rank has logged something new, all ranks gather their logs as objects, add a row, and sum their numbers again.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from lightning_hybrid.metrics.reduction import as_numbers, different_keys, pack,
 from lightning_hybrid.metrics.torchmetrics import Metrics
 
 _ROWS = 16
-"""A table with this many rows is cleared: a module may log keys that never repeat. Empirical."""
+"""Number of rows at which a table is cleared: a module may log keys that never repeat. Empirical."""
 
 
 _HOOKS_BEFORE_CHECK = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
-"""Hooks of callbacks and of the LightningModule."""
+"""Hooks of callbacks and of the LightningModule between `training_step` and the check of its gradients."""
 
 
 class _Content(NamedTuple):
-    """What a rank has logged in a step, without values."""
+    """The logs of a rank in a step, without values."""
 
     entries: list[LogEntry]
     metrics: tuple[tuple[str, bool], ...]
-    """See `Metrics.updated`."""
+    """The metrics that the rank has updated, as in `Metrics.updated`."""
 
     @property
     def keys(self) -> list[tuple[str, str]]:
@@ -47,7 +47,7 @@ class _Content(NamedTuple):
 
 
 def seen_before_step(trainer: pl.Trainer) -> bool:
-    """Returns whether user code runs between `training_step` and the check of its gradients, and may read its logs."""
+    """Returns True if user code between `training_step` and the check of its gradients may read the logs."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     return any(is_overridden(hook, owner) for hook in _HOOKS_BEFORE_CHECK for owner in callbacks) or any(
         is_overridden(hook, trainer.lightning_module)
@@ -57,16 +57,16 @@ def seen_before_step(trainer: pl.Trainer) -> bool:
 
 @dataclass
 class _Table:
-    """What all ranks have logged together in one step function."""
+    """The logs of all ranks in earlier steps of one step function."""
 
     sizes: list[tuple[int, int]]
-    """By pipeline rank: room for weights and for values, enough for every row."""
+    """By pipeline rank: number of slots for weights and for values, enough for every row."""
     rows: list[list[_Content]] = field(default_factory=list)
-    """Each by pipeline rank, of the pipeline of this rank."""
+    """Rows of contents by pipeline rank, for the pipeline of this rank."""
 
 
 class StepLogs:
-    """Reduces the logs of a step over replicas, shares them over stages, and replays them on every rank.
+    """Reduces the logs of a step over replicas, sends them to all stages, and replays them on every rank.
 
     Args:
         root: The LightningModule.
@@ -80,12 +80,12 @@ class StepLogs:
         self._tables: dict[str, _Table] = {}
         self._step, self._entries = "", list[LogEntry]()
         self.pending = False
-        """Whether logs wait to be added up and replayed."""
+        """True if logs wait to be summed and replayed."""
         self.gathered = 0
-        """How often ranks have gathered what each has logged."""
+        """Number of times that the ranks have gathered their logs as objects."""
 
     def take(self, step: str, entries: list[LogEntry]) -> None:
-        """Takes what this rank has logged in `step`; it is replayed at once if no rank needs another's."""
+        """Stores this rank's `entries` of `step`; replays them at once if no rank needs those of another."""
         self._step, self._entries = step, entries
         if self._mesh.layout.replicas == self._mesh.layout.pp == 1:
             self._replay(entries)
@@ -93,7 +93,7 @@ class StepLogs:
             self.pending = True
 
     def numbers(self) -> list[Tensor]:
-        """Gives the numbers to add up over all ranks: float64, equally many on every rank; none if no logs wait."""
+        """Returns the numbers to sum over all ranks: float64, equally many on every rank; none if no logs wait."""
         if not self.pending:
             return []
         stage, replica, replicas = self._mesh.rank("pp"), self._mesh.replica, self._mesh.layout.replicas
@@ -110,11 +110,11 @@ class StepLogs:
         return found
 
     def take_sums(self, sums: Tensor, on_host: Sequence[float]) -> None:
-        """Replays the logs that wait; collective, on all ranks alike, if they do not name the same rows.
+        """Replays the pending logs. Collective over all ranks if the ranks of a stage name no common row.
 
         Args:
-            sums: The numbers of all ranks, added up.
-            on_host: The same on the host.
+            sums: The sums of `numbers` over all ranks, on the device.
+            on_host: The same sums on the host.
 
         Raises:
             ValueError: On all ranks, if replicas have logged different keys.
@@ -146,7 +146,7 @@ class StepLogs:
 
     @property
     def _travelling(self) -> list[LogEntry]:
-        """This rank's entries that others need: those with `rank_zero_only` go to the stages of their pipeline."""
+        """This rank's entries that other ranks need; those with `rank_zero_only` are for the stages of the pipeline."""
         return [e for e in self._entries if e.everywhere or self._mesh.layout.pp > 1]
 
     # ---- the table
@@ -156,7 +156,7 @@ class StepLogs:
         return self._tables.setdefault(self._step, _Table([(0, 0)] * self._mesh.layout.pp))
 
     def _content(self) -> _Content:
-        shared = self._mesh.layout.pp > 1  # elsewhere options stay on their rank, and may differ
+        shared = self._mesh.layout.pp > 1  # without stages, options stay on their rank and may differ
         entries = [
             replace(e, value=e.value if e.reduction == "metric" else None, weight=0.0)
             if shared
@@ -166,12 +166,12 @@ class StepLogs:
         return _Content(entries, self._metrics.updated if shared else ())
 
     def _own_row(self) -> int:
-        """The number of the last row that has what this rank has logged, from 1 on; 0 if it is new."""
+        """Returns the number, from 1, of the last row that matches this rank's logs; 0 if none does."""
         own, stage, rows = self._content(), self._mesh.rank("pp"), self._table.rows
         return next((i for i in range(len(rows), 0, -1) if rows[i - 1][stage] == own), 0)
 
     def _named_row(self, on_host: Sequence[float]) -> list[_Content] | None:
-        """What the pipeline ranks have logged; None if the ranks of one do not name the same row."""
+        """Returns the contents by pipeline rank; None if the ranks of a stage name no common row."""
         found, at = [], 0
         ranks = self._mesh.layout.devices // self._mesh.layout.pp
         for stage, sizes in enumerate(self._table.sizes):

@@ -1,4 +1,4 @@
-"""torchmetrics objects under any layout: their states are those of all replicas, and of the stage that updates them."""
+"""Synchronizes torchmetrics objects under any layout: over replicas, and from the stage that updates each metric."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ from lightning_hybrid.spec.layout import Layout
 
 
 class Metrics:
-    """The torchmetrics objects of a partitioned module.
+    """Synchronizes the torchmetrics objects of a partitioned module.
 
-    In a step, a metric is updated by the stage that has its input, with every replica's own samples. `compute` gives
-    the value for all samples, on every rank: states are gathered over the replicas and taken from the stage that has
-    them. A metric that is no part of the module (of a callback, say) is updated on every rank by itself, and only
-    gathered over the replicas.
+    In a step, a metric is updated by the stage that has its input, with every replica's own samples. `compute` returns
+    the value for all samples, on every rank: states are gathered over the replicas, and read from the stage that has
+    them. A metric outside the module (for example of a callback) is updated on every rank separately, and only gathered
+    over the replicas.
     """
 
     def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device) -> None:
         self._root, self._mesh, self._device = root, mesh, device
         self._names = {id(m): name for name, m in root.named_modules() if isinstance(m, Metric)}
         self._owners: dict[int, int] = {}
-        """The pipeline rank that updates a metric in its steps, by the metric's id."""
+        """The pipeline rank that updates a metric in its steps, by the `id` of the metric."""
         self._copies: dict[str, Metric] = {}
-        """For each metric that is called in steps: a copy that holds the samples of one step."""
+        """For each metric that is called in steps, by name: a copy with the samples of one step."""
         self._updates: Counter[str] = Counter()
         self._called: set[str] = set()
         self._inside = False
         self.padding: Callable[[], bool] = lambda: False
-        """True if the samples of the running step count for nothing."""
+        """Returns True if this replica's samples of the running step are padding."""
         self._undo: Callable[[], None] | None = None
 
     def install(self) -> None:
-        """Starts synchronizing all metrics of this process by the layout."""
+        """Starts to synchronize all metrics of this process according to the layout."""
         if self._undo is None:
             self._undo = route_metric_sync(self._synchronize)
 
     def remove(self) -> None:
-        """Ends it."""
+        """Restores the original synchronization of metrics."""
         if self._undo is not None:
             self._undo()
             self._undo = None
@@ -70,12 +70,12 @@ class Metrics:
     # ---- in a step
 
     def begin_step(self) -> None:
-        """Forgets what the last step did."""
+        """Clears the records of the last step."""
         self._updates.clear()
         self._called.clear()
 
     def watching(self, interceptor: CallInterceptor) -> AbstractContextManager:
-        """For steps without stages: inside, the calls of metrics are noted."""
+        """Returns a context in which calls of metrics are recorded, for steps without stages."""
         watched = self._names and self._mesh.layout.replicas > 1
         return interceptor.handled_by(_WithoutStages(self)) if watched else nullcontext()
 
@@ -96,7 +96,7 @@ class Metrics:
             return call(*args, **kwargs)
 
     def _call_in_vain(self, metric: Any, kind: str, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Runs the call for its result: what it leaves in states is undone, and other replicas' updates are noted."""
+        """Runs the call for its result only: restores the states, and counts the updates of the other replicas."""
         with preserved_module_state(metric), self._within():
             out = call(*args, **kwargs)
         for part in metric.modules():
@@ -124,14 +124,14 @@ class Metrics:
 
     @property
     def updated(self) -> tuple[tuple[str, bool], ...]:
-        """The metrics that this rank has updated in the step, and whether they were called (`metric(...)`)."""
+        """The names of the metrics that this rank has updated in the step, each with True if called (`metric(...)`)."""
         return tuple((name, name in self._called) for name in self._updates)
 
     def updated_elsewhere(self, rank: int, updated: tuple[tuple[str, bool], ...]) -> None:
-        """Notes what the stages of pipeline rank `rank` have updated in the step.
+        """Records the metrics that the stages of pipeline rank `rank` have updated in the step.
 
         Raises:
-            PartitionError: If another rank updates one of the metrics too.
+            PartitionError: If another rank also updates one of the metrics.
         """
         own = self._mesh.rank("pp")
         for name, called in updated:
@@ -148,7 +148,7 @@ class Metrics:
                     self._copy_for_step(name, metric)
 
     def prepare(self, entry: LogEntry) -> None:
-        """Before a metric is logged: if the step called it, what it returned becomes the value for the whole batch."""
+        """Sets the step value of a metric that the step called to that of the whole batch, before `entry` is logged."""
         on_step = entry.options.get("on_step")
         wanted = self._root.trainer.training if on_step is None else on_step
         if not wanted or entry.value not in self._called:
@@ -165,7 +165,7 @@ class Metrics:
     # ---- when the layout changes
 
     def unmovable(self, layout: Layout) -> str | None:
-        """The name of a metric that has been updated and whose states cannot be divided among replicas anew."""
+        """Returns the name of an updated metric whose states cannot be moved to the replicas of `layout`, or None."""
         if max(layout.replicas, self._mesh.layout.replicas) == 1:
             return None
         for name in self._names.values():
@@ -175,7 +175,7 @@ class Metrics:
         return None
 
     def states_of_all(self) -> dict[str, dict[str, Any]]:
-        """For each metric that has been updated: its states for the samples of all replicas. Collective."""
+        """Returns, for each metric that has been updated, the states for the samples of all replicas. Collective."""
         found: dict[str, dict[str, Any]] = {}
         for name in self._names.values():
             metric: Any = self._root.get_submodule(name)
@@ -188,7 +188,7 @@ class Metrics:
         return found
 
     def load_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Loads global metric states: replica 0 takes them, the others reset; all take those that are means."""
+        """Loads global metric states: replica 0 gets all of them, the others only means, and reset the rest."""
         for name, values in states.items():
             metric: Any = self._root.get_submodule(name)
             for state, reduction in metric_reductions(metric).items():
@@ -199,7 +199,7 @@ class Metrics:
     # ---- in `compute`
 
     def _synchronize(self, metric: Metric) -> None:
-        """Replaces the states of `metric` by those for all samples; collective."""
+        """Replaces the states of `metric` by those for all samples. Collective."""
         reductions = metric_reductions(metric)
         states = {name: getattr(metric, name) for name in reductions}
         owner, layout = self._owners.get(id(metric)), self._mesh.layout
@@ -219,18 +219,18 @@ def _is_mean(reduction: Callable[[Any], Any] | None) -> bool:
 
 
 def _divides(reduction: Callable[[Any], Any] | None) -> bool:
-    """Whether the states of all samples beside states as they begin give the states of all samples."""
+    """Returns True if the states that `load_states` sets on the replicas reduce to the global states."""
     known = (dim_zero_sum, dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_mean)
     return reduction in known or concatenates(reduction)
 
 
 def combine(states: list[Any], reduction: Callable[[Any], Any] | None) -> Any:
-    """One state of a metric for all replicas, as torchmetrics reduces it, from those of the replicas.
+    """Returns one state of a metric for all replicas, reduced as torchmetrics does.
 
-    States that are joined are joined in the order of the samples, of which replica r has every n-th from r on.
+    States are concatenated in the order of the samples: of n replicas, replica r has every n-th sample from r on.
 
     Args:
-        states: The state on each replica: a tensor, or a list with what each update added.
+        states: The state on each replica: a tensor, or a list with one item per update.
         reduction: The metric's reduction of this state.
     """
     if not isinstance(states[0], list):
@@ -258,21 +258,21 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def _alternating(lengths: list[int]) -> bool:
-    """Whether replicas with so many items each can have taken turns, the first one first."""
+    """Returns True if `lengths` are those of round-robin sharding from replica 0."""
     total, n = sum(lengths), len(lengths)
     return all(length == (total - r + n - 1) // n for r, length in enumerate(lengths))
 
 
 class _WithoutStages:
-    """Notes the calls of metrics; units run as ever."""
+    """Records the calls of metrics; units run unchanged."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Runs the unit."""
+        """Runs the unit unchanged."""
         return call(*args, **kwargs)
 
     def metric_call(self, metric: Any, kind: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Runs the metric."""
+        """Runs the metric, and records the call."""
         return self._metrics.call(metric, kind, call, args, kwargs)

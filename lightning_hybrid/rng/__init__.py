@@ -1,1 +1,1 @@
-"""Random number generators: captured, restored, agreed on by all ranks, seeded per batch and unit."""
+"""Captures, restores, synchronizes and seeds (per batch and unit) the random number generators."""

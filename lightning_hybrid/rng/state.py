@@ -1,4 +1,4 @@
-"""The state of random number generators: captured, restored, written to checkpoints, and agreed on by all ranks."""
+"""Captures and restores the state of random number generators, for checkpoints too, and synchronizes all ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def default_generators(device: torch.device | None = None) -> list[torch.Generat
     """Returns torch's default generator of the CPU, followed by that of `device` if it is a GPU."""
     if device is None or device.type != "cuda":
         return [torch.default_generator]
-    torch.cuda.init()  # which makes the generators
+    torch.cuda.init()  # creates the generators
     return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
 
 
@@ -30,23 +30,23 @@ class RNGState(NamedTuple):
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
     torch: list[Tensor]
-    """By default of torch's generator of the CPU alone."""
+    """The states of the generators of torch; by default only that of the CPU."""
 
     @classmethod
     def capture(cls, generators: Sequence[torch.Generator] | None = None) -> RNGState:
-        """Returns the present state.
+        """Returns the current state.
 
         Args:
-            generators: Those of torch; None: the default one of the CPU.
+            generators: Generators of torch; None: the default generator of the CPU.
         """
         numpy: Any = np.random.get_state()
         return cls(random.getstate(), numpy, [g.get_state() for g in generators or default_generators()])
 
     def restore(self, generators: Sequence[torch.Generator] | None = None) -> None:
-        """Puts the generators into this state.
+        """Sets the generators to this state.
 
         Args:
-            generators: As in `capture`. Those for which there is no state are left alone.
+            generators: As in `capture`. Generators for which there is no state stay unchanged.
         """
         random.setstate(self.python)
         np.random.set_state(self.numpy)
@@ -54,7 +54,7 @@ class RNGState(NamedTuple):
             generator.set_state(state)
 
     def equals(self, other: RNGState) -> bool:
-        """Whether generators in the two states draw equal numbers."""
+        """Returns True if generators in this state and in `other` draw equal numbers."""
         (kind, key, *rest), (other_kind, other_key, *other_rest) = self.numpy, other.numpy
         return (
             self.python == other.python
@@ -64,7 +64,7 @@ class RNGState(NamedTuple):
         )
 
     def plain(self) -> dict[str, Any]:
-        """Returns plain data and tensors, for checkpoints; the generators were `default_generators`."""
+        """Returns the state of `default_generators` as plain data and tensors, for checkpoints."""
         version, words, gauss = self.python
         kind, key, *rest = self.numpy
         return {
@@ -75,7 +75,7 @@ class RNGState(NamedTuple):
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RNGState:
-        """Returns the state of which `plain` is the plain form."""
+        """Returns the state whose plain form is `plain`."""
         version, words, gauss = plain["python"]
         kind, key, *rest = plain["numpy"]
         return cls(
@@ -86,14 +86,14 @@ class RNGState(NamedTuple):
 
 
 def seed_all(seed: int) -> None:
-    """Seeds the global generators of Python and NumPy, and torch's of the CPU."""
+    """Seeds the global generators of Python and NumPy, and torch's generator of the CPU."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
 
 
 def agree(generators: Sequence[torch.Generator]) -> None:
-    """Gives all ranks the RNG state of rank 0, and the states of its `generators`. Collective over all ranks."""
+    """Sets the RNG state, and the states of `generators`, to those of rank 0. Collective over all ranks."""
     if dist.get_world_size() == 1:
         return
     every = [*default_generators(), *generators]
