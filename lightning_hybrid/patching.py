@@ -1,4 +1,4 @@
-"""Attributes of other people's objects, replaced for a while."""
+"""Replaces attributes of objects of other packages temporarily."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MISSING = object()
 
 @contextmanager
 def patched(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Replaces attributes in the instance dictionary of `owner`; afterwards the dictionary is as it was before."""
+    """Replaces attributes in the instance dictionary of `owner`, and restores the dictionary afterwards."""
     before = {name: owner.__dict__.get(name, _MISSING) for name in attributes}
     owner.__dict__.update(attributes)
     try:
@@ -26,7 +26,7 @@ def patched(owner: Any, **attributes: Any) -> Iterator[None]:
 
 
 class Patches:
-    """Attributes of several objects, replaced and restored together, as often as needed."""
+    """Replaces and restores attributes of several objects together, as often as needed."""
 
     def __init__(self) -> None:
         self._wanted: list[tuple[Any, dict[str, Any]]] = []
@@ -35,20 +35,20 @@ class Patches:
         """True while the objects have the replaced attributes."""
 
     def add(self, owner: Any, **attributes: Any) -> None:
-        """Replaces attributes of `owner`, now if the others are applied, else with them."""
+        """Replaces attributes of `owner`: immediately if other patches are applied, otherwise together with those."""
         self._wanted.append((owner, attributes))
         if self.are_applied:
             self._applied.enter_context(patched(owner, **attributes))
 
     def apply(self) -> None:
-        """Replaces all attributes; does nothing if they are replaced."""
+        """Replaces all attributes; does nothing if the attributes are replaced already."""
         if not self.are_applied:
             self.are_applied = True
             for owner, attributes in self._wanted:
                 self._applied.enter_context(patched(owner, **attributes))
 
     def restore(self) -> None:
-        """Restores all attributes; does nothing if they are."""
+        """Restores all attributes; does nothing if the attributes are not replaced."""
         self.are_applied = False
         self._applied.close()
 

@@ -1,4 +1,4 @@
-"""`HybridStrategy`: Lightning's hooks, each handing over to the room that does the work."""
+"""`HybridStrategy`: implements Lightning's hooks by the subpackages."""
 
 from __future__ import annotations
 
@@ -109,9 +109,9 @@ class HybridStrategy(ParallelStrategy):
         self.num_nodes = 1
         self.checkpoints = Checkpoints(checkpoints, timeout)
         self.listeners: list[Listener] = []
-        """Follow changes of the layout, in this order."""
+        """Listeners to changes of the layout, called in this order."""
         self.sequence_length: int | None = None
-        """Samples of training batches are split into samples of this length; None: they stay whole."""
+        """Length into which samples of training batches are split; None: samples are not split."""
         self._layout, self._request = given, request
         self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._world = World(process_group_backend, timeout)
@@ -122,7 +122,7 @@ class HybridStrategy(ParallelStrategy):
         self._data: ReplicaData | None = None
         self._moving = False
 
-    # ---- its parts
+    # ---- parts of the strategy
 
     @property
     def layout(self) -> Layout:
@@ -131,22 +131,22 @@ class HybridStrategy(ParallelStrategy):
 
     @property
     def request(self) -> Request:
-        """The layout and the options that belong to it, as they are requested now."""
+        """The layout and its options, as currently requested."""
         return replace(self._request, layout=self.layout)
 
     @property
     def engine(self) -> Engine:
-        """The partitioned module at work, once the strategy has been set up."""
+        """The engine of the partitioned module, once the strategy has been set up."""
         return _there(self._engine, "engine")
 
     @property
     def plan(self) -> Plan:
-        """The plan of the partitioned module; `plan.to_yaml(path)` writes a file that `layout` takes."""
+        """The plan of the partitioned module; `plan.to_yaml(path)` writes a file that `layout` accepts."""
         return self.engine.plan
 
     @property
     def mesh(self) -> Mesh:
-        """This rank's place in the layout, once the processes are connected."""
+        """The device mesh with this rank's place in the layout, once the processes are connected."""
         return _there(self._mesh, "mesh")
 
     @property
@@ -180,12 +180,12 @@ class HybridStrategy(ParallelStrategy):
 
     @property
     def num_processes(self) -> int:
-        """Processes on this node."""
+        """Number of processes on this node."""
         return len(self.parallel_devices or ())
 
     @property
     def is_distributed(self) -> bool:
-        """True: Lightning injects distributed samplers and reduces what is logged with `sync_dist`."""
+        """True always: Lightning injects distributed samplers and reduces values logged with `sync_dist`."""
         return True
 
     @property
@@ -208,7 +208,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduces over the replicas: ranks of `tp` and `pp` hold copies of the same value."""
+        """Returns `tensor` reduced over the replicas: ranks of `tp` and `pp` hold copies of the same value."""
         if group is None and self._mesh is not None:
             if self._mesh.layout.replicas == 1:
                 return tensor
@@ -233,7 +233,7 @@ class HybridStrategy(ParallelStrategy):
             if max(environment.global_rank(), environment.local_rank()) > 0:
                 leave_quietly()
             raise
-        # with processes that are there already it only shares out the cores, without which each rank takes all of them
+        # with existing processes the launcher only assigns cores; otherwise each rank would use all cores
         self._launcher = HybridLauncher(environment, self.num_processes, self.num_nodes, self._world.monitor)
 
     @override
@@ -245,7 +245,7 @@ class HybridStrategy(ParallelStrategy):
         self._world.connect(environment, self.root_device, agreement.facts_of(trainer, arguments))
         self._mesh = Mesh.create(self.layout, self.root_device.type)
         self._world.limit_waiting()
-        agree([])  # so that samplers and initial weights are the same everywhere
+        agree([])  # so that samplers and initial weights are the same on all ranks
         splits = injects_sampler(trainer)
         self._data = ReplicaData(trainer, self._mesh, self.root_device, split=splits, run_padding=self._run_padding)
         self._run = Run(
@@ -271,7 +271,7 @@ class HybridStrategy(ParallelStrategy):
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        with self.precision_plugin.tensor_init_context():  # on the CPU, as in one process; the device comes later
+        with self.precision_plugin.tensor_init_context():  # on the CPU, as in one process
             yield
 
     @override
@@ -292,10 +292,10 @@ class HybridStrategy(ParallelStrategy):
         engine.optimizers.check_optimizers(self.optimizers)
 
     def _use(self, engine: Engine) -> None:
-        """Puts a started engine in force: everything that follows a layout, in order."""
+        """Makes a started engine the current one, and updates everything that depends on the layout, in order."""
         self._engine, self._mesh = engine, engine.mesh
         self._layout, self._request = engine.request.layout, engine.request
-        self._world.limit_waiting()  # of the groups that the engine has made
+        self._world.limit_waiting()  # of the groups that the engine has created
         keep_loading_whole_weights(engine)
         engine.patches.enter_context(local_copies(engine))
         engine.patches.enter_context(patched_callbacks(engine))
@@ -305,7 +305,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def model_to_device(self) -> None:
-        """Nothing: partitioning moves this rank's part to the device."""
+        """Does nothing: partitioning moves this rank's part to the device."""
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -360,16 +360,16 @@ class HybridStrategy(ParallelStrategy):
         self.engine.runner.evaluation_step("predict_step", weights, *arguments)
 
     def on_train_start(self) -> None:
-        """Logs the bytes that a step's gradients cost, where they are not exact."""
+        """Logs the bytes sent per step for gradients, if gradient synchronization is not exact."""
         self._log_sent_bytes()
 
     def on_train_end(self) -> None:
-        """Lets replicas that have stepped by themselves agree on the weights."""
+        """Synchronizes the weights of replicas that step independently (DiLoCo)."""
         if self.engine.diloco is not None:
             self.engine.diloco.agree()
 
     def on_predict_start(self) -> None:
-        """Refuses loaders on which predictions would not be complete."""
+        """Refuses loaders for which predictions would not be complete."""
         self.data.check_predictions()
 
     def on_predict_end(self) -> None:
@@ -394,7 +394,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This rank's parts; `full_state_dict` gives whole weights."""
+        """Returns this rank's parts; `full_state_dict` returns whole weights."""
         return {} if self._unsavable else state.state_dict(self.engine)
 
     @override
@@ -435,7 +435,7 @@ class HybridStrategy(ParallelStrategy):
         self.checkpoints.first_batch(self._module.trainer)
         return super().batch_to_device(batch, device, dataloader_idx)
 
-    # ---- for users and callbacks, while it trains
+    # ---- for users and callbacks, during training
 
     def gradient_norms(self) -> dict[str, Tensor]:
         """Returns the values of `lightning.pytorch.utilities.grad_norm(module, 2)` in one process. Collective.
@@ -445,10 +445,10 @@ class HybridStrategy(ParallelStrategy):
         return gradient_norms(self.engine.partition, self.engine.device)
 
     def expert_loads(self) -> dict[str, Tensor]:
-        """Returns the tokens that each expert got in training since the last call, on all ranks. Collective.
+        """Returns the tokens that each expert received in training since the last call, on all ranks. Collective.
 
         Returns:
-            By name of the module of experts, of those that `ep` divides: counts of shape `(experts,)`.
+            Counts of shape `(experts,)`, by name of the module of experts, for modules that `ep` divides.
         """
         return self.engine.expert_loads()
 
@@ -461,9 +461,9 @@ class HybridStrategy(ParallelStrategy):
     ) -> RelayoutResult:
         """Changes the layout during training: the same module, optimizers, schedulers, loggers and data.
 
-        Call it between two steps of the optimizer, in a hook that all ranks run (`on_train_batch_end`,
-        `on_train_epoch_start`). Weights, optimizer state and buffers move by name; a rank gets only what it lacks. The
-        global batch stays the same, so the result does, too. Collective over all ranks.
+        Must be called between two steps of the optimizer, in a hook that all ranks run (`on_train_batch_end`,
+        `on_train_epoch_start`). Weights, optimizer state and buffers move by name; a rank receives only missing
+        elements. The global batch stays the same, so the result stays the same, too. Collective over all ranks.
 
         Args:
             layout: Another layout of the same ranks.
@@ -472,10 +472,10 @@ class HybridStrategy(ParallelStrategy):
             **options: Options that belong to a layout, see `LayoutOptions`.
 
         Returns:
-            The bytes and seconds that it took.
+            The bytes sent and the seconds passed.
 
         Raises:
-            PartitionError: On all ranks, if it is refused or fails; training is in the old layout then.
+            PartitionError: On all ranks, if the change is refused or fails; training is in the old layout then.
         """
         wanted = self._request.changed(layout, **options)
         self._moving = True

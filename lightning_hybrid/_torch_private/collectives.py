@@ -42,20 +42,20 @@ def completed_work() -> Any:
 
 
 def boxed_group(box: Any) -> dist.ProcessGroup:
-    """The process group in the box in which operators of `c10d` take it."""
+    """Returns the process group in `box`, as operators of `c10d` receive it."""
     return dist.ProcessGroup.unbox(box)
 
 
 def all_to_all_rows(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Sends rows of `rows` to every rank and returns those that arrive, in order of rank; gradients go back.
+    """Sends rows of `rows` to every rank and returns those that arrive, in order of rank; gradients are sent back.
 
-    torch 2.13 names this function in place of `torch.distributed.nn.functional`, which it warns about.
+    torch 2.13 recommends this function in its warning about `torch.distributed.nn.functional`.
 
     Args:
         rows: Shape `(sum(sent), ...)`; the first rows are for the first rank.
         sent: Number of rows for each rank.
         received: Number of rows from each rank.
-        group: The ranks.
+        group: The process group of the ranks.
     """
     return functional.wait_tensor(functional.all_to_all_single_autograd(rows, received, sent, group))
 
@@ -69,15 +69,16 @@ def sum_over_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def fake_backends() -> Iterator[list[dist.ProcessGroup]]:
     """Replaces the backends of all process groups by torch's `FakeProcessGroup`, and registers them again at the end.
 
-    Collectives then return without any peer. Where an output is made of all ranks' inputs it gets copies of this
-    rank's; received buffers stay as they are. Afterwards a group keeps its fake backend, of no device: nothing calls
-    it but `ProcessGroup.set_timeout`, on which it fails before torch 2.14.
+    Collectives then return without any peer. Outputs made of all ranks' inputs get copies of this rank's input; receive
+    buffers are not written. Afterwards a group keeps its fake backend, for no device: nothing calls the fake backend
+    but `ProcessGroup.set_timeout`, which fails before torch 2.14.
 
     Yields:
         The groups.
 
     Raises:
-        NotImplementedError: If a group is made inside, which takes all its ranks, or is of a class of its own.
+        NotImplementedError: If a group is created in the context, which needs all ranks of the group, or if a group has
+            no backend that can be replaced.
     """
     module: Any = dist.distributed_c10d
     kinds = dist.ProcessGroup.BackendType

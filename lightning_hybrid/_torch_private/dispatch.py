@@ -45,7 +45,7 @@ def run_on_meta(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def run_kernel(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Runs the kernel of an operator that is made of others, which an entered `DispatchMode` sees then."""
+    """Runs the kernel of an operator made of other operators, so that an entered `DispatchMode` sees the others."""
     key = torch._C.DispatchKey.CompositeExplicitAutograd
     return func._op_dk(key, *args, **kwargs) if func.has_kernel_for_dispatch_key(key) else func(*args, **kwargs)
 

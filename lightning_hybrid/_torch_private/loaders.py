@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 
 def replace_parts(loader: DataLoader, **parts: Any) -> None:
-    """Sets attributes of a new copy of a loader, such as `batch_sampler`, and forgets its persistent workers.
+    """Sets attributes of a new copy of a loader, such as `batch_sampler`, and drops its persistent workers.
 
-    A `DataLoader` refuses to have these attributes set, since its sampler depends on them; here they are set together.
+    A `DataLoader` refuses to have these attributes set, since its sampler depends on them; this sets all of them.
     """
     loader.__dict__.update(parts, _iterator=None)

@@ -55,7 +55,7 @@ def interception(call: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
 
 def intercepted_call(module: nn.Module) -> Callable[..., Any]:
-    """Returns what `module(...)` runs at present, to be called by an interceptor."""
+    """Returns the callable that `module(...)` currently runs, to be called by an interceptor."""
     return module._compiled_call_impl or module._call_impl
 
 

@@ -8,7 +8,7 @@ import torch
 
 TESTED_TORCH = ("2.13",)
 """Releases with which the tests have passed, oldest first. pyproject.toml allows 2.11 and 2.12, too: they are accepted
-without a warning, but no tests have run with them yet. Whoever runs them adds the release here."""
+without a warning, but no tests have run with them yet. A release is added once its tests have passed."""
 
 
 def warn_if_untested() -> None:

@@ -13,8 +13,8 @@ class CheckpointOptions:
     """
 
     asynchronous: bool = False
-    """Whether training continues after the state has been copied to host memory, while a thread writes it. One save
-    runs at a time: a second one waits for the first."""
+    """True if training continues after the state has been copied to host memory, while a thread writes the copy. One
+    save runs at a time: a second one waits for the first."""
     keep: int = 1
     """Number of the newest valid checkpoints of a folder that are never removed, even if a callback asks for that: with
     2, there is a fallback if the newest is damaged."""
@@ -22,7 +22,7 @@ class CheckpointOptions:
     """Policy for checkpoints that cannot be written (disk full): warn and continue training, or raise on all ranks.
     Earlier checkpoints are unchanged in both cases."""
     trust_pickle: bool = False
-    """Whether to run pickles in checkpoints. They can execute any code: use only for files that you trust."""
+    """True if pickles in checkpoints are run. Pickles can execute any code: use only for files that you trust."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1:

@@ -1,1 +1,1 @@
-"""Lightning's own callbacks on a partitioned module."""
+"""Makes Lightning's own callbacks work on a partitioned module."""

@@ -1,7 +1,7 @@
 """Averages of weights (Lightning's `StochasticWeightAveraging` and `WeightAveraging`) of a partitioned module.
 
-The callbacks copy the module before it is partitioned. An average is taken weight by weight, so each rank can keep that
-of its own parts: here their copies are replaced by such.
+The callbacks copy the module before it is partitioned. Averages are elementwise, so each rank can keep the averages of
+its own parts: the copies of the callbacks are replaced by those.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import PartitionError
 
 _DOT = "\N{MIDDLE DOT}"
-"""Stands for the dot in names, which a parameter's own name must not have."""
+"""Replacement of dots in names: a registered parameter's name must not contain dots."""
 
 
 def use_local_averages(engine: Engine) -> None:
-    """Lets the averages of callbacks have this rank's parts only. Collective only when they are saved."""
+    """Makes the averages of callbacks keep this rank's parts only; saving them is collective."""
     root, partition, trainer = engine.root, engine.partition, engine.run.trainer
     for callback in averaged_once_per_epoch(trainer):
         local = LocalWeights(root, partition, on_load=lambda c=callback: forget_schedulers_before_averaging(c, trainer))
@@ -51,7 +51,7 @@ def use_local_averages(engine: Engine) -> None:
 
 
 def local_copies(engine: Engine) -> AbstractContextManager:
-    """While the trainer runs, copies of the module, and states that it is given, are of this rank's parts."""
+    """Returns a context in which copies of the module hold, and `load_state_dict` loads, this rank's parts."""
     return patched(
         engine.root,
         __deepcopy__=lambda memo: LocalWeights(engine.root, engine.partition),
@@ -60,34 +60,34 @@ def local_copies(engine: Engine) -> AbstractContextManager:
 
 
 def keep_loading_whole_weights(engine: Engine) -> None:
-    """Lets the module take whole weights after the run, too, where ranks hold parts; the user's own method stays."""
+    """Lets the module load whole weights after the run, too, if ranks hold parts; keeps a method of the user."""
     present = engine.root.__dict__.get("load_state_dict")
     if engine.divides_weights and (present is None or isinstance(present, _LoadsWholeWeights)):
         engine.root.__dict__["load_state_dict"] = _LoadsWholeWeights(engine)
 
 
 class _LoadsWholeWeights:
-    """The `load_state_dict` of a partitioned module: each rank takes its part of whole weights."""
+    """The `load_state_dict` of a partitioned module: each rank loads its part of whole weights."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads whole weights."""
-        if self._engine.root.__dict__.get(ENGINE) is not self._engine:  # it has been put together again
+        """Loads this rank's part of the whole weights in `state_dict`."""
+        if self._engine.root.__dict__.get(ENGINE) is not self._engine:  # no longer partitioned by this engine
             return nn.Module.load_state_dict(self._engine.root, state_dict, strict, assign)
         return load_state_dict(self._engine, state_dict, strict)
 
 
 def local_averages(trainer: pl.Trainer) -> list[LocalWeights]:
-    """What callbacks keep of the averages of a partitioned module, on this rank."""
+    """Returns this rank's parts of the averages that callbacks keep of a partitioned module."""
     per_step: list[Any] = [average_of(c) for c in averaged_per_step(trainer)]
     found: list[Any] = [average_of(c) for c in averaged_once_per_epoch(trainer)]
     return found + [a.module for a in per_step if isinstance(a, LocalAverage)]
 
 
 def renew_averages(trainer: pl.Trainer, averages: list[LocalWeights]) -> None:
-    """Puts others in the place of `local_averages`, in the same order."""
+    """Replaces the callbacks' `local_averages` by `averages`, in the same order."""
     left = iter(averages)
     for callback in averaged_once_per_epoch(trainer):
         old, new = average_of(callback), next(left)
@@ -103,7 +103,7 @@ class LocalWeights(nn.Module):
 
     Args:
         root: The LightningModule.
-        partition: Its partition.
+        partition: The partition of `root`.
         on_load: Called when a state is loaded.
     """
 
@@ -125,7 +125,7 @@ class LocalWeights(nn.Module):
         return LocalWeights(self, self._partition, self.on_load)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses: these are weights without a model.
+        """Raises, because this module has weights but no computation.
 
         Raises:
             PartitionError: Always.
@@ -136,17 +136,17 @@ class LocalWeights(nn.Module):
         )
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """As of any module; the partitioned one is made ready to be read beside it."""
+        """Returns the parameters, and reshards the partitioned module, whose parameters are read at the same time."""
         self._partition.reshard()
         return super().parameters(recurse)
 
     def named_values(self) -> dict[str, Tensor]:
-        """Parameters and buffers under the module's names."""
+        """Returns parameters and buffers under the module's names."""
         values = [*self.named_parameters(), *self.named_buffers()]
         return {name.replace(_DOT, "."): value.detach() for name, value in values}
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
-        """This rank's parts; or, collectively, all weights whole on the CPU of rank 0."""
+        """Returns this rank's parts; if `saves_whole`, collectively, all weights whole on the CPU of rank 0."""
         values, partition = self.named_values(), self._partition
         if not self.saves_whole:
             return dict(values)
@@ -157,7 +157,11 @@ class LocalWeights(nn.Module):
         return {**{n: v for n, v in values.items() if n not in wholes}, **wholes}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Takes this rank's part of each value, which is whole or a `SavedTensor`."""
+        """Loads this rank's part of each value, which is whole or a `SavedTensor`.
+
+        Raises:
+            RuntimeError: If `strict`, and `state_dict` lacks a name.
+        """
         if self.on_load is not None:
             self.on_load()
         partition = self._partition
@@ -176,8 +180,8 @@ class LocalAverage(AveragedModel):
 
     Args:
         root: The LightningModule.
-        partition: Its partition.
-        use_buffers: Whether buffers are averaged too.
+        partition: The partition of `root`.
+        use_buffers: True if buffers are averaged, too.
         options: Further arguments of `AveragedModel`.
     """
 
@@ -185,9 +189,9 @@ class LocalAverage(AveragedModel):
         super().__init__(LocalWeights(root, partition), use_buffers=use_buffers, **options)
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Takes the model's present weights into the average."""
+        """Adds the current weights of `model` to the average."""
         local: nn.Module = self.module  # type: ignore[assignment]
-        parts = _Parts(local)  # reads the average first, which makes the model's parameters ready
+        parts = _Parts(local)  # reads the average first, which reshards the model
         self._modules["module"] = parts
         try:
             super().update_parameters(_Parts(model))
@@ -195,19 +199,19 @@ class LocalAverage(AveragedModel):
             self._modules["module"] = local
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
-        """As of any AveragedModel, with this rank's parts."""
+        """Returns the state of an `AveragedModel` with this rank's parts."""
         values = self.module.state_dict()  # type: ignore[operator]
         return {"n_averaged": self.n_averaged, **{f"module.{n}": v for n, v in values.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Takes this rank's parts."""
+        """Loads this rank's parts."""
         self.n_averaged.copy_(state_dict["n_averaged"])
         values = {n.removeprefix("module."): v for n, v in state_dict.items() if n.startswith("module.")}
         self.module.load_state_dict(values, strict)  # type: ignore[operator]
 
 
 class _Parts(nn.Module):
-    """The local parts of a module's parameters and buffers, in the same memory: torch averages no mix of DTensors."""
+    """Local parts of a module's parameters and buffers, in the same memory: torch averages no mix with DTensors."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Callbacks that look for parameters in a partitioned module, and find all of them on every rank.
+"""Makes all parameters of a partitioned module visible to `BaseFinetuning` and `ModelSummary` on every rank.
 
-While hooks of `BaseFinetuning` and `ModelSummary` run, parameters of other stages stand in their places. What the first
-freezes, or adds to an optimizer, is kept, and afterwards each optimizer has this rank's parameters only.
+While hooks of these callbacks run, the module also has the parameters of other stages. Parameters that `BaseFinetuning`
+freezes, or adds to an optimizer, are recorded; afterwards each optimizer has this rank's parameters only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_hybrid.patching import patched
 
 
 def patched_callbacks(engine: Engine) -> AbstractContextManager:
-    """While the trainer runs, the hooks of these callbacks see all parameters."""
+    """Patches the hooks of these callbacks to see all parameters; closing the returned context removes the patches."""
     stack = ExitStack()
     callbacks: list[Any] = engine.run.trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     for callback in callbacks:
@@ -64,7 +64,7 @@ def _patched_finetuning(callback: BaseFinetuning, engine: Engine) -> AbstractCon
 
 @contextmanager
 def optimizers_complete(engine: Engine, trainer: pl.Trainer) -> Iterator[None]:
-    """Inside, the module and its optimizers have all parameters; what is frozen or added is kept."""
+    """Gives the module and its optimizers all parameters in the context; freezing and additions persist."""
     engine.partition.reshard()
     parameters = engine.partition.parameters
     with parameters.all_visible() as ghosts, parameters_compared_by_identity():

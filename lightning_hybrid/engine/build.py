@@ -1,4 +1,4 @@
-"""The first engine of a module: equal weights on all ranks, the plan, the partition, and the plan as a table."""
+"""Builds the first engine of a module: synchronizes weights, plans and partitions the module, reports the plan."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from lightning_hybrid.spec.plan import Plan
 from lightning_hybrid.spec.request import Request
 
 ENGINE, DEFERRED_INIT = "_hybrid_engine", "_hybrid_deferred_init"
-"""Attributes of the LightningModule: the engine that has partitioned it, and the recorded `configure_model`."""
+"""Names of attributes of a LightningModule: the engine that has partitioned it, and the recorded `configure_model`."""
 
 
 @contextmanager
 def recorded_configure_model(root: pl.LightningModule | None) -> Iterator[None]:
-    """Records what `configure_model` builds, without storage; each rank makes its own part real afterwards."""
+    """Records initialization in `configure_model` without storage; each rank materializes its own part later."""
     if root is None or not is_overridden("configure_model", root):
         yield
         return
     with recorded_init() as deferred_init:
         yield
-    if not deferred_init.is_empty or DEFERRED_INIT not in root.__dict__:  # else it was built before a refused layout
+    if not deferred_init.is_empty or DEFERRED_INIT not in root.__dict__:  # else recorded before a refused layout
         root.__dict__[DEFERRED_INIT] = deferred_init
 
 
@@ -42,7 +42,7 @@ def build_engine(run: Run, request: Request, mesh: Mesh) -> Engine:
     """Plans and partitions the module of `run`, whole or partitioned by an earlier run. Collective.
 
     Raises:
-        PartitionError: If this rank cannot partition it; the failure monitor ends the others.
+        PartitionError: If this rank cannot partition the module; the failure monitor ends the other ranks.
     """
     root, trainer = run.module, run.trainer
     earlier: Engine | None = root.__dict__.pop(ENGINE, None)
@@ -65,7 +65,7 @@ def build_engine(run: Run, request: Request, mesh: Mesh) -> Engine:
 
 
 def belong_to(engine: Engine) -> None:
-    """Notes on the module which engine has partitioned it: it stays partitioned when the run ends."""
+    """Stores `engine` as an attribute of its module, which stays partitioned when the run ends."""
     engine.root.__dict__[ENGINE] = engine
     if engine.divides_weights:
         engine.root.__dict__["__deepcopy__"] = engine.__deepcopy__
@@ -73,7 +73,7 @@ def belong_to(engine: Engine) -> None:
 
 @contextmanager
 def _evaluated(root: pl.LightningModule) -> Iterator[None]:
-    """Puts all modules into evaluation mode, as Lightning's loops do; afterwards each is in the mode of the user."""
+    """Sets all modules to evaluation mode, as Lightning's loops do, and restores each module's mode afterwards."""
     modes = {module: module.training for module in root.modules()}
     root.eval()
     try:
@@ -84,7 +84,7 @@ def _evaluated(root: pl.LightningModule) -> Iterator[None]:
 
 
 def _agree_on_weights(root: pl.LightningModule, device: torch.device) -> None:
-    """All ranks take the weights and buffers of rank 0, as DistributedDataParallel does."""
+    """Broadcasts the weights and buffers of rank 0 to all ranks, as DistributedDataParallel does."""
     gpu = dist.get_backend() == "nccl"
     with torch.no_grad():
         for tensor in {id(t): t for t in [*root.parameters(), *root.buffers()]}.values():
@@ -94,7 +94,7 @@ def _agree_on_weights(root: pl.LightningModule, device: torch.device) -> None:
 
 
 def _report(run: Run, plan: Plan) -> None:
-    """Prints the plan on rank 0, and gives it to the loggers."""
+    """Prints the plan on rank 0, and passes the plan to the loggers."""
     if dist.get_rank() == 0:
         print(plan, file=sys.stderr)  # noqa: T201 -- where progress bars and warnings go
     log_plan(run.trainer, plan.record())

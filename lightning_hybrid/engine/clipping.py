@@ -1,4 +1,4 @@
-"""Gradient clipping by a norm or by value, wherever the parts of the gradients are."""
+"""Clips gradients by norm or by value, on whichever ranks their shards are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def clip_by_value(optimizer: Optimizer, limit: int | float) -> None:
 
 
 def clips_untouched_gradients(trainer: pl.Trainer) -> bool:
-    """Whether Lightning clips by norm right after the backward pass, with no hook of the user's before."""
+    """Returns True if Lightning clips by norm after the backward pass without a hook of the user in between."""
     module = trainer.lightning_module
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     hooks = [module.on_before_optimizer_step, module.configure_gradient_clipping]
@@ -44,7 +44,7 @@ def clips_untouched_gradients(trainer: pl.Trainer) -> bool:
 
 
 _WITHOUT_CHANGES = ("lightning.pytorch.", "lightning_hybrid.")
-"""Modules whose hooks change no gradients: the empty ones of Lightning, and those of this package, which read."""
+"""Packages whose hooks do not change gradients: Lightning's hooks are empty, those of this package only read them."""
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Measures how long this rank computes, without waiting for other ranks: per stage, and per step."""
+"""Measures the computation time of this rank per stage and per step, without waits for other ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Stopwatch:
 
 
 class Clocks:
-    """Measures the computation of a runner's stages and steps.
+    """Measures the computation time of a runner's stages and steps.
 
     Args:
         device: This rank's device.
@@ -56,7 +56,7 @@ class Clocks:
         self._handles: list[RemovableHandle] = []
 
     def time_calls(self, modules: Iterable[nn.Module]) -> None:
-        """Measures steps by the forward passes of `modules`: sharded ranks wait for others between them.
+        """Measures steps by the forward passes of `modules` only: between these, sharded ranks wait for other ranks.
 
         The time of `fully_shard` for gathering before and freeing after a call is not counted.
         """
@@ -100,7 +100,7 @@ class Clocks:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Leaves out the time inside the context, in which this rank may wait for others."""
+        """Excludes the time in the context, in which this rank may wait for other ranks."""
         runs = self._begun is not None
         self.end_batch()
         yield

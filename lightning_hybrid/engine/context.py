@@ -1,4 +1,4 @@
-"""What is true of one step, made once when the step begins and handed down."""
+"""The context of one step, created when the step begins and passed down."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning_hybrid.metrics.logs import LogRecorder
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """The facts of one step of training or evaluation on this rank."""
+    """The context of one training or evaluation step on this rank."""
 
     name: str
     """`training_step`, `validation_step`, `test_step` or `predict_step`."""
     recorder: LogRecorder
-    """Records what the step logs."""
+    """Recorder of the values that the step logs."""
     weights: BatchWeights | None = None
-    """The samples of each replica; None if all replicas have equally many."""
+    """Batch weights: the number of samples of each replica; None if all replicas have the same number."""
     loss_factor: float = 1.0
-    """The factor on this replica's loss with which the mean over replicas is the mean over the global batch."""
+    """Factor on this replica's loss with which the mean over replicas is the mean over the global batch."""
     padding: bool = False
-    """True if the samples of this replica count for nothing."""
+    """True if the samples of this replica are padding, which does not affect results."""
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Returns the loss whose gradient this replica contributes. The only place where `loss_factor` is applied."""

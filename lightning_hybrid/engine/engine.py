@@ -1,4 +1,4 @@
-"""`Engine`: everything that exists once per layout, and every patch that belongs to a layout."""
+"""`Engine`: the objects that exist once per layout, and all patches that depend on the layout."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Listener(Protocol):
     """Follows changes of the layout; see `HybridStrategy.listeners`."""
 
     def check_layout(self, request: Request) -> None:
-        """Refuses a layout that this listener cannot follow; called on all ranks before anything has changed.
+        """Raises if this listener cannot follow the layout of `request`; called on all ranks before any change.
 
         Raises:
-            PartitionError: If there is a reason.
+            PartitionError: If this listener cannot follow the layout.
         """
         ...
 
     def layout_changed(self, engine: Engine) -> None:
-        """Follows the new layout, or new places of blocks and experts in the same layout. Called on all ranks."""
+        """Follows the new layout, or a new placement of blocks and experts in the same layout. Called on all ranks."""
         ...
 
 
@@ -47,8 +47,8 @@ class Engine:
     """The partitioned module and everything that runs, measures and patches it under one layout.
 
     Args:
-        run: What outlives the layout.
-        request: The layout and the options that belong to it.
+        run: The trainer, device and options, which do not depend on the layout.
+        request: The layout and its options.
         partition: The applied partition.
     """
 
@@ -69,17 +69,17 @@ class Engine:
             reader.padding = lambda: self.runner.padding
         partition.on_remove = self.runner.gradients.release
         self.patches = ExitStack()
-        """Takes every patch off. What follows the layout above this room adds its own."""
+        """Stack that removes all patches when it is closed; higher layers add the patches that depend on the layout."""
 
     @staticmethod
     def plan_partition(run: Run, request: Request, mesh: Mesh, sample: Sample) -> Partition:
-        """Decides how the module is partitioned. Changes nothing that other ranks could notice.
+        """Decides how the module is partitioned. Has no effect that other ranks could observe.
 
         Args:
-            run: What outlives the layout.
-            request: The layout and the options that belong to it.
+            run: The trainer, device and options, which do not depend on the layout.
+            request: The layout and its options.
             mesh: The mesh of the layout.
-            sample: Gives the name of the first step and its arguments.
+            sample: Returns the name of the first step and the arguments of that step.
 
         Raises:
             PartitionError: If the layout does not suit the module or the trainer.
@@ -93,28 +93,28 @@ class Engine:
         """Applies a planned partition. Collective.
 
         Args:
-            run: What outlives the layout.
-            request: The layout and the options that belong to it.
-            partition: From `plan_partition`, of all ranks.
-            weights: Makes parameters real that are ghosts still; None: all parameters are real.
+            run: The trainer, device and options, which do not depend on the layout.
+            request: The layout and its options.
+            partition: The result of `plan_partition`, which all ranks have called.
+            weights: Recorded initialization of parameters that are still ghosts; None: all parameters are real.
         """
         partition.apply(run.device, weights)
         return cls(run, request, partition)
 
     @property
     def plan(self) -> Plan:
-        """The layout with everything decided."""
+        """The plan of the partition."""
         return self.partition.plan
 
     @property
     def diloco(self) -> DiLoCo | None:
-        """The outer optimizer, where replicas step by themselves."""
+        """The outer optimizer if replicas step independently, otherwise None."""
         return self.runner.gradients.diloco
 
     # ---- patches
 
     def start(self) -> None:
-        """Puts the patches on: on the precision plugin, the logging of the module, and torchmetrics. Collective."""
+        """Patches the precision plugin, the logging of the module, and torchmetrics. Collective."""
         self.stop()
         self.partition.resume()
         self.patches.callback(self.partition.suspend)
@@ -126,19 +126,19 @@ class Engine:
         self.runner.gradients.seen_by_hooks = self.run.any_rank(seen_after_backward(self.run.trainer))
 
     def stop(self) -> None:
-        """Takes all patches off; the module stays partitioned."""
+        """Removes all patches; the module stays partitioned."""
         self.patches.close()
 
     @property
     def divides_weights(self) -> bool:
-        """True if ranks hold parts of the weights only."""
+        """True if each rank holds only a part of the weights."""
         return self.plan.layout.devices != self.plan.layout.dp
 
     def __deepcopy__(self, memo: dict) -> None:
-        """Leaves a copy of the module without an engine.
+        """Returns None, so that a copy of the module has no engine.
 
         Raises:
-            PartitionError: If ranks hold parts of the weights only.
+            PartitionError: If each rank holds only a part of the weights.
         """
         if self.divides_weights:
             raise PartitionError(
@@ -148,10 +148,10 @@ class Engine:
             )
 
     def __reduce__(self) -> tuple[type, tuple]:
-        """Leaves a pickled module without an engine.
+        """Replaces the engine of a pickled module by None.
 
         Raises:
-            PartitionError: If ranks hold parts of the weights only.
+            PartitionError: If each rank holds only a part of the weights.
         """
         self.__deepcopy__({})
         return type(None), ()
@@ -159,7 +159,7 @@ class Engine:
     # ---- experts
 
     def expert_loads(self) -> dict[str, Tensor]:
-        """Returns the tokens that each expert got in training since the last call, by module of experts. Collective."""
+        """Returns the tokens that each expert received in training since the last call, by module. Collective."""
         experts = self.partition.experts
         if experts is None:
             return {}
@@ -170,5 +170,5 @@ class Engine:
         }
         together = torch.cat(list(loads.values()))
         dist.all_reduce(together)
-        together //= self.mesh.layout.tp  # whose ranks have sent the same tokens
+        together //= self.mesh.layout.tp  # ranks of `tp` have sent the same tokens
         return dict(zip(loads, together.split([plan.experts for plan in experts.plans.values()]), strict=True))

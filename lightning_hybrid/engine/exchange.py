@@ -1,4 +1,4 @@
-"""The one all-reduce of a step, which carries everything small that all ranks have to know, and its one read."""
+"""The only all-reduce of a step, which carries all small values that every rank needs, and its only host read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning_hybrid.metrics.step_logs import StepLogs
 
 
 class StepExchange:
-    """Adds up numbers over all ranks: those of the caller, the note of a SIGTERM, and the logs that wait.
+    """Sums numbers over all ranks: those of the caller, the SIGTERM flag, and pending logs.
 
-    Every further all-reduce would make the ranks wait for each other, and every further read the host for its device.
+    Another all-reduce would make the ranks wait for each other, and another read the host for its device.
 
     Args:
         device: This rank's device.
@@ -24,12 +24,12 @@ class StepExchange:
     def __init__(self, device: torch.device, logs: StepLogs) -> None:
         self._device, self.logs = device, logs
         self.preemption: Preemption | None = None
-        """This rank's note of a SIGTERM; takes those of the others."""
+        """This rank's record of a SIGTERM, which is exchanged with other ranks; None: not exchanged."""
         self.check_follows = False
-        """Whether logs of the running step can wait for the check of its gradients."""
+        """True if logs of the running step can wait for the check of its gradients."""
 
     def run(self, numbers: Tensor | None = None) -> tuple[list[float], Tensor]:
-        """Adds up `numbers` over all ranks, and replays the logs that wait; collective.
+        """Sums `numbers` over all ranks, and replays pending logs. Collective.
 
         Args:
             numbers: float64 on this rank's device, of the same length on all ranks.

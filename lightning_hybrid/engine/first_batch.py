@@ -1,4 +1,4 @@
-"""Arguments of a step before or outside the loops: with a first batch to plan with, and of one more prediction."""
+"""Arguments of steps outside Lightning's loops: of a first step for planning, and of an additional prediction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_hybrid.dataloader.peek import sample_batch
 from lightning_hybrid.rng.state import preserved_rng
 
 Sample = Callable[[], tuple[str, tuple]]
-"""Returns the name of a step and its arguments, the batch first, on the device."""
+"""Function that returns the name of a step and the step's arguments on the device, the batch first."""
 
 _STEPS: dict[Any, str] = {
     TrainerFn.FITTING: "training_step",
@@ -39,7 +39,7 @@ def training_step_like(trainer: pl.Trainer, batch_size: int | None) -> tuple[str
 
     Args:
         trainer: The trainer.
-        batch_size: Samples of the batch; None: as many as the loader's own batch has.
+        batch_size: Number of samples of the batch; None: that of the loader's batch.
     """
     batch, _ = sample_batch(trainer.train_dataloader, training=True)
     if batch_size is not None:

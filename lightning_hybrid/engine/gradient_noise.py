@@ -42,13 +42,13 @@ class GradientNoise:
         self._sizes: list[tuple[int, int]] = []
         self._even = True
         self.measures = True
-        """Whether the current step is measured."""
+        """True if the current step is measured."""
         self.accumulate = 1
         """Number of batches of a complete step."""
         self.last: list[PartNorms] = []
         """`PartNorms` of the last step; empty if parts had different sizes or were missing."""
         self.batch_size = 0
-        """Samples of all replicas in the last step."""
+        """Number of samples of all replicas in the last step; 0 if parts had different sizes or were missing."""
 
     # ---- in the backward pass
 
@@ -65,7 +65,7 @@ class GradientNoise:
                 self._handles[id(parameter)] = parameter.register_hook(self._norm_hook(kind))
 
     def remove(self) -> None:
-        """Removes the hooks."""
+        """Removes the hooks, and discards the measurements of the current step."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
@@ -79,7 +79,7 @@ class GradientNoise:
         return note
 
     def count_batch(self, samples: int, parts: int, even: bool) -> None:
-        """Counts a batch of this replica that was run in `parts` parts; `even`: replicas have equal sizes."""
+        """Counts a batch of this replica, run in `parts` parts; `even` is True if all replicas have equal sizes."""
         self._sizes.append((samples, parts))
         self._even = self._even and even
 

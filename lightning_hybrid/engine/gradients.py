@@ -1,4 +1,4 @@
-"""Gradients of replicas: reduced while the backward pass runs, or left to DiLoCo."""
+"""Reduces gradients over replicas during the backward pass, or leaves synchronization to DiLoCo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_hybrid.replicas.reducer import (
 
 
 class ReplicaGradients:
-    """Synchronizes the gradients of a partitioned module over its replicas, as `gradient_sync` says.
+    """Synchronizes the gradients of a partitioned module over its replicas, as set by `gradient_sync`.
 
     Args:
         partition: The applied partition.
@@ -41,7 +41,7 @@ class ReplicaGradients:
         self.seen_by_hooks = False
         """True if a hook of the user, on any rank, sees the gradients of every accumulated batch."""
         self.diloco: DiLoCo | None = None
-        """The outer optimizer, where replicas step by themselves."""
+        """The outer optimizer if replicas step independently, otherwise None."""
         self._trained: list[bool] = []
         self._reducers: list[ReplicaReducer] = []
         self.follow_frozen()
@@ -89,7 +89,7 @@ class ReplicaGradients:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that this rank sends for the gradients of a step, without those that gather sharded weights."""
+        """Bytes that this rank sends per step to synchronize gradients, without the gathering of sharded weights."""
         layout, total = self._mesh.layout, sum(reducer.sent_bytes for reducer in self._reducers)
         if self.diloco is not None:
             total += self.diloco.sent_bytes
@@ -108,17 +108,17 @@ class ReplicaGradients:
         return module if isinstance(module, FSDPModule) else None
 
     def refused_inside_step(self) -> AbstractContextManager:
-        """Refuses `torch.autograd.grad` inside a step where `fsdp` shards weights."""
+        """Returns a context for a step that refuses `torch.autograd.grad` if `fsdp` shards weights."""
         layout = self._mesh.layout
         return gradients_taken_by(refuse_gradients(layout)) if layout.fsdp > 1 else nullcontext()
 
     # ---- pipelines, whose schedule runs the backward pass of all microbatches inside the step
 
     def begin_pipeline(self) -> tuple[StashedGradients, dict[str, Tensor]]:
-        """Sets the gradients of earlier batches aside, and holds back what `fsdp` would reduce per microbatch.
+        """Stashes the gradients of earlier batches, and defers the reduction that `fsdp` would do per microbatch.
 
         Returns:
-            The earlier gradients, and the weights that other stages hold too.
+            The stashed gradients, and by name the weights that other stages hold, too.
         """
         local = self._partition.parameters.local()  # before the forward pass: sharded, where `fsdp` divides them
         if self._sharded is not None:
@@ -129,7 +129,7 @@ class ReplicaGradients:
         return StashedGradients(p for p in local.values() if p.requires_grad), tied
 
     def finish_pipeline(self, stashed: StashedGradients, tied: Mapping[str, Tensor]) -> None:
-        """Adds the earlier gradients, reduces over replicas, and sums those of tied weights over their holders."""
+        """Adds stashed gradients, reduces over replicas, and sums gradients of tied weights over their holders."""
         summed = gradients_of(tied) if self.seen_by_hooks else {}
         stashed.add()
         if self._sync:
@@ -143,9 +143,9 @@ class ReplicaGradients:
 
     @contextmanager
     def local_only(self) -> Iterator[None]:
-        """Backward passes accumulate without communication (all but the last accumulated batch).
+        """Accumulates gradients without communication (all but the last accumulated batch).
 
-        Unless a hook of the user sees the gradients in between.
+        If a hook of the user sees the gradients in between, they are synchronized nevertheless.
         """
         self._set_sync(self.seen_by_hooks)
         try:

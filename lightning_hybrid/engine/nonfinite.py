@@ -1,4 +1,4 @@
-"""NaN and infinity: no rank updates its weights with a gradient or a loss that is not finite on any rank."""
+"""The non-finite check: no rank updates its weights if a gradient or the loss is NaN or infinite on any rank."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.spec.errors import NonFiniteError
 
 _NAMED = 3
-"""Parameters that a message names for a rank."""
+"""Maximum number of parameters that a message names per rank."""
 
 
 class SkipStep(Exception):  # noqa: N818 -- not an error: leaves `optimizer.step` before the update
-    """The optimizer's step is left out."""
+    """Aborts the optimizer's step before the update."""
 
 
 @dataclass
 class _Finding:
-    """What is not finite on one rank."""
+    """Non-finite gradients and loss of one rank."""
 
     rank: int
     stage: int
@@ -52,13 +52,14 @@ class _Finding:
 class NonFiniteCheck:
     """Checks an optimizer's gradients on all ranks before its step.
 
-    The check is one norm of each of this rank's gradients and a few numbers in the all-reduce of the step. Gradients
-    are synchronized and not yet clipped. Only what is not finite is looked at closer. The norm for clipping goes along.
+    The check costs one norm per gradient of this rank, and a few numbers in the all-reduce of the step. Gradients are
+    synchronized and not yet clipped. Single tensors are searched only if a norm is not finite. The same all-reduce
+    computes the norm for clipping.
 
     Args:
         partition: The applied partition.
         device: This rank's device.
-        on_nonfinite: `"raise"`: all ranks raise `NonFiniteError`. `"skip"`: all ranks leave out the step.
+        on_nonfinite: `"raise"`: all ranks raise `NonFiniteError`. `"skip"`: all ranks skip the step.
         exchange: The all-reduce of the step.
     """
 
@@ -73,24 +74,24 @@ class NonFiniteCheck:
         self._partition, self._device, self._mode = partition, device, on_nonfinite
         self._loss: Tensor | None = None
         self.skipped = 0
-        """Steps left out so far."""
+        """Number of steps skipped so far."""
         self.noise: GradientNoise | None = None
-        """Its numbers go along in the same all-reduce, where they are wanted."""
+        """Gradient noise measurement, whose numbers are summed in the same all-reduce; None: not measured."""
 
     def saw_loss(self, loss: Tensor) -> None:
-        """A loss that the next step's gradients come from."""
+        """Includes `loss`, from which the next step's gradients come, in the check."""
         loss = loss.detach().float()
         self._loss = loss if self._loss is None else self._loss + loss
 
     def check(self, optimizer: Optimizer, trainer: pl.Trainer) -> Tensor | None:
-        """Checks what the optimizer is about to use; collective over all ranks.
+        """Checks the loss, and the gradients that `optimizer` is about to use. Collective over all ranks.
 
         Returns:
-            The norm of all gradients, if they are clipped by it before anything on any rank can change them.
+            The norm of all gradients if all ranks clip by that norm before a hook can change gradients, else None.
 
         Raises:
             NonFiniteError: On all ranks, if anything is not finite on any of them.
-            SkipStep: Instead, with `"skip"`; the optimizer's gradients are gone then.
+            SkipStep: On all ranks instead, with `"skip"`, after the optimizer's gradients are cleared.
         """
         loss, self._loss = self._loss, None
         norms = norms_by_id(optimizer)
@@ -120,7 +121,7 @@ class NonFiniteCheck:
         raise SkipStep
 
     def exchange_unchecked(self, optimizer: Optimizer) -> None:
-        """For steps that are not checked, since a loss scaler does. Collective over all ranks."""
+        """Runs the all-reduce of a step without the check, which a loss scaler does. Collective over all ranks."""
         noise = self._measuring
         numbers = None if noise is None else noise.local_numbers(optimizer, norms_by_id(optimizer))
         sums, _ = self._exchange.run(numbers)
@@ -134,7 +135,7 @@ class NonFiniteCheck:
     def _agree(
         self, suspect: Tensor, clips: bool, optimizer: Optimizer, norms: Mapping[int, Tensor]
     ) -> tuple[bool, Tensor | None]:
-        """Whether any rank suspects its gradients, and the norm of all gradients if each rank `clips` by it."""
+        """Returns True if gradients of any rank are suspect, and the norm of all gradients if all ranks clip by it."""
         noise, told = self._measuring, torch.zeros(3, dtype=torch.float64, device=self._device)
         told[0], told[1] = suspect, not clips
         if clips:
@@ -175,7 +176,7 @@ def _not_finite(gradient: Tensor) -> str | None:
 
 
 def _described(findings: Iterable[_Finding], trainer: pl.Trainer) -> str:
-    """Ranks whose own loss is not finite come first: others may have got theirs by synchronization."""
+    """Describes `findings`, ranks with a non-finite loss first: gradients of other ranks may be synchronized."""
     ordered = sorted(findings, key=lambda f: (f.loss is None, f.rank))
     others = len(ordered) - 1
     more = f" Also on {others} other rank{'s' if others > 1 else ''}." if others else ""

@@ -1,4 +1,4 @@
-"""Norms of gradients: each rank measures its own parts once, and a norm over the model adds up their squares."""
+"""Norms of gradients: each rank computes the norms of its own parts once; a global norm sums their squares."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_hybrid.collectives import to_local
 from lightning_hybrid.parallelize.apply import Partition
 
 PREFIX = "grad_2.0_norm"
-"""As `lightning.pytorch.utilities.grad_norm(module, 2)` names them."""
+"""Prefix of the names that `lightning.pytorch.utilities.grad_norm(module, 2)` gives to norms."""
 
 _AXES = ("pp", "fsdp", "ep", "tp")
-"""The axes that divide the gradients of a model; replicas of `dp` have all of them."""
+"""Axes that divide the gradients of a model; each replica of `dp` has all gradients."""
 
 
 def local_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the 2-norm of this rank's part of each gradient, those of half precision in float32."""
+    """Returns the 2-norm of this rank's part of each gradient, in float32 for half precision."""
     parts = [to_local(g).detach() for g in gradients]
     return norms_of([p.coalesce().values() if p.is_sparse else p for p in parts])
 
@@ -38,13 +38,13 @@ def local_square(
     device: torch.device,
     among: Callable[[str], bool] = lambda name: True,
 ) -> Tensor:
-    """Adds up the squares that this rank counts; their sum over a replica of `dp` is the square of the global norm.
+    """Returns the sum of squares that this rank counts; summed over a `dp` replica, the square of the global norm.
 
     Args:
         partition: The applied partition.
         norms: The `local_norms` by the `id` of the parameter.
         device: This rank's device.
-        among: Says by name which parameters belong to the norm.
+        among: Returns True for the name of a parameter that belongs to the norm.
 
     Returns:
         A scalar of type float64.
@@ -60,17 +60,17 @@ def local_square(
 
 
 def global_norm(partition: Partition, optimizer: Optimizer, device: torch.device) -> Tensor:
-    """Returns the 2-norm over all of an optimizer's gradients, whichever ranks have them. Collective over a replica."""
+    """Returns the 2-norm over all gradients of `optimizer`, on all ranks of a replica. Collective over the replica."""
     square = local_square(partition, norms_by_id(optimizer), device)
     return _sum_over_model(partition, square).sqrt()
 
 
 def gradient_norms(partition: Partition, device: torch.device) -> dict[str, Tensor]:
-    """Returns the 2-norm of every parameter's gradient, and of all together. Collective over a replica of `dp`."""
+    """Returns the 2-norm of each parameter's gradient, and of all gradients. Collective over a replica of `dp`."""
     names, local = partition.parameters.names, partition.parameters.local()
     with_gradient = [n for n in names if n in local and local[n].grad is not None]
     norms = dict(zip(with_gradient, local_norms([local[n].grad for n in with_gradient]), strict=True))  # type: ignore[misc]
-    squares = torch.zeros(len(names), 2, dtype=torch.float64, device=device)  # and whether there is a gradient
+    squares = torch.zeros(len(names), 2, dtype=torch.float64, device=device)  # and 1 if there is a gradient
     for i, name in enumerate(names):
         if name in norms:
             squares[i, 0] = norms[name].double().square() * _counts(partition, name)
@@ -81,7 +81,7 @@ def gradient_norms(partition: Partition, device: torch.device) -> dict[str, Tens
 
 
 def _counts(partition: Partition, name: str) -> bool:
-    """Whether this rank, among those of its replica of `dp` that hold the same part of `name`, counts it."""
+    """Returns True if this rank counts its part of `name`: one of the ranks of a `dp` replica with the same part."""
     place, layout = partition.mesh.place, partition.plan.layout
     sharded = layout.fsdp > 1 and name not in partition.whole
     tensor_plan = partition.plan.tensor_plan
@@ -95,7 +95,7 @@ def _counts(partition: Partition, name: str) -> bool:
 
 
 def _sum_over_model(partition: Partition, values: Tensor) -> Tensor:
-    """Adds `values` up in place over the ranks of this rank's replica of `dp`."""
+    """Sums `values` in place over the ranks of this rank's replica of `dp`."""
     for axis in _AXES:
         if getattr(partition.plan.layout, axis) > 1:
             dist.all_reduce(values, group=partition.mesh.group(axis))

@@ -1,4 +1,4 @@
-"""Optimizers under any layout: their parameters by name, the non-finite check, clipping, the loss scale, LBFGS."""
+"""Runs optimizers under any layout: parameters by name, the non-finite check, clipping, the loss scale, LBFGS."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from lightning_hybrid.spec.layout import Layout
 
 
 class OptimizerWrapper:
-    """Put on Lightning's precision plugin, which every optimizer step goes through.
+    """Patches Lightning's precision plugin, which every optimizer step passes through.
 
     Args:
         runner: The partitioned module.
         precision: The plugin.
-        on_nonfinite: See `NonFiniteCheck`.
-        preemption: This rank's note of a SIGTERM.
+        on_nonfinite: Policy for non-finite gradients, see `NonFiniteCheck`.
+        preemption: This rank's record of a SIGTERM.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class OptimizerWrapper:
         self._logs_wait = False
         self.nonfinite = NonFiniteCheck(runner.partition, runner.device, on_nonfinite, self._exchange)
         self._known_norm: Tensor | None = None
-        """The norm that the check has measured, while it is that of the gradients."""
+        """Norm of the gradients that the check has computed; None if the gradients may have changed since."""
         self._after_closure = after_closure_of(precision)
         self._scaler: Any = getattr(precision, "scaler", None)
         self._patches = ExitStack()
         self.names: dict[int, list[list[str]]] = {}
-        """Names of the parameters of each group, on other stages too, by the `id` of the optimizer."""
+        """Names of the parameters of each group, including those of other stages, by the `id` of the optimizer."""
         self.learning_rate_factor = 1.0
-        """On the learning rates, in the update only: schedulers and checkpoints have those of the user."""
+        """Factor on the learning rates in the update only: schedulers and checkpoints have those of the user."""
 
     def install(self) -> None:
-        """Puts it on; collective over all ranks."""
+        """Patches the precision plugin. Collective over all ranks."""
         seen = torch.tensor(float(seen_before_step(self.runner.root.trainer)), device=self.runner.device)
         dist.all_reduce(seen)
         self._logs_wait = not seen.item()
@@ -72,14 +72,14 @@ class OptimizerWrapper:
             self._patches.callback(agree_on_overflow(self._scaler, dist.all_reduce))
 
     def remove(self) -> None:
-        """Takes it off."""
+        """Removes the patches from the precision plugin."""
         self._patches.close()
 
     # ---- parameters
 
     @contextmanager
     def sees_all_parameters(self, strategy: Strategy) -> Iterator[None]:
-        """Shows every parameter to `configure_optimizers`; afterwards the optimizers hold those of this rank only."""
+        """Shows all parameters to `configure_optimizers`; afterwards optimizers hold this rank's parameters only."""
         parameters = self.runner.partition.parameters
         with parameters.all_visible() as ghosts:
             names = {id(parameters.visible(n)): n for n in parameters.names}
@@ -93,7 +93,7 @@ class OptimizerWrapper:
                 group["params"] = [p for p in group["params"] if id(p) not in ghosts]
 
     def names_in(self, optimizer: Optimizer) -> list[list[str]]:
-        """Returns the names of all parameters of each group of `optimizer`, on other stages too.
+        """Returns the names of all parameters of each group of `optimizer`, including those of other stages.
 
         Collective if the user has added groups since the last call (`add_param_group`); in these, names are in the
         order of the model.
@@ -110,8 +110,8 @@ class OptimizerWrapper:
     # ---- steps
 
     def _checked(self, model: Any, optimizer: Any) -> None:
-        """Gradients are complete; hooks, clipping and the update come next."""
-        if self._scaler is None:  # with one, infinite gradients are usual: it leaves out the step on all ranks
+        """Checks the complete gradients, and continues with hooks and clipping, before the update."""
+        if self._scaler is None:  # a scaler expects infinite gradients, and skips the step on all ranks
             self._known_norm = self.nonfinite.check(optimizer, model.trainer)
         else:
             self.nonfinite.exchange_unchecked(optimizer)
@@ -131,14 +131,14 @@ class OptimizerWrapper:
     def step(
         self, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Lightning's `optimizer_step`; a step that the guard leaves out returns None."""
+        """Runs Lightning's `optimizer_step`; returns None if the non-finite check skips the step."""
         if isinstance(optimizer, LBFGS) and self.runner.mesh.layout.replicas > 1:
             closure = self._of_all_replicas(closure)
         rates = [group["lr"] for group in optimizer.param_groups] if self.learning_rate_factor != 1.0 else []
         try:
             self._exchange.check_follows = self._logs_wait
             out = step(optimizer, closure, *args, **kwargs)
-            if self._exchange.logs.pending:  # a precision plugin of the user's has not asked for the check
+            if self._exchange.logs.pending:  # a precision plugin of the user has not run the check
                 self._exchange.run()
             if self.runner.gradients.diloco is not None:
                 self.runner.gradients.diloco.after_step()
@@ -151,7 +151,7 @@ class OptimizerWrapper:
                 group["lr"] = rate
 
     def _of_all_replicas(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """LBFGS decides by the loss how often it calls the closure: all replicas must see the same."""
+        """Returns a closure with the mean loss of all replicas: by the loss LBFGS decides how often to call it."""
 
         def mean() -> Any:
             loss = closure()
@@ -164,14 +164,14 @@ class OptimizerWrapper:
         return mean
 
     def check_optimizers(self, optimizers: Sequence[Optimizer], layout: Layout | None = None) -> None:
-        """Refuses what cannot give the result of one process.
+        """Refuses optimizers that cannot give the result of one process.
 
         Args:
-            optimizers: All of them.
-            layout: None: the present one.
+            optimizers: All optimizers of the module.
+            layout: The layout; None: the current one.
 
         Raises:
-            PartitionError: If so.
+            PartitionError: If an optimizer does not support the layout, or `on_nonfinite`.
         """
         layout = layout or self.runner.mesh.layout
         divided = layout.fsdp > 1 or layout.tp > 1 or layout.ep > 1

@@ -1,4 +1,4 @@
-"""Running a step through pipeline stages: torch's schedules for training, one pass in stage order for evaluation."""
+"""Runs a step through pipeline stages: by torch's schedules in training, in one pass in stage order in evaluation."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.stages import choose_microbatches, runnable_schedule
 
 _KEPT_SHAPES = 8
-"""Stage buffers are kept for this many batch shapes; the least recently used go first."""
+"""Number of batch shapes for which stage buffers are kept; the least recently used are dropped first."""
 
 
 @dataclass
 class _Prepared:
-    """Everything that depends on the shape of a batch."""
+    """Stage programs and schedule for one shape of batch."""
 
     programs: dict[int, StageProgram]
     schedule: Any = None
 
 
 class _StageModule(nn.Module):
-    """What torch's `PipelineStage` calls: one stage on one microbatch."""
+    """Module that torch's `PipelineStage` calls: runs one stage on one microbatch."""
 
     def __init__(self, pipeline: Pipeline, stage: int, program: StageProgram) -> None:
         super().__init__()
         self._run, self._program, self._stage = pipeline.run_stage, program, stage
         self.microbatch = 0
-        """The index of the microbatch that comes next."""
+        """Index of the next microbatch."""
 
     def forward(self, *received: Tensor) -> Any:
         out = self._run(self._stage, self._program, received if self._program.first else (), self.microbatch)
@@ -58,18 +58,18 @@ class _StageModule(nn.Module):
 
 
 class _TimedStage(PipelineStage):
-    """Its passes are timed, while somebody looks."""
+    """Pipeline stage whose passes are timed if the pipeline has clocks."""
 
     pipeline: Pipeline
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """One microbatch forward."""
+        """Runs the forward pass of one microbatch."""
         self.submod.microbatch = fwd_chunk_id  # type: ignore[assignment]
         with self._timed():
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        """One microbatch backward."""
+        """Runs the backward pass of one microbatch."""
         with self._timed():
             return super().backward_one_chunk(*args, **kwargs)
 
@@ -79,16 +79,16 @@ class _TimedStage(PipelineStage):
 
 
 class Pipeline:
-    """The stages of this rank.
+    """Runs the pipeline stages of this rank.
 
     Args:
         root: The partitioned LightningModule.
-        partition: Its partition.
+        partition: The partition of `root`.
         mesh: The device mesh.
         device: This rank's device.
-        precision: Enters the precision of a step (autocast).
+        precision: Returns a context with the precision of a step (autocast).
         metrics: The metrics of the module.
-        rng: Seeds the random generators of each microbatch.
+        rng: Sets the RNG state of each microbatch.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Pipeline:
         self._prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
         self._running: _Step | None = None
         self.clocks: Clocks | None = None
-        """They run while they are here."""
+        """Clocks that time the stages; None: stages are not timed."""
 
     @property
     def _step(self) -> _Step:
@@ -119,7 +119,7 @@ class Pipeline:
 
     @property
     def parts(self) -> int:
-        """The number of microbatches of the step that ran last; 0 before the first one."""
+        """Number of microbatches of the last step; 0 before the first step."""
         return 0 if self._running is None else len(self._running.arguments)
 
     # ---- training
@@ -134,15 +134,15 @@ class Pipeline:
         """Runs `training_step` forward and backward; gradients are added to `.grad`.
 
         Args:
-            context: The facts of the step. With weights, the batch is split into a number of microbatches that suits
-                the batches of all replicas: replicas that share weights must run equally many.
+            context: The context of the step. With batch weights, the number of microbatches suits the batches of all
+                replicas: replicas that share weights must run the same number.
             args: Arguments of `training_step`, the batch first.
-            scale: Factor on the loss in the backward pass (1 / accumulated batches, and of a loss scaler).
-            requested: Microbatches, or `"auto"`.
+            scale: Factor on the loss in the backward pass (1 / accumulated batches, and that of a loss scaler).
+            requested: Number of microbatches, or `"auto"`.
 
         Returns:
-            On the rank with the last stage, the mean loss, and the values that `training_step` returned beside the
-            loss; None and nothing elsewhere.
+            On the rank with the last stage, the mean loss, and the values that `training_step` returned besides the
+            loss; None and an empty dictionary on other ranks.
         """
         weights = context.weights
         size = 1 if requested == 1 else batch_size(args[0]) if weights is None else weights.common_divisor
@@ -170,7 +170,7 @@ class Pipeline:
         return loss, join(returned, samples) if returned else {}
 
     def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
-        """Runs one stage on microbatch `index`: what it sends, or for the last stage what the step returns."""
+        """Runs one stage on microbatch `index`; returns the tensors to send, or the result of the last stage."""
         step, name = self._step, self._step.context.name
         run = StageRun(program, inputs, self.device, self._metrics)
         self._rng.begin(index)
@@ -207,7 +207,7 @@ class Pipeline:
     # ---- evaluation
 
     def evaluate(self, context: StepContext, args: tuple) -> Any:
-        """Runs `validation_step`, `test_step` or `predict_step` on the whole batch, stage after stage.
+        """Runs `validation_step`, `test_step` or `predict_step` on the whole batch, stage by stage.
 
         Returns:
             The result of the step, on every rank.
@@ -308,24 +308,24 @@ class Pipeline:
 
 @dataclass
 class _Step:
-    """The step that is running."""
+    """State of the running step."""
 
     context: StepContext
     arguments: list[tuple]
-    """By microbatch."""
+    """Arguments of the step, by microbatch."""
     samples: list[int]
-    """By microbatch."""
+    """Number of samples, by microbatch."""
     scale: float | Tensor = 1.0
     weights: list[float] = field(default_factory=list)
-    """On the losses of microbatches; none: they are equal."""
+    """Factors on the losses of microbatches; empty: all are equal."""
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """What the step returned beside the loss, by microbatch."""
+    """Values that the step returned besides the loss, by microbatch."""
     losses: list[Tensor] = field(default_factory=list)
-    """Of the microbatches, as the user's step returned them, weighed."""
+    """Losses of microbatches as the user's step returned them, multiplied by `weights`."""
 
 
 def _nothing_left() -> Callable[[], None]:
-    """For `PipelineStage`: the first half of a split backward pass computes the weights' gradients too.
+    """Returns an empty second half of a split backward pass: the first half computes the weights' gradients, too.
 
     torch's own split finds the weights of the second half on paths from the stage's input. It misses weights that only
     the batch leads to (a decoder's embedding), mixes up several inputs, and fails on some graphs (DeBERTa-v2).
@@ -338,7 +338,7 @@ class _Stopped(NamedTuple):  # a tuple, so that hooks of the step module find th
 
 
 def _catching_stop(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns `StopStage` into a return value inside the step module, whose own hooks must run to the end."""
+    """Returns `method` with `StopStage` turned into a result, since hooks of the step module must run to the end."""
 
     def run(*args: Any) -> Any:
         try:

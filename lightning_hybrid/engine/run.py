@@ -1,4 +1,4 @@
-"""`Run`: what outlives a layout within one call of `fit`, `validate`, `test` or `predict`."""
+"""`Run`: objects of one call of `fit`, `validate`, `test` or `predict` that do not depend on the layout."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Run:
     on_nonfinite: Literal["raise", "skip"]
     preemption: Preemption
     any_rank: Callable[[bool], bool]
-    """Returns True if its argument is true on any rank. Collective."""
+    """Function that returns True if its argument is True on any rank. Collective."""
     patches: ExitStack = field(default_factory=ExitStack)
-    """Closed when the run ends: takes off what was put on the trainer, its loops and loggers, also after an error."""
+    """Stack of patches on the trainer, its loops and loggers; closed when the run ends, also after an error."""
 
     @property
     def module(self) -> pl.LightningModule:
-        """The LightningModule that is trained."""
+        """The LightningModule of the trainer."""
         return self.trainer.lightning_module
 
     def start(self) -> None:
-        """Puts the patches on the trainer that do not depend on the layout."""
+        """Applies the patches to the trainer that do not depend on the layout."""
         # a sharded module whose first forward pass ran in inference mode (sanity validation) cannot train afterwards
         for loop in evaluation_loops(self.trainer):
             self.patches.enter_context(patched(loop, inference_mode=False))

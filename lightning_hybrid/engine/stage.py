@@ -37,7 +37,7 @@ class StageProgram:
 
     trace: Trace
     first: int
-    """Index of its first unit call; 0 for the first stage."""
+    """Index of the stage's first unit call; 0 for the first stage."""
     stop: int | None
     """Index of the next stage's first unit call; None for the last stage."""
 
@@ -62,7 +62,7 @@ class StageRun:
     metrics: Metrics
     calls: int = 0
     own: bool = False
-    """True from the entry of the stage's first unit on: code of the user belongs to this stage."""
+    """True from the entry of the stage's first unit on; code of the user then belongs to this stage."""
     _outputs: dict[tuple[str, int, int], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class StageRun:
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """The identity, whose gradient is made contiguous: it is sent to the previous stage."""
+    """Identity with a contiguous gradient, which is sent to the previous stage."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -169,7 +169,7 @@ def _to_send(tensor: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled() or not tensor.is_floating_point():
         return tensor.detach().contiguous()
     if not tensor.requires_grad:
-        return tensor.detach().contiguous().requires_grad_()  # frozen so far; torch wants to hand back a gradient
+        return tensor.detach().contiguous().requires_grad_()  # frozen so far; torch sends a gradient back
     tensor = tensor.contiguous()
     # received tensors that are passed on, and views, which torch cannot detach in place after use
     return tensor.clone() if tensor.is_leaf or is_view(tensor) else tensor

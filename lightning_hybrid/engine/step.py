@@ -1,4 +1,4 @@
-"""One step of training or evaluation of a partitioned module, under any layout."""
+"""Runs one training or evaluation step of a partitioned module, under any layout."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class StepRunner:
     """Runs steps of a partitioned LightningModule.
 
     Args:
-        partition: Its applied partition.
+        partition: The applied partition of the module.
         device: This rank's device.
         precision: Lightning's precision plugin.
-        microbatches: Microbatches of a training step, or `"auto"`.
-        rng: Seeds the random generators of steps and units.
+        microbatches: Number of microbatches of a training step, or `"auto"`.
+        rng: Sets the RNG state of steps and units.
         metrics: The torchmetrics objects of the module.
     """
 
@@ -55,14 +55,14 @@ class StepRunner:
     ) -> None:
         self.root: pl.LightningModule = partition.root  # type: ignore[assignment]
         self.partition, self.device, self.precision, self.mesh = partition, device, precision, partition.mesh
-        self.one_microbatch = has_batch_norm(self.root)  # whose statistics are those of the whole batch
+        self.one_microbatch = has_batch_norm(self.root)  # its statistics are those of the whole batch
         self.microbatches = 1 if self.one_microbatch else microbatches
         self.noise: GradientNoise | None = None
-        """Measures the noise of gradients; None: it is not measured."""
+        """Gradient noise measurement; None: not measured."""
         self.clocks: Clocks | None = None
-        """Measure how long this rank computes; None: it is not measured."""
+        """Clocks that measure this rank's computation time; None: not measured."""
         self.context: StepContext | None = None
-        """The facts of the step that runs, or has run last."""
+        """Context of the running step, or else of the last step."""
         self.rng, self.metrics = rng, metrics
         self.exchange = StepExchange(device, StepLogs(self.root, self.mesh, device, metrics))
         self.stage_outputs: StageOutputs | None = None
@@ -73,7 +73,7 @@ class StepRunner:
         self.gradients = ReplicaGradients(partition, self.gradients_complete)
 
     def time_computation(self, clocks: Clocks | None) -> None:
-        """Measures how long this rank computes with `clocks`; None: stops measuring."""
+        """Measures this rank's computation time with `clocks`; None stops measuring."""
         if self.clocks is not None:
             self.clocks.release()
         self.clocks = clocks
@@ -83,7 +83,7 @@ class StepRunner:
             self.pipeline.clocks = clocks
 
     def gradients_complete(self) -> None:
-        """Called when this rank has computed its gradients of a batch, before it waits for others."""
+        """Ends the batch on the clocks; called when this rank has computed its gradients, before waits for others."""
         if self.clocks is not None:
             self.clocks.end_batch()
 
@@ -98,16 +98,16 @@ class StepRunner:
 
     @property
     def padding(self) -> bool:
-        """True if the samples of the step that runs, or has run last, count for nothing on this replica."""
+        """True if the samples of the running step, or else of the last step, are padding on this replica."""
         return self.context is not None and self.context.padding
 
     def _begin(self, name: str, weights: BatchWeights | None, share: float = 1.0) -> StepContext:
-        """Makes the context of a step.
+        """Creates the context of a step.
 
         Args:
             name: Name of the step function.
-            weights: None if all replicas have equally many samples.
-            share: The factor on the loss of this batch among those that are accumulated.
+            weights: Batch weights; None if all replicas have the same number of samples.
+            share: Factor on the loss of this batch among the accumulated batches.
         """
         replica = self.mesh.replica
         padding = weights is not None and weights.padding(replica)
@@ -125,11 +125,11 @@ class StepRunner:
     # ---- training
 
     def training_step(self, weights: BatchWeights | None, share: float, *args: Any, **kwargs: Any) -> Any:
-        """Runs one `training_step` of the user under the layout; what it logs is logged on every rank.
+        """Runs one `training_step` of the user under the layout; logs its values on every rank.
 
         Args:
-            weights: The samples of each replica; None if all have equally many.
-            share: The factor on the loss of this batch among those that are accumulated.
+            weights: Batch weights; None if all replicas have the same number of samples.
+            share: Factor on the loss of this batch among the accumulated batches.
             *args: Arguments of `training_step`, the batch first.
             **kwargs: Keyword arguments of `training_step`.
         """
@@ -171,13 +171,13 @@ class StepRunner:
         return {"loss": mean_loss, **extras} if extras else mean_loss
 
     def scaled_for_backward(self, loss: Tensor) -> Tensor:
-        """Returns the loss whose gradient this replica contributes; a pipeline has scaled it in its schedule."""
+        """Returns the loss whose gradient this replica contributes; a pipeline scales the loss in its schedule."""
         return loss if self.pipeline is not None or self.context is None else self.context.scaled(loss)
 
     def _log(
         self, context: StepContext, loss: Tensor | None = None, extras: dict[str, Any] | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Logs a step on every rank, now or with the check of its gradients; gives every stage the last one's loss."""
+        """Logs a step on all ranks, now or with its gradient check; returns the last stage's loss on every stage."""
         entries = context.recorder.entries
         if context.padding:
             leave_out(entries)
@@ -194,13 +194,16 @@ class StepRunner:
     # ---- evaluation
 
     def evaluation_step(self, name: str, weights: BatchWeights | None, *args: Any, **kwargs: Any) -> Any:
-        """Runs one `validation_step`, `test_step` or `predict_step` on the whole batch; its result on every rank.
+        """Runs one `validation_step`, `test_step` or `predict_step` on the whole batch.
 
         Args:
             name: Name of the step function.
-            weights: The samples of each replica; None if all have equally many.
+            weights: Batch weights; None if all replicas have the same number of samples.
             *args: Arguments of the step, the batch first.
             **kwargs: Keyword arguments of the step.
+
+        Returns:
+            The result of the step, on every rank.
         """
         step: Callable[..., Any] = getattr(self.root, name)
         context = self._begin(name, weights)

@@ -1,4 +1,4 @@
-"""From a LightningModule and a first batch to a Partition that is ready to be applied."""
+"""Plans the partition of a LightningModule from a first batch."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def make_partition(
     precision: Callable[[], AbstractContextManager],
     sample: Callable[[], tuple[str, tuple]],
 ) -> Partition:
-    """Looks at the module, and if it is to be cut or divided runs it once on ghosts, and decides everything.
+    """Plans the partition, which is returned ready to be applied; with `pp`, `tp` or `ep` > 1 traces a step on ghosts.
 
     Args:
         root: The LightningModule.
-        request: The strategy's arguments.
+        request: The layout and its options.
         mesh: The device mesh.
         device: This rank's device.
-        precision: Enters the precision of a step.
-        sample: Gives the name of the step function to plan with and its arguments, the first batch leading.
+        precision: Returns a context with the precision of a step.
+        sample: Returns the name of the step function to plan with, and the step's arguments, the first batch first.
 
     Raises:
         PartitionError: If the layout does not suit the module.
@@ -89,7 +89,7 @@ def make_partition(
 
 @dataclass
 class _DryRun:
-    """The module's first step, which can be run on ghosts."""
+    """Runs the module's first step on ghosts."""
 
     root: pl.LightningModule
     request: Request
@@ -101,14 +101,14 @@ class _DryRun:
     microbatches: int = 1
 
     def prepare(self) -> tuple:
-        """Returns the arguments of the step, the first batch leading."""
+        """Returns the arguments of the step, the first batch first."""
         self.step, args = self.sample()
         _check_pipeline(self.root, self.request, self.step)
         self.microbatches = microbatches_for(self.root, self.request, args[0])
         return args
 
     def trace(self, args: tuple, watched: Collection[str] | None = None) -> Trace:
-        """Runs the step on the first microbatch."""
+        """Runs the step on the first microbatch, and returns the trace."""
         _move_buffers(self.root, self.device)
         arguments = (split_batch(args[0], self.microbatches)[0], *args[1:])
         step = getattr(self.root, self.step)
@@ -121,7 +121,7 @@ class _DryRun:
 
 
 def _decide(run: _DryRun, model: ModelSpec, parameters: Parameters) -> Plan:
-    """Decides what the request leaves open."""
+    """Returns a plan with every decision that the request leaves open."""
     root, request, layout = run.root, run.request, run.request.layout
     base = Plan(
         layout=Layout(),
@@ -167,7 +167,7 @@ def _decide(run: _DryRun, model: ModelSpec, parameters: Parameters) -> Plan:
 
 
 def _follow(run: _DryRun, plan: Plan, model: ModelSpec, parameters: Parameters) -> Plan:
-    """Uses a plan as it is; under `pp` the step is run on ghosts, to compare its calls with those of the plan."""
+    """Returns `plan` unchanged; under `pp` traces the step on ghosts to compare its calls with those of the plan."""
     if plan.layout.pp > 1:
         args = run.prepare()
         if run.step == plan.model.step:
@@ -229,7 +229,7 @@ def check_precision(precision: Precision) -> None:
     """Refuses plugins that replace layers, or belong to another strategy.
 
     Raises:
-        PartitionError: If so.
+        PartitionError: If `precision` is such a plugin.
     """
     known = isinstance(precision, _PRECISIONS) or type(precision).convert_module is Precision.convert_module
     if not known or isinstance(precision, FSDPPrecision | DeepSpeedPrecision):
@@ -244,7 +244,7 @@ def check_trainer(layout: Layout, trainer: pl.Trainer) -> None:
     """Refuses options of the Trainer that the layout cannot follow.
 
     Raises:
-        PartitionError: If there is one.
+        PartitionError: If `trainer` has such an option.
     """
     if layout.tp > 1 and detects_anomalies(trainer):
         raise PartitionError(
@@ -258,7 +258,7 @@ def microbatches_for(root: pl.LightningModule, request: Request, batch: Any) -> 
     """Returns the number of microbatches for a first batch like `batch`.
 
     Raises:
-        PartitionError: If a number was given that does not suit the batch or the model.
+        PartitionError: If the requested number does not suit the batch or the model.
     """
     layout, asked = request.layout, request.microbatches
     if layout.pp == 1:

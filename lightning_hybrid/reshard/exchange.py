@@ -1,4 +1,4 @@
-"""Parts of tensors go to the ranks that hold them in another layout; what a rank has already stays with it."""
+"""Resharding: sends parts of tensors to the ranks that hold them in the new layout, unless a rank has them already."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_hybrid.reshard.transfer import Transfer, transfers
 from lightning_hybrid.spec.tensor_index import Index, overlaps
 
 ROUND_BYTES = 256 * 2**20
-"""So much goes over the wire at once, of all ranks together: what a move needs of memory beside both layouts' parts."""
+"""Bytes that all ranks together send per round: the memory that resharding needs besides the parts of both layouts."""
 
 Places = Callable[[Key], tuple[Index | None, ...]]
 
@@ -28,17 +28,17 @@ def exchange(
     after: Places,
     target: Callable[[Key], Tensor | None],
 ) -> int:
-    """Fills every rank's new parts. Collective.
+    """Fills the new parts of all ranks. Collective.
 
     Args:
-        parts: This rank's old parts, which stay as they are.
-        dtypes: Of all tensors, in the same order on all ranks.
-        before: Which part of a tensor each rank has.
-        after: Which part it is to have.
-        target: Gives this rank's new part of a tensor, to be filled; None where it is to have none.
+        parts: This rank's old parts, which are not changed.
+        dtypes: Dtypes of all tensors, in the same order on all ranks.
+        before: Returns the old part of a tensor on each rank.
+        after: Returns the new part of a tensor on each rank.
+        target: Returns this rank's new part of a tensor, to be filled; None if this rank has no new part.
 
     Returns:
-        Bytes that were sent, of all ranks together.
+        Bytes sent by all ranks together.
 
     Raises:
         PartitionError: On all ranks, if any rank could not prepare a round.
@@ -79,7 +79,7 @@ def _prepare_round(
     after: Places,
     target: Callable[[Key], Tensor | None],
 ) -> Callable[[], None]:
-    """Copies what stays on this rank; returns the collective call that moves the rest."""
+    """Copies elements that stay on this rank; returns the collective call that moves the other elements."""
     ranks = dist.get_world_size()
     outgoing: list[list[Tensor]] = [[] for _ in range(ranks)]
     incoming: list[list[Tensor]] = [[] for _ in range(ranks)]
@@ -122,7 +122,7 @@ def _send(outgoing: list[list[Tensor]], incoming: list[list[Tensor]], dtype: tor
 
 
 def _box(part: Tensor, index: Index | None, box: Index) -> Tensor:
-    """The elements of a box of the whole tensor in a rank's part, as a view."""
+    """Returns the elements of a box of the whole tensor, as a view of a rank's part."""
     if index is None:
         raise ValueError(f"This rank has no part with {box}.")
     (found,) = overlaps(index, box)

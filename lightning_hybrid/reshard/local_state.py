@@ -1,4 +1,4 @@
-"""What the ranks hold of a model and of its optimizers, by name: taken out of one partition and put into another."""
+"""Shards of weights, buffers and optimizer state by name, moved from one partition to another in resharding."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from lightning_hybrid.spec.tensor_index import Index, whole_index
 
 
 class Key(NamedTuple):
-    """Names a tensor of the model or of its optimizers."""
+    """Name of a tensor of the model or of its optimizers."""
 
     group: str
     """`weights`, `buffers`, `averages/<number>` or `optimizers/<number>/<entry>`."""
     name: str
-    """Of the parameter or buffer that it is or belongs to."""
+    """Name of the parameter or buffer (for averages and optimizer state: of its parameter)."""
 
 
 @dataclass
 class LocalState:
-    """What there is, on all ranks, and what this rank has of it."""
+    """The global list of tensors to move, and this rank's parts of them."""
 
     parts: dict[Key, Tensor] = field(default_factory=dict)
-    """This rank's parts."""
+    """This rank's parts of tensors."""
     dtypes: dict[Key, torch.dtype] = field(default_factory=dict)
-    """Of every tensor that any rank has a part of, in the same order on all ranks."""
+    """Dtypes of all tensors of which any rank has a part, in the same order on all ranks."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of the whole parameters and buffers."""
+    """Shapes of the whole parameters and buffers, by name."""
     entries: dict[tuple[int, str, str], Any] = field(default_factory=dict)
     """State of optimizers that is not laid out like a parameter (step counts): by optimizer, entry and parameter."""
     names: list[list[list[str]]] = field(default_factory=list)
-    """Of the parameters of each group of each optimizer."""
+    """Names of the parameters of each group of each optimizer."""
 
     @classmethod
     def of(cls, engine: Engine, optimizers: Sequence[Optimizer], averages: Sequence[LocalWeights]) -> LocalState:
-        """Refers to this rank's parts, which are not copied. Collective."""
+        """Returns the state with references to this rank's parts, which are not copied. Collective."""
         engine.partition.reshard()
         found = cls()
         found._collect_module(engine, averages)
@@ -85,7 +85,7 @@ class LocalState:
                     self.entries[number, kind, name] = value.cpu() if isinstance(value, Tensor) else value
 
     def _share(self) -> None:
-        """Every rank knows of everything."""
+        """Gathers the dtypes and entries of all ranks. Collective."""
         for dtypes, entries in gather_objects(({key: part.dtype for key, part in self.parts.items()}, self.entries)):
             self.dtypes.update(dtypes)
             self.entries.update(entries)
@@ -93,7 +93,7 @@ class LocalState:
 
 
 def places_of(partition: Partition, local_state: LocalState) -> Callable[[Key], tuple[Index | None, ...]]:
-    """Which part of a tensor each rank has under a partition; None where it has nothing."""
+    """Returns a function that gives the part of a tensor on each rank under `partition`; None for ranks without it."""
     known: dict[tuple[bool, str], tuple[Index | None, ...]] = {}
     plan, places = partition.plan, partition.mesh.places
 
@@ -115,18 +115,18 @@ def places_of(partition: Partition, local_state: LocalState) -> Callable[[Key], 
 
 
 def share_whole(partition: Partition) -> None:
-    """Every rank knows which weights `fsdp` has left whole on any rank. Collective."""
+    """Gathers the names of the weights that `fsdp` has left whole on any rank. Collective."""
     partition.whole.update(*gather_objects(sorted(partition.whole)))
 
 
 class Target:
-    """A partition that is to be filled.
+    """New partition that resharding fills.
 
     Args:
         engine: The new engine.
-        optimizers: The optimizers, whose state is made anew.
+        optimizers: The optimizers, whose state is replaced.
         averages: Averages of weights in the new partition.
-        local_state: What there is.
+        local_state: The state to move.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Target:
         self._buffers = dict(engine.root.named_buffers())
 
     def renew_optimizers(self) -> None:
-        """The optimizers hold this rank's new parameters, in the same groups; state that is no tensor is there."""
+        """Points the optimizers' groups at this rank's new parameters, and restores state that is not resharded."""
         self._place_new_parameters()
         for number, optimizer in enumerate(self._optimizers):
             names = self._local_state.names[number]
@@ -158,7 +158,7 @@ class Target:
                 self._optimizers[number].state[parameter][kind] = own
 
     def _place_new_parameters(self) -> None:
-        """Parameters that were not there before go into the groups that `configure_optimizers` puts them in."""
+        """Adds parameters that are new in the module to the groups in which `configure_optimizers` puts them."""
         parameters, local_state = self._engine.partition.parameters, self._local_state
         new = {n for n in parameters.names if n not in local_state.shapes}
         if not new:
@@ -180,7 +180,7 @@ class Target:
                 group += [n for n in members if n in new]
 
     def tensor(self, key: Key) -> Tensor | None:
-        """This rank's part of a tensor, to be filled; None where it holds none."""
+        """Returns this rank's part of a tensor, to be filled; None if this rank holds no part."""
         kind, _, rest = key.group.partition("/")
         if kind == "buffers":
             return self._buffers[key.name]

@@ -1,16 +1,16 @@
-"""One change of layout, between two steps of the optimizer: the same module and optimizers under another layout.
+"""Changes the layout between two steps of the optimizer: the same module and optimizers under another layout.
 
-The protocol. All ranks enter each phase, or none does.
+All ranks enter each of these phases, or none does:
 
 1. check: the request is possible and the same on all ranks. An error changes nothing.
-2. take off: each rank refers to its own parts by name; the module is left with ghosts.
-3. edit and plan: the user's `edit` adds modules; the module is run on ghosts as at the start.
-4. apply and move: memory for the new parts; parts that a rank lacks come from the ranks that have them.
-5. follow: patches, metrics and averages of the new engine.
+2. take off: each rank keeps references to its own parts by name; ghosts replace the module's parameters.
+3. edit and plan: the user's `edit` adds modules; the module is traced on ghosts as at the start.
+4. apply and move: memory for the new parts is allocated; ranks receive missing parts from the ranks that hold them.
+5. follow: patches, metrics and averages are moved to the new engine.
 
-Old parts stay in memory until phase 5 is over, so an error of any rank in phases 3 to 5 puts the old layout on again,
-and the module is as it was, without the modules that `edit` has added. A rank that ends, or a collective that breaks,
-ends the run on all ranks; nothing is saved between phases 2 and 5.
+Old parts stay in memory until phase 5 is over. An error of any rank in phases 3 to 5 restores the old layout and the
+module, without the modules that `edit` has added. A rank that ends, or a collective that fails, ends the run on all
+ranks; no checkpoint is saved between phases 2 and 5.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from lightning_hybrid.spec.request import Request
 
 @dataclass(frozen=True, kw_only=True)
 class RelayoutResult:
-    """One change of layout."""
+    """Result of one change of layout."""
 
     before: Layout
     after: Layout
     sent_bytes: int
-    """Of weights, optimizer state and buffers that went from one rank to another, of all ranks together."""
+    """Bytes of weights, optimizer state and buffers sent to another rank, by all ranks together."""
     seconds: float
-    """From the call to the end, on this rank."""
+    """Seconds from the call to the end, on this rank."""
     problem: str | None = None
-    """The reason why the layout is still `before`; None if it has changed."""
+    """Reason why the layout is still `before`; None if the layout has changed."""
 
 
 def relayout(
@@ -68,15 +68,15 @@ def relayout(
     """Changes the layout of a running fit. Collective over all ranks.
 
     Args:
-        engine: The engine of the present layout; it cannot be used afterwards.
-        request: The new layout and the options that belong to it.
-        data: The data of this rank's replica, which must be able to follow.
-        optimizers: The optimizers; they keep their identity.
-        listeners: Asked whether they can follow.
+        engine: The engine of the current layout, which cannot be used afterwards.
+        request: The new layout and its options.
+        data: The data of this rank's replica, which must support the new layout.
+        optimizers: The optimizers, which keep their identity.
+        listeners: Listeners, each of which may refuse the new layout.
         edit: Adds modules with new weights to the module, or None.
 
     Returns:
-        The started engine that is in force now, and the result: if it has a `problem`, the layout is the old one.
+        The started engine to use from now on, and the result: if that has a `problem`, the layout is the old one.
 
     Raises:
         PartitionError: On all ranks, if the request is refused before anything has changed.
@@ -97,7 +97,7 @@ def relayout(
         if edit is not None:
             on_all_ranks(edit)
         new, sent = move.build(request, mesh, size)
-    except Exception as error:  # noqa: BLE001 -- whatever it is, the old layout is put on again
+    except Exception as error:  # noqa: BLE001 -- after any error the old layout is restored
         problem = error_message(error)
         move.abandon()
         modules.restore()
@@ -116,7 +116,7 @@ def relayout(
 
 
 class _Move:
-    """The state of a module and its optimizers, taken out of one engine and put into another."""
+    """Moves the state of a module and its optimizers from one engine to another."""
 
     def __init__(self, old: Engine, optimizers: Sequence[Optimizer]) -> None:
         self._old, self._optimizers = old, optimizers
@@ -129,7 +129,7 @@ class _Move:
         self._engine: Engine | None = None
 
     def take_off(self) -> None:
-        """Leaves the module with ghosts, and takes the patches of the old engine off."""
+        """Replaces the module's parameters by ghosts, and removes the patches of the old engine."""
         old, partition = self._old, self._old.partition
         old.stop()
         for parameter in partition.parameters.local().values():
@@ -137,15 +137,15 @@ class _Move:
         partition.take_off({n: self._local_state.shapes[n] for n in partition.parameters.names}, old.device)
 
     def build(self, request: Request, mesh: Mesh, batch_size: int | None) -> tuple[Engine, int]:
-        """Builds and starts an engine with the state that was taken out.
+        """Builds and starts an engine with the state of the old engine.
 
         Args:
-            request: The layout and the options that belong to it.
-            mesh: Its mesh.
-            batch_size: Samples of a replica's batch; None: as the loader gives them.
+            request: The layout and its options.
+            mesh: The mesh of the layout.
+            batch_size: Number of samples of a replica's batch; None: that of the loader's batch.
 
         Returns:
-            The engine, and the bytes that were sent, of all ranks together.
+            The engine, and the bytes sent by all ranks together.
         """
         run, device = self._old.run, self._old.device
         self._local_state.names = [[list(members) for members in groups] for groups in self._names]
@@ -175,7 +175,7 @@ class _Move:
         return engine, sent
 
     def abandon(self) -> None:
-        """Takes off what an unfinished `build` has put on, as far as it came."""
+        """Undoes the part of an unfinished `build` that was applied."""
         if self._engine is not None:
             self._engine.stop()
             self._engine.runner.gradients.release()
@@ -185,7 +185,11 @@ class _Move:
 
 
 def _check(engine: Engine, request: Request, optimizers: Sequence[Optimizer], listeners: Sequence[Listener]) -> None:
-    """Refuses what cannot be, or is not the same on all ranks. Collective."""
+    """Refuses a request that is not possible, or not the same on all ranks. Collective.
+
+    Raises:
+        PartitionError: On all ranks, with the reason.
+    """
     own = _problem(engine, request, optimizers, listeners)
     told = gather_objects((own, str(request), engine.run.trainer.global_step))
     for rank, (found, *_) in enumerate(told):
@@ -202,7 +206,7 @@ def _check(engine: Engine, request: Request, optimizers: Sequence[Optimizer], li
 def _problem(
     engine: Engine, request: Request, optimizers: Sequence[Optimizer], listeners: Sequence[Listener]
 ) -> str | None:
-    """Returns the reason why the request is refused, as far as this rank knows; None if it is not."""
+    """Returns the reason why this rank refuses the request; None if this rank accepts the request."""
     trainer, root, layout = engine.run.trainer, engine.root, request.layout
     if trainer.state.fn != TrainerFn.FITTING or not trainer.training:
         return "`relayout` changes the layout of training: call it in a hook while `Trainer.fit` trains."

@@ -1,4 +1,4 @@
-"""Which elements of a tensor go from which rank to which, so that every rank has its new part."""
+"""Computes which elements of a tensor each rank sends to which rank, so that every rank gets its new part."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lightning_hybrid.spec.tensor_index import Index, Run
 
 
 class Transfer(NamedTuple):
-    """A box of a whole tensor that one rank has and another one lacks, or that a rank has itself."""
+    """A box of a whole tensor that one rank sends to another, or that a rank keeps."""
 
     source: int
-    """The rank that has it."""
+    """Rank that has the box."""
     target: int
-    """The rank that gets it; the same one where it keeps it."""
+    """Rank that gets the box; equal to `source` if the rank keeps its elements."""
     box: Index
-    """One run along each dim, which lies in one run of the source's part and of the target's."""
+    """Bounds of the box: one run along each dim, within one run of the source's part and of the target's."""
 
     @property
     def count(self) -> int:
-        """The number of elements."""
+        """Number of elements."""
         count = 1
         for ((start, stop),) in self.box:
             count *= stop - start
@@ -31,17 +31,17 @@ class Transfer(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def transfers(old: tuple[Index | None, ...], new: tuple[Index | None, ...]) -> tuple[Transfer, ...]:
-    """Fills the new parts from the old ones: what a rank has stays there, everything else is sent once.
+    """Returns the transfers that fill the new parts: elements that a rank has stay there, all others are sent once.
 
-    A rank takes from its own part first, and what it lacks from one of the holders: the one that has sent least so far,
-    of these the nearest by rank. The same on every rank, without a word between them.
+    A rank copies from its own part first, and receives missing elements from the holder that has sent least so far, of
+    these the nearest by rank. The result is the same on every rank, without communication.
 
     Args:
-        old: By rank, which part it has; None: nothing.
-        new: By rank, which part it is to have.
+        old: The part that each rank has, by rank; None: no part.
+        new: The part that each rank is to have, by rank; None: no part.
 
     Raises:
-        ValueError: If elements that a rank is to have are nowhere.
+        ValueError: If no rank has elements that a rank is to have.
     """
     sent = [0] * len(old)
     found: list[Transfer] = []
@@ -66,7 +66,7 @@ def transfers(old: tuple[Index | None, ...], new: tuple[Index | None, ...]) -> t
 
 
 class _Cover:
-    """Which segments of each dim a part has."""
+    """Segments of each dim that a part covers."""
 
     def __init__(self, index: Index, segments: Sequence[Sequence[Run]]) -> None:
         self._dims = [
@@ -79,6 +79,6 @@ class _Cover:
 
 
 def _segments(parts: Sequence[Sequence[Run]]) -> list[Run]:
-    """The pieces into which the ends of all runs cut a dim."""
+    """Returns the segments into which the ends of all runs cut a dim."""
     cuts = sorted({end for runs in parts for run in runs for end in run})
     return list(itertools.pairwise(cuts))

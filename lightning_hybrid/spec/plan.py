@@ -43,14 +43,14 @@ class StagePlan:
 
     index: int
     rank: int
-    """The pipeline rank that holds it."""
+    """The pipeline rank that holds the stage."""
     first: int
-    """Index of its first unit call in the training step's trace (0 for the first stage)."""
+    """Index of the stage's first unit call in the training step's trace (0 for the first stage)."""
     stop: int
     """Index of the first unit call of the next stage; for the last stage the number of calls."""
     units: tuple[str, ...]
     parameters: tuple[str, ...]
-    """Names of the parameters that the stage uses; shared ones by their first name."""
+    """Names of the parameters that the stage uses; shared parameters by their first name."""
     flop_share: float
 
 
@@ -62,7 +62,7 @@ class Plan:
     equal plan.
 
     Raises:
-        ValueError: If its parts do not fit together.
+        ValueError: If the fields do not fit together.
     """
 
     layout: Layout
@@ -73,15 +73,15 @@ class Plan:
     recompute: Recompute | None = None
     """Activation checkpointing of blocks."""
     compile: bool = False
-    """Whether each block is compiled."""
+    """True if each block is compiled."""
     cuts: tuple[int, ...] = ()
     """The first call of each pipeline stage but the first."""
     expert_plans: Mapping[str, ExpertPlan] = field(default_factory=dict)
-    """How modules of experts are divided over `ep`, by name."""
+    """Plans of the modules of experts that `ep` divides, by name."""
     tensor_plan: TensorPlan | None = None
-    """How weights are divided over `tp`."""
+    """Plan of the weights that `tp` divides; None without `tp`."""
     model: ModelSpec
-    """The model that this is a plan of."""
+    """The planned model."""
 
     def __post_init__(self) -> None:
         check_choices(self.schedule, self.microbatches, self.recompute)
@@ -126,7 +126,7 @@ class Plan:
 
     @cached_property
     def holders(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name to the stages that hold it; more than one for weights shared across stages."""
+        """Indices of the stages that hold a parameter, by its name; several for weights shared across stages."""
         found: dict[str, tuple[int, ...]] = dict.fromkeys(self.model.parameters, ())
         for stage in self.stages:
             for name in stage.parameters:
@@ -205,12 +205,12 @@ class Plan:
     # ---- as YAML
 
     def to_text(self) -> str:
-        """Returns everything as YAML."""
+        """Returns the plan as YAML."""
         return _HEADER + codec.to_text(arranged(codec.encode(self), [list(stage.units) for stage in self.stages]))
 
     @classmethod
     def from_text(cls, text: str) -> Plan:
-        """Returns the plan of a text of `to_text`.
+        """Returns the plan of a text that `to_text` has returned.
 
         Raises:
             ValueError: If the text is not a plan.
@@ -218,7 +218,7 @@ class Plan:
         return codec.decode(cls, rearranged(codec.from_text(text)), "plan")
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything into a file, atomically."""
+        """Writes the plan as YAML into a file, atomically."""
         target = Path(path)
         unfinished = target.with_name(f".{target.name}.{os.getpid()}")
         unfinished.write_text(self.to_text(), encoding="utf-8")
@@ -226,10 +226,10 @@ class Plan:
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Plan:
-        """Returns the plan of a file of `to_yaml`, which may have been edited.
+        """Returns the plan of a file that `to_yaml` has written, and that may have been edited.
 
         Raises:
-            ValueError: If there is no such file, or it contains no valid plan; names the file and the entry.
+            ValueError: If there is no such file, or no valid plan in the file; names the file and the entry.
         """
         try:
             return cls.from_text(Path(path).read_text(encoding="utf-8"))
@@ -261,13 +261,13 @@ def call_costs(flops: Sequence[float]) -> tuple[float, ...]:
 
 
 def choose_cuts(layout: Layout, schedule: str, model: ModelSpec, refusals: Mapping[int, str | None]) -> tuple[int, ...]:
-    """Decides the first call of each stage but the first, so that the most expensive stage is as cheap as possible.
+    """Returns the first call of each stage but the first, which minimizes the maximum cost of a stage.
 
     Args:
-        layout: The layout; `layout.pp` ranks.
+        layout: The layout, with `layout.pp` pipeline ranks.
         schedule: Name of the pipeline schedule.
         model: The model, with the calls of a step.
-        refusals: For each call index, why the model cannot be cut there, or None.
+        refusals: For each call index, the reason why the model cannot be cut there, or None.
 
     Raises:
         PartitionError: If there are more stages than places to cut.

@@ -31,10 +31,10 @@ class LayoutOptions(TypedDict, total=False):
     expert_orders: Mapping[str, Sequence[int]] | None
     """By name of a module of experts: the expert at each place over the ranks of `ep`; by default in their order."""
     expert_hosts: Mapping[str, Sequence[Sequence[int]]] | None
-    """By name of a module of experts: for each rank of `ep` the experts that it computes; by default those that it has.
+    """By name of a module of experts: the experts that each rank of `ep` computes; by default those that it has.
 
-    Ranks that compute the same expert share its tokens. Weights that a rank does not have are sent to it in every
-    forward pass, and their gradients back.
+    Ranks that compute the same expert share the expert's tokens. Missing weights are sent to a rank in every forward
+    pass, and the gradients are sent back.
     """
 
 
@@ -61,15 +61,15 @@ class Request:
     recompute: Recompute | None = None
     """Activation checkpointing of blocks."""
     compile: bool = False
-    """Whether each block is compiled."""
+    """True if each block is compiled."""
     plan: Plan | None = None
-    """A plan to use unchanged; the other fields have the same values."""
+    """A plan to use unchanged, with whose values the other fields agree; None: the request is planned."""
 
     def __post_init__(self) -> None:
         check_choices(self.schedule, self.microbatches, self.recompute)
 
     def in_layout(self, layout: str | Layout | None) -> tuple[Layout | None, Request]:
-        """Returns the layout that `layout` says, if any, and this request in it.
+        """Returns the layout that `layout` gives, or None, and this request in that layout.
 
         Args:
             layout: A layout or its text form; or the path of a plan, which ends in `.yaml` or `.yml`.
@@ -119,7 +119,7 @@ class Request:
         return self if self.plan is not None else replace(self, cuts=None, expert_orders={}, expert_hosts={})
 
     def arguments(self) -> dict[str, object]:
-        """Returns the fields by name, a plan by its SHA-256: what all ranks must have alike."""
+        """Returns the fields by name, a plan by its SHA-256; the values must be equal on all ranks."""
         plan = None if self.plan is None else hashlib.sha256(self.plan.to_text().encode()).hexdigest()[:12]
         return {**vars(self), "plan": plan}
 

@@ -1,1 +1,1 @@
-"""Batch sizes, token budgets and shares of work that change during training, and the memory probe."""
+"""Changes batch sizes, token budgets and shares of work during training; contains the memory probe."""

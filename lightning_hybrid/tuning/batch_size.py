@@ -1,4 +1,4 @@
-"""Training batches that change size while training goes on, between two steps of the optimizer."""
+"""Changes the size of training batches during training, between two steps of the optimizer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from lightning_hybrid.tuning.memory_probe.probe import MemoryProbe, ProbeResult
 from lightning_hybrid.tuning.token_budget import TokenBudget
 
 MICROBATCHES_PER_RANK = 8
-"""A batch is made of at most so many microbatches for each pipeline rank, where memory does not grow with them: a
-bubble of a ninth (see `plan.stages.bubble`), and batches that stay small."""
+"""Maximum number of microbatches of a batch per pipeline rank, if memory does not grow with the number: gives a bubble
+of a ninth (see `spec.stages.bubble`) and keeps batches small."""
 _NO_NOISE = (
     "`statistics` compares the gradients of replicas with their mean, which `gradient_sync='diloco'` does not take. "
     "Set `statistics=None`, or use another `gradient_sync`."
@@ -34,27 +34,27 @@ _NO_NOISE = (
 
 
 class BatchSizePolicy(Protocol):
-    """Who decides on batch sizes, asked where the layout changes."""
+    """Policy that decides batch sizes, called when the layout changes."""
 
     def division_under(self, request: Request) -> BatchDivision:
-        """How the present global batch is divided in another layout.
+        """Returns the division of the current global batch in the layout of `request`.
 
         Raises:
-            PartitionError: If it cannot be.
+            PartitionError: If the global batch cannot be divided.
         """
         ...
 
     def layout_changed(self) -> None:
-        """What was measured belonged to another layout."""
+        """Discards the measurements of the previous layout."""
         ...
 
 
 class BatchSizeController:
-    """Divides global batches anew, and keeps gradients, learning-rate schedules and the data's order right.
+    """Changes the division of global batches, and keeps gradients, learning-rate schedules and data order correct.
 
     Args:
         engine: The engine of the running fit, whose training loaders are set up.
-        policy: Who decides; None: batches stay as they are divided where the layout changes.
+        policy: Decides the division after a change of layout; None: batches keep their division.
     """
 
     def __init__(self, engine: Engine, policy: BatchSizePolicy | None = None) -> None:
@@ -65,7 +65,7 @@ class BatchSizeController:
         self._loader = training_loaders(trainer).flattened[0]
         self._flow = self._find_flow()
         self.budget = TokenBudget.of(trainer, runner, self._loader)
-        """Where the loader's batches have a budget of tokens; then sizes are in tokens, not in samples."""
+        """Token budget of the loader's batches: sizes are in tokens; None: sizes are in samples."""
         self._next_budget: int | None = None
         self._accumulate = trainer.accumulate_grad_batches
         self._microbatches = runner.microbatches
@@ -75,7 +75,7 @@ class BatchSizeController:
         self._retries = allocation_retries(runner.device) or 0
         self.noise: GradientNoise | None = None
         self.measures = True
-        """Whether the step that comes next is measured."""
+        """True if the next step is measured."""
 
     @classmethod
     def start(
@@ -103,7 +103,7 @@ class BatchSizeController:
     # ---- another layout
 
     def first_under(self, request: Request) -> BatchDivision:
-        """How the first global batch would have been divided in another layout."""
+        """Returns the division that the first global batch would have had in the layout of `request`."""
         layout, count = request.layout, 1
         if self.budget is not None or layout == self._engine.request.layout:
             return self.first
@@ -113,10 +113,10 @@ class BatchSizeController:
         return replace(self.first, batch_size=size, microbatches=count)
 
     def check_layout(self, request: Request) -> None:
-        """Whether batches can be divided in another layout.
+        """Raises if batches cannot be divided in the layout of `request`.
 
         Raises:
-            PartitionError: If not.
+            PartitionError: If batches cannot be divided, or the gradient noise cannot be measured.
         """
         if request.gradient_sync.kind == "diloco" and self.noise is not None:
             raise PartitionError(_NO_NOISE)
@@ -124,7 +124,7 @@ class BatchSizeController:
             self._policy.division_under(request)
 
     def layout_changed(self, engine: Engine) -> None:
-        """Divides the present global batch in the new layout; data and optimizers have followed it already."""
+        """Divides the current global batch in the new layout, which data and optimizers have already."""
         stays = engine.request.layout == self._engine.request.layout
         first = None if stays else self.first_under(engine.request)
         self._engine = engine
@@ -167,50 +167,50 @@ class BatchSizeController:
         count = self._runner.microbatches_of(size)
         return BatchDivision(batch_size=size, accumulate=self._accumulate, microbatches=count)
 
-    # ---- what there is
+    # ---- current state
 
     @property
     def request(self) -> Request:
-        """The present layout, and what belongs to it."""
+        """The current layout and its options."""
         return self._engine.request
 
     @property
     def measured_on(self) -> str:
-        """What measured times and memory belong to."""
+        """Layout and device of measured times and memory."""
         return f"{self._engine.request.layout} on {device_name(self._runner.device)}"
 
     @property
     def replicas(self) -> int:
-        """Replicas that share a global batch."""
+        """Number of replicas that share a global batch."""
         return self._runner.mesh.layout.replicas
 
     @property
     def global_batch_size(self) -> int:
-        """Samples of all replicas in a step of the optimizer."""
+        """Number of samples of all replicas per step of the optimizer."""
         return self.replicas * self.division.per_replica
 
     @property
     def can_rebatch(self) -> bool:
-        """Whether the loader's batches can have another size. If not, only their number in a step changes."""
+        """True if the loader's batches can have another size; otherwise only their number per step changes."""
         return self._flow is not None
 
     @property
     def epoch_samples(self) -> int | None:
-        """Samples of an epoch, where that is known."""
+        """Number of samples of an epoch; None if unknown."""
         return self._flow.samples if self._flow is not None else None
 
     def limits(self, microbatch_size: int, min_parts: int, request: Request | None = None) -> DivisionLimits:
-        """What a division of a global batch has to keep to.
+        """Returns the limits of a division of a global batch.
 
         Args:
             microbatch_size: The largest microbatch, in samples.
-            min_parts: Parts with a gradient of their own that a step must have.
-            request: In this layout; None: in the present one.
+            min_parts: Minimum number of parts with separate gradients per step.
+            request: The layout and its options; None: the current ones.
         """
         request = request or self.request
         first, ranks, schedule = self.first_under(request), request.layout.pp, request.schedule
         count = first.microbatches
-        if ranks > 1 and not self._runner.one_microbatch and schedule != "GPipe":  # which keeps all of them
+        if ranks > 1 and not self._runner.one_microbatch and schedule != "GPipe":  # GPipe stores all microbatches
             count = max(count, MICROBATCHES_PER_RANK * ranks)
         return DivisionLimits(
             replicas=request.layout.replicas,
@@ -224,11 +224,11 @@ class BatchSizeController:
     # ---- memory
 
     def find_microbatch(self, sizes: Sequence[int], budget_bytes: int | None) -> ProbeResult:
-        """The largest of these microbatches, in samples, that fits into the memory of all ranks. Collective.
+        """Finds the largest microbatch that fits into the memory of all ranks. Collective.
 
         Args:
-            sizes: Ascending.
-            budget_bytes: What a rank may use; None: what the device has.
+            sizes: Allowed sizes in samples, ascending.
+            budget_bytes: Upper limit of a rank's memory; None: that of the device.
         """
         batch, _ = sample_batch(self._trainer.train_dataloader, training=True)
         parts = self.limits(1, 1).max_microbatches
@@ -245,9 +245,9 @@ class BatchSizeController:
         )
 
     def find_token_budget(self, limit: int, budget_bytes: int | None) -> int:
-        """The largest token budget of a replica's batch, up to `limit`, that fits into the memory of all ranks.
+        """Returns the largest token budget of a replica's batch, up to `limit`, that fits into memory on all ranks.
 
-        Collective.
+        Collective over all ranks.
         """
         return self._present_budget.find(limit, lambda batch, parts: self._probe(batch, parts, budget_bytes))
 
@@ -258,7 +258,7 @@ class BatchSizeController:
         return self.budget
 
     def memory_is_short(self) -> bool:
-        """Whether, since the last call, an allocation on any rank had to be tried again. Collective."""
+        """Returns True if an allocation on any rank had to be retried since the last call. Collective."""
         retries = allocation_retries(self._runner.device)
         if retries is None:
             return False
@@ -270,20 +270,23 @@ class BatchSizeController:
     # ---- changes
 
     def change_budget(self, tokens: int) -> None:
-        """The batches of the epoch that is about to begin have so many tokens. Called between two epochs."""
+        """Sets the tokens per batch of the epoch that is about to begin. Called between two epochs."""
         self._next_budget = None
         self._present_budget.change(tokens)
         self.division = self.first = self._present()
 
     def change_budget_later(self, tokens: int) -> None:
-        """From the next epoch on."""
+        """Sets the tokens per batch from the next epoch on."""
         self._next_budget = tokens
 
     def change(self, division: BatchDivision) -> None:
-        """The next step of the optimizer is made of such batches. Called between two steps, on all ranks alike.
+        """Sets the division of the next optimizer step. Called between two steps, with the same value on all ranks.
 
-        At the end of an epoch, or where the rest of it is too short for one such batch, the change waits for the next
-        epoch.
+        At the end of an epoch, or if the rest of the epoch is too short for one batch of the new size, the change waits
+        for the next epoch.
+
+        Raises:
+            PartitionError: If the loader's batches cannot have another size.
         """
         if division == self.division:
             return
@@ -299,7 +302,7 @@ class BatchSizeController:
         self.division, self._due = division, True
 
     def before_epoch(self) -> None:
-        """An epoch is about to begin, with another loader where the user has them made anew."""
+        """Prepares the next epoch, for which the user may have created a new loader."""
         flow = self._find_flow()
         if flow is not self._flow and flow is not None:
             flow.rebatch_next(self.division.batch_size)
@@ -312,13 +315,13 @@ class BatchSizeController:
                 self.change_budget(self._next_budget or before)
 
     def before_batch(self, number: int) -> bool:
-        """Training batch `number` of the epoch is about to run.
+        """Prepares training batch `number` of the epoch.
 
-        An epoch's last step has the batches that are left, and its gradient is the mean over those; Lightning divides
-        by the number that a step has elsewhere.
+        An epoch's last step has the remaining batches, and its gradient is the mean over those; Lightning divides by
+        the number of batches of other steps.
 
         Returns:
-            Whether it is the first of a step.
+            True if the batch is the first of a step.
         """
         if number == 0:
             self._waits = False
@@ -342,20 +345,20 @@ class BatchSizeController:
 
     @property
     def learning_rate_factor(self) -> float:
-        """The factor on the user's learning rates."""
+        """Factor on the user's learning rates."""
         return self._engine.optimizers.learning_rate_factor
 
     def scale_learning_rates(self, factor: float) -> None:
-        """The optimizer's next steps are made with the user's learning rates times `factor`."""
+        """Multiplies the user's learning rates by `factor` in the optimizer's next steps."""
         self._engine.optimizers.learning_rate_factor = factor
 
     # ---- measurements
 
     def measure_noise(self) -> GradientNoise:
-        """Begins to measure the noise of gradients, or takes in weights that have been unfrozen since.
+        """Starts measuring the gradient noise, or includes weights that have been unfrozen since.
 
         Raises:
-            PartitionError: If replicas step by themselves.
+            PartitionError: If replicas step independently (DiLoCo).
         """
         if self._engine.diloco is not None:
             raise PartitionError(_NO_NOISE)
@@ -369,21 +372,21 @@ class BatchSizeController:
         return self.noise
 
     def stop_measuring(self) -> None:
-        """Ends it."""
+        """Stops measuring the gradient noise."""
         if self.noise is not None:
             self.noise.remove()
             self._runner.noise = self._engine.optimizers.nonfinite.noise = self.noise = None
 
     def samples_of(self, batch: Any) -> int:
-        """Samples of all replicas in the training batch that has just run."""
+        """Returns the samples of all replicas in the training batch that has just run."""
         return samples_of_all(self._engine, batch)
 
     def sum_over_replicas(self, count: int) -> int:
-        """The sum of what each replica has counted. Collective."""
+        """Returns the sum of `count` over all replicas. Collective."""
         return sum_over_replicas(self._engine, count)
 
     def release(self) -> None:
-        """Gives everything back to Lightning and the user; does nothing the second time."""
+        """Restores all settings of Lightning and the user; a second call has no effect."""
         if self not in self._listeners:
             return
         self._listeners.remove(self)
@@ -403,7 +406,7 @@ def samples_of_all(engine: Engine, batch: Any) -> int:
 
 
 def sum_over_replicas(engine: Engine, count: int) -> int:
-    """Returns the sum of the counts of all replicas. Collective."""
+    """Returns the sum of the `count` of every replica. Collective."""
     total = torch.tensor(count, device=engine.device)
     if engine.mesh.layout.replicas > 1:
         dist.all_reduce(total, group=engine.mesh.replica_group)

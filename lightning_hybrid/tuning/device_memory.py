@@ -1,4 +1,4 @@
-"""What a device's memory says of itself."""
+"""Reads memory statistics of a device."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 
 
 def allocation_retries(device: torch.device) -> int | None:
-    """How often the allocator has had to give cached memory back to make room; None on devices that do not count."""
+    """Returns how often the allocator has freed cached memory to make room; None on devices without this count."""
     if device.type != "cuda":
         return None
     return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
 
 
 def device_name(device: torch.device) -> str:
-    """The device's model and memory, to know it again."""
+    """Returns the model and memory of a device, which identify it."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -21,10 +21,10 @@ def device_name(device: torch.device) -> str:
 
 
 def share_of_memory(device: torch.device, share: float) -> int:
-    """So much of the device's memory, in bytes.
+    """Returns the fraction `share` of the device's memory, in bytes.
 
     Raises:
-        ValueError: On the CPU, whose memory is not a process's own.
+        ValueError: On the CPU, whose memory does not belong to one process.
     """
     if device.type != "cuda":
         raise ValueError(

@@ -25,7 +25,7 @@ class TokenBatches(Protocol):
     max_tokens: int
     """Tokens per batch, padding included; can be set between two epochs."""
     multiple_of: int
-    """The number of samples of a batch is a multiple of `multiple_of`."""
+    """Divisor of the number of samples of every batch."""
 
     def extremes(self) -> tuple[int, int]:
         """Returns the indices of a longest and of a shortest sample."""
@@ -69,7 +69,7 @@ class TokenBudget:
             self._sampler.max_tokens = tokens
 
     def change(self, tokens: int) -> None:
-        """Sets the tokens per batch of the next epoch, at least those that the longest sample needs."""
+        """Sets the tokens per batch of the next epoch, at least as many as the longest sample needs."""
         self._sampler.max_tokens = max(tokens, self._sampler.multiple_of * max(self._sampler.lengths))
         shard = self._loader.replica_shard
         set_epoch_length(self._trainer, shard, shard.steps_in_all())
@@ -83,7 +83,7 @@ class TokenBudget:
 
         Args:
             limit: Largest budget, in tokens.
-            probe_for: Makes a probe from a batch with samples and a number of microbatches.
+            probe_for: Returns a probe for a batch with samples and a number of microbatches.
         """
         count, step = self.microbatches, self._sampler.multiple_of // self.microbatches
         longest, shortest = (self._one(i) for i in self._sampler.extremes())

@@ -84,7 +84,7 @@ class Workload:
     # ---- balanced divisions, each with its predicted gain as a fraction of a step
 
     def better_cuts(self, seen: Sequence[StageTime], now: Sequence[StageTime]) -> tuple[float, tuple[int, ...]] | None:
-        """Returns gain and cuts of the pipeline by `adapt.stage_cuts`; None if they are not known.
+        """Returns gain and cuts of the pipeline by `adapt.stage_cuts`; None if no cuts are known.
 
         Args:
             seen: All measurements of this model on these ranks.
@@ -126,7 +126,7 @@ class Workload:
     def better_experts(
         self, loads: Mapping[str, Sequence[int]], copies: int
     ) -> tuple[float, dict[str, dict[str, Any]]] | None:
-        """Returns gain and placement of experts on the ranks of `ep`; None if there are none.
+        """Returns gain and placement of experts on the ranks of `ep`; None if none are divided or have tokens.
 
         The gain is that of the most loaded rank, summed over the model.
 

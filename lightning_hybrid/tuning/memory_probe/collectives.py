@@ -36,7 +36,7 @@ _SEED = 0
 
 @contextmanager
 def without_peers() -> Iterator[None]:
-    """Runs collectives of this rank without the other ranks, as if they had sent what this rank has.
+    """Runs collectives of this rank without the other ranks, as if these had sent the values of this rank.
 
     Sizes that ranks exchange are those of this rank: its experts receive as many tokens as it sends away. Values that
     only another rank has (a pipeline's activations) become random numbers between -1 and 1, or ones where they are not
@@ -51,7 +51,7 @@ def without_peers() -> Iterator[None]:
 
 
 class _ReceivedValues(DispatchMode):
-    """Fills the buffers that a fake process group leaves as they are, and refuses what is not of one.
+    """Fills the buffers that a fake process group does not write, and refuses collectives of other groups.
 
     Args:
         groups: The fake process groups.
@@ -78,9 +78,9 @@ class _ReceivedValues(DispatchMode):
         group = boxed_group(next(value for value in args if isinstance(value, torch.ScriptObject)))
         if group not in self._groups:
             raise _refusal(func)
-        if operator == "monitored_barrier_":  # which a fake process group does not have
+        if operator == "monitored_barrier_":  # missing in fake process groups
             return None
-        if operator in ("alltoall_", "alltoall_base_"):  # in which a fake process group refuses sizes that differ
+        if operator in ("alltoall_", "alltoall_base_"):  # fake process groups refuse sizes that differ
             for target, source in zip(tree_leaves(args[0]), tree_leaves(args[1]), strict=True):
                 _repeat(target, source)
             return completed_work() if operator == "alltoall_base_" else (args[0], completed_work())
@@ -107,7 +107,7 @@ def _fill(tensor: Tensor) -> None:
 
 
 def _repeat(target: Tensor, source: Tensor) -> None:
-    """Fills `target` with the elements of `source` in order, from the start again where they end."""
+    """Fills `target` with the elements of `source` in order, repeated as often as needed."""
     if not source.numel():
         _fill(target)
         return

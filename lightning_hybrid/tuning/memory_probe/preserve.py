@@ -1,4 +1,4 @@
-"""Saves and restores what a trial step changes."""
+"""Saves and restores the state that a trial step changes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _PACKAGE = __name__.partition(".")[0]
 def step_undone(runner: StepRunner) -> Iterator[None]:
     """Restores everything but gradients and weights after a step, whether the step ended or failed.
 
-    Restores modules with their buffers and metrics, the states of random number generators, and all objects of this
-    package that attributes of `runner` refer to: reducers, pipeline stages, metrics and counters.
+    Restores modules with their buffers and metrics, the RNG state, and all objects of this package that attributes of
+    `runner` refer to: reducers, pipeline stages, metrics and counters.
     """
     scaler = getattr(runner.precision, "scaler", None)
     step_module = runner.partition.step_module
@@ -34,7 +34,7 @@ def step_undone(runner: StepRunner) -> Iterator[None]:
         stack.enter_context(preserved_rng(runner.device))
         stack.enter_context(preserved_objects([*_objects_of(runner), *([] if scaler is None else [scaler])]))
         stack.enter_context(preserved_module_state(step_module))
-        if isinstance(step_module, FSDPModule):  # before its attributes are put back
+        if isinstance(step_module, FSDPModule):  # before its attributes are restored
             stack.callback(forget_sharded_step, step_module)
         yield
 

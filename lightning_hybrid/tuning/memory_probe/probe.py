@@ -55,7 +55,7 @@ class ProbeResult:
     measured_bytes: int
     """Measured peak of the step that confirmed `own_size`."""
     trials: int
-    """Trial steps of the search, without those for the fit."""
+    """Number of trial steps of the search, without those for the fit."""
 
 
 @dataclass
@@ -69,19 +69,19 @@ class _Found:
 
 
 class MemoryProbe:
-    """Tries microbatches on this rank alone, with fake collectives, and takes the smallest limit of all ranks.
+    """Tries microbatches on this rank alone, with fake collectives, and uses the smallest limit of all ranks.
 
     A trial is a training step on a batch made of the samples of the first one: forward and backward pass and reduction
     of gradients, while the gradients of the last step and the state of the optimizers exist. Weights, gradients,
-    optimizers, buffers, metrics and random number generators are restored afterwards.
+    optimizers, buffers, metrics and RNG state are restored afterwards.
 
     The search starts at the largest size that is predicted to fit from the memory of two small steps.
 
     Args:
         runner: The partitioned module.
-        optimizers: Its optimizers.
-        batch: A first batch as its loader gives it (see `dataloader.peek.sample_batch`).
-        microbatches: Microbatches of a step under `pp`.
+        optimizers: The optimizers of the module.
+        batch: A first batch as its loader yields it (see `dataloader.peek.sample_batch`).
+        microbatches: Number of microbatches of a step under `pp`.
         accumulates: True if a step of the optimizer uses the gradients of several batches.
         budget_bytes: Upper limit of the memory; None: that of the device.
     """
@@ -124,12 +124,12 @@ class MemoryProbe:
             ladder: The allowed sizes in samples, ascending; equal on all ranks.
 
         Raises:
-            ProbeError: On all ranks, if a trial of any rank failed except for lack of memory, or if no size fits.
+            ProbeError: On all ranks, if a trial of any rank failed other than for lack of memory, or if no size fits.
         """
         found, problem = _Found(), None
         try:
             found = self._alone(ladder)
-        except Exception as error:  # noqa: BLE001 -- whatever it is, the other ranks wait for this one
+        except Exception as error:  # noqa: BLE001 -- after any error the other ranks wait for this one
             problem = error
         size, rank = self._agree(-1 if problem is not None else found.size)
         if size < 0:
@@ -219,7 +219,7 @@ class MemoryProbe:
     def _profile(self, size: int) -> list[int] | None:
         """Returns the bytes alive after each allocation of a step; None if memory is too short."""
         tracker = MemoryTracker(self._device)
-        gc.disable()  # when it collects is a matter of chance, and two profiles are compared place by place
+        gc.disable()  # garbage is collected at random places, and two profiles are compared place by place
         try:
             peak = self._measured(size, tracker)
         finally:
@@ -263,7 +263,7 @@ class MemoryProbe:
         return False
 
     def _step(self, size: int) -> None:
-        """Computes the gradients of one optimizer step; drops the old ones after the forward pass, as Lightning."""
+        """Computes the gradients of one optimizer step; drops old gradients after the forward pass, as Lightning."""
         runner = self._runner
         runner.noise = None
         runner.microbatches = self._microbatches
@@ -289,7 +289,7 @@ class MemoryProbe:
     def _measure_optimizers(self, size: int) -> int | None:
         """Makes the optimizers create their state, as in the first step, and returns the peak in bytes.
 
-        Learning rates and gradients are set to 0; whatever changes nevertheless is restored later. Returns None if
+        Learning rates and gradients are set to 0; values that change nevertheless are restored later. Returns None if
         memory is too short.
         """
         if not self._run(size, None):
@@ -343,7 +343,7 @@ def _old_objects_left_out() -> Iterator[None]:
 
 
 def _step_in_place(optimizer: Optimizer) -> None:
-    """Runs a step that allocates what the first one does, and changes no weight."""
+    """Runs a step that allocates the same memory as the first step, and changes no weight."""
     for group in optimizer.param_groups:
         if "lr" in group:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0

@@ -1,7 +1,8 @@
 """Counts the bytes of live tensors on a device while a step runs.
 
 torch ships `torch.distributed._tools.mem_tracker.MemTracker` for this. It keeps statistics by module, for which every
-module may run once a step (a pipeline runs them once a microbatch), and hooks on all modules and parameters.
+module may run only once per step (a pipeline runs modules once per microbatch), and hooks on all modules and
+parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class MemoryTracker(DispatchMode):
     """Counts the storages of live tensors while it is entered, below autograd.
 
     A tensor that existed before counts from the start once an operator reads it; `count` adds others. Memory that an
-    operator frees before it returns, and what an allocator rounds up or caches, is not seen.
+    operator frees before it returns, and memory that an allocator rounds up or caches, is not counted.
 
     Args:
         device: Tensors on devices of this type are counted.
@@ -36,9 +37,9 @@ class MemoryTracker(DispatchMode):
         """Bytes of each live storage, by its id."""
         self._alive: dict[int, weakref.ref] = {}
         self._before = 0
-        """Bytes that existed before."""
+        """Bytes of storages that existed before the step."""
         self._since = 0
-        """Bytes allocated minus bytes freed since."""
+        """Bytes allocated minus bytes freed by the step."""
         self._growth: list[int] = []
         """`_since` after each allocation: every possible peak."""
         self._stack = ExitStack()
@@ -59,13 +60,13 @@ class MemoryTracker(DispatchMode):
                 self._old(storage)
 
     def __enter__(self) -> Any:
-        """Starts to count."""
+        """Starts counting."""
         self._growth.append(self._since)
         self._stack.enter_context(storage_resizes_seen(self._resized))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        """Stops to count."""
+        """Stops counting."""
         super().__exit__(*error)
         self._stack.close()
 
