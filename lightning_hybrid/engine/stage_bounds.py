@@ -1,4 +1,4 @@
-"""Where the stages of a plan begin in a step function, which may be another one than the plan was made with."""
+"""Finds where the stages of a plan begin in a step function, which may differ from the one used for planning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def stage_bounds(plan: Plan, name: str, trace: Trace) -> list[int]:
     Args:
         plan: The plan, made with one step function.
         name: The name of the step function.
-        trace: Its trace.
+        trace: The trace of the step function.
 
     Raises:
         PartitionError: If this step calls modules in another order than the step used for planning.

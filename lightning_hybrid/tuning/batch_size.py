@@ -245,10 +245,7 @@ class BatchSizeController:
         )
 
     def find_token_budget(self, limit: int, budget_bytes: int | None) -> int:
-        """Returns the largest token budget of a replica's batch, up to `limit`, that fits into memory on all ranks.
-
-        Collective over all ranks.
-        """
+        """Returns the largest token budget of a batch, up to `limit`, that fits on all ranks. Collective."""
         return self._present_budget.find(limit, lambda batch, parts: self._probe(batch, parts, budget_bytes))
 
     @property
