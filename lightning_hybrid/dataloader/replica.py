@@ -259,12 +259,12 @@ class ReplicaData:
     @property
     def global_batch_size(self) -> int:
         """Samples of all replicas in a batch; needs `can_share`."""
-        return training_loaders(self._trainer).flattened[0].shard.batch_size * self._mesh.layout.replicas
+        return training_loaders(self._trainer).flattened[0].replica_shard.batch_size * self._mesh.layout.replicas
 
     @property
     def shares(self) -> tuple[int, ...]:
         """Samples of each replica in a batch; needs `can_share`."""
-        shard = training_loaders(self._trainer).flattened[0].shard
+        shard = training_loaders(self._trainer).flattened[0].replica_shard
         if isinstance(shard.division, ByShares):
             return shard.division.shares
         return (shard.batch_size,) * self._mesh.layout.replicas
@@ -283,7 +283,7 @@ class ReplicaData:
 
     def divide(self, division: Division) -> None:
         """Divides global batches by `division`, from the next one on; called between two batches, on all ranks."""
-        shard = training_loaders(self._trainer).flattened[0].shard
+        shard = training_loaders(self._trainer).flattened[0].replica_shard
         shard.reshard(self._mesh.replica, self._mesh.layout.replicas, shard.batch_size, division)
 
     # ---- predictions

@@ -93,7 +93,7 @@ class Switch(L.Callback):
 
 
 def _watch_seconds() -> float:
-    ident = next(t.ident for t in threading.enumerate() if t.name == "watch")
+    ident = next(t.ident for t in threading.enumerate() if t.name == "failure monitor")
     return time.clock_gettime(time.pthread_getcpuclockid(ident))  # type: ignore[arg-type]  -- it has started
 
 

@@ -226,7 +226,7 @@ def run(
         else:
             getattr(trainer, verb)(module, other)
     assert fail.raised == bool(fails), f"`{fails}` has not been called"
-    for thread in [t for t in threading.enumerate() if t.name == "watch"]:
+    for thread in [t for t in threading.enumerate() if t.name == "failure monitor"]:
         thread.join(5)  # after a failure it ends by itself, a little later
     first, last = (
         {path.replace(str(folder), "."): text.replace(str(folder), ".") for path, text in end.texts(before).items()}

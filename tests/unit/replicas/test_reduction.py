@@ -24,7 +24,7 @@ class Others:
         arrived.copy_(self._values[:, :PER_RANK].contiguous().view(torch.uint8).flatten())
         return SimpleNamespace(wait=lambda: None)
 
-    def all_gather_into_tensor(self, gathered: torch.Tensor, own: torch.Tensor, **_: Any) -> None:
+    def all_gather_single(self, gathered: torch.Tensor, own: torch.Tensor, **_: Any) -> None:
         gathered[: len(own)] = own
 
     def all_reduce(self, own: torch.Tensor, **_: Any) -> Any:
@@ -39,7 +39,9 @@ class Others:
 def error(kind: Any, ranks: int, monkeypatch: pytest.MonkeyPatch) -> float:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(ranks, PER_RANK * ranks, generator=generator)
-    monkeypatch.setattr(reduction, "dist", Others(values))
+    others = Others(values)
+    monkeypatch.setattr(reduction, "dist", others)
+    monkeypatch.setattr(reduction, "all_gather_single", others.all_gather_single)
     flat = values[0].clone()
     kind().begin(flat, SimpleNamespace(size=lambda: ranks))()
     found, exact = flat[:PER_RANK].double(), values[:, :PER_RANK].double().sum(0)
