@@ -96,7 +96,9 @@ class Two(nn.Module):
 
 
 def test_what_stays_whole_is_said() -> None:
-    with pytest.warns(match=r"Some experts stay whole on every rank of `layout='ep2'`: `bad\.inner` does not return the weighted"):
+    with pytest.warns(
+        match=r"Some experts stay whole on every rank of `layout='ep2'`: `bad\.inner` does not return the weighted"
+    ):
         assert list(plan(Two(), torch.randn(6, 16))) == ["good.inner"]
 
 
