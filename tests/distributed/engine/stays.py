@@ -26,6 +26,7 @@ STAYS = {
 
 AFTER_A_FAILURE = {
     "process['sys.excepthook']": "the error has not reached the top yet, where one rank reports it",
+    "process['threads']": "the failure monitor answers other ranks until all know the cause, and ends by itself",
     "process['atexit']": "process groups with open requests may wait for each other in their destructors",
 }
 """What stays after a run that has failed, until the next run of this process begins."""
