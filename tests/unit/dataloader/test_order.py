@@ -13,7 +13,7 @@ def test_generators_after_an_error_in_the_users_sampler(monkeypatch: pytest.Monk
     generator = torch.Generator().manual_seed(3)
     loader = DataLoader(list(range(8)), sampler=RandomSampler(range(8), generator=generator))  # type: ignore[arg-type]
     order = Order(loader.sampler)
-    monkeypatch.setattr("lightning_hybrid.rng.state.agree", lambda generators: None)
+    monkeypatch.setattr("lightning_hybrid.dataloader.order.agree", lambda generators: None)
     order.agree(loader)
     before = generator.get_state()
 
