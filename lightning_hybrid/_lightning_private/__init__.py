@@ -54,7 +54,12 @@ from lightning_hybrid._lightning_private.metrics import (
     set_step_value,
     watch_parts,
 )
-from lightning_hybrid._lightning_private.processes import default_backend, init_process_group, reduce_tensor
+from lightning_hybrid._lightning_private.processes import (
+    SubprocessScriptLauncher,
+    default_backend,
+    init_process_group,
+    reduce_tensor,
+)
 from lightning_hybrid._lightning_private.trainer import (
     PlaceInEpoch,
     TunerExit,
@@ -95,6 +100,7 @@ __all__ = [
     "reduce_tensor",
     "IndexBatches",
     "PlaceInEpoch",
+    "SubprocessScriptLauncher",
     "Synchronize",
     "TunerExit",
     "averaged_once_per_epoch",

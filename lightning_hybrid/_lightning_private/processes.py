@@ -1,4 +1,4 @@
-"""Process groups as Lightning makes and uses them."""
+"""Processes and process groups as Lightning makes and uses them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
     _sync_ddp_if_available,
 )
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
+
+SubprocessScriptLauncher = _SubprocessScriptLauncher
 
 
 def default_backend(device: torch.device) -> str:

@@ -13,18 +13,17 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lightning_hybrid._lightning_private import TunerExit, last_found_by, share_cores
+from lightning_hybrid._lightning_private import SubprocessScriptLauncher, TunerExit, last_found_by, share_cores
 from lightning_hybrid.launch.monitor import FailureMonitor
 
 _MAIN_PID = "LIGHTNING_HYBRID_MAIN_PID"
 """Environment variable with the pid of the process that has started this rank."""
 
 
-class HybridLauncher(_SubprocessScriptLauncher):
+class HybridLauncher(SubprocessScriptLauncher):
     """Starts the script once per device of this node, unless another launcher has, and monitors all ranks.
 
     Lightning's own observer kills all ranks within 5 s of the first failure, including the rank that knows the cause.

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from lightning_hybrid._torch_private import TreeSpec, tree_flatten, tree_unflatten
 from lightning_hybrid.collectives import share_object
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.reduction import as_numbers

@@ -1,7 +1,8 @@
-"""The files around the package: links and code of the documentation, pre-commit, the mark of a typed package."""
+"""Links and code of the documentation, pre-commit, the mark of a typed package, places of private imports."""
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -66,3 +67,22 @@ def test_pre_commit_runs_what_lint_runs() -> None:
 
 def test_the_package_is_typed() -> None:
     assert files("lightning_hybrid").joinpath("py.typed").is_file()
+
+
+def _private_imports(path: Path) -> list[str]:
+    """Returns the private names of torch and of Lightning that a file imports."""
+    imported: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [n for n in imported if re.match(r"(torch|torchmetrics|lightning|wandb)\.(.*\.)?_", n)]
+
+
+def test_private_apis_are_imported_in_two_places() -> None:
+    """Ruff (SLF001) sees private attributes, but no private imports."""
+    package = ROOT / "lightning_hybrid"
+    found = {str(path.relative_to(package)): _private_imports(path) for path in package.rglob("*.py")}
+    places = {Path(path).parts[0] for path, names in found.items() if names}
+    assert places == {"_torch_private", "_lightning_private"}, {k: v for k, v in found.items() if v}

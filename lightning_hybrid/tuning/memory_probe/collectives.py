@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_hybrid._torch_private import (
     DispatchMode,
@@ -17,6 +16,7 @@ from lightning_hybrid._torch_private import (
     completed_work,
     fake_backends,
     run_kernel,
+    tree_leaves,
     wrap_others,
 )
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
-from lightning_hybrid._torch_private import DispatchMode, storage_resizes_seen, wrap_others
+from lightning_hybrid._torch_private import DispatchMode, storage_resizes_seen, tree_leaves, wrap_others
 
 
 class MemoryTracker(DispatchMode):
