@@ -12,7 +12,7 @@ from lightning_hybrid._torch_private import own_parameters
 from lightning_hybrid.spec.tensor_plan import ShardedParameter
 from lightning_hybrid.tensor.numbers import Numbers, make_numbers, probing, shadowed
 from lightning_hybrid.tensor.probe import FORWARD_ERRORS, linear_dims
-from lightning_hybrid.tensor.verify import part_of
+from lightning_hybrid.tensor.scopes import part_of
 
 Division = dict[str, ShardedParameter]
 """How the parameters of one module are divided, by relative name."""

@@ -18,6 +18,7 @@ from lightning_hybrid.spec.tensor_plan import Path, ShardedParameter, UnitPlan
 from lightning_hybrid.tensor.attributes import attribute_entries
 from lightning_hybrid.tensor.numbers import Numbers, shadowed
 from lightning_hybrid.tensor.probe import FORWARD_ERRORS, Trial, linear_dims
+from lightning_hybrid.tensor.scopes import part_of
 from lightning_hybrid.tensor.width import add_narrowing, widen
 
 _TOLERANCE = 1e-4
@@ -52,12 +53,6 @@ def verify(candidates: Iterable[UnitPlan], trial: Trial, ranks: int) -> UnitPlan
         else:
             return candidate
     raise first or Mismatch("there was no candidate")
-
-
-def part_of(tensor: torch.Tensor, sharded: ShardedParameter, rank: int, ranks: int) -> torch.Tensor:
-    """Returns the part of a full tensor that belongs to `rank`."""
-    index = torch.tensor(sharded.part(rank, ranks), device=tensor.device)
-    return tensor.index_select(sharded.dim, index)
 
 
 def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[str, list[torch.Tensor]]) -> None:
