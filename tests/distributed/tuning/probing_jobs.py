@@ -8,6 +8,7 @@ import random
 import re
 import resource
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,33 @@ def fit(layout: str, module: Any, callbacks: list[Any], accumulate: int = 1, sch
     strategy_options: dict[str, Any] = {"schedule": schedule} if "pp" in layout else {}
     trainer, replicas = trainer_for(layout, callbacks=callbacks, strategy_options=strategy_options, **options)
     trainer.fit(module, DataLoader(Numbers(48 * accumulate), batch_size=16 // replicas, shuffle=True))
+
+
+# ---- time-outs
+
+
+class Relayout(L.Callback):
+    """Changes the layout after the first step, and notes the time-outs of all process groups."""
+
+    def __init__(self, layout: str) -> None:
+        self._layout = layout
+        self.timeouts: dict[str, timedelta] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 0:
+            strategy: Any = trainer.strategy
+            strategy.relayout(self._layout)
+            backends = {g.group_name: g._get_backend(torch.device("cpu")) for g in dist.distributed_c10d._world.pg_map}
+            self.timeouts = {name: backend.options._timeout for name, backend in backends.items()}
+
+
+def timeouts_after_relayout(before: str, after: str, timeout: timedelta) -> dict[str, timedelta]:
+    """The time-outs of all process groups after a change of the layout in a run with `timeout`."""
+    quiet()
+    relayout = Relayout(after)
+    trainer, replicas = trainer_for(before, callbacks=[relayout], strategy_options={"timeout": timeout})
+    trainer.fit(module_for(before), DataLoader(Numbers(48), batch_size=16 // replicas))
+    return relayout.timeouts
 
 
 # ---- real memory

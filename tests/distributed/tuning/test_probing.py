@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -108,6 +109,15 @@ def test_an_error_of_one_rank_reaches_all(request: pytest.FixtureRequest, case: 
         (error,) = ours["errors"]
         assert error.startswith("The memory probe has failed on rank 1: KeyError: 'injected for ")
         check_untouched(ours, expected)
+
+
+def test_timeouts_can_be_set_after_a_probe(ranks2: RankGroup) -> None:
+    """The groups keep the probe's fake backends, on which torch's `ProcessGroup.set_timeout` fails."""
+    timeout = timedelta(seconds=97)
+    ranks2.call(jobs.probe, "dp2", POWERS)
+    for timeouts in ranks2.call(jobs.timeouts_after_relayout, "dp2", "fsdp2", timeout):
+        assert len(timeouts) > 5
+        assert set(timeouts.values()) == {timeout}
 
 
 def test_nothing_fits(ranks2: RankGroup) -> None:
