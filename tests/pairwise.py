@@ -1,12 +1,25 @@
-"""Choice of the combinations of options that run always; the others are marked slow."""
+"""Choice of the parameters of a test that run always; the others are marked slow."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
+
+
+def slow(*values: Any) -> Any:
+    """Returns the parameters of a test as one that is slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def quick(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """Returns `values` as parameters of a test; those that are not in `kept` are slow."""
+    values = list(values)
+    if unknown := [value for value in kept if value not in values]:
+        raise ValueError(f"`kept` must be among the values. Got {unknown}.")
+    return [value if value in kept else slow(*(value if isinstance(value, tuple) else (value,))) for value in values]
 
 
 def pairwise(*options: Sequence[Any]) -> list[Any]:
@@ -21,5 +34,6 @@ def pairwise(*options: Sequence[Any]) -> list[Any]:
     found = []
     for combination in itertools.product(*(enumerate(values) for values in options)):
         first = sum(index for index, _ in combination) % len(options[-1]) == 0
-        found.append(pytest.param(*(value for _, value in combination), marks=[] if first else pytest.mark.slow))
+        values = tuple(value for _, value in combination)
+        found.append(pytest.param(*values) if first else slow(*values))
     return found

@@ -10,6 +10,7 @@ import pytest
 
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from tests.faults.launch import Outcome, run
+from tests.pairwise import slow
 
 SCRIPT = Path(__file__).with_name("relayout_script.py")
 BOUND_SECONDS = 15.0
@@ -24,10 +25,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     end = json.loads((folder / "end.json").read_text())
     assert end["layout"] == "pp2"
     return end
-
-
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.inject import MESSAGE
 from tests.faults.launch import Launcher, Outcome, run
+from tests.pairwise import slow
 
 BOUND_SECONDS = 15.0
 TIMEOUT_SECONDS = 5.0
@@ -18,10 +19,6 @@ TIMEOUT_SECONDS = 5.0
 
 TRACEBACK = "Traceback (most recent call last)"
 ERROR = r"lightning_hybrid.*RankError: "
-
-
-def _slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def _check_end(outcome: Outcome, bound: float = BOUND_SECONDS) -> None:
@@ -44,20 +41,20 @@ def _seen(folder: Path, rank: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("layout", "devices", "rank", "place", "step", "launcher"),
     [
-        _slow("dp2", 2, 0, "callback", 5, "warm"),
+        slow("dp2", 2, 0, "callback", 5, "warm"),
         ("pp2", 2, 1, "training_step", 5, "warm"),
         ("dp2", 2, 1, "worker", 57, "warm"),
-        _slow("dp2", 2, 1, "setup", None, "warm"),
-        _slow("pp2", 2, 0, "training_step", 5, "warm"),
-        _slow("pp2", 2, 1, "callback", 5, "warm"),
-        _slow("dp2", 2, 0, "training_step", 5, "torchrun"),
-        _slow("dp2", 2, 1, "callback", 5, "torchrun"),
-        _slow("pp2", 2, 0, "validation_step", 1, "warm"),
-        _slow("dp2", 2, 1, "teardown", None, "warm"),
-        _slow("dp2", 2, 0, "teardown", None, "torchrun"),
-        _slow("dp2-pp2", 4, 3, "training_step", 5, "warm"),
-        _slow("tp2-pp2", 4, 0, "callback", 5, "warm"),
-        _slow("fsdp2-pp2", 4, 2, "worker", 50, "torchrun"),
+        slow("dp2", 2, 1, "setup", None, "warm"),
+        slow("pp2", 2, 0, "training_step", 5, "warm"),
+        slow("pp2", 2, 1, "callback", 5, "warm"),
+        slow("dp2", 2, 0, "training_step", 5, "torchrun"),
+        slow("dp2", 2, 1, "callback", 5, "torchrun"),
+        slow("pp2", 2, 0, "validation_step", 1, "warm"),
+        slow("dp2", 2, 1, "teardown", None, "warm"),
+        slow("dp2", 2, 0, "teardown", None, "torchrun"),
+        slow("dp2-pp2", 4, 3, "training_step", 5, "warm"),
+        slow("tp2-pp2", 4, 0, "callback", 5, "warm"),
+        slow("fsdp2-pp2", 4, 2, "worker", 50, "torchrun"),
     ],
 )
 def test_exception(
@@ -80,12 +77,12 @@ def test_exception(
 @pytest.mark.parametrize(
     ("layout", "devices", "rank", "launcher"),
     [
-        _slow("dp2", 2, 1, "warm"),
+        slow("dp2", 2, 1, "warm"),
         ("pp2", 2, 0, "warm"),
-        ("pp2", 2, 1, "torchrun"),
-        _slow("dp2", 2, 0, "torchrun"),
-        _slow("tp2-pp2", 4, 2, "warm"),
-        _slow("dp2-pp2", 4, 0, "warm"),
+        slow("pp2", 2, 1, "torchrun"),
+        slow("dp2", 2, 0, "torchrun"),
+        slow("tp2-pp2", 4, 2, "warm"),
+        slow("dp2-pp2", 4, 0, "warm"),
     ],
 )
 def test_killed(layout: str, devices: int, rank: int, launcher: Launcher, tmp_path: Path) -> None:
@@ -104,10 +101,10 @@ def test_killed(layout: str, devices: int, rank: int, launcher: Launcher, tmp_pa
     ("kind", "layout", "devices", "rank"),
     [
         ("hang", "dp2", 2, 1),
-        _slow("stop", "pp2", 2, 1),
-        _slow("stop", "pp2", 2, 0),
-        _slow("hang", "pp2", 2, 0),
-        _slow("hang", "dp2-pp2", 4, 2),
+        slow("stop", "pp2", 2, 1),
+        slow("stop", "pp2", 2, 0),
+        slow("hang", "pp2", 2, 0),
+        slow("hang", "dp2-pp2", 4, 2),
     ],
 )
 def test_hang(kind: str, layout: str, devices: int, rank: int, tmp_path: Path) -> None:
@@ -139,10 +136,10 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ("kind", "rank", "launcher"),
     [
         ("sigterm", 1, "warm"),
-        _slow("sigterm-launcher", 1, "torchrun"),
-        _slow("sigterm", 0, "warm"),
-        _slow("sigterm-launcher", 1, "warm"),
-        _slow("sigterm", 0, "torchrun"),
+        slow("sigterm-launcher", 1, "torchrun"),
+        slow("sigterm", 0, "warm"),
+        slow("sigterm-launcher", 1, "warm"),
+        slow("sigterm", 0, "torchrun"),
     ],
 )
 def test_sigterm_in_a_pipeline_step(
@@ -182,7 +179,7 @@ def test_no_save_alone(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("saved/*"))
 
 
-@pytest.mark.parametrize("launcher", ["lightning", _slow("torchrun")])
+@pytest.mark.parametrize("launcher", ["warm", slow("lightning"), slow("torchrun")])
 def test_launcher_is_killed(launcher: Launcher, tmp_path: Path) -> None:
     """Children end although nobody is left to end them."""
     outcome = run(
@@ -205,7 +202,7 @@ def test_one_rank_exits(rank: int, tmp_path: Path) -> None:
 
 def test_missing_rank(tmp_path: Path) -> None:
     fault = ("--kind", "hang", "--place", "start", "--rank", "1")
-    outcome = run(tmp_path, 2, "--layout", "dp2", *fault, "--timeout", "10", launcher="lightning")
+    outcome = run(tmp_path, 2, "--layout", "dp2", *fault, "--timeout", "10")
     _check_end(outcome, 40.0)
     assert outcome.output.count("rank 1 has not come within 0:00:10") == 1, outcome.output
 
@@ -221,7 +218,7 @@ def test_rank_that_ends_before_the_meeting(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("differs", "patterns"),
     [
-        _slow("schedule", [r"`schedule` of the strategy is 1F1B on rank 0 and GPipe on rank 1"]),
+        slow("schedule", [r"`schedule` of the strategy is 1F1B on rank 0 and GPipe on rank 1"]),
         ("width", [r"Parameter `\w*stem.weight` is \(16, 16\).* on rank 0 and \(24, 16\).* on rank 1"]),
     ],
 )

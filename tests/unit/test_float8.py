@@ -100,6 +100,7 @@ def train(emulated: bool) -> float:
     return sum(losses[-10:]) / 10
 
 
+@pytest.mark.slow
 def test_loss_is_that_of_bfloat16_within_a_quarter_of_a_percent() -> None:
     """The bound of DeepSeek-V3, section 3.3."""
     exact, found = train(False), train(True)

@@ -10,10 +10,12 @@ from tests import support
 from tests.scripts import run_warm
 
 ROOT = Path(__file__).parents[2]
+IMPORTED = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+"""For the modules that the process has before pytest begins."""
 
 
 def test_every_feature_of_the_table_has_a_test(tmp_path: Path) -> None:
-    command = ("-m", "pytest", "--collect-only", "-q", "--list-features", "--rootdir", str(ROOT))
+    command = ("-m", "pytest", *IMPORTED, "--collect-only", "-q", "--list-features", "--rootdir", str(ROOT))
     folder = str(ROOT / "tests/distributed")
     code, listed = run_warm(*command, folder, processes=1, cwd=tmp_path, timeout_seconds=120)
     assert code == 0, listed
@@ -64,7 +66,7 @@ def test_the_table_has_what_was_shown(tmp_path: Path) -> None:
         "--rootdir",
         str(ROOT),
     ]
-    command = ["-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *options, str(tmp_path)]
+    command = ["-m", "pytest", *IMPORTED, "-c", str(ROOT / "pyproject.toml"), *options, str(tmp_path)]
     run_warm(*command, processes=1, cwd=tmp_path, timeout_seconds=120)
     text = page.read_text()
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}

@@ -18,6 +18,7 @@ from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from tests.distributed.checkpoint import checkpoint_jobs as jobs
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
+from tests.pairwise import quick, slow
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 FOUR = ["tp2-pp2", "fsdp2-pp2", "dp2-tp2"]
@@ -38,7 +39,7 @@ def assert_goes_on(resumed: list[dict], whole: list[dict], step: int) -> None:
 
 
 @pytest.mark.feature("resuming within an epoch, bit-identical")
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("layout", quick(TWO, "fsdp2", "tp2", "pp2"))
 def test_the_same_layout_goes_on_bit_for_bit(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = ranks2.call(jobs.run, layout, str(tmp_path))
     for step in (3, jobs.STEPS_PER_EPOCH, 7):  # in the first epoch, between the two, and in the second
@@ -47,7 +48,7 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks2: RankGroup, tmp_path: Path, 
 
 
 @pytest.mark.feature("resuming within an epoch, bit-identical")
-@pytest.mark.parametrize("layout", FOUR)
+@pytest.mark.parametrize("layout", quick(FOUR, "fsdp2-pp2"))
 def test_the_same_product_goes_on_bit_for_bit(ranks4: RankGroup, tmp_path: Path, layout: str):
     whole = ranks4.call(jobs.run, layout, str(tmp_path))
     assert_goes_on(ranks4.call(jobs.run, layout, ckpt_path=str(tmp_path / "step=3.ckpt")), whole, 3)
@@ -82,7 +83,9 @@ def test_from_one_layout_and_world_size_to_others(ranks2: RankGroup, ranks4: Ran
 
 
 @pytest.mark.feature("resuming from another layout, with the same losses")
-@pytest.mark.parametrize(("saved", "layout"), [("fsdp2", "pp2"), ("pp2", "tp2"), ("tp2", "fsdp2"), ("tp2", "dp2")])
+@pytest.mark.parametrize(
+    ("saved", "layout"), [("fsdp2", "pp2"), ("pp2", "tp2"), slow("tp2", "fsdp2"), slow("tp2", "dp2")]
+)
 def test_to_another_layout_in_mid_epoch(ranks2: RankGroup, tmp_path: Path, saved: str, layout: str):
     whole = ranks2.call(jobs.run, saved, str(tmp_path), dropout=0.0, every=3)[0]
     again = ranks2.call(jobs.run, layout, ckpt_path=str(tmp_path / "step=3.ckpt"), dropout=0.0)[0]
@@ -90,7 +93,7 @@ def test_to_another_layout_in_mid_epoch(ranks2: RankGroup, tmp_path: Path, saved
 
 
 @pytest.mark.feature("checkpoints: consolidated into one plain file")
-@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", [slow("fsdp2"), "tp2", "pp2"])
 def test_one_plain_file(ranks2: RankGroup, tmp_path: Path, layout: str):
     """What Lightning loads in one process, goes on from there, and what any program reads."""
     whole = ranks2.call(jobs.run, layout, str(tmp_path), dropout=0.0, every=3)[0]
@@ -128,7 +131,7 @@ def test_a_plain_file_of_lightning_is_a_starting_point(ranks2: RankGroup, tmp_pa
 
 
 @pytest.mark.feature("`on_save_checkpoint` and `on_load_checkpoint`")
-@pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
+@pytest.mark.parametrize("layout", [slow("fsdp2"), "pp2"])
 def test_hooks_change_what_is_saved_and_loaded(ranks2: RankGroup, tmp_path: Path, layout: str):
     ranks2.call(jobs.run, layout, str(tmp_path), kind="Hooks", every=5, max_epochs=1)
     saved = SavedCheckpoint(tmp_path / "step=5.ckpt")
@@ -163,8 +166,10 @@ def test_asynchronous_saves_are_complete_and_as_good(ranks2: RankGroup, tmp_path
     assert_goes_on(ranks2.call(jobs.run, "fsdp2", ckpt_path=str(tmp_path / "step=4.ckpt")), whole, 4)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize(("keep", "left"), [(1, [10]), (3, [8, 9, 10])])
+@pytest.mark.parametrize(
+    ("keep", "left", "asynchronous"),
+    [(1, [10], False), (3, [8, 9, 10], True), slow(1, [10], True), slow(3, [8, 9, 10], False)],
+)
 def test_the_newest_are_kept(ranks2: RankGroup, tmp_path: Path, asynchronous: bool, keep: int, left: list[int]):
     """ModelCheckpoint(save_top_k=1) removes the older ones; `keep` decides how many stay."""
     options: dict[str, Any] = {"asynchronous": asynchronous, "keep": keep}
@@ -183,7 +188,7 @@ def test_a_damaged_checkpoint_is_refused_by_all_ranks(ranks2: RankGroup, tmp_pat
 
 
 @pytest.mark.feature('`ckpt_path="last"` falls back to the newest intact checkpoint')
-@pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
+@pytest.mark.parametrize("layout", [slow("fsdp2"), "pp2"])
 def test_last_is_the_newest_that_is_intact(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = ranks2.call(jobs.run, layout, str(tmp_path))
     for step in (LAST, LAST - 1):

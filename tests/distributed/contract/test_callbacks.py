@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.contract import callbacks_jobs as jobs
-from tests.distributed.contract.layouts import LAYOUTS, assert_equal, assert_same_weights, call
+from tests.distributed.contract.layouts import FOUR, TWO, assert_equal, assert_same_weights, call
 from tests.distributed.reference import reference
 from tests.harness import RankGroup
+from tests.pairwise import pairwise, quick
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     "`ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau` by a metric",
     "`LearningRateMonitor`, `GradientAccumulationScheduler`, `Timer`",
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick([*TWO, *FOUR], "fsdp2", "tp2", "dp2-pp2"))
 def test_decisions(request: pytest.FixtureRequest, one_process: dict, tmp_path: Path, layout: str) -> None:
     assert one_process["stopped"] == [4, 9, 3]
     assert len(one_process["files"]) == 3
@@ -30,14 +32,27 @@ def test_decisions(request: pytest.FixtureRequest, one_process: dict, tmp_path: 
         assert_equal(result, one_process, layout)
 
 
-LESS_USED = [pytest.param(k, marks=pytest.mark.slow) for k in ("WeightAveraging", "by a function")]
+KINDS = [
+    "StochasticWeightAveraging",
+    "EMAWeightAveraging",
+    "by a function of lists",
+    "WeightAveraging",
+    "by a function",
+]
+AVERAGED = [
+    ("dp2", "EMAWeightAveraging"),
+    ("fsdp2", "StochasticWeightAveraging"),
+    ("fsdp2", "EMAWeightAveraging"),
+    ("tp2", "StochasticWeightAveraging"),
+    ("tp2", "by a function of lists"),
+    ("pp2", "EMAWeightAveraging"),
+    ("pp2", "by a function of lists"),
+    ("dp2-pp2", "StochasticWeightAveraging"),
+]
 
 
 @pytest.mark.feature(by="kind", prefix="weight averaging: ")
-@pytest.mark.parametrize(
-    "kind", ["StochasticWeightAveraging", "EMAWeightAveraging", "by a function of lists", *LESS_USED]
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "kind"), quick(itertools.product([*TWO, *FOUR], KINDS), *AVERAGED))
 def test_averages(request: pytest.FixtureRequest, tmp_path: Path, layout: str, kind: str) -> None:
     expected = jobs.averaged(None, kind, str(tmp_path))
     results = call(request, layout, jobs.averaged, kind, str(tmp_path))
@@ -46,8 +61,12 @@ def test_averages(request: pytest.FixtureRequest, tmp_path: Path, layout: str, k
         assert_equal(result["metrics"], expected["metrics"])
 
 
-@pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "by a function of lists"])
-@pytest.mark.parametrize("layouts", ["fsdp2 then pp2", "pp2 then tp2", "tp2 then dp2"])
+@pytest.mark.parametrize(
+    ("layouts", "kind"),
+    pairwise(
+        ["fsdp2 then pp2", "pp2 then tp2", "tp2 then dp2"], ["StochasticWeightAveraging", "by a function of lists"]
+    ),
+)
 def test_averages_go_on_under_another_layout(ranks2: RankGroup, tmp_path: Path, layouts: str, kind: str) -> None:
     expected = jobs.averaged(None, kind, str(tmp_path))
     results = ranks2.call(jobs.averaged, layouts, kind, str(tmp_path), resumed=True)
@@ -55,7 +74,7 @@ def test_averages_go_on_under_another_layout(ranks2: RankGroup, tmp_path: Path, 
 
 
 @pytest.mark.feature("`BackboneFinetuning`: freezing and unfreezing")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick([*TWO, *FOUR], "fsdp2", "tp2", "dp2-pp2"))
 def test_fine_tuning(request: pytest.FixtureRequest, layout: str) -> None:
     expected = reference(jobs.fine_tuned, None)
     results = call(request, layout, jobs.fine_tuned)
@@ -70,8 +89,7 @@ def test_a_copy_of_a_partitioned_module_can_not_be_run(ranks2: RankGroup) -> Non
 
 
 @pytest.mark.feature("progress bars, `ModelSummary`, `DeviceStatsMonitor`")
-@pytest.mark.parametrize("bar", ["tqdm", "rich"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "bar"), pairwise([*TWO, *FOUR], ["tqdm", "rich"]))
 def test_progress_bars_summary_and_device_stats(request: pytest.FixtureRequest, layout: str, bar: str) -> None:
     expected = reference(jobs.shown, None, bar)
     assert expected["stats"]

@@ -8,12 +8,13 @@ import pytest
 
 from lightning_hybrid import Layout
 from tests.distributed.contract import jobs
-from tests.distributed.contract.layouts import LAYOUTS, assert_equal, call
+from tests.distributed.contract.layouts import FOUR, TWO, assert_equal, call
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
+from tests.pairwise import quick
 
-ZBV = pytest.param("pp2 ZBVZeroBubble", marks=pytest.mark.slow)
-"""A schedule that puts the first and the last stage on one rank."""
+ALL = [*TWO, *FOUR, "pp2 ZBVZeroBubble"]
+"""The last one with a schedule that puts the first and the last stage on one rank."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def metrics_of_one_process() -> dict:
     "`self.log` in hooks, `self.log_dict`, several validation loaders",
     "`training_step` that returns a dictionary",
 )
-@pytest.mark.parametrize("layout", [*LAYOUTS, ZBV])
+@pytest.mark.parametrize("layout", quick(ALL, "dp2", "tp2", "dp2-pp2"))
 def test_logs(request: pytest.FixtureRequest, one_process: dict, layout: str) -> None:
     results = call(request, layout, jobs.logs)
     for rank, result in enumerate(results):
@@ -64,7 +65,7 @@ def _assert_outputs(layout: str, by_rank: list[list[dict]], expected: list[dict]
 
 
 @pytest.mark.feature("torchmetrics: logged, computed, collections, lists as states, in callbacks")
-@pytest.mark.parametrize("layout", [*LAYOUTS, ZBV])
+@pytest.mark.parametrize("layout", quick(ALL, "fsdp2", "tp2", "pp2"))
 def test_metrics(request: pytest.FixtureRequest, metrics_of_one_process: dict, layout: str) -> None:
     for result in call(request, layout, jobs.metrics):
         for key in ("by hand", "callback", "lines"):

@@ -10,6 +10,7 @@ import torch
 from tests.distributed.dataloader import data_jobs, loader_jobs
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
+from tests.pairwise import quick, slow
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 
@@ -31,7 +32,7 @@ def assert_trained(result: dict, expected: dict) -> None:
         *(("dp2", kind) for kind in KINDS),
         ("tp2", "samples"),
         ("pp2", "dropped"),
-        *(pytest.param(layout, kind, marks=pytest.mark.slow) for layout, kind in SLOW),
+        *(slow(layout, kind) for layout, kind in SLOW),
     ],
 )
 def test_without_a_batch_nothing_is_trained(ranks2: RankGroup, layout, kind):
@@ -50,7 +51,7 @@ def test_without_a_batch_nothing_is_trained(ranks2: RankGroup, layout, kind):
 
 
 @pytest.mark.feature("data: an empty validation dataset")
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("layout", quick(TWO, "fsdp2", "pp2"))
 def test_an_empty_validation_dataset(ranks2: RankGroup, layout):
     expected = reference(loader_jobs.train_without_validation_data, None)
     assert_trained(ranks2.call(loader_jobs.train_without_validation_data, layout)[0], expected)
@@ -62,8 +63,8 @@ def test_an_empty_validation_dataset(ranks2: RankGroup, layout):
 
 
 @pytest.mark.feature("data: several training loaders")
-@pytest.mark.parametrize("mode", [None, pytest.param("min_size", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("mode", [None, slow("min_size")])
+@pytest.mark.parametrize("layout", quick(TWO, "dp2", "pp2"))
 def test_several_loaders(ranks2: RankGroup, layout, mode):
     """The loss is a mean over the samples of both, the last batches are uneven.
 
@@ -82,7 +83,7 @@ def test_several_loaders_with_batches_of_unknown_size(ranks2: RankGroup):
         ranks2.call(loader_jobs.train_on_several, "dp2", "min_size", (37, 40), own_batches=True)
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [("dp2", "pp2"), ("tp2", "fsdp2")])
+@pytest.mark.parametrize(("saved", "resumed"), [slow("dp2", "pp2"), ("tp2", "fsdp2")])
 def test_several_loaders_go_on(ranks2: RankGroup, tmp_path, saved, resumed):
     path = data_jobs.file_of(tmp_path, "one.ckpt")
     options: dict[str, Any] = {"shuffle": True}
@@ -94,9 +95,7 @@ def test_several_loaders_go_on(ranks2: RankGroup, tmp_path, saved, resumed):
     assert_trained(result, {**expected, "metrics": result["metrics"]})
 
 
-@pytest.mark.parametrize(
-    "layout", ["dp2", pytest.param("fsdp2", marks=pytest.mark.slow), "tp2", pytest.param("pp2", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("layout", quick(TWO, "dp2"))
 def test_loaders_that_lightning_has_returned_are_not_sharded_twice(ranks2: RankGroup, layout):
     logged, counts = reference(loader_jobs.read_again, None)
     assert counts == [3, 5, 2 * 5]
@@ -105,22 +104,14 @@ def test_loaders_that_lightning_has_returned_are_not_sharded_twice(ranks2: RankG
         assert values == pytest.approx(logged, rel=2e-5)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "dp2",
-        pytest.param("fsdp2", marks=pytest.mark.slow),
-        pytest.param("tp2", marks=pytest.mark.slow),
-        pytest.param("pp2", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("layout", quick(TWO, "dp2"))
 def test_a_combined_loader_is_fitted_on_twice(ranks2: RankGroup, layout):
     expected = reference(loader_jobs.train_on_several, None, "max_size_cycle", (37, 37), fits=2)
     results = ranks2.call(loader_jobs.train_on_several, layout, "max_size_cycle", (37, 37), fits=2)
     assert_trained(results[0], expected)
 
 
-@pytest.mark.parametrize("layout", ["dp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["dp2", slow("fsdp2")])
 def test_a_step_that_takes_an_iterator(ranks2: RankGroup, layout):
     """It is not known which batch it trains on, so an uneven one cannot be weighted."""
     expected = reference(loader_jobs.train_by_iterator, None, 32)
@@ -130,7 +121,7 @@ def test_a_step_that_takes_an_iterator(ranks2: RankGroup, layout):
 
 
 @pytest.mark.feature("data: a sampler without a length")
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("layout", quick(TWO, "dp2", "pp2"))
 def test_a_sampler_without_a_length(ranks2: RankGroup, tmp_path, layout):
     expected = reference(loader_jobs.train_without_end, None, True)
     path = data_jobs.file_of(tmp_path, "one.ckpt")

@@ -10,6 +10,7 @@ import torch
 from tests.distributed.dataloader import data_jobs, stream_jobs, worker_jobs
 from tests.distributed.reference import reference
 from tests.harness import RankGroup
+from tests.pairwise import slow
 
 EPOCHS = 3
 ONE = "dp1"
@@ -21,21 +22,21 @@ EPOCH_END, VALIDATION_END = ("epoch", 3), ("validation", 3)
 
 CASES: list[Any] = [
     ("shuffled", MIDDLE, "dp2", "dp2", {}),
-    pytest.param(*("shuffled", LATER, "dp2", "tp2", {}), marks=pytest.mark.slow),
+    slow("shuffled", LATER, "dp2", "tp2", {}),
     ("shuffled", LATER, "pp2", "fsdp2", {}),
-    ("shuffled", LATER, "tp2", "pp2", {}),
+    slow("shuffled", LATER, "tp2", "pp2", {}),
     ("shuffled", LATER, "dp2", "dp2", {"accumulate_grad_batches": 2, "save_at": ("batch", 3)}),
     ("shuffled", LAST_BATCH, "dp2", "pp2", {"val_samples": 0}),
-    pytest.param(*("shuffled", EPOCH_END, "fsdp2", "dp2", {}), marks=pytest.mark.slow),
+    slow("shuffled", EPOCH_END, "fsdp2", "dp2", {}),
     ("shuffled", VALIDATION_END, "dp2", "dp2", {"val_check_interval": 1.0}),
     ("own generator", LATER, "dp2", "fsdp2", {}),
-    pytest.param(*("own generator", VALIDATION_END, "dp2", "dp2", {}), marks=pytest.mark.slow),
-    pytest.param(*("own sampler", LATER, "dp2", "dp2", {}), marks=pytest.mark.slow),
+    slow("own generator", VALIDATION_END, "dp2", "dp2", {}),
+    slow("own sampler", LATER, "dp2", "dp2", {}),
     ("own sampler", EPOCH_END, "tp2", "dp2", {}),
     ("given batches", LATER, "tp2", "dp2", {}),
-    ("noise", LATER, "dp2", "pp2", {}),
+    slow("noise", LATER, "dp2", "pp2", {}),
     ("noise", LATER, "fsdp2", "dp2", {"loader_options": {"num_workers": 2}}),
-    ("noise", EPOCH_END, "dp2", "dp2", {"loader_options": {"num_workers": 1, "persistent_workers": True}}),
+    slow("noise", EPOCH_END, "dp2", "dp2", {"loader_options": {"num_workers": 1, "persistent_workers": True}}),
 ]
 
 
@@ -66,8 +67,9 @@ def test_training_is_that_of_lightning_without_the_strategy(ranks2: RankGroup):
 
 
 @pytest.mark.feature("data: a Lightning checkpoint saved within an epoch")
-@pytest.mark.parametrize("kind", [pytest.param("in order", marks=pytest.mark.slow), "shuffled"])
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch:UserWarning")
+@pytest.mark.parametrize("kind", [slow("in order"), "shuffled"])
+@pytest.mark.parametrize("layout", ["dp2", slow("tp2"), "pp2"])
 def test_a_checkpoint_of_lightning_in_mid_epoch_goes_on_as_in_lightning(ranks2: RankGroup, tmp_path, layout, kind):
     """It has no place in the data: Lightning makes the steps that are left with the beginning of a new order."""
     path = data_jobs.file_of(tmp_path, "plain.ckpt")

@@ -38,8 +38,7 @@ def check_gradients(results: list[dict], expected: list[tuple[str, dict[str, tor
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("layout", [*TWO, "dp2-pp2", "fsdp2-pp2"])
+@pytest.mark.parametrize(("layout", "accumulate"), pairwise([*TWO, "dp2-pp2", "fsdp2-pp2"], [1, 3]))
 def test_reading_gradients(request, layout, accumulate):
     options: dict[str, Any] = {"gradient_clip_val": 0.05, "accumulate_grad_batches": accumulate}
     expected = reference(jobs.with_gradients, None, {}, **options)

@@ -40,6 +40,7 @@ from tests.distributed.engine.stays import stays
 from tests.distributed.experts.expert_jobs import Mixture
 from tests.distributed.jobs import Classifier, Numbers, quiet
 from tests.harness import RankGroup
+from tests.pairwise import slow
 from tests.snapshot import ABSENT, Snapshot, process_state
 
 # ---- runs, on every rank
@@ -287,12 +288,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", [slow("dp2"), "fsdp2", slow("tp2"), "pp2"])
 def test_ends(ranks2: RankGroup, folder: str, layout: str) -> None:
     check(ranks2.call(leaks, layout, folder, *VERBS), VERBS)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2"])
+@pytest.mark.parametrize("layout", [slow("dp2"), "fsdp2", "tp2"])
 def test_failures(ranks2: RankGroup, folder: str, layout: str) -> None:
     check(ranks2.call(leaks, layout, folder, *FAILURES), FAILURES)
 
@@ -319,11 +320,11 @@ def test_failures_between_steps_of_a_pipeline(ranks2: RankGroup, folder: str) ->
         ("swa", "fsdp2"),
         ("ema", "dp2"),
         ("experts", "ep2"),
-        pytest.param("batch size", "fsdp2", marks=pytest.mark.slow),
-        pytest.param("rebalancing", "dp2", marks=pytest.mark.slow),
-        pytest.param("fine-tuning", "fsdp2", marks=pytest.mark.slow),
-        pytest.param("swa", "dp2", marks=pytest.mark.slow),
-        pytest.param("ema", "fsdp2", marks=pytest.mark.slow),
+        slow("batch size", "fsdp2"),
+        slow("rebalancing", "dp2"),
+        slow("fine-tuning", "fsdp2"),
+        slow("swa", "dp2"),
+        slow("ema", "fsdp2"),
     ],
 )
 def test_callbacks(ranks2: RankGroup, folder: str, kind: str, layout: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from tests.distributed.engine import numbers_jobs as jobs
 from tests.distributed.reference import reference
 from tests.harness import RankGroup
+from tests.pairwise import quick, slow
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a loss, dp": ("dp2", {"poison": "loss", "rank": 1}, r"rank 1 \(pipeline rank 0, replica 1\): the loss is nan"),
@@ -41,11 +42,11 @@ def stopped(results: list[dict]) -> str:
     return shown[0]
 
 
-OFTEN = {"a loss, dp", "a gradient, fsdp", "a gradient, tp", "a gradient, last stage"}
+OFTEN = ["a loss, dp", "a gradient, tp", "a gradient, last stage"]
 """An error ends the ranks, and new ones have to connect: the other cases run with the slow tests."""
 
 
-@pytest.mark.parametrize("case", [c if c in OFTEN else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", quick(CASES, *OFTEN))
 def test_all_ranks_stop_before_the_update(ranks2: RankGroup, case):
     layout, options, message = CASES[case]
     results = ranks2.call(jobs.poisoned, layout, None, options)
@@ -81,7 +82,7 @@ def test_a_loss_of_an_accumulated_batch(ranks2: RankGroup):
     assert re.search("At global step 0, .*rank 1 .*the loss is nan", stopped(results))
 
 
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2"])
+@pytest.mark.parametrize("layout", [slow("dp2"), "fsdp2", "tp2"])
 def test_optimizers_that_are_stepped_by_hand(ranks2: RankGroup, layout):
     options = {"poison": "head.weight", "rank": 1, "manual": True}
     results = ranks2.call(jobs.poisoned, layout, None, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.distributed.engine import numbers_jobs as jobs
 from tests.distributed.reference import reference
 from tests.harness import RankGroup
+from tests.pairwise import quick, slow
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 HALF = ["bf16-mixed", "bf16-true", "16-mixed", "16-true"]
@@ -54,16 +56,22 @@ def check(result: dict, expected: dict, bound: tuple[float, float, float]) -> No
         assert result[key] == expected[key], key
 
 
+def _two() -> list[Any]:
+    """Each precision under two of the layouts in the tests that run always."""
+    precisions = ["32-true", *HALF, "64-true"]
+    kept = [(precision, layout) for i, precision in enumerate(precisions) for layout in TWO[i % 2 :: 2]]
+    return quick(itertools.product(precisions, TWO), *kept)
+
+
 @pytest.mark.feature(by="precision", prefix="precision: ")
-@pytest.mark.parametrize("precision", ["32-true", *HALF, "64-true"])
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize(("precision", "layout"), _two())
 def test_two_ranks(ranks2: RankGroup, one, bounds, layout, precision):
     check(ranks2.call(jobs.precise, layout, precision)[0], one[precision], bounds[precision])
 
 
 @pytest.mark.feature(by="precision", prefix="precision: ")
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true"])
-@pytest.mark.parametrize("layout", ["fsdp2-tp2", pytest.param("tp2-pp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", slow("64-true")])
+@pytest.mark.parametrize("layout", ["fsdp2-tp2", slow("tp2-pp2")])
 def test_four_ranks(ranks4: RankGroup, one, bounds, layout, precision):
     check(ranks4.call(jobs.precise, layout, precision)[0], one[precision], bounds[precision])
 
@@ -104,8 +112,15 @@ def test_loss_scales_with_accumulated_batches_and_clipping(ranks2: RankGroup, bo
     check(results[0], reference(jobs.precise, None, "16-mixed", **options), bounds["16-mixed"])
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-mixed"])
-@pytest.mark.parametrize(("saved", "resumed"), [("tp2", "pp2"), ("pp2", "fsdp2")])
+@pytest.mark.parametrize(
+    ("precision", "saved", "resumed"),
+    [
+        ("bf16-true", "tp2", "pp2"),
+        ("16-mixed", "pp2", "fsdp2"),
+        slow("bf16-true", "pp2", "fsdp2"),
+        slow("16-mixed", "tp2", "pp2"),
+    ],
+)
 def test_a_checkpoint_keeps_types_and_scale(ranks2: RankGroup, bounds, tmp_path, precision, saved, resumed):
     path = str(tmp_path / "half.ckpt")
     poison: dict[str, Any] = {"poison": "stem.weight", "step": 2} if precision == "16-mixed" else {}

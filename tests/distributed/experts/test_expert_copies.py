@@ -9,14 +9,11 @@ import torch
 
 from tests.distributed.reshard import relayout_jobs as jobs
 from tests.harness import RankError, RankGroup
+from tests.pairwise import slow
 
 MIXTURE: dict[str, Any] = {"kind": "Mixture", "steps": 6, "module_options": {"adamw": True, "favorite": True}}
 HOSTS = ((0, 1, 2), (0, 1, 3))
 """All tokens go to the first two experts, which both ranks compute."""
-
-
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +37,7 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
         slow("dp2-ep2", {"accumulate_grad_batches": 2}),
         ("ep2-pp2", {}),
         slow("ep2-pp2", {"strategy_options": {"schedule": "ZBVZeroBubble"}}),
-        ("ep2-tp2", {}),
+        slow("ep2-tp2", {}),
     ],
     ids=["ep", "recomputed", "sharded", "accumulated", "pipeline", "zero bubble", "tensor"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,29 @@ import torch
 from tests.distributed.experts import expert_jobs as jobs
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
+from tests.pairwise import quick, slow
 
 LAYOUTS = ["ep2", "ep2-pp2", "ep2-tp2", "ep4", "fsdp2-ep2", "dp2-ep2"]
 FEATURE = "mixture of experts under `ep`"
 WHOLE = ["dp2", "fsdp2", "tp2", "pp2"]
 
-
-def quick(layouts: list[str], *chosen: str) -> list[Any]:
-    """The layouts as parameters; all but the chosen ones are slow."""
-    return [pytest.param(x, marks=[] if x in chosen else pytest.mark.slow) for x in layouts]
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "clip": ({"adamw": True}, {"gradient_clip_val": 0.05}),
+    "accumulate": ({}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "lazy": ({"lazy": True, "adamw": True}, {}),
+    "ranks without tokens": ({"favorite": True}, {}),
+}
+OFTEN = [
+    ("ep2-tp2", "clip"),
+    ("fsdp2-ep2", "clip"),
+    ("ep2-pp2", "accumulate"),
+    ("fsdp2-ep2", "accumulate"),
+    ("ep2-tp2", "lazy"),
+    ("ep2-pp2", "lazy"),
+    ("ep2-tp2", "ranks without tokens"),
+    ("fsdp2-ep2", "ranks without tokens"),
+]
+"""Each setting under two of the three products."""
 
 
 def group_of(request: pytest.FixtureRequest, layout: str) -> RankGroup:
@@ -35,25 +50,14 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("layout", quick(LAYOUTS, "ep2-tp2", "fsdp2-ep2", "ep2-pp2"))
-@pytest.mark.parametrize(
-    ("module_options", "options"),
-    [
-        ({"adamw": True}, {"gradient_clip_val": 0.05}),
-        ({}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
-        ({"lazy": True, "adamw": True}, {}),
-        ({"favorite": True}, {}),
-    ],
-    ids=["clip", "accumulate", "lazy", "ranks without tokens"],
-)
-def test_equal_to_one_process(
-    request: pytest.FixtureRequest, layout: str, module_options: dict[str, Any], options: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(("layout", "setting"), quick(itertools.product(LAYOUTS, SETTINGS), *OFTEN))
+def test_equal_to_one_process(request: pytest.FixtureRequest, layout: str, setting: str) -> None:
+    module_options, options = SETTINGS[setting]
     results = group_of(request, layout).call(jobs.fit, layout, module_options, **options)
     check(results[0], reference(jobs.fit, None, module_options, **options))
 
 
-@pytest.mark.parametrize("layout", ["ep2", "fsdp2-ep2"])
+@pytest.mark.parametrize("layout", ["ep2", slow("fsdp2-ep2")])
 def test_manual_optimization(request: pytest.FixtureRequest, layout: str) -> None:
     check(
         group_of(request, layout).call(jobs.fit, layout, {"manual": True})[0],
@@ -61,7 +65,7 @@ def test_manual_optimization(request: pytest.FixtureRequest, layout: str) -> Non
     )
 
 
-@pytest.mark.parametrize("layout", ["ep2", "fsdp2-ep2"])
+@pytest.mark.parametrize("layout", [slow("ep2"), "fsdp2-ep2"])
 def test_uneven_last_batch(request: pytest.FixtureRequest, layout: str) -> None:
     check(group_of(request, layout).call(jobs.fit, layout, samples=45)[0], reference(jobs.fit, None, samples=45))
 
@@ -92,7 +96,7 @@ def test_each_rank_holds_its_part_of_the_experts(request: pytest.FixtureRequest,
     assert results[0]["shapes"]["blocks.0.router.weight"][0] == (1 if layout.startswith("fsdp") else jobs.EXPERTS)
 
 
-@pytest.mark.parametrize("layout", quick(LAYOUTS, "fsdp2-ep2", "ep2-tp2", "ep2-pp2"))
+@pytest.mark.parametrize("layout", quick(LAYOUTS, "fsdp2-ep2", "ep2-tp2"))
 def test_loads_and_gradient_norms_are_those_of_one_process(request: pytest.FixtureRequest, layout: str) -> None:
     results, expected = group_of(request, layout).call(jobs.fit, layout), reference(jobs.fit, None)
     for result in results:

@@ -46,7 +46,13 @@ def _check(results: list[dict[str, Any]], times: int = 1) -> None:
 
 
 def test_lightning_launcher(tmp_path: Path) -> None:
-    code, output = _run(str(SCRIPT), "--layout", "pp2", "--times", "2", "--out", str(tmp_path))
+    code, output = _run(str(SCRIPT), "--layout", "pp2", "--out", str(tmp_path))
+    _check(_results(tmp_path, code, output))
+
+
+def test_trainers_one_after_another(tmp_path: Path) -> None:
+    """Ranks that exist already serve the second Trainer."""
+    code, output = _run_by("lightning", tmp_path, "--layout", "pp2", "--times", "2")
     _check(_results(tmp_path, code, output), times=2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,15 +11,21 @@ from tests.distributed.engine import numbers_jobs
 from tests.distributed.experts import expert_jobs
 from tests.distributed.reference import reference
 from tests.harness import RankGroup
+from tests.pairwise import quick
 
-SLOW = pytest.mark.slow
 FEATURE = "activation checkpointing, `recompute=`"
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("how", ["selective", "full"])
 @pytest.mark.parametrize(
-    "layout", ["fsdp2", "tp2", "pp2", *(pytest.param(x, marks=SLOW) for x in ("dp2", "fsdp2-pp2", "fsdp2-tp2"))]
+    ("layout", "how"),
+    quick(
+        itertools.product(["dp2", "fsdp2", "tp2", "pp2", "fsdp2-pp2", "fsdp2-tp2"], ["selective", "full"]),
+        ("fsdp2", "full"),
+        ("tp2", "selective"),
+        ("pp2", "full"),
+        ("pp2", "selective"),
+    ),
 )
 def test_with_dropout(request: pytest.FixtureRequest, layout: str, how: str) -> None:
     ranks: RankGroup = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
@@ -32,7 +40,7 @@ def test_with_dropout(request: pytest.FixtureRequest, layout: str, how: str) -> 
 
 @pytest.mark.feature(FEATURE)
 @pytest.mark.parametrize("how", ["selective", "full"])
-@pytest.mark.parametrize("layout", ["ep2", *(pytest.param(x, marks=SLOW) for x in ("fsdp2-ep2", "ep2-pp2", "ep2-tp2"))])
+@pytest.mark.parametrize("layout", quick(["ep2", "fsdp2-ep2", "ep2-pp2", "ep2-tp2"], "ep2"))
 def test_with_experts(request: pytest.FixtureRequest, layout: str, how: str) -> None:
     ranks: RankGroup = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
     results = ranks.call(expert_jobs.fit, layout, strategy_options={"recompute": how})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.distributed.engine import optimizer_jobs as jobs
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
+from tests.pairwise import quick
 
 STEPS = 3
 ONE_MICROBATCH: dict[str, Any] = {"strategy_options": {"microbatches": 1}}
@@ -35,8 +37,19 @@ def one() -> dict[str, dict]:
     return found
 
 
-@pytest.mark.parametrize("when", ["__init__", "configure_model", "on_train_start"])
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    ("layout", "when"),
+    quick(
+        itertools.product(["dp2", "fsdp2", "tp2", "pp2"], ["__init__", "configure_model", "on_train_start"]),
+        ("dp2", "configure_model"),
+        ("fsdp2", "__init__"),
+        ("fsdp2", "on_train_start"),
+        ("tp2", "__init__"),
+        ("tp2", "configure_model"),
+        ("pp2", "__init__"),
+        ("pp2", "on_train_start"),
+    ),
+)
 def test_hooks_on_gradients(ranks2: RankGroup, one, layout, when):
     options: dict[str, Any] = ONE_MICROBATCH if "pp" in layout else {}
     check(ranks2.call(jobs.hooked, layout, {"when": when}, **options), one[when])

@@ -22,6 +22,7 @@ from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.tensor.apply import TensorParallel, apply_tensor_plan
 from lightning_hybrid.tensor.infer import infer_tensor_plan
 from tests.harness import RankGroup
+from tests.pairwise import slow
 from tests.zoo.cases import CASES
 
 TOLERANCE = 1e-11
@@ -127,7 +128,7 @@ def _run_case(name: str, size: int) -> float:
         ("qwen3", 0.98),  # norms of queries and keys
         ("deepseek_v3", 0.3),  # latent attention
         ("bart", 0.9),  # cross-attention
-        ("t5", 0.5),  # weights shared three times
+        slow("t5", 0.5),  # weights shared three times
         ("mamba", 0.95),  # two rows in a region
         ("mixtral", 0.1),  # routed experts stay whole
         ("encoder", 0.95),  # nn.TransformerEncoder
@@ -325,7 +326,7 @@ def _with_fully_shard(name: str) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", slow("gpt2")])
 def test_under_fully_shard(ranks4: RankGroup, name: str) -> None:
     ranks4.call(_with_fully_shard, name)
 

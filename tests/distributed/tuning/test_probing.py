@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from tests.distributed.tuning import probing_jobs as jobs
 from tests.harness import RankError, RankGroup
-from tests.pairwise import pairwise
+from tests.pairwise import quick, slow
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
@@ -25,15 +26,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2 GPipe": {"microbatches": 4, "schedule": "GPipe"},
     "fsdp2-pp2": {"microbatches": 4},
 }
-QUICK = ("fsdp2", "ep2", "fsdp2-pp2")
+QUICK = ("dp2", "fsdp2 accumulating", "tp2", "ep2", "pp2")
 EVERY = list(range(1, 301))
 POWERS = [1, 2, 4, 8, 16, 32, 64, 128]
+_WITHOUT: dict[str, list[dict[str, Any]]] = {}
 
 
 def call(request: pytest.FixtureRequest, case: str, ladder: list[int], **options: Any) -> list[dict[str, Any]]:
     layout = case.split()[0]
     ranks: RankGroup = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
     return ranks.call(jobs.probe, layout, ladder, **LAYOUTS[case], **options)
+
+
+def without_probe(request: pytest.FixtureRequest, case: str) -> list[dict[str, Any]]:
+    """A run without a probe, made once."""
+    if case not in _WITHOUT:
+        _WITHOUT[case] = call(request, case, [])
+    return _WITHOUT[case]
 
 
 def limits(case: str) -> list[int]:
@@ -51,12 +60,12 @@ def check_untouched(found: dict[str, Any], without: dict[str, Any]) -> None:
         assert [n for n in ours if not torch.equal(ours[n], expected[n])] == []
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("case", quick(LAYOUTS, *QUICK))
 def test_ranks_agree_on_the_smallest_limit_and_training_goes_on_untouched(
     request: pytest.FixtureRequest, case: str
 ) -> None:
     found = call(request, case, EVERY, faults={"limits": limits(case)})
-    without = call(request, case, [])
+    without = without_probe(request, case)
     for rank, (ours, expected) in enumerate(zip(found, without, strict=True)):
         (result,) = ours["results"]
         assert (result.size, result.limited_by, result.own_size) == (37, 1, limits(case)[rank])
@@ -64,7 +73,7 @@ def test_ranks_agree_on_the_smallest_limit_and_training_goes_on_untouched(
         assert result.predicted_bytes == pytest.approx(result.measured_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in LAYOUTS])
+@pytest.mark.parametrize("case", quick(LAYOUTS, "fsdp2", "ep2"))
 def test_stays_within_the_budget_of_every_rank(request: pytest.FixtureRequest, case: str) -> None:
     measured = call(request, case, POWERS)
     peaks = [jobs.predicted(r["results"][0].fit, 100) for r in measured]
@@ -78,7 +87,7 @@ def test_stays_within_the_budget_of_every_rank(request: pytest.FixtureRequest, c
         assert result.trials <= 3
 
 
-@pytest.mark.parametrize("case", ["dp2", *(pytest.param(c, marks=pytest.mark.slow) for c in ("fsdp2", "pp2"))])
+@pytest.mark.parametrize("case", quick(["dp2", "fsdp2", "pp2"], "dp2"))
 def test_repeated_probes_find_the_same(request: pytest.FixtureRequest, case: str) -> None:
     repeat_probes(request, case, 3)
 
@@ -92,7 +101,7 @@ def test_fifty_probes_find_the_same(request: pytest.FixtureRequest, case: str) -
 
 def repeat_probes(request: pytest.FixtureRequest, case: str, repeats: int, **options: Any) -> None:
     found = call(request, case, POWERS, faults={"limits": limits(case)}, repeats=repeats, **options)
-    without = call(request, case, [])
+    without = without_probe(request, case)
     for ours, expected in zip(found, without, strict=True):
         assert [r.size for r in ours["results"]] == [32] * repeats
         check_untouched(ours, expected)
@@ -100,11 +109,18 @@ def repeat_probes(request: pytest.FixtureRequest, case: str, repeats: int, **opt
 
 @pytest.mark.parametrize(
     ("case", "place"),
-    pairwise(["dp2", "fsdp2", "fsdp2 accumulating", "tp2", "ep2", "pp2", "fsdp2-pp2"], ["forward", "backward"]),
+    quick(
+        itertools.product(
+            ["dp2", "fsdp2", "fsdp2 accumulating", "tp2", "ep2", "pp2", "fsdp2-pp2"], ["forward", "backward"]
+        ),
+        ("dp2", "forward"),
+        ("fsdp2", "backward"),
+        ("pp2", "backward"),
+    ),
 )
 def test_an_error_of_one_rank_reaches_all(request: pytest.FixtureRequest, case: str, place: str) -> None:
     failed = call(request, case, EVERY, faults={"fail_on": 1, "fail_in": place}, timeout_seconds=60.0)
-    without = call(request, case, [])
+    without = without_probe(request, case)
     for ours, expected in zip(failed, without, strict=True):
         (error,) = ours["errors"]
         assert error.startswith("The memory probe has failed on rank 1: KeyError: 'injected for ")
@@ -141,7 +157,7 @@ def test_arguments(ranks2: RankGroup, options: dict[str, Any], message: str) -> 
         ranks2.call(jobs.probe, "dp2", POWERS, **options)
 
 
-@pytest.mark.parametrize(("layout", "microbatches"), [("dp2", 1), ("fsdp2", 1), ("pp2", 4)])
+@pytest.mark.parametrize(("layout", "microbatches"), [slow("dp2", 1), slow("fsdp2", 1), ("pp2", 4)])
 def test_one_rank_runs_out_of_real_memory(layout: str, microbatches: int) -> None:
     """The address space of rank 1 is limited, so that the allocator itself fails."""
     ladder, free = [64 * 2**i for i in range(9)], 150 * 2**20
@@ -160,9 +176,9 @@ def test_one_rank_runs_out_of_real_memory(layout: str, microbatches: int) -> Non
 @pytest.mark.parametrize(
     ("layout", "microbatches"),
     [
-        pytest.param("dp2", 1, marks=pytest.mark.slow),
-        pytest.param("fsdp2", 1, marks=pytest.mark.slow),
-        ("pp2", 4),
+        ("dp2", 1),
+        slow("fsdp2", 1),
+        slow("pp2", 4),
     ],
 )
 def test_training_takes_the_memory_that_was_predicted(layout: str, microbatches: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from lightning_hybrid.callbacks import BatchSizeSchedule
 from tests.distributed.tuning import token_jobs as jobs
 from tests.harness import RankError, RankGroup
+from tests.pairwise import quick, slow
 
 FEATURE = "`TokenBatchSampler`"
 
@@ -27,11 +28,11 @@ def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     [
         ("dp2", 2, 2),
         ("fsdp2", 2, 3),
-        pytest.param("tp2", 1, 3, marks=pytest.mark.slow),
+        slow("tp2", 1, 3),
         ("pp2", 1, 2),
-        ("fsdp2-pp2", 2, 2),
-        pytest.param("dp2-tp2", 2, 1, marks=pytest.mark.slow),
-        pytest.param("dp2-pp2", 2, 2, marks=pytest.mark.slow),
+        slow("fsdp2-pp2", 2, 2),
+        slow("dp2-tp2", 2, 1),
+        slow("dp2-pp2", 2, 2),
     ],
 )
 def test_a_step_is_on_the_mean_over_its_tokens(
@@ -47,14 +48,14 @@ def test_a_step_is_on_the_mean_over_its_tokens(
     close(results[0], expected)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, slow(2)])
 def test_accumulation_and_replicas_are_the_same(ranks2: RankGroup, workers: int) -> None:
     """Shuffled, with another order in each epoch."""
     one = ranks2.call(jobs.train, "tp2", accumulate_grad_batches=2, max_epochs=2)[0]
     close(ranks2.call(jobs.train, "dp2", max_epochs=2, workers=workers)[0], one)
 
 
-@pytest.mark.parametrize("layout", ["dp2", pytest.param("pp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["dp2", slow("pp2")])
 def test_resumed_in_mid_epoch(ranks2: RankGroup, layout: str, tmp_path: Path) -> None:
     path = str(tmp_path / "checkpoint")
     options: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": 2}
@@ -67,7 +68,7 @@ def test_resumed_in_mid_epoch(ranks2: RankGroup, layout: str, tmp_path: Path) ->
 
 
 @pytest.mark.feature("`AdaptiveBatchSize(memory=...)` with a token budget")
-@pytest.mark.parametrize("layout", ["dp2", "pp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fsdp2", "tp2"))])
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2", "pp2"], "pp2"))
 def test_budget_that_fits_on_all_ranks(ranks2: RankGroup, layout: str) -> None:
     """Rank 1 has room for 200 tokens at once, so under `pp` a batch of two microbatches may have 400."""
     options: dict[str, Any] = {"adaptive": {"memory": "device", "statistics": None}, "fits": {0: 500, 1: 200}}
@@ -107,9 +108,7 @@ def test_memory_that_is_short_halves_the_next_epochs_budget(ranks2: RankGroup) -
 
 
 @pytest.mark.feature("`LoadRebalancing(lengths=...)`")
-@pytest.mark.parametrize(
-    "layout", ["dp2", "pp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fsdp2", "dp2-pp2"))]
-)
+@pytest.mark.parametrize("layout", ["dp2", "pp2", *(slow(x) for x in ("fsdp2", "dp2-pp2"))])
 def test_samples_are_divided_by_their_lengths(request: pytest.FixtureRequest, layout: str) -> None:
     """The loss is the mean over tokens of a batch whose last part is not full; replicas have equally much to do."""
     ranks = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")

@@ -31,15 +31,32 @@ EXPERTS = [Combination(layout) for layout in ("ep2", "ep2-pp2", "ep2-tp2", "ep4"
 WITH_EXPERTS = ("scheme", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 """Fused experts: ours and unmodified ones of transformers."""
 WITH_EXPERTS_SLOW = ("expert_groups", "olmoe", "qwen2_moe", "granitemoe", "deepseek_v2")
-WITH_EVERY_SCHEDULE = {"llama", "gpt2", "t5", "bert", "mixtral", "encoder", "tied", "losses"}
-"""Untied and tied decoders, an encoder-decoder, an encoder, experts, modules of torch, auxiliary losses."""
 WITHOUT_CUTS = [Combination("dp2"), Combination("fsdp2")]
 OTHER_TRANSFORMERS = {
     "mistral", "qwen2", "qwen3", "gemma", "gpt_neox", "gptj", "opt", "bloom", "phi", "phi3", "falcon", "falcon_new",
     "mpt", "stablelm", "olmo2", "cohere", "granite", "roberta", "distilbert", "electra",
 }  # fmt: skip
 """Decoders and encoders that differ from those of other cases in what `tp` and `pp` cut, not for `dp` and `fsdp`."""
-WITH_TWO_AXES = {"llama", "gpt2", "t5", "bert", "encoder", "tied", "resnet"}
+CUT_ALIKE = {"qwen2", "qwen3", "stablelm", "olmo2", "granite", "gptj", "phi", "mistral", "falcon_new", "roberta"}
+"""Of these, stages that are those of another case: `llama`, `gpt_neox`, `phi3`, `falcon` and `bert`."""
+SHARDED_ALIKE = {
+    "mamba", "bert", "albert", "vit", "whisper", "gpt2_lazy", "encoder_norm_first", "unet", "metrics", "deepseek_v3",
+}  # fmt: skip
+"""Cases whose weights are no other to `dp` and `fsdp` than those of another case."""
+OFTEN = {
+    *(("GPipe", name) for name in ("gpt2", "t5")),
+    *(("Interleaved1F1B", name) for name in ("llama", "mixtral", "tied")),
+    *(("ZBVZeroBubble", name) for name in ("gpt2", "encoder", "losses")),
+    *(("DualPipeV", name) for name in ("bert", "t5", "tied")),
+    *(("dp2-pp2", name) for name in ("t5", "resnet", "tied")),
+    *(("tp2-pp2", name) for name in ("llama", "bert", "encoder")),
+    *(("fsdp2-tp2", name) for name in ("gpt2", "encoder", "tied")),
+    *(("ep2-pp2", name) for name in ("mixtral", "gpt_oss")),
+    *(("ep2-tp2", name) for name in ("scheme", "qwen3_moe")),
+    *(("ep4", name) for name in ("gpt_oss", "deepseek_v3")),
+    *(("fsdp2-ep2", name) for name in ("scheme", "mixtral")),
+}
+"""Schedules and products that run always: each with cases that differ in what it changes."""
 VALIDATED = {"llama", "gpt2", "bart", "vit", "mlp", "tied", "metrics"}
 """Cases that also validate, before and after the training."""
 
@@ -49,18 +66,25 @@ def _grid() -> Iterator[Any]:
         for name, case in CASES.items():
             slow = (
                 case.slow
-                or (combination in WITHOUT_CUTS and name in OTHER_TRANSFORMERS)
-                or (combination in OTHER_SCHEDULES and name not in WITH_EVERY_SCHEDULE)
-                or (combination in TWO_AXES and name not in WITH_TWO_AXES)
+                or (combination in WITHOUT_CUTS and name in OTHER_TRANSFORMERS | SHARDED_ALIKE)
+                or (combination.layout == "pp2" and name in CUT_ALIKE)
+                or (combination in OTHER_SCHEDULES and (combination.schedule, name) not in OFTEN)
+                or (combination in TWO_AXES and (combination.layout, name) not in OFTEN)
             )
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(name, combination, id=f"{combination}-{name}", marks=marks)
     for combination in EXPERTS:
         for name in (*WITH_EXPERTS, *WITH_EXPERTS_SLOW):
-            slow = name in WITH_EXPERTS_SLOW or (str(combination) in ("ep2", "dp2-ep2") and name != "mixtral")
-            marks = [pytest.mark.slow] if slow else []
+            marks = [] if (combination.layout, name) in OFTEN else [pytest.mark.slow]
             yield pytest.param(name, combination, id=f"{combination}-{name}", marks=marks)
     yield pytest.param("llama", THREE_AXES, id=f"{THREE_AXES}-llama")
+
+
+def _validated() -> Iterator[Any]:
+    for i, name in enumerate(sorted(VALIDATED)):
+        for j, combination in enumerate([*ONE_AXIS, Combination("pp2", "ZBVZeroBubble")]):
+            marks = [] if (i + j) % 3 == 0 else [pytest.mark.slow]
+            yield pytest.param(name, combination, id=f"{name}-{combination}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +110,7 @@ def test_exact_or_refused(name: str, combination: Combination, ranks: RankGroup,
         assert outcome.status == ("exact" if CASES[name].exact else "trained"), outcome.detail
 
 
-@pytest.mark.parametrize("combination", [*ONE_AXIS, Combination("pp2", "ZBVZeroBubble")], ids=str)
-@pytest.mark.parametrize("name", sorted(VALIDATED))
+@pytest.mark.parametrize(("name", "combination"), list(_validated()))
 def test_validation_is_exact(name: str, combination: Combination, ranks: RankGroup, references: References) -> None:
     outcome = evaluate(CASES[name], combination, ranks, references, validate=True)
     assert outcome.status == "exact", outcome.detail

@@ -234,11 +234,11 @@ def test_collectives_need_no_peer_and_give_what_the_others_would_send() -> None:
 def test_functional_collectives_have_the_shapes_of_real_ones() -> None:
     import torch.distributed._functional_collectives as functional
 
-    x, group = torch.arange(8.0).view(4, 2), list(range(4))
+    x, group = torch.arange(8.0).view(4, 2), dist.group.WORLD
     with without_peers():
         assert functional.all_reduce(x, "sum", group).tolist() == x.tolist()
-        assert functional.all_gather_tensor(x, 0, group).shape == (16, 2)
-        assert functional.reduce_scatter_tensor(x, "sum", 0, group).shape == (1, 2)
+        assert functional.all_gather_single(x, 0, group).shape == (16, 2)
+        assert functional.reduce_scatter_single(x, "sum", 0, group).shape == (1, 2)
         assert functional.all_to_all_single(x, [1, 2, 3, 4], [1, 1, 1, 1], group).shape == (10, 2)
 
 
