@@ -234,7 +234,8 @@ def test_collectives_need_no_peer_and_give_what_the_others_would_send() -> None:
 def test_functional_collectives_have_the_shapes_of_real_ones() -> None:
     import torch.distributed._functional_collectives as functional
 
-    x, group = torch.arange(8.0).view(4, 2), dist.group.WORLD
+    x: torch.Tensor = torch.arange(8.0).view(4, 2)
+    group: Any = dist.group.WORLD
     with without_peers():
         assert functional.all_reduce(x, "sum", group).tolist() == x.tolist()
         assert functional.all_gather_single(x, 0, group).shape == (16, 2)
