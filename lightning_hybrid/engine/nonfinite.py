@@ -136,15 +136,15 @@ class NonFiniteCheck:
         self, suspect: Tensor, clips: bool, optimizer: Optimizer, norms: Mapping[int, Tensor]
     ) -> tuple[bool, Tensor | None]:
         """Returns True if gradients of any rank are suspect, and the norm of all gradients if all ranks clip by it."""
-        noise, told = self._measuring, torch.zeros(3, dtype=torch.float64, device=self._device)
-        told[0], told[1] = suspect, not clips
+        noise, numbers = self._measuring, torch.zeros(3, dtype=torch.float64, device=self._device)
+        numbers[0], numbers[1] = suspect, not clips
         if clips:
-            told[2] = local_square(self._partition, norms, self._device) / self._partition.plan.layout.dp
+            numbers[2] = local_square(self._partition, norms, self._device) / self._partition.plan.layout.dp
         if noise is not None:
-            told = torch.cat([told, noise.local_numbers(optimizer, norms)])
-        (suspects, others, _, *numbers), sums = self._exchange.run(told)
+            numbers = torch.cat([numbers, noise.local_numbers(optimizer, norms)])
+        (suspects, others, _, *noise_sums), sums = self._exchange.run(numbers)
         if noise is not None:
-            noise.set_sums(numbers, dist.get_world_size())
+            noise.set_sums(noise_sums, dist.get_world_size())
         return suspects > 0, None if others else sums[2].sqrt()
 
     def _look_closer(self, optimizer: Optimizer, loss: Tensor | None) -> list[_Finding]:

@@ -102,7 +102,7 @@ class StepLogs:
         for rank, (weights_size, values_size) in enumerate(self._table.sizes):
             mine, weights, values = rank == stage, list[float](), []
             if mine and row and self._mesh.rank("tp") == 0:  # all ranks of `tp` have logged the same
-                weights, values = pack(self._travelling, replica, replicas)
+                weights, values = pack(self._sent_entries, replica, replicas)
             names = [row, row * row] if mine else []
             found.append(as_numbers(names, self._device, 2))
             found.append(as_numbers(weights, self._device, weights_size))
@@ -130,7 +130,7 @@ class StepLogs:
         entries = [] if self._mesh.layout.pp > 1 else [e for e in self._entries if not e.everywhere]
         at = 0
         for rank, (content, (weights, values)) in enumerate(zip(row, self._table.sizes, strict=True)):
-            of_rank = self._travelling if rank == self._mesh.rank("pp") else [replace(e) for e in content.entries]
+            of_rank = self._sent_entries if rank == self._mesh.rank("pp") else [replace(e) for e in content.entries]
             first, second = at + 2, at + 2 + weights
             at = second + values
             of_all = (on_host[first:second], sums[second:at])
@@ -145,7 +145,7 @@ class StepLogs:
             replay(self._root, entries, self._metrics.prepare)
 
     @property
-    def _travelling(self) -> list[LogEntry]:
+    def _sent_entries(self) -> list[LogEntry]:
         """This rank's entries that other ranks need; those with `rank_zero_only` are for the stages of the pipeline."""
         return [e for e in self._entries if e.everywhere or self._mesh.layout.pp > 1]
 
@@ -161,7 +161,7 @@ class StepLogs:
             replace(e, value=e.value if e.reduction == "metric" else None, weight=0.0)
             if shared
             else LogEntry(e.name, {}, None, 0.0, e.reduction)
-            for e in self._travelling
+            for e in self._sent_entries
         ]
         return _Content(entries, self._metrics.updated if shared else ())
 

@@ -87,7 +87,7 @@ class Metrics:
             if id(part) in self._names:
                 self._updates[self._names[id(part)]] += 1
         if self.padding():
-            return self._call_in_vain(metric, kind, call, args, kwargs)
+            return self._call_for_result(metric, kind, call, args, kwargs)
         if not isinstance(metric, Metric):
             return call(*args, **kwargs)  # a collection calls its metrics one by one
         with self._within():
@@ -95,7 +95,7 @@ class Metrics:
                 self._copy_for_step(self._names[id(metric)], metric).update(*args, **kwargs)
             return call(*args, **kwargs)
 
-    def _call_in_vain(self, metric: Any, kind: str, call: Callable, args: tuple, kwargs: dict) -> Any:
+    def _call_for_result(self, metric: Any, kind: str, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Runs the call for its result only: restores the states, and counts the updates of the other replicas."""
         with preserved_module_state(metric), self._within():
             out = call(*args, **kwargs)

@@ -197,7 +197,7 @@ class Partition:
         wholes = {name: self.whole_parameter(name) for name in self.parameters.names}
         if self.tensor is not None:
             self.tensor.remove()
-        self._take_off_modules()
+        self._uninstall()
         for name, whole in wholes.items():
             present = self.parameters[name]
             if self.tensor is None or isinstance(present, Ghost) or self.expert_plan_of(name) is not None:
@@ -206,7 +206,7 @@ class Partition:
             hooks.attach()
         self._share_buffers()
 
-    def take_off(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
+    def detach(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
         """Removes the partition and replaces all parameters by ghosts, for another partition.
 
         No weight is gathered: the caller keeps this rank's parts.
@@ -218,7 +218,7 @@ class Partition:
         hooks = self._begin_removal()
         if self.tensor is not None:
             self.tensor.remove_hooks()
-        self._take_off_modules()
+        self._uninstall()
         self.parameters.make_ghosts(shapes, device)
         if hooks is not None:
             hooks.attach()
@@ -255,7 +255,7 @@ class Partition:
             self.gradient_hooks.collect()
         return self.gradient_hooks
 
-    def _take_off_modules(self) -> None:
+    def _uninstall(self) -> None:
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 forget_fully_shard(module)

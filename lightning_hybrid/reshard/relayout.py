@@ -3,7 +3,7 @@
 All ranks enter each of these phases, or none does:
 
 1. check: the request is possible and the same on all ranks. An error changes nothing.
-2. take off: each rank keeps references to its own parts by name; ghosts replace the module's parameters.
+2. detach: each rank keeps references to its own parts by name; ghosts replace the module's parameters.
 3. edit and plan: the user's `edit` adds modules; the module is traced on ghosts as at the start.
 4. apply and move: memory for the new parts is allocated; ranks receive missing parts from the ranks that hold them.
 5. follow: patches, metrics and averages are moved to the new engine.
@@ -89,7 +89,7 @@ def relayout(
     if engine.diloco is not None:
         engine.diloco.agree()
     move = _Move(engine, optimizers)
-    move.take_off()
+    move.detach()
     size = data.batch_size_under(mesh)
     problem, sent = None, 0
     modules = SavedObjects(engine.root.modules())
@@ -128,13 +128,13 @@ class _Move:
         self._partition: Partition | None = None
         self._engine: Engine | None = None
 
-    def take_off(self) -> None:
+    def detach(self) -> None:
         """Replaces the module's parameters by ghosts, and removes the patches of the old engine."""
         old, partition = self._old, self._old.partition
         old.stop()
         for parameter in partition.parameters.local().values():
             parameter.grad = None
-        partition.take_off({n: self._local_state.shapes[n] for n in partition.parameters.names}, old.device)
+        partition.detach({n: self._local_state.shapes[n] for n in partition.parameters.names}, old.device)
 
     def build(self, request: Request, mesh: Mesh, batch_size: int | None) -> tuple[Engine, int]:
         """Builds and starts an engine with the state of the old engine.
@@ -191,15 +191,15 @@ def _check(engine: Engine, request: Request, optimizers: Sequence[Optimizer], li
         PartitionError: On all ranks, with the reason.
     """
     own = _problem(engine, request, optimizers, listeners)
-    told = gather_objects((own, str(request), engine.run.trainer.global_step))
-    for rank, (found, *_) in enumerate(told):
+    requests = gather_objects((own, str(request), engine.run.trainer.global_step))
+    for rank, (found, *_) in enumerate(requests):
         if found is not None:
-            raise PartitionError(found if len({t[0] for t in told}) == 1 else f"Rank {rank}: {found}")
-    for rank, (_, *wanted) in enumerate(told):
-        if wanted != list(told[0][1:]):
+            raise PartitionError(found if len({r[0] for r in requests}) == 1 else f"Rank {rank}: {found}")
+    for rank, (_, *wanted) in enumerate(requests):
+        if wanted != list(requests[0][1:]):
             raise PartitionError(
-                f"`relayout` must be called alike on all ranks. Rank 0 asks for {told[0][1]} at global step "
-                f"{told[0][2]}, rank {rank} for {wanted[0]} at global step {wanted[1]}."
+                f"`relayout` must be called alike on all ranks. Rank 0 asks for {requests[0][1]} at global step "
+                f"{requests[0][2]}, rank {rank} for {wanted[0]} at global step {wanted[1]}."
             )
 
 

@@ -53,7 +53,7 @@ def divide_embedding(module: nn.Embedding, ranks: int) -> Single:
         foreign = (ids < rank * length) | (ids >= (rank + 1) * length)
         return call((ids - rank * length).masked_fill(foreign, 0)).masked_fill(foreign[..., None], 0.0)
 
-    _prove(module, divided, ranks, lambda call: call(ids), to_local, lambda parts: torch.stack(parts).sum(0))
+    _verify(module, divided, ranks, lambda call: call(ids), to_local, lambda parts: torch.stack(parts).sum(0))
     return Single("embedding", divided)
 
 
@@ -85,7 +85,7 @@ def divide_gathered(module: nn.Module, ranks: int) -> Single:
     if module.bias is not None:
         divided["bias"] = ShardedParameter(dim=0, size=size)
     attributes = [(module, "nf", size // ranks)] if "nf" in module.__dict__ else []
-    _prove(
+    _verify(
         module, divided, ranks, lambda call: call(given), lambda _, call: call(given),
         lambda parts: torch.cat(parts, channels), attributes,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def _shape(module: nn.Module, name: str) -> torch.Size:
     return getattr(module, name).shape
 
 
-def _prove(
+def _verify(
     module: nn.Module,
     divided: Division,
     ranks: int,

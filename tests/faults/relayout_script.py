@@ -28,7 +28,7 @@ from tests.faults.inject import Fault
 
 STEPS, SWITCH = 12, 6
 PLACES: dict[str, tuple[Any, str]] = {
-    "take out": (Partition, "take_off"),
+    "detach": (Partition, "detach"),
     "plan": (Engine, "plan_partition"),
     "memory": (Partition, "apply"),
     "move": (exchange, "_prepare_round"),

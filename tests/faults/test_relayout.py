@@ -53,8 +53,8 @@ def test_training_stays_in_the_old_layout(
 @pytest.mark.parametrize(
     ("phase", "kind", "rank"),
     [
-        slow("take out", "exception", 0),
-        slow("take out", "kill", 1),
+        slow("detach", "exception", 0),
+        slow("detach", "kill", 1),
         slow("plan", "kill", 1),
         slow("memory", "exception", 1),
         slow("memory", "memory", 0),

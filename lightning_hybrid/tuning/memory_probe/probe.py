@@ -155,9 +155,9 @@ class MemoryProbe:
     def _agree(self, size: int) -> tuple[int, int]:
         """Returns the smallest size of all ranks and the first rank with it; the only collective of a working probe."""
         ranks = dist.get_world_size()
-        told = torch.tensor([size * ranks + dist.get_rank()], dtype=torch.int64, device=self._device)
-        dist.all_reduce(told, dist.ReduceOp.MIN)
-        return divmod(int(told.item()), ranks)
+        smallest = torch.tensor([size * ranks + dist.get_rank()], dtype=torch.int64, device=self._device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return divmod(int(smallest.item()), ranks)
 
     # ---- this rank
 
