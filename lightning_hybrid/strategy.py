@@ -519,5 +519,5 @@ class HybridStrategy(ParallelStrategy):
 
 def _there(value: T | None, name: str) -> T:
     if value is None:
-        raise RuntimeError(f"`strategy.{name}` is there only while a Trainer runs, once it has been set up.")
+        raise RuntimeError(f"`strategy.{name}` is available only while a Trainer runs, after set-up.")
     return value

@@ -16,9 +16,9 @@ from lightning_hybrid.patching import patched
 
 
 def last_found_by(trainer: pl.Trainer, find: Callable[[], str | None]) -> AbstractContextManager:
-    """Has `find` look for what `ckpt_path="last"` means; Lightning takes over where it finds nothing.
+    """Makes `find` resolve `ckpt_path="last"`; if it finds nothing, Lightning searches itself.
 
-    Lightning takes what has the name `last`, complete or not, and starts from the beginning where that is missing.
+    Lightning uses the checkpoint named `last` even if it is incomplete, and starts from scratch if there is none.
     """
     connector: Any = trainer._checkpoint_connector
     original = type(connector)._parse_ckpt_path

@@ -93,7 +93,7 @@ def running_hook(module: pl.LightningModule) -> str | None:
 
 @contextmanager
 def as_hook(module: pl.LightningModule, name: str) -> Iterator[None]:
-    """Has `self.log` belong to the hook or step `name`, whichever the trainer is running."""
+    """Attributes `self.log` calls to the hook or step `name` instead of the one that the trainer is running."""
     running, module._current_fx_name = module._current_fx_name, name
     try:
         yield
@@ -102,9 +102,9 @@ def as_hook(module: pl.LightningModule, name: str) -> Iterator[None]:
 
 
 def watch_parts(experiment: Any, part: Callable[[Any], Any]) -> AbstractContextManager:
-    """Has `watch` of a W&B run take `part(tensor)` of every tensor that it makes a histogram of, for a while."""
+    """Returns a context in which `watch` of a W&B run makes histograms of `part(tensor)` instead of `tensor`."""
     history = getattr(experiment, "_torch", None)
-    if history is None:  # none in a disabled run
+    if history is None:  # a disabled run
         return nullcontext()
     original = history.log_tensor_stats
     return patched(history, log_tensor_stats=lambda tensor, name: original(part(tensor), name))

@@ -105,7 +105,7 @@ def injects_sampler(trainer: pl.Trainer) -> bool:
 
 
 def sampler_injection(trainer: pl.Trainer, enabled: bool) -> AbstractContextManager:
-    """Sets the Trainer's `use_distributed_sampler` for a while."""
+    """Sets the Trainer's `use_distributed_sampler` for the duration of the context."""
     return patched(trainer._accelerator_connector, use_distributed_sampler=enabled)
 
 

@@ -30,8 +30,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "ThroughputMonitor":  # Lightning has a callback of this name
         warnings.warn(
-            "`lightning_hybrid.callbacks.ThroughputMonitor` is called `TokenThroughput` now; the old name goes with "
-            "the next release.",
+            "`lightning_hybrid.callbacks.ThroughputMonitor` is called `TokenThroughput` now; the next release "
+            "removes the old name.",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -31,7 +31,7 @@ KINDS: tuple[Kind, ...] = ("stages", "experts", "replicas")
 EXPERTS_SHARE = 0.5
 """Assumed share of a step spent in experts, empirical: their balance is measured in tokens, not in seconds."""
 GUESSED_STEPS = 2
-"""Assumed cost of the first move, in steps, empirical; later moves are assumed to cost what the last one took."""
+"""Assumed cost of the first move, in steps, empirical; a later move is assumed to cost as much as the last one."""
 
 
 class LoadRebalancing(Callback):
@@ -130,16 +130,16 @@ class LoadRebalancing(Callback):
             self._load.release()
 
     def _begin(self, strategy: HybridStrategy) -> None:
-        """Divides the data by length, where that is wanted, and forgets step times."""
+        """Divides the data by length if `lengths` are given, and discards step times."""
         if self._lengths is not None:
             self._shard_by_length(strategy, self._lengths)
         self._wall, self._last = [], None
 
     def check_layout(self, request: Request) -> None:
-        """Refuses nothing: load can be measured in every layout."""
+        """Accepts every layout, since load can be measured in each."""
 
     def layout_changed(self, engine: Engine) -> None:
-        """Measures in the new layout; what was known of another one is forgotten, unless this callback has moved."""
+        """Measures in the new layout; discards earlier measurements, unless this callback has changed the layout."""
         if self._load is None or self._strategy is None:
             return
         self._load.follow(engine)

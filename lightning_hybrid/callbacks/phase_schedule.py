@@ -134,7 +134,7 @@ class PhaseSchedule(Callback):
         value = trainer.strategy.broadcast(float(trainer.callback_metrics[plateau.metric]))
         self._state = self._state.seen(value, plateau)
 
-    # ---- what a phase sets
+    # ---- settings of a phase
 
     def _set(self, trainer: pl.Trainer, edit: Callable[[], None] | None) -> None:
         """Applies the accumulated settings of phases up to the current one; `edit` may add modules."""

@@ -18,7 +18,7 @@ class Generative(Protocol):
     def generate(
         self, prompt_BT: Tensor, max_new_tokens: int, temperature: float, generator: torch.Generator
     ) -> Tensor:
-        """Return prompts and continuations, of shape ``(B, T + max_new_tokens)``, as byte values."""
+        """Returns prompts and continuations, of shape ``(B, T + max_new_tokens)``, as byte values."""
         ...
 
 
@@ -46,7 +46,7 @@ class GenerateSample(Callback):
         self._seed = seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that can't generate, before it is trained."""
+        """Refuses a module that can't generate, before it is trained."""
         if not callable(getattr(pl_module, "generate", None)):
             raise TypeError(
                 f"`GenerateSample` needs a module with `generate(prompt, max_new_tokens, temperature, generator)`. "
@@ -54,7 +54,7 @@ class GenerateSample(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate and print the sample on rank 0."""
+        """Generates and prints the sample on rank 0."""
         # collective under `HybridStrategy`; other strategies hold the full weights
         strategy: Any = trainer.strategy
         state = getattr(strategy, "full_state_dict", strategy.lightning_module_state_dict)()
@@ -72,7 +72,7 @@ class GenerateSample(Callback):
 
 
 def _plain_copy(module: LightningModule) -> LightningModule:
-    """Build a module of the same class from its saved hyperparameters, on the CPU."""
+    """Builds a module of the same class from its saved hyperparameters, on the CPU."""
     names = inspect.signature(type(module).__init__).parameters
     arguments = {name: value for name, value in module.hparams.items() if name in names}
     return type(module)(**arguments)

@@ -1,4 +1,4 @@
-"""`ThroughputMonitor`: logs tokens per second."""
+"""`TokenThroughput`: logs tokens per second."""
 
 import time
 from typing import Any
@@ -32,14 +32,14 @@ class TokenThroughput(Callback):
         self._validation_start_seconds: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Discard the state of an earlier run."""
+        """Discards the state of an earlier run."""
         self._batches = None
         self._validation_start_seconds = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count a batch; at the end of a window, log its rate."""
+        """Counts a batch; at the end of a window, logs its rate."""
         if self._batches is None:
             self._start_window()
             return
@@ -55,11 +55,11 @@ class TokenThroughput(Callback):
         self._start_window()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note when validation starts."""
+        """Records when validation starts."""
         self._validation_start_seconds = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exclude the time since validation started."""
+        """Excludes the time since validation started."""
         if self._validation_start_seconds is not None:
             self._validation_seconds += time.perf_counter() - self._validation_start_seconds
         self._validation_start_seconds = None

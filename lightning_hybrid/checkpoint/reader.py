@@ -72,7 +72,7 @@ class SavedTensor:
                 out = source[...]
         if out is None or filled != out.numel():
             raise CheckpointError(
-                f"{self.checkpoint.path} has {filled} of the elements wanted of `{self.name}`, whose shape is "
+                f"{self.checkpoint.path} has {filled} of the requested elements of `{self.name}`, whose shape is "
                 f"{self.shape}: files of different checkpoints are mixed, or a rank's file is missing."
             )
         return out
@@ -262,7 +262,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__} ({error}).") from error
     if not intact:
-        raise CheckpointError(f"{file} is damaged: its content does not have the digest it states.")
+        raise CheckpointError(f"{file} is damaged: its content does not match its digest.")
     if not complete or not all(FILE_NAME.fullmatch(name) for name in content["files"]):
         raise CheckpointError(f"{file} does not list the files of {content['world_size']} ranks.")
     return content

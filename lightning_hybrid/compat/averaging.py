@@ -172,7 +172,7 @@ class LocalWeights(nn.Module):
                     index = index_of(partition, first) if first is not None else None
                     to_local(value).copy_(read(state_dict[name], index))
                 elif strict:
-                    raise RuntimeError(f"The saved average has no `{name}`. It was taken of another module.")
+                    raise RuntimeError(f"The saved average has no `{name}`. It belongs to another module.")
 
 
 class LocalAverage(AveragedModel):

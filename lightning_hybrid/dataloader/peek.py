@@ -84,7 +84,7 @@ def _first(loader: Any) -> Any:
         iterator = iter(loader)
         if iterator is loader:
             raise PartitionError(
-                f"`layout` with `tp` or `pp` looks at the first batch before training, but the data loader of type "
+                f"`layout` with `tp` or `pp` reads the first batch before training, but the data loader of type "
                 f"{type(loader).__name__} can be iterated only once. Wrap it in an object whose `__iter__` starts "
                 "from the beginning."
             )

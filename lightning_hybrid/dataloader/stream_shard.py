@@ -100,7 +100,7 @@ class StreamShard:
         self._counts = [0] * self._replicas
         self._padding_weights: BatchWeights | None = None
 
-    # ---- who shards
+    # ---- decision who shards
 
     def _decide(self, loader: Any) -> bool:
         """Returns True if the stream is to be sharded here. Collective."""

@@ -140,7 +140,7 @@ class CallInterceptor:
     _originals: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def install(self) -> None:
-        """Starts to intercept calls."""
+        """Starts intercepting calls."""
         for name in self.units.names:
             self._intercept(name, self.root.get_submodule(name))
         for module in self.root.modules():
@@ -153,11 +153,11 @@ class CallInterceptor:
         self._patches.apply()
 
     def suspend(self) -> None:
-        """Stops to intercept calls; the modules are as before `install`."""
+        """Stops intercepting calls; the modules are as before `install`."""
         self._patches.restore()
 
     def remove(self) -> None:
-        """Stops to intercept calls for good."""
+        """Stops intercepting calls permanently."""
         self._patches.restore()
         self._patches = Patches()
 

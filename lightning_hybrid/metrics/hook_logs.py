@@ -32,7 +32,7 @@ class HookLogs:
         """Returns True if this replica's samples of the running batch are padding."""
 
     def install(self) -> None:
-        """Starts to intercept the calls of the LightningModule, if there are several replicas."""
+        """Starts intercepting the calls of the LightningModule, if there are several replicas."""
         if self._mesh.layout.replicas > 1:
             self._patches.enter_context(patched(self._root, log=self._log, log_dict=self._log_dict))
 

@@ -33,7 +33,7 @@ def log_sent_bytes(trainer: pl.Trainer, sent: float) -> None:
 
 
 def watched_parts(trainer: pl.Trainer) -> AbstractContextManager:
-    """Makes `watch` of W&B show rank 0's shard of each weight: to gather whole weights would wait for other ranks."""
+    """Makes `watch` of W&B show rank 0's shard of each weight: gathering whole weights would wait for other ranks."""
     stack = ExitStack()
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and trainer.is_global_zero:

@@ -181,7 +181,7 @@ def replay(
 
 @contextmanager
 def silent(root: pl.LightningModule) -> Iterator[None]:
-    """Disables `self.log` for the duration of the context, in which modules run on made-up numbers."""
+    """Disables `self.log` for the duration of the context, in which modules run on random values."""
     kept = {key: root.__dict__[key] for key in ("log", "log_dict") if key in root.__dict__}
     root.__dict__.update(log=_nothing, log_dict=_nothing)
     try:

@@ -65,6 +65,6 @@ def divided_attributes(
 
 
 def _classes(module: nn.Module) -> str:
-    """The classes of the modules inside in order, such as `Block, 2 LayerNorm, 4 Linear`."""
+    """Returns the classes of the modules in `module`, in order, such as `Block, 2 LayerNorm, 4 Linear`."""
     counts = Counter(type(m).__name__ for m in module.modules())
     return ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())

@@ -249,8 +249,8 @@ def check_trainer(layout: Layout, trainer: pl.Trainer) -> None:
     if layout.tp > 1 and detects_anomalies(trainer):
         raise PartitionError(
             f"`layout='{layout}'` has `tp={layout.tp}`, and torch cannot look for NaN in gradients that are divided, "
-            "as `Trainer(detect_anomaly=True)` asks. Leave it out: `on_nonfinite='raise'`, the default, says which "
-            f"gradient is not finite first. Or use a layout without `tp`, such as '{layout.moved('tp', 'dp')}'."
+            "as `Trainer(detect_anomaly=True)` requires. Leave it out: `on_nonfinite='raise'`, the default, names the "
+            f"first non-finite gradient. Or use a layout without `tp`, such as '{layout.moved('tp', 'dp')}'."
         )
 
 

@@ -173,7 +173,7 @@ class Target:
         if [len(groups) for groups in made] != present:
             raise PartitionError(
                 f"`configure_optimizers` gives {[len(g) for g in made]} groups with the module's new weights, and the "
-                f"optimizers have {present}, so that it is not known where they belong."
+                f"optimizers have {present}, so the groups cannot be matched."
             )
         for groups, of_fresh in zip(local_state.names, made, strict=True):
             for group, members in zip(groups, of_fresh, strict=True):

@@ -38,10 +38,10 @@ def transfers(old: tuple[Index | None, ...], new: tuple[Index | None, ...]) -> t
 
     Args:
         old: The part that each rank has, by rank; None: no part.
-        new: The part that each rank is to have, by rank; None: no part.
+        new: The part that each rank needs, by rank; None: no part.
 
     Raises:
-        ValueError: If no rank has elements that a rank is to have.
+        ValueError: If no rank has elements that a rank needs.
     """
     sent = [0] * len(old)
     found: list[Transfer] = []
@@ -57,7 +57,7 @@ def transfers(old: tuple[Index | None, ...], new: tuple[Index | None, ...]) -> t
             if cover is None or not cover.has(atom):
                 continue
             if not holders:
-                raise ValueError(f"Rank {rank} is to have {box}, which no rank has.")
+                raise ValueError(f"Rank {rank} needs {box}, which no rank has.")
             source = rank if rank in holders else min(holders, key=lambda h: (sent[h], abs(h - rank)))
             step = Transfer(source, rank, box)
             sent[source] += step.count if source != rank else 0

@@ -64,19 +64,19 @@ class GradientSync:
         if short and layout.fsdp > 1 and layout.dp > 1:
             raise PartitionError(
                 f"`gradient_sync='{self.kind}'` under `layout='{layout}'`: gradients of sharded replicas are scattered "
-                "over `fsdp` and then added up over `dp`, which torch does in their own type. Use a layout with one of "
+                "over `fsdp` and then summed over `dp`, which torch does in their own dtype. Use a layout with one of "
                 f"the two, such as '{layout.moved('dp', 'fsdp')}', or 'exact'."
             )
         if self.kind == "hierarchical" and (layout.fsdp > 1 or layout.ep > 1):
             raise PartitionError(
-                f"`gradient_sync='hierarchical'` under `layout='{layout}'`: with `fsdp` gradients are added up over "
-                "its ranks first and over `dp` then anyway, and with `ep` experts have other replicas. Use 'exact', "
+                f"`gradient_sync='hierarchical'` under `layout='{layout}'`: with `fsdp` gradients are summed over "
+                "its ranks first and then over `dp` already, and with `ep` experts have other replicas. Use 'exact', "
                 "with `fsdp` within a node and `dp` across."
             )
         if self.kind == "diloco" and layout.fsdp * layout.ep > 1:
             raise PartitionError(
                 f"`gradient_sync='diloco'` under `layout='{layout}'`: replicas of `fsdp` and `ep` share weights in "
-                f"every step, so they cannot step by themselves. Use a layout of `dp`, `tp` and `pp`."
+                f"every step, so they cannot step independently. Use a layout of `dp`, `tp` and `pp`."
             )
         if self.kind == "hierarchical" and self.inner is not None and layout.dp % self.inner:
             raise PartitionError(

@@ -32,7 +32,7 @@ _HEADINGS = (
     ("FLOPs", True),
 )
 _HEADER = """\
-# A plan of lightning_hybrid. `HybridStrategy(layout="this file")` runs it as it stands here.
+# A plan of lightning_hybrid. `HybridStrategy(layout="this file")` runs this plan.
 # Pipeline stages list their units in the order of the step: move the first or last unit of a stage to its neighbor.
 """
 

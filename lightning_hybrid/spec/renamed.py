@@ -33,7 +33,7 @@ def renamed_arguments(**names: str) -> Callable[[_Class], _Class]:
                 if kwargs.get(new) is not None:
                     raise TypeError(f"`{cls.__name__}` got `{new}` and `{old}`, its old name. Give `{new}` only.")
                 warnings.warn(
-                    f"`{old}` of `{cls.__name__}` is now named `{new}`; the old name goes with the next release.",
+                    f"`{old}` of `{cls.__name__}` is now named `{new}`; the next release removes the old name.",
                     DeprecationWarning,
                     stacklevel=2,
                 )

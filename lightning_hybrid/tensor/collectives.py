@@ -107,7 +107,7 @@ def copy_to_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> Any:
 
 
 def copy_channels_to_ranks(tensor: torch.Tensor, channels: torch.Tensor, group: dist.ProcessGroup) -> Any:
-    """Does as `copy_to_ranks` for `channels` of the last dim; gradients of the others are equal on all ranks."""
+    """Applies `copy_to_ranks` to `channels` of the last dim; gradients of the others are equal on all ranks."""
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return tensor
     return _CopyChannels.apply(tensor, channels, group)

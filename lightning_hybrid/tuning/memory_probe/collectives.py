@@ -93,7 +93,7 @@ class _ReceivedValues(DispatchMode):
 def _refusal(func: Any) -> NotImplementedError:
     return NotImplementedError(
         f"A memory probe runs without the other ranks, and has no local substitute for `{func.name()}` of this process "
-        "group. Give the microbatch size yourself instead of having it searched for."
+        "group. Set the microbatch size instead of searching for it."
     )
 
 

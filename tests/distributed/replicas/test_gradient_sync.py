@@ -120,9 +120,9 @@ def test_replicas_go_on_where_each_was(ranks2: RankGroup, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("layout", "sync", "message"),
     [
-        ("dp2-fsdp2", "bf16", "gradients of sharded replicas are scattered over `fsdp` and then added up over `dp`"),
-        ("fsdp4", "hierarchical", "with `fsdp` gradients are added up over its ranks first"),
-        ("dp2-fsdp2", "diloco", "so they cannot step by themselves"),
+        ("dp2-fsdp2", "bf16", "gradients of sharded replicas are scattered over `fsdp` and then summed over `dp`"),
+        ("fsdp4", "hierarchical", "with `fsdp` gradients are summed over its ranks first"),
+        ("dp2-fsdp2", "diloco", "so they cannot step independently"),
         ("dp4", GradientSync(kind="hierarchical", inner=3), "`inner=3` must divide the replicas"),
     ],
 )

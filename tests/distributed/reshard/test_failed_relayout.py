@@ -161,7 +161,7 @@ TEXTS = {
     "edit on one rank": "no room in edit",
     "first round": "no room in exchange",
     "later round": "no room in exchange",
-    "other groups": "it is not known where they belong",
+    "other groups": "so the groups cannot be matched",
     "configure_optimizers": "no room in configure_optimizers",
 }
 PAIRS = [(layout, fault) for layout in ("dp2", "fsdp2") for fault in TEXTS if (layout, fault) != ("dp2", "later round")]

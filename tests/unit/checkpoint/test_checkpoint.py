@@ -321,7 +321,7 @@ def test_a_part_that_is_missing_is_found(path):
     index = json.loads((path / "rank-00001.json").read_text())
     del index["tensors"]["state_dict"]["w"]
     (path / "rank-00001.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="has 12 of the elements wanted of `w`"):
+    with pytest.raises(CheckpointError, match="has 12 of the requested elements of `w`"):
         SavedCheckpoint(path).groups["state_dict"]["w"].read()
 
 
