@@ -96,6 +96,13 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class InHook(Module):
+    """Logs some values together in a hook after each step."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.log_dict({f"in hook {i}": outputs["loss"].detach() * i for i in range(5)})
+
+
 def loader(batches: int, replicas: int) -> DataLoader:
     data: Any = torch.randn(batches * BATCH, WIDTH)
     return DataLoader(data, batch_size=BATCH // replicas)
@@ -114,13 +121,15 @@ class Counting(L.Callback):
             self.costs.__exit__(None, None, None)
 
 
-def costs(layout: str | None, module: dict[str, Any], trainer_options: dict[str, Any]) -> dict[str, float]:
+def costs(
+    layout: str | None, module: dict[str, Any], trainer_options: dict[str, Any], kind: type[Module] = Module
+) -> dict[str, float]:
     """Reads and small collectives of a step that no logger sees, on average."""
     start()
     counting = Counting()
     options = {"max_steps": WARM_UP + STEPS + 1, "log_every_n_steps": 1000, **trainer_options}
     trainer, replicas = make_trainer(layout, callbacks=[counting], **options)
-    trainer.fit(Module(**module), loader(16, replicas))
+    trainer.fit(kind(**module), loader(16, replicas))
     return {kind: counting.costs.counts[kind] / STEPS for kind in ("reads", "collectives")}
 
 
@@ -151,6 +160,14 @@ def test_a_step_has_one_read_and_one_small_collective(ranks2: RankGroup, layout:
     for found in ranks2.call(costs, layout, *CASES[case]):
         assert found["reads"] <= of_one_process["reads"] + limit
         assert found["collectives"] <= limit
+
+
+@pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
+def test_values_logged_together_in_a_hook_cost_one_read_and_one_collective(ranks2: RankGroup, layout: str) -> None:
+    of_one_process = costs(None, {}, {}, InHook)
+    for found in ranks2.call(costs, layout, {}, {}, InHook):
+        assert found["reads"] <= of_one_process["reads"] + 2
+        assert found["collectives"] <= 2
 
 
 class ReadingAtEnd(L.Callback):
