@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L
@@ -78,6 +80,26 @@ def test_a_scale_for_every_block_keeps_outliers_apart() -> None:
     kept, lost = rounded(x, 1, 128), rounded(x, 1, 256)
     assert (kept - x)[0, 128:].norm() < 0.05 * x[0, 128:].norm()
     assert (lost - x)[0, 128:].norm() > 0.3 * x[0, 128:].norm()
+
+
+def test_the_kernel_is_told_the_size_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apply(x: Tensor, weight: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+        return (rounded(x, 1, block) @ rounded(weight, block, block).T).to(dtype)
+
+    kernel = SimpleNamespace(fp8_blockwise_mm=SimpleNamespace(apply=apply))
+    monkeypatch.setitem(sys.modules, "torchao.prototype.blockwise_fp8_training.linear", kernel)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    linear, x = nn.Linear(256, 256, bias=False), torch.randn(128, 256)
+    nn.init.eye_(linear.weight)
+    x[:, 0] = 1e6
+    precision = Float8Precision()
+    precision.convert_module(nn.Sequential(linear))
+    y = linear(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - x)[:, 128:].norm() < 0.05 * x[:, 128:].norm()
+    precision.restore()
+    assert torch.equal(linear(x), x)
 
 
 def train(emulated: bool) -> float:
