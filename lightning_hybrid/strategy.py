@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,34 +13,24 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.strategies.parallel import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
-from lightning_hybrid._lightning_private import evaluation_batch, injects_sampler, running_batch
 from lightning_hybrid.batches import split_sequences
 from lightning_hybrid.checkpoint import state
 from lightning_hybrid.checkpoint.checkpoints import Checkpoints
 from lightning_hybrid.checkpoint.options import CheckpointOptions
-from lightning_hybrid.compat.averaging import keep_loading_whole_weights, local_copies, use_local_averages
-from lightning_hybrid.compat.callbacks import patched_callbacks
+from lightning_hybrid.compat.averaging import use_local_averages
 from lightning_hybrid.dataloader.replica import ReplicaData
-from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.engine.build import build_engine, recorded_configure_model
 from lightning_hybrid.engine.engine import Engine, Listener
-from lightning_hybrid.engine.first_batch import prediction_arguments
 from lightning_hybrid.engine.norms import gradient_norms
 from lightning_hybrid.engine.run import Run
-from lightning_hybrid.launch import agreement
-from lightning_hybrid.launch.launcher import HybridLauncher, leave_quietly
-from lightning_hybrid.launch.preemption import Preemption
+from lightning_hybrid.launch.launcher import HybridLauncher
 from lightning_hybrid.launch.world import World, set_ranks
 from lightning_hybrid.mesh import Mesh
-from lightning_hybrid.metrics.loggers import log_sent_bytes
-from lightning_hybrid.reshard.relayout import RelayoutResult, relayout
-from lightning_hybrid.rng.state import agree
-from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.reshard.relayout import RelayoutResult, follow_layout, relayout
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.plan import Plan, Recompute
@@ -78,6 +68,8 @@ class HybridStrategy(ParallelStrategy):
         ValueError: If an argument is not one of its possible values.
     """
 
+    is_distributed = True
+
     def __init__(
         self,
         layout: str | Layout | None = None,
@@ -101,10 +93,9 @@ class HybridStrategy(ParallelStrategy):
             recompute=recompute,
             compile=compile,
             gradient_sync=GradientSync.of(gradient_sync),
+            on_nonfinite=on_nonfinite,
         )
-        given, request = request.in_layout(layout)
-        if on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {on_nonfinite!r}.")
+        self._layout, self._request = request.in_layout(layout)
         super().__init__()
         self.num_nodes = 1
         self.checkpoints = Checkpoints(checkpoints, timeout)
@@ -112,27 +103,23 @@ class HybridStrategy(ParallelStrategy):
         """Listeners to changes of the layout, called in this order."""
         self.sequence_length: int | None = None
         """Length into which samples of training batches are split; None: samples are not split."""
-        self._layout, self._request = given, request
-        self._on_nonfinite: Literal["raise", "skip"] = on_nonfinite
         self._world = World(process_group_backend, timeout)
-        self._preemption = Preemption(self._any_rank)
         self._run: Run | None = None
         self._engine: Engine | None = None
-        self._mesh: Mesh | None = None
-        self._data: ReplicaData | None = None
-        self._moving = False
 
     # ---- parts of the strategy
 
     @property
     def layout(self) -> Layout:
         """The layout; with none given, `fsdp` over all devices."""
-        return self._layout or Layout(fsdp=self.num_nodes * self.num_processes)
+        return self.request.layout
 
     @property
     def request(self) -> Request:
         """The layout and its options, as currently requested."""
-        return replace(self._request, layout=self.layout)
+        if self._engine is not None:
+            return self._engine.request
+        return replace(self._request, layout=self._layout or Layout(fsdp=self.num_nodes * self.num_processes))
 
     @property
     def engine(self) -> Engine:
@@ -147,12 +134,12 @@ class HybridStrategy(ParallelStrategy):
     @property
     def mesh(self) -> Mesh:
         """The device mesh with this rank's place in the layout, once the processes are connected."""
-        return _there(self._mesh, "mesh")
+        return self.data.mesh
 
     @property
     def data(self) -> ReplicaData:
         """The data of this rank's replica, once the processes are connected."""
-        return _there(self._data, "data")
+        return _there(self._run, "data").data
 
     @property
     def _module(self) -> pl.LightningModule:
@@ -161,15 +148,6 @@ class HybridStrategy(ParallelStrategy):
     @property
     def _environment(self) -> ClusterEnvironment:
         return _there(self.cluster_environment, "cluster_environment")
-
-    def _during(self, operation: str) -> AbstractContextManager:
-        trainer = self._module.trainer
-        return self._world.monitor.during(operation, running_batch(trainer), trainer.global_step)
-
-    @property
-    def _unsavable(self) -> bool:
-        """True once a rank has failed, and while weights move to another layout."""
-        return self._world.monitor.failing or self._moving
 
     # ---- processes
 
@@ -182,11 +160,6 @@ class HybridStrategy(ParallelStrategy):
     def num_processes(self) -> int:
         """Number of processes on this node."""
         return len(self.parallel_devices or ())
-
-    @property
-    def is_distributed(self) -> bool:
-        """True always: Lightning injects distributed samplers and reduces values logged with `sync_dist`."""
-        return True
 
     @property
     @override
@@ -209,159 +182,95 @@ class HybridStrategy(ParallelStrategy):
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Returns `tensor` reduced over the replicas: ranks of `tp` and `pp` hold copies of the same value."""
-        if group is None and self._mesh is not None:
-            if self._mesh.layout.replicas == 1:
-                return tensor
-            group = self._mesh.replica_group
+        if group is None and self._run is not None:
+            group = self.mesh.replica_group
         return self._world.reduce(tensor, group, reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return self._world.vote(decision, self.root_device, all=all)
 
-    def _any_rank(self, decision: bool) -> bool:
-        return self.reduce_boolean_decision(decision, all=False)
-
     # ---- start
 
     @override
     def _configure_launcher(self) -> None:
-        environment = self._environment
-        try:
-            self.layout.validate(self.num_nodes * self.num_processes)
-        except ValueError:
-            if max(environment.global_rank(), environment.local_rank()) > 0:
-                leave_quietly()
-            raise
-        # with existing processes the launcher only assigns cores; otherwise each rank would use all cores
-        self._launcher = HybridLauncher(environment, self.num_processes, self.num_nodes, self._world.monitor)
+        self._launcher = HybridLauncher(
+            self._environment, self.num_processes, self.num_nodes, self.layout, self._world.monitor
+        )
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        trainer, environment = self._module.trainer, self._environment
-        set_ranks(environment, self.num_nodes, self.num_processes)
-        arguments = self.request.arguments() | {"on_nonfinite": self._on_nonfinite}
-        self._world.connect(environment, self.root_device, agreement.facts_of(trainer, arguments))
-        self._mesh = Mesh.create(self.layout, self.root_device.type)
-        self._world.limit_waiting()
-        agree([])  # so that samplers and initial weights are the same on all ranks
-        splits = injects_sampler(trainer)
-        self._data = ReplicaData(trainer, self._mesh, self.root_device, split=splits, run_padding=self._run_padding)
-        self._run = Run(
-            trainer=trainer,
-            device=self.root_device,
-            precision=self.precision_plugin,
-            on_nonfinite=self._on_nonfinite,
-            preemption=self._preemption,
-            any_rank=self._any_rank,
-        )
+        trainer, device = self._module.trainer, self.root_device
+        set_ranks(self._environment, self.num_nodes, self.num_processes)
+        self._world.connect(self._environment, device, trainer, self.request.arguments())
+        self._run = Run(trainer, self._world, self.layout, device, lambda *args: self.engine.runner.padding_step(*args))
         self._run.start()
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
         return self.data.process(dataloader)
 
-    @contextmanager
     @override
-    def model_sharded_context(self) -> Generator[None, None, None]:
-        with recorded_configure_model(self.lightning_module):
-            yield
-
-    @contextmanager
-    @override
-    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        with self.precision_plugin.tensor_init_context():  # on the CPU, as in one process
-            yield
+    def model_sharded_context(self) -> AbstractContextManager:
+        return recorded_configure_model(self.lightning_module)
 
     @override
-    def setup(self, trainer: pl.Trainer) -> None:
-        if self.accelerator is not None:
-            self.accelerator.setup(trainer)
-        self.model = self.precision_plugin.convert_module(self._module)
-        run, engine = _there(self._run, "run"), self._engine
-        if engine is None or engine.root is not self.lightning_module:
-            engine = build_engine(run, self.request.for_another_module(), self.mesh)
-        engine.run = run
-        engine.start()
-        self._use(engine)
-        use_local_averages(engine)
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.setup_optimizers(trainer)
-        self.setup_precision_plugin()
-        engine.optimizers.check_optimizers(self.optimizers)
-
-    def _use(self, engine: Engine) -> None:
-        """Makes a started engine the current one, and updates everything that depends on the layout, in order."""
-        self._engine, self._mesh = engine, engine.mesh
-        self._layout, self._request = engine.request.layout, engine.request
-        self._world.limit_waiting()  # of the groups that the engine has created
-        keep_loading_whole_weights(engine)
-        engine.patches.enter_context(local_copies(engine))
-        engine.patches.enter_context(patched_callbacks(engine))
-        self.data.follow_layout(engine.mesh)
-        for listener in self.listeners:
-            listener.layout_changed(engine)
+    def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager:
+        return self.precision_plugin.tensor_init_context()  # on the CPU, as in one process
 
     @override
     def model_to_device(self) -> None:
-        """Does nothing: partitioning moves this rank's part to the device."""
+        """Partitions the module, which moves this rank's part to the device."""
+        engine = build_engine(_there(self._run, "engine"), self.request, self._engine)
+        engine.start()
+        self._use(engine)
+        use_local_averages(engine)
+
+    def _use(self, engine: Engine) -> None:
+        self._engine = engine
+        follow_layout(engine, self.listeners)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        self._reset_optimizers_and_schedulers()
         self.engine.partition.reshard()
         with self.engine.optimizers.sees_all_parameters(self):
             super().setup_optimizers(trainer)
+        self.engine.optimizers.check_optimizers(self.optimizers)
 
     # ---- steps
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        weights = self.data.batch_weights()
-        share = self.data.share_in_step(weights)
         if self.sequence_length is not None:
             args = (split_sequences(args[0], self.sequence_length), *args[1:])
-        with self._during("training_step"):
-            return self.engine.runner.training_step(weights, share, *args, **kwargs)
+        return self.engine.runner.training_step(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        runner = self.engine.runner
-        with self._during("backward"):
-            loss = super().backward(runner.scaled_for_backward(closure_loss), optimizer, *args, **kwargs)
-        runner.gradients_complete()
+        engine = self.engine
+        loss = engine.runner.scaled_for_backward(closure_loss)
+        engine.optimizers.nonfinite.saw_loss(loss)
+        with engine.run.during("backward"):
+            loss = super().backward(loss, optimizer, *args, **kwargs)
+        engine.runner.gradients_complete()
         return loss
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("validation_step", *args, **kwargs)
+        return self.engine.runner.evaluate("validation_step", *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("test_step", *args, **kwargs)
-
-    def _evaluate(self, step: str, *args: Any, **kwargs: Any) -> Any:
-        trainer, weights = self._module.trainer, self.data.batch_weights()
-        with self._world.monitor.during(step, evaluation_batch(trainer) - 1):
-            out = self.engine.runner.evaluation_step(step, weights, *args, **kwargs)
-            self._preemption.agree(trainer)
-            return out
+        return self.engine.runner.evaluate("test_step", *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._world.monitor.during("predict_step", evaluation_batch(self._module.trainer) - 1):
-            out = self.engine.runner.evaluation_step("predict_step", None, *self.data.numbered(args), **kwargs)
-        self.data.run_padding_steps()
-        return out
-
-    def _run_padding(self, batch: Any, weights: BatchWeights) -> None:
-        arguments = prediction_arguments(self._module.trainer, batch)
-        self.engine.runner.evaluation_step("predict_step", weights, *arguments)
+        return self.engine.runner.predict(*args, **kwargs)
 
     def on_train_start(self) -> None:
         """Logs the bytes sent per step for gradients, if gradient synchronization is not exact."""
-        self._log_sent_bytes()
+        self.engine.runner.gradients.log_sent_bytes(self._module.trainer)
 
     def on_train_end(self) -> None:
         """Synchronizes the weights of replicas that step independently (DiLoCo)."""
@@ -376,15 +285,9 @@ class HybridStrategy(ParallelStrategy):
         """Gives every rank all predictions."""
         self.data.finish_predictions()
 
-    @contextmanager
     @override
-    def block_backward_sync(self) -> Generator[None, None, None]:
-        with self.engine.runner.gradients.local_only():
-            yield
-
-    @override
-    def pre_backward(self, closure_loss: Tensor) -> None:
-        self.engine.optimizers.nonfinite.saw_loss(closure_loss)
+    def block_backward_sync(self) -> AbstractContextManager:
+        return self.engine.runner.gradients.local_only()
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -395,20 +298,17 @@ class HybridStrategy(ParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns this rank's parts; `full_state_dict` returns whole weights."""
-        return {} if self._unsavable else state.state_dict(self.engine)
+        return {} if self._world.unsavable else state.state_dict(self.engine)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {} if self._unsavable else state.optimizer_state(self.engine, optimizer)
+        return {} if self._world.unsavable else state.optimizer_state(self.engine, optimizer)
 
     @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
-    ) -> None:
-        if self._unsavable:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if self._world.unsavable:
             self._world.monitor.note_unsaved(filepath)
-            return
-        with self._during("save_checkpoint"):
+        else:
             self.checkpoints.save(self.engine, checkpoint, filepath)
 
     @override
@@ -425,10 +325,7 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            state.load_optimizer_state(self.engine, optimizer, saved)
-        self.checkpoints.restore_rng(self.engine)
-        self.checkpoints.restore_diloco(self.engine)
+        self.checkpoints.load_optimizers(self.engine, self.optimizers, checkpoint["optimizer_states"])
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -438,10 +335,7 @@ class HybridStrategy(ParallelStrategy):
     # ---- for users and callbacks, during training
 
     def gradient_norms(self) -> dict[str, Tensor]:
-        """Returns the values of `lightning.pytorch.utilities.grad_norm(module, 2)` in one process. Collective.
-
-        That function itself sees this rank's parts only.
-        """
+        """Returns the values of Lightning's `grad_norm(module, 2)`, of the parts of all ranks. Collective."""
         return gradient_norms(self.engine.partition, self.engine.device)
 
     def expert_loads(self) -> dict[str, Tensor]:
@@ -477,22 +371,8 @@ class HybridStrategy(ParallelStrategy):
         Raises:
             PartitionError: On all ranks, if the change is refused or fails; training is in the old layout then.
         """
-        wanted = self._request.changed(layout, **options)
-        self._moving = True
-        try:
-            with self._during("relayout"):
-                engine, result = relayout(self.engine, wanted, self.data, self.optimizers, self.listeners, edit)
-                self._use(engine)
-        finally:
-            self._moving = False
-        if result.problem is not None:
-            raise PartitionError(result.problem)
-        self._log_sent_bytes()
-        return result
-
-    def _log_sent_bytes(self) -> None:
-        if self._request.gradient_sync.kind != "exact":
-            log_sent_bytes(self._module.trainer, self.engine.runner.gradients.sent_bytes)
+        wanted = self.request.changed(layout, **options)
+        return relayout(self.engine, wanted, self.optimizers, self.listeners, self._use, edit)
 
     # ---- end
 
@@ -511,8 +391,7 @@ class HybridStrategy(ParallelStrategy):
         self.sequence_length = None
         self._environment.teardown()
         self.precision_plugin.teardown()
-        if self.accelerator is not None:
-            self.accelerator.teardown()
+        _there(self.accelerator, "accelerator").teardown()
         self.checkpoint_io.teardown()
         self._world.monitor.torn_down()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 from lightning_hybrid._lightning_private import checkpoint_folders
 from lightning_hybrid.checkpoint import load as loading
@@ -44,6 +45,10 @@ class Checkpoints:
 
     def save(self, engine: Engine, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """Saves Lightning's checkpoint dict, which holds this rank's shards of the state. Collective."""
+        with engine.run.during("save_checkpoint"):
+            self._save(engine, checkpoint, path)
+
+    def _save(self, engine: Engine, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         rng = RNGState.capture(default_generators(engine.device)).plain() | engine.rng.state_dict()
         more: dict[str, Any] = {"streams": rng}
         if engine.diloco is not None:
@@ -71,13 +76,16 @@ class Checkpoints:
         self._rng, self._diloco = checkpoint.pop("streams"), checkpoint.pop("local_steps", None)
         return checkpoint
 
-    def restore_rng(self, engine: Engine) -> None:
-        """Restores the RNG state saved in the loaded checkpoint."""
+    def load_optimizers(self, engine: Engine, optimizers: Sequence[Optimizer], saved: Sequence[Any]) -> None:
+        """Loads the states `saved` of all optimizers, and the RNG state and DiLoCo replicas of the same checkpoint."""
+        for optimizer, its_state in zip(optimizers, saved, strict=True):
+            state.load_optimizer_state(engine, optimizer, its_state)
         if self._rng is not None:
             RNGState.from_plain(self._rng).restore(default_generators(engine.device))
             engine.rng.load_state_dict(self._rng)
+        self._restore_diloco(engine)
 
-    def restore_diloco(self, engine: Engine) -> None:
+    def _restore_diloco(self, engine: Engine) -> None:
         """Restores each DiLoCo replica's own weights in the same layout, otherwise the last averaged weights."""
         saved, self._diloco = self._diloco, None
         if engine.diloco is None:

@@ -63,7 +63,7 @@ class ReplicaData:
         split: bool,
         run_padding: Callable[[Any, BatchWeights], None],
     ) -> None:
-        self._trainer, self._mesh, self._device, self._split = trainer, mesh, device, split
+        self._trainer, self.mesh, self._device, self._split = trainer, mesh, device, split
         self._run_padding = run_padding
         self._recent_weights: deque[BatchWeights | None] = deque(maxlen=16)
         """Weights of the last batches of all loaders."""
@@ -77,9 +77,9 @@ class ReplicaData:
         loader = users_loader(loader)
         if isinstance(loader, DataLoader):
             return self._data_loader(loader)
-        if not self._split and self._mesh.layout.devices == self._mesh.layout.replicas:
+        if not self._split and self.mesh.layout.devices == self.mesh.layout.replicas:
             return loader
-        shard = self._stream(loader) if self._split else CheckedShard(self._mesh, self._note)
+        shard = self._stream(loader) if self._split else CheckedShard(self.mesh, self._note)
         resumes = self._training is not None and (self._split or keeps_its_place(loader))
         return (ResumableStream if resumes else BatchStream)(loader, shard)
 
@@ -87,9 +87,9 @@ class ReplicaData:
         parts: dict[str, Any] = {}
         if loader.worker_init_fn is None and int(os.environ.get("PL_SEED_WORKERS", "0")):
             # Lightning would seed per rank; the ranks of a replica must read the same data
-            parts["worker_init_fn"] = partial(pl_worker_init_function, rank=self._mesh.replica)
+            parts["worker_init_fn"] = partial(pl_worker_init_function, rank=self.mesh.replica)
         if not self._split or _is_distributed(loader):
-            return sharded_loader(loader, CheckedShard(self._mesh, self._note), resumable=False, **parts)
+            return sharded_loader(loader, CheckedShard(self.mesh, self._note), resumable=False, **parts)
         resumes = self._training is not None and not keeps_its_place(loader)
         if has_iterable_dataset(loader):
             return sharded_loader(loader, self._stream(loader), resumable=resumes, **parts)
@@ -109,7 +109,7 @@ class ReplicaData:
     def _stream(self, loader: Any) -> StreamShard:
         return StreamShard(
             loader,
-            self._mesh,
+            self.mesh,
             self._device,
             training=self._training,
             predicting=self._predicting,
@@ -124,7 +124,7 @@ class ReplicaData:
         options: dict[str, Any] = {"training": self._training, "on_yield": self._note}
         if self._predicting:
             options |= {"limit": self._trainer.limit_predict_batches, "run_padding": self._run_padding}
-        place = (self._mesh.replica, self._mesh.layout.replicas)
+        place = (self.mesh.replica, self.mesh.layout.replicas)
         if batches is None:
             shard = MapShard(loader.sampler, "items", *place, **options)
             return shard, {"sampler": ShardedSampler(shard, loader.sampler, None, False)}
@@ -180,7 +180,7 @@ class ReplicaData:
                 "Several training loaders are read together. One of them is used up within a global batch, and another "
                 "has no `batch_size`, so the batch cannot be weighted. Set `drop_last=True`, or give a `batch_size`."
             )
-        replicas = self._mesh.layout.replicas
+        replicas = self.mesh.layout.replicas
         return sharding.added([u or sharding.even(replicas, n or 1) for u, n in zip(found, sizes, strict=True)])
 
     def share_in_step(self, batch_weights: BatchWeights | None) -> float:
@@ -206,7 +206,7 @@ class ReplicaData:
         Raises:
             PartitionError: If it cannot.
         """
-        if mesh.replica_of_ranks == self._mesh.replica_of_ranks:
+        if mesh.replica_of_ranks == self.mesh.replica_of_ranks:
             return
         change = f"`layout='{mesh.layout}'`"
         for loader in training_loaders(self._trainer).flattened:
@@ -217,15 +217,15 @@ class ReplicaData:
                     f"{type(users_loader(loader)).__name__} without a sampler that has a length, or with a distributed "
                     "sampler. Use a map-style dataset, or a layout with the same replicas on the same ranks."
                 )
-            if mesh.layout.replicas == self._mesh.layout.replicas:
+            if mesh.layout.replicas == self.mesh.layout.replicas:
                 continue
             if not shard.can_rebatch:
                 raise PartitionError(
-                    f"{change} has {mesh.layout.replicas} replicas instead of {self._mesh.layout.replicas}, and the "
+                    f"{change} has {mesh.layout.replicas} replicas instead of {self.mesh.layout.replicas}, and the "
                     "batches of a batch sampler cannot be made larger or smaller, so the global batch would change. "
                     "Give the DataLoader a `batch_size`, or use a layout with as many replicas."
                 )
-            whole = shard.batch_size * self._mesh.layout.replicas
+            whole = shard.batch_size * self.mesh.layout.replicas
             if whole % mesh.layout.replicas:
                 raise PartitionError(
                     f"{change}: a batch of {whole} samples cannot be shared by {mesh.layout.replicas} replicas. Use a "
@@ -237,11 +237,11 @@ class ReplicaData:
         shard = getattr(training_loaders(self._trainer).flattened[0], "replica_shard", None)
         if not isinstance(shard, MapShard) or not shard.can_rebatch:
             return None
-        return shard.batch_size * self._mesh.layout.replicas // mesh.layout.replicas
+        return shard.batch_size * self.mesh.layout.replicas // mesh.layout.replicas
 
     def follow_layout(self, mesh: Mesh) -> None:
         """Shards the rest of the epoch over the replicas of `mesh`; training continues after the last batch."""
-        before, self._mesh = self._mesh, mesh
+        before, self.mesh = self.mesh, mesh
         self._left_in_step = 0
         if mesh.replica_of_ranks == before.replica_of_ranks:
             return
@@ -259,7 +259,7 @@ class ReplicaData:
     @property
     def global_batch_size(self) -> int:
         """Samples of all replicas in a batch; needs `can_share`."""
-        return training_loaders(self._trainer).flattened[0].replica_shard.batch_size * self._mesh.layout.replicas
+        return training_loaders(self._trainer).flattened[0].replica_shard.batch_size * self.mesh.layout.replicas
 
     @property
     def shares(self) -> tuple[int, ...]:
@@ -267,7 +267,7 @@ class ReplicaData:
         shard = training_loaders(self._trainer).flattened[0].replica_shard
         if isinstance(shard.division, ByShares):
             return shard.division.shares
-        return (shard.batch_size,) * self._mesh.layout.replicas
+        return (shard.batch_size,) * self.mesh.layout.replicas
 
     def share(self, shares: tuple[int, ...]) -> None:
         """Gives replica r `shares[r]` samples of each global batch, from the next batch on.
@@ -284,7 +284,7 @@ class ReplicaData:
     def divide(self, division: Division) -> None:
         """Divides global batches by `division`, from the next one on; called between two batches, on all ranks."""
         shard = training_loaders(self._trainer).flattened[0].replica_shard
-        shard.reshard(self._mesh.replica, self._mesh.layout.replicas, shard.batch_size, division)
+        shard.reshard(self.mesh.replica, self.mesh.layout.replicas, shard.batch_size, division)
 
     # ---- predictions
 
@@ -296,7 +296,7 @@ class ReplicaData:
         if not all(self._is_sharded(loader) for loader in prediction_loaders(self._trainer)):
             return args
         batch, number, *rest = args
-        return (batch, number * self._mesh.layout.replicas + self._mesh.replica, *rest)
+        return (batch, number * self.mesh.layout.replicas + self.mesh.replica, *rest)
 
     def check_predictions(self) -> None:
         """Checks the loaders before predictions.
@@ -306,9 +306,9 @@ class ReplicaData:
         """
         loaders = prediction_loaders(self._trainer)
         streamed = [x for x in loaders if isinstance(getattr(x, "replica_shard", None), StreamShard)]
-        if streamed and len(loaders) > 1 and self._mesh.layout.replicas > 1:
+        if streamed and len(loaders) > 1 and self.mesh.layout.replicas > 1:
             raise PartitionError(
-                f"`layout='{self._mesh.layout}'`: {len(loaders)} loaders are predicted on, among them one without a "
+                f"`layout='{self.mesh.layout}'`: {len(loaders)} loaders are predicted on, among them one without a "
                 "sampler, which replicas may end at different times. Call `trainer.predict` once for each loader."
             )
 
@@ -327,11 +327,11 @@ class ReplicaData:
         """
         self.run_padding_steps()
         own, loaders = predictions_of(self._trainer), prediction_loaders(self._trainer)
-        replicas = self._mesh.layout.replicas
+        replicas = self.mesh.layout.replicas
         if own is None or replicas == 1 or not all(self._is_sharded(loader) for loader in loaders):
             return
         gathered: list[Any] = [None] * replicas
-        dist.all_gather_object(gathered, own, group=self._mesh.replica_group)
+        dist.all_gather_object(gathered, own, group=self.mesh.replica_group)
         for number, mine in enumerate(own):
             parts = [of_replica[number] for of_replica in gathered]
             steps = max(len(part) for part in parts)

@@ -17,7 +17,6 @@ from lightning_hybrid.engine.first_batch import first_step
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.ghosts.deferred_init import recorded_init
 from lightning_hybrid.launch.agreement import check_parameters
-from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.loggers import log_plan, watched_parts
 from lightning_hybrid.spec.plan import Plan
 from lightning_hybrid.spec.request import Request
@@ -38,14 +37,23 @@ def recorded_configure_model(root: pl.LightningModule | None) -> Iterator[None]:
         root.__dict__[DEFERRED_INIT] = deferred_init
 
 
-def build_engine(run: Run, request: Request, mesh: Mesh) -> Engine:
-    """Plans and partitions the module of `run`, whole or partitioned by an earlier run. Collective.
+def build_engine(run: Run, request: Request, present: Engine | None) -> Engine:
+    """Plans and partitions the module of `run`, whole or partitioned by another strategy. Collective.
+
+    Args:
+        run: The run.
+        request: The layout and its options.
+        present: The engine of the strategy's last run, which is returned if it has partitioned this module; or None.
 
     Raises:
         PartitionError: If this rank cannot partition the module; the failure monitor ends the other ranks.
     """
     root, trainer = run.module, run.trainer
-    earlier: Engine | None = root.__dict__.pop(ENGINE, None)
+    earlier: Engine | None = root.__dict__.get(ENGINE)
+    if earlier is not None and earlier is present:
+        earlier.runner.run = run
+        return earlier
+    root.__dict__.pop(ENGINE, None)
     if earlier is not None:
         earlier.stop()
         root.__dict__.pop("__deepcopy__", None)
@@ -56,7 +64,8 @@ def build_engine(run: Run, request: Request, mesh: Mesh) -> Engine:
     if deferred_init is None:
         _agree_on_weights(root, run.device)
     with nullcontext() if trainer.state.fn == TrainerFn.FITTING else _evaluated(root):
-        partition = Engine.plan_partition(run, request, mesh, lambda: first_step(trainer))
+        request = request.for_another_module()
+        partition = Engine.plan_partition(run, request, run.data.mesh, lambda: first_step(trainer))
     engine = Engine.build(run, request, partition, deferred_init)
     root.__dict__.pop(DEFERRED_INIT, None)
     belong_to(engine)

@@ -53,15 +53,15 @@ class Engine:
     """
 
     def __init__(self, run: Run, request: Request, partition: Partition) -> None:
-        self.run, self.request, self.partition = run, request, partition
+        self.request, self.partition = request, partition
         self.root = run.module
         self.mesh: Mesh = partition.mesh
         self.device = run.device
         self.rng = StepRNG(run.device, self.mesh.replica, self.mesh.rank("tp"))
         self.metrics = Metrics(self.root, self.mesh, run.device)
         self.hook_logs = HookLogs(self.root, self.mesh, run.device)
-        self.runner = StepRunner(partition, run.device, run.precision, request.microbatches, self.rng, self.metrics)
-        self.optimizers = OptimizerWrapper(self.runner, run.precision, run.on_nonfinite, run.preemption)
+        self.runner = StepRunner(partition, run, request.microbatches, self.rng, self.metrics)
+        self.optimizers = OptimizerWrapper(self.runner, request.on_nonfinite)
         partition.interceptor.rng = self.rng
         if partition.tensor is not None:
             partition.tensor.use_rng(self.rng)
@@ -102,6 +102,11 @@ class Engine:
         return cls(run, request, partition)
 
     @property
+    def run(self) -> Run:
+        """The present run; a later run of the same module and strategy uses the same engine."""
+        return self.runner.run
+
+    @property
     def plan(self) -> Plan:
         """The plan of the partition."""
         return self.partition.plan
@@ -123,7 +128,7 @@ class Engine:
         for part in (self.hook_logs, self.metrics, self.optimizers):
             part.install()
             self.patches.callback(part.remove)
-        self.runner.gradients.seen_by_hooks = self.run.any_rank(seen_after_backward(self.run.trainer))
+        self.runner.gradients.seen_by_hooks = self.run.world.any_rank(seen_after_backward(self.run.trainer))
 
     def stop(self) -> None:
         """Removes all patches; the module stays partitioned."""

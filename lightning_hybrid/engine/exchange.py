@@ -19,12 +19,11 @@ class StepExchange:
     Args:
         device: This rank's device.
         logs: The logs of the running step.
+        preemption: This rank's record of a SIGTERM.
     """
 
-    def __init__(self, device: torch.device, logs: StepLogs) -> None:
-        self._device, self.logs = device, logs
-        self.preemption: Preemption | None = None
-        """This rank's record of a SIGTERM, which is exchanged with other ranks; None: not exchanged."""
+    def __init__(self, device: torch.device, logs: StepLogs, preemption: Preemption) -> None:
+        self._device, self.logs, self._preemption = device, logs, preemption
         self.check_follows = False
         """True if logs of the running step can wait for the check of its gradients."""
 
@@ -40,12 +39,11 @@ class StepExchange:
         own = as_numbers([], self._device) if numbers is None else numbers
         if dist.get_world_size() == 1:
             return own.tolist(), own
-        requested = self.preemption is not None and self.preemption.requested
-        buffer = torch.cat([as_numbers([float(requested)], self._device), own, *self.logs.numbers()])
+        requested = as_numbers([float(self._preemption.requested)], self._device)
+        buffer = torch.cat([requested, own, *self.logs.numbers()])
         dist.all_reduce(buffer)
         on_host, logs_at = buffer.tolist(), 1 + len(own)
-        if self.preemption is not None:
-            self.preemption.hear(on_host[0] > 0)
+        self._preemption.hear(on_host[0] > 0)
         if self.logs.pending:
             self.logs.take_sums(buffer[logs_at:], on_host[logs_at:])
         return on_host[1:logs_at], buffer[1:logs_at]

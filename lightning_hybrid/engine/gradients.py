@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import lightning.pytorch as pl
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -101,6 +102,13 @@ class ReplicaGradients:
                     own = to_local(parameter.detach())
                     total += (shards - 1) * own.numel() * (item or own.element_size())
         return total
+
+    def log_sent_bytes(self, trainer: pl.Trainer) -> None:
+        """Logs `sent_bytes` to all loggers in MiB, unless gradient synchronization is exact."""
+        if self._partition.plan.gradient_sync.kind != "exact":
+            sent_mib = {"gradient_sync/sent_mib_per_step": self.sent_bytes / 2**20}
+            for logger in trainer.loggers:
+                logger.log_metrics(sent_mib, step=trainer.global_step)
 
     @property
     def _sharded(self) -> FSDPModule | None:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
@@ -20,7 +19,6 @@ from lightning_hybrid.engine.clipping import clip_by_norm, clip_by_value
 from lightning_hybrid.engine.nonfinite import NonFiniteCheck, SkipStep
 from lightning_hybrid.engine.norms import global_norm
 from lightning_hybrid.engine.step import StepRunner
-from lightning_hybrid.launch.preemption import Preemption
 from lightning_hybrid.metrics.step_logs import seen_before_step
 from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import PartitionError
@@ -32,23 +30,18 @@ class OptimizerWrapper:
 
     Args:
         runner: The partitioned module.
-        precision: The plugin.
         on_nonfinite: Policy for non-finite gradients, see `NonFiniteCheck`.
-        preemption: This rank's record of a SIGTERM.
     """
 
-    def __init__(
-        self, runner: StepRunner, precision: Precision, on_nonfinite: Literal["raise", "skip"], preemption: Preemption
-    ) -> None:
-        self.runner, self.precision, self._on_nonfinite = runner, precision, on_nonfinite
+    def __init__(self, runner: StepRunner, on_nonfinite: Literal["raise", "skip"]) -> None:
+        self.runner, self.precision, self._on_nonfinite = runner, runner.precision, on_nonfinite
         self._exchange = runner.exchange
-        self._exchange.preemption = preemption
         self._logs_wait = False
         self.nonfinite = NonFiniteCheck(runner.partition, runner.device, on_nonfinite, self._exchange)
         self._known_norm: Tensor | None = None
         """Norm of the gradients that the check has computed; None if the gradients may have changed since."""
-        self._after_closure = after_closure_of(precision)
-        self._scaler: Any = getattr(precision, "scaler", None)
+        self._after_closure = after_closure_of(runner.precision)
+        self._scaler: Any = getattr(runner.precision, "scaler", None)
         self._patches = ExitStack()
         self.names: dict[int, list[list[str]]] = {}
         """Names of the parameters of each group, including those of other stages, by the `id` of the optimizer."""

@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Literal
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import Precision
 
-from lightning_hybrid._lightning_private import evaluation_loops, sampler_injection
-from lightning_hybrid.launch.preemption import Preemption
+from lightning_hybrid._lightning_private import evaluation_loops, injects_sampler, running_batch, sampler_injection
+from lightning_hybrid.dataloader.replica import ReplicaData
+from lightning_hybrid.dataloader.sharding import BatchWeights
+from lightning_hybrid.launch.world import World
+from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.patching import ignored_warning, patched
+from lightning_hybrid.rng.state import agree
+from lightning_hybrid.spec.layout import Layout
 
 
-@dataclass(frozen=True, kw_only=True)
 class Run:
-    """The trainer, this rank's device, options of the strategy that every step needs, and patches on the trainer."""
+    """The trainer, the connected ranks, the data of this rank's replica, and patches on the trainer. Collective.
 
-    trainer: pl.Trainer
-    device: torch.device
-    precision: Precision
-    on_nonfinite: Literal["raise", "skip"]
-    preemption: Preemption
-    any_rank: Callable[[bool], bool]
-    """Function that returns True if its argument is True on any rank. Collective."""
-    patches: ExitStack = field(default_factory=ExitStack)
-    """Stack of patches on the trainer, its loops and loggers; closed when the run ends, also after an error."""
+    Args:
+        trainer: The trainer.
+        world: The connected ranks.
+        layout: The layout at the start.
+        device: This rank's device.
+        padding_step: Runs a prediction step on a padding batch, whose result is discarded.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        world: World,
+        layout: Layout,
+        device: torch.device,
+        padding_step: Callable[[Any, BatchWeights], None],
+    ) -> None:
+        self.trainer, self.world, self.device = trainer, world, device
+        self.precision = trainer.precision_plugin
+        mesh = Mesh.create(layout, device.type)
+        world.limit_waiting()
+        agree([])  # so that samplers and initial weights are the same on all ranks
+        self.data = ReplicaData(trainer, mesh, device, split=injects_sampler(trainer), run_padding=padding_step)
+        self.patches = ExitStack()
+        """Stack of patches on the trainer, its loops and loggers; closed when the run ends, also after an error."""
 
     @property
     def module(self) -> pl.LightningModule:
@@ -44,4 +61,8 @@ class Run:
         # values of a step are reduced over the replicas already, whatever `sync_dist` says
         self.patches.enter_context(ignored_warning(r".*It is recommended to use `self\.log\(.*sync_dist=True\)`.*"))
         if torch.distributed.get_world_size() > 1:
-            self.patches.enter_context(self.preemption.installed(self.trainer))
+            self.patches.enter_context(self.world.preemption.installed(self.trainer))
+
+    def during(self, operation: str) -> AbstractContextManager:
+        """Records `operation` and the training batch for the failure monitor."""
+        return self.world.monitor.during(operation, running_batch(self.trainer), self.trainer.global_step)

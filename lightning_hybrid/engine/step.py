@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import evaluation_batch, training_batch
@@ -18,9 +17,11 @@ from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.exchange import StepExchange
+from lightning_hybrid.engine.first_batch import prediction_arguments
 from lightning_hybrid.engine.gradient_noise import GradientNoise
 from lightning_hybrid.engine.gradients import ReplicaGradients
 from lightning_hybrid.engine.pipeline import Pipeline
+from lightning_hybrid.engine.run import Run
 from lightning_hybrid.metrics.logs import LogRecorder, leave_out
 from lightning_hybrid.metrics.stages import StageOutputs
 from lightning_hybrid.metrics.step_logs import StepLogs
@@ -37,8 +38,7 @@ class StepRunner:
 
     Args:
         partition: The applied partition of the module.
-        device: This rank's device.
-        precision: Lightning's precision plugin.
+        run: The present run.
         microbatches: Number of microbatches of a training step, or `"auto"`.
         rng: Sets the RNG state of steps and units.
         metrics: The torchmetrics objects of the module.
@@ -47,14 +47,14 @@ class StepRunner:
     def __init__(
         self,
         partition: Partition,
-        device: torch.device,
-        precision: Precision,
+        run: Run,
         microbatches: int | str,
         rng: StepRNG,
         metrics: Metrics,
     ) -> None:
         self.root: pl.LightningModule = partition.root  # type: ignore[assignment]
-        self.partition, self.device, self.precision, self.mesh = partition, device, precision, partition.mesh
+        self.partition, self.run, self.mesh = partition, run, partition.mesh
+        self.device, self.precision = run.device, run.precision
         self.one_microbatch = has_batch_norm(self.root)  # its statistics are those of the whole batch
         self.microbatches = 1 if self.one_microbatch else microbatches
         self.noise: GradientNoise | None = None
@@ -64,12 +64,14 @@ class StepRunner:
         self.context: StepContext | None = None
         """Context of the running step, or else of the last step."""
         self.rng, self.metrics = rng, metrics
-        self.exchange = StepExchange(device, StepLogs(self.root, self.mesh, device, metrics))
+        logs = StepLogs(self.root, self.mesh, run.device, metrics)
+        self.exchange = StepExchange(run.device, logs, run.world.preemption)
         self.stage_outputs: StageOutputs | None = None
         self.pipeline: Pipeline | None = None
         if partition.plan.layout.pp > 1:
-            self.pipeline = Pipeline(self.root, partition, self.mesh, device, precision.forward_context, metrics, rng)
-            self.stage_outputs = StageOutputs(self.mesh, device, self.pipeline.last_rank)
+            forward = run.precision.forward_context
+            self.pipeline = Pipeline(self.root, partition, self.mesh, run.device, forward, metrics, rng)
+            self.stage_outputs = StageOutputs(self.mesh, run.device, self.pipeline.last_rank)
         self.gradients = ReplicaGradients(partition, self.gradients_complete)
 
     def time_computation(self, clocks: Clocks | None) -> None:
@@ -124,8 +126,15 @@ class StepRunner:
 
     # ---- training
 
-    def training_step(self, weights: BatchWeights | None, share: float, *args: Any, **kwargs: Any) -> Any:
-        """Runs one `training_step` of the user under the layout; logs its values on every rank.
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs one `training_step` of the user on a batch of the trainer's loop; logs its values on every rank."""
+        weights = self.run.data.batch_weights()
+        share = self.run.data.share_in_step(weights)
+        with self.run.during("training_step"):
+            return self.weighted_step(weights, share, *args, **kwargs)
+
+    def weighted_step(self, weights: BatchWeights | None, share: float, *args: Any, **kwargs: Any) -> Any:
+        """Runs one `training_step` of the user under the layout.
 
         Args:
             weights: Batch weights; None if all replicas have the same number of samples.
@@ -193,7 +202,26 @@ class StepRunner:
 
     # ---- evaluation
 
-    def evaluation_step(self, name: str, weights: BatchWeights | None, *args: Any, **kwargs: Any) -> Any:
+    def evaluate(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Runs the step `name` of the user on a batch of the trainer's loop; all ranks stop here after a SIGTERM."""
+        with self.run.world.monitor.during(name, evaluation_batch(self.root.trainer) - 1):
+            out = self._evaluation_step(name, self.run.data.batch_weights(), *args, **kwargs)
+            self.run.world.preemption.agree(self.root.trainer)
+            return out
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs one `predict_step` on a batch of the trainer's loop, and those on padding that other replicas need."""
+        data = self.run.data
+        with self.run.world.monitor.during("predict_step", evaluation_batch(self.root.trainer) - 1):
+            out = self._evaluation_step("predict_step", None, *data.numbered(args), **kwargs)
+        data.run_padding_steps()
+        return out
+
+    def padding_step(self, batch: Any, weights: BatchWeights) -> None:
+        """Runs `predict_step` on a padding batch, while other replicas predict on theirs."""
+        self._evaluation_step("predict_step", weights, *prediction_arguments(self.root.trainer, batch))
+
+    def _evaluation_step(self, name: str, weights: BatchWeights | None, *args: Any, **kwargs: Any) -> Any:
         """Runs one `validation_step`, `test_step` or `predict_step` on the whole batch.
 
         Args:

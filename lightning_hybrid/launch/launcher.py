@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_hybrid._lightning_private import SubprocessScriptLauncher, TunerExit, last_found_by, share_cores
 from lightning_hybrid.launch.monitor import FailureMonitor
+from lightning_hybrid.spec.layout import Layout
 
 _MAIN_PID = "LIGHTNING_HYBRID_MAIN_PID"
 """Environment variable with the pid of the process that has started this rank."""
@@ -32,14 +33,30 @@ class HybridLauncher(SubprocessScriptLauncher):
         cluster_environment: Lightning's cluster environment, which knows rank and world size.
         num_processes: Number of processes on this node.
         num_nodes: Number of nodes.
+        layout: The layout.
         watch: The failure monitor.
+
+    Raises:
+        ValueError: On rank 0, if the layout is for another number of processes; other ranks end.
     """
 
     def __init__(
-        self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int, watch: FailureMonitor
+        self,
+        cluster_environment: ClusterEnvironment,
+        num_processes: int,
+        num_nodes: int,
+        layout: Layout,
+        watch: FailureMonitor,
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._watch = watch
+        try:
+            layout.validate(num_nodes * num_processes)
+        except ValueError:
+            if max(cluster_environment.global_rank(), cluster_environment.local_rank()) > 0:
+                time.sleep(1)  # for the report of rank 0: launchers kill all ranks when the first one exits
+                sys.exit(1)
+            raise
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -55,7 +72,7 @@ class HybridLauncher(SubprocessScriptLauncher):
             os.environ[_MAIN_PID] = str(os.getpid())
             self._call_children_scripts()
             del os.environ[_MAIN_PID]
-        share_cores(self.num_processes)
+        share_cores(self.num_processes)  # also of existing processes, each of which would use all cores
         if self.num_processes * self.num_nodes == 1:
             return function(*args, **kwargs)
         self._watch.begin(self.procs, self._main_pid())
@@ -89,9 +106,3 @@ class HybridLauncher(SubprocessScriptLauncher):
                 with contextlib.suppress(ProcessLookupError):
                     child.kill()
                 child.wait()
-
-
-def leave_quietly() -> NoReturn:
-    """Ends a rank whose error rank 0 reports; after 1 s, since launchers kill all ranks when the first one exits."""
-    time.sleep(1)
-    sys.exit(1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -16,6 +18,7 @@ from lightning_hybrid._lightning_private import default_backend, init_process_gr
 from lightning_hybrid._torch_private import limit_waiting
 from lightning_hybrid.launch import agreement
 from lightning_hybrid.launch.monitor import FailureMonitor
+from lightning_hybrid.launch.preemption import Preemption
 from lightning_hybrid.launch.processes import DEFAULT_TIMEOUT, meet
 
 
@@ -31,19 +34,27 @@ class World:
 
     def __init__(self, backend: str | None, timeout: timedelta | None) -> None:
         self.backend, self._timeout = backend, timeout
+        self._device: torch.device | None = None
         self.monitor = FailureMonitor(timeout or DEFAULT_TIMEOUT)
+        self.preemption = Preemption(self.any_rank)
+        self.moving = False
+        """True while weights move to another layout."""
 
-    def connect(self, environment: ClusterEnvironment, device: torch.device, facts: dict[str, str]) -> None:
-        """Connects all ranks, compares their facts, and creates the default process group. Collective.
+    def connect(
+        self, environment: ClusterEnvironment, device: torch.device, trainer: pl.Trainer, arguments: Mapping[str, Any]
+    ) -> None:
+        """Connects all ranks, compares what they run, and creates the default process group. Collective.
 
         Args:
             environment: Lightning's cluster environment, which knows rank and world size.
             device: This rank's device.
-            facts: Values that must be equal on all ranks, by name.
+            trainer: The trainer.
+            arguments: The arguments of the strategy that must be equal on all ranks, by name.
         """
-        self.backend = self.backend or default_backend(device)
+        self.backend, self._device = self.backend or default_backend(device), device
         rank, size = environment.global_rank(), environment.world_size()
         if size > 1:
+            facts = agreement.facts_of(trainer, arguments)
             with self.monitor.during("the meeting of the ranks"):
                 met = meet(environment, rank, size, self._timeout, facts, self.monitor.check_children)
             self.monitor.connect(met)
@@ -53,6 +64,11 @@ class World:
     def limit_waiting(self) -> None:
         """Sets the timeout of all process groups that exist now."""
         limit_waiting(self._timeout or DEFAULT_TIMEOUT)
+
+    @property
+    def unsavable(self) -> bool:
+        """True if checkpoints cannot be saved: once a rank has failed, and while weights move to another layout."""
+        return self.monitor.failing or self.moving
 
     @property
     def _connected(self) -> bool:
@@ -72,18 +88,22 @@ class World:
         return box[0]
 
     def reduce(self, tensor: Any, group: dist.ProcessGroup | None, operation: Any) -> Any:
-        """Returns `tensor` reduced over `group`, or over all ranks; any other value unchanged."""
-        if not isinstance(tensor, Tensor) or not self._connected:
+        """Returns `tensor` reduced over `group`, or over all ranks; any other value, or that of one rank, unchanged."""
+        if not isinstance(tensor, Tensor) or not self._connected or dist.get_world_size(group) == 1:
             return tensor
         return reduce_tensor(tensor, group, operation)
 
-    def vote(self, decision: bool, device: torch.device, *, all: bool) -> bool:
+    def vote(self, decision: bool, device: torch.device | None, *, all: bool) -> bool:
         """Returns True if `decision` is True on all ranks (with `all`), or on any rank."""
         if not self._connected:
             return decision
         votes = torch.tensor(int(decision), device=device)
         dist.all_reduce(votes)
         return bool(votes == dist.get_world_size()) if all else bool(votes)
+
+    def any_rank(self, decision: bool) -> bool:
+        """Returns True if `decision` is True on any of the connected ranks."""
+        return self.vote(decision, self._device, all=False)
 
 
 def set_ranks(environment: ClusterEnvironment, nodes: int, processes: int) -> None:

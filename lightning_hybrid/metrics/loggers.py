@@ -1,4 +1,4 @@
-"""Passes the plan and the traffic of gradients to loggers, and lets loggers watch a partitioned module."""
+"""Passes the plan to loggers, and lets loggers watch a partitioned module."""
 
 from __future__ import annotations
 
@@ -24,12 +24,6 @@ def log_plan(trainer: pl.Trainer, record: dict[str, Any]) -> None:
             logger.log_hyperparams({KEY: record}, metrics={})  # without `metrics`: a second `hp_metric`
         else:
             logger.log_hyperparams({KEY: record})
-
-
-def log_sent_bytes(trainer: pl.Trainer, sent: float) -> None:
-    """Logs `sent`, the bytes that a rank sends for the gradients of each step from now on, to all loggers in MiB."""
-    for logger in trainer.loggers:
-        logger.log_metrics({"gradient_sync/sent_mib_per_step": sent / 2**20}, step=trainer.global_step)
 
 
 def watched_parts(trainer: pl.Trainer) -> AbstractContextManager:

@@ -26,8 +26,14 @@ from torch.optim import Optimizer
 
 from lightning_hybrid._lightning_private import between_steps
 from lightning_hybrid.collectives import error_message, gather_objects, on_all_ranks
-from lightning_hybrid.compat.averaging import LocalWeights, local_averages, renew_averages
-from lightning_hybrid.dataloader.replica import ReplicaData
+from lightning_hybrid.compat.averaging import (
+    LocalWeights,
+    keep_loading_whole_weights,
+    local_averages,
+    local_copies,
+    renew_averages,
+)
+from lightning_hybrid.compat.callbacks import patched_callbacks
 from lightning_hybrid.engine.build import belong_to
 from lightning_hybrid.engine.engine import Engine, Listener
 from lightning_hybrid.engine.first_batch import training_step_like
@@ -36,6 +42,7 @@ from lightning_hybrid.ghosts.preserve import SavedObjects
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.plan import check_trainer
+from lightning_hybrid.patching import patched
 from lightning_hybrid.reshard.exchange import exchange
 from lightning_hybrid.reshard.local_state import LocalState, Target, places_of, share_whole
 from lightning_hybrid.spec.errors import PartitionError
@@ -53,37 +60,65 @@ class RelayoutResult:
     """Bytes of weights, optimizer state and buffers sent to another rank, by all ranks together."""
     seconds: float
     """Seconds from the call to the end, on this rank."""
-    problem: str | None = None
-    """Reason why the layout is still `before`; None if the layout has changed."""
 
 
 def relayout(
     engine: Engine,
     request: Request,
-    data: ReplicaData,
     optimizers: Sequence[Optimizer],
     listeners: Sequence[Listener],
+    use: Callable[[Engine], None],
     edit: Callable[[], None] | None = None,
-) -> tuple[Engine, RelayoutResult]:
+) -> RelayoutResult:
     """Changes the layout of a running fit. Collective over all ranks.
 
     Args:
         engine: The engine of the current layout, which cannot be used afterwards.
         request: The new layout and its options.
-        data: The data of this rank's replica, which must support the new layout.
         optimizers: The optimizers, which keep their identity.
         listeners: Listeners, each of which may refuse the new layout.
+        use: Makes the started engine that it is given the current one.
         edit: Adds modules with new weights to the module, or None.
 
     Returns:
-        The started engine to use from now on, and the result: if that has a `problem`, the layout is the old one.
+        The layouts, the bytes sent and the seconds passed.
 
     Raises:
-        PartitionError: On all ranks, if the request is refused before anything has changed.
+        PartitionError: On all ranks, if the request is refused or fails; training is in the old layout then.
     """
     began, before = time.perf_counter(), engine.request.layout
+    with engine.run.during("relayout"), patched(engine.run.world, moving=True):
+        new, sent, problem = _change(engine, request, optimizers, listeners, edit)
+        use(new)
+    if problem is not None:
+        raise PartitionError(f"{problem} Training is in `layout='{before}'` as before.")
+    seconds = time.perf_counter() - began
+    rank_zero_info(f"{before} -> {request.layout}: {sent / 2**20:.1f} MiB sent in {seconds:.2f} s.")
+    new.runner.gradients.log_sent_bytes(new.run.trainer)
+    return RelayoutResult(before=before, after=request.layout, sent_bytes=sent, seconds=seconds)
+
+
+def follow_layout(engine: Engine, listeners: Sequence[Listener]) -> None:
+    """Updates everything else that depends on the layout of a started engine, in order."""
+    engine.run.world.limit_waiting()  # of the groups that the engine has created
+    keep_loading_whole_weights(engine)
+    engine.patches.enter_context(local_copies(engine))
+    engine.patches.enter_context(patched_callbacks(engine))
+    engine.run.data.follow_layout(engine.mesh)
+    for listener in listeners:
+        listener.layout_changed(engine)
+
+
+def _change(
+    engine: Engine,
+    request: Request,
+    optimizers: Sequence[Optimizer],
+    listeners: Sequence[Listener],
+    edit: Callable[[], None] | None,
+) -> tuple[Engine, int, str | None]:
+    """Returns a started engine, the bytes sent, and None, or the reason why the engine is of the old layout."""
     _check(engine, request, optimizers, listeners)
-    mesh = Mesh.create(request.layout, engine.device.type)
+    mesh, data = Mesh.create(request.layout, engine.device.type), engine.run.data
     data.check_layout(mesh)
     share_whole(engine.partition)
     if engine.diloco is not None:
@@ -103,16 +138,7 @@ def relayout(
         modules.restore()
         new, _ = move.build(engine.request, engine.mesh, data.batch_size_under(engine.mesh))
     belong_to(new)
-    result = RelayoutResult(
-        before=before,
-        after=new.request.layout,
-        sent_bytes=sent,
-        seconds=time.perf_counter() - began,
-        problem=None if problem is None else f"{problem} Training is in `layout='{before}'` as before.",
-    )
-    if problem is None:
-        rank_zero_info(f"{before} -> {result.after}: {sent / 2**20:.1f} MiB sent in {result.seconds:.2f} s.")
-    return new, result
+    return new, sent, problem
 
 
 class _Move:

@@ -62,11 +62,15 @@ class Request:
     """Activation checkpointing of blocks."""
     compile: bool = False
     """True if each block is compiled."""
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """Policy if a gradient or the loss is not finite."""
     plan: Plan | None = None
     """A plan to use unchanged, with whose values the other fields agree; None: the request is planned."""
 
     def __post_init__(self) -> None:
         check_choices(self.schedule, self.microbatches, self.recompute)
+        if self.on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {self.on_nonfinite!r}.")
 
     def in_layout(self, layout: str | Layout | None) -> tuple[Layout | None, Request]:
         """Returns the layout that `layout` gives, or None, and this request in that layout.
@@ -81,7 +85,7 @@ class Request:
             given = Layout.parse(layout) if isinstance(layout, str) else layout
             return given, replace(self, layout=given or Layout())
         plan = Plan.from_yaml(layout)
-        usual, request = Request(layout=plan.layout), Request.of(plan)
+        usual, request = Request(layout=plan.layout), replace(Request.of(plan), on_nonfinite=self.on_nonfinite)
         names = ["tensor_plan", "gradient_sync", "recompute", "compile"]
         if plan.layout.pp > 1:
             names += ["schedule", "microbatches"]

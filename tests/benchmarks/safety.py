@@ -40,7 +40,7 @@ class Switched(HybridStrategy):
     @override
     def setup(self, trainer: L.Trainer) -> None:
         super().setup(trainer)
-        nonfinite, watch, preemption = self.engine.optimizers.nonfinite, self._world.monitor, self._preemption
+        nonfinite, watch, preemption = self.engine.optimizers.nonfinite, self._world.monitor, self._world.preemption
         nonfinite.__dict__.update(check=self._switched(nonfinite.check), saw_loss=self._switched(nonfinite.saw_loss))
         watch.__dict__["during"] = self._switched(watch.during, nullcontext())
         preemption.__dict__["agree"] = self._switched(preemption.agree, False)

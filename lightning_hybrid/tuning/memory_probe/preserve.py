@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_hybrid._torch_private import forget_sharded_step
 from lightning_hybrid.collectives import to_local
+from lightning_hybrid.engine.run import Run
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.ghosts.preserve import preserved_module_state, preserved_objects
 from lightning_hybrid.rng.state import preserved_rng
@@ -100,7 +101,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _objects_of(start: Any) -> list[Any]:
-    """Returns `start` and all objects of this package that it refers to, except modules, tensors and types."""
+    """Returns `start` and all objects of this package that it refers to, but no modules, tensors, types or `Run`."""
     found: dict[int, Any] = {}
     ahead = [start]
     while ahead:
@@ -116,6 +117,7 @@ def _objects_of(start: Any) -> list[Any]:
 
 
 def _is_ours(value: Any) -> bool:
-    if isinstance(value, type | Tensor | nn.Module) or not hasattr(value, "__dict__"):
+    # a `Run` leads to the failure monitor, which has a thread, and to the data, which a trial does not read
+    if isinstance(value, type | Tensor | nn.Module | Run) or not hasattr(value, "__dict__"):
         return False
     return type(value).__module__.partition(".")[0] == _PACKAGE

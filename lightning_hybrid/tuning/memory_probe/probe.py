@@ -279,7 +279,7 @@ class MemoryProbe:
         batch = runner.precision.convert_input(tiled_batch(self._batch, size * self._microbatches))
         batch = batch_on_device(root, batch, self._device)
         index = (0,) if is_param_in_hook_signature(root.training_step, "batch_idx", min_args=2) else ()
-        out = runner.training_step(None, 1.0, batch, *index)
+        out = runner.weighted_step(None, 1.0, batch, *index)
         if first:
             drop_gradients(self._parameters)
         loss = out.get("loss") if isinstance(out, dict) else out
