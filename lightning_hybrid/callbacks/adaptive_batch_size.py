@@ -36,7 +36,7 @@ from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.renamed import renamed_arguments
 from lightning_hybrid.spec.request import Request
-from lightning_hybrid.tuning.batch_size import BatchSizeController
+from lightning_hybrid.tuning.batch_size import BatchSizeController, samples_of_all, sum_over_replicas
 from lightning_hybrid.tuning.memory_probe.probe import is_out_of_memory
 from lightning_hybrid.tuning.schedulers_by_samples import SchedulersBySamples
 
@@ -111,7 +111,8 @@ class AdaptiveBatchSize(Callback):
         self._max_batch_size = max_batch_size
         self._schedule = schedule
         self._rule: LearningRateRule = learning_rate
-        self._max_samples, self._max_tokens, self._rules = max_samples, max_tokens, rules
+        self._max_samples, self._max_tokens = max_samples or math.inf, max_tokens or math.inf
+        self._rules = rules
         self._counts_tokens = max_tokens is not None or (schedule is not None and schedule.unit == "tokens")
         self._control: BatchSizeController | None = None
         self._schedulers: SchedulersBySamples | None = None
@@ -180,17 +181,14 @@ class AdaptiveBatchSize(Callback):
         if control.budget is not None:
             self._start_with_tokens(control, strategy.root_device)
         if self._state is None:
-            first = control.global_batch_size
-            if self._schedule is not None:
-                first = self._schedule.batch_size(0)
+            first = control.global_batch_size if self._schedule is None else self._schedule.batch_size(0)
             self._state = BatchSizeState(batch_size=first, first_batch_size=first)
-        on = control.measured_on
-        if on != self._measured_on:
-            self._times, self._measured_on, self._microbatch.samples = StepTimes(), on, None
+        if control.measured_on != self._measured_on:
+            self._microbatch.samples = None
+            self.layout_changed()
         if control.budget is None and self._microbatch.is_sought:
-            batches = self._possible_batches(control, self._state.batch_size)
-            self._microbatch.find(control, strategy.root_device, batches)
-        control.change(self._division(control, self._state.batch_size) or self._refuse(control, self._state))
+            self._microbatch.find(control, strategy.root_device, self._possible_batches())
+        control.change(self._present_division(control.request))
         self._schedulers = SchedulersBySamples(trainer, self._state.first_batch_size)
         strategy.engine.run.patches.callback(self._schedulers.release)
         if self._statistics is not None:
@@ -216,37 +214,34 @@ class AdaptiveBatchSize(Callback):
                 )
         self._microbatch.find_budget(control, device, self._max_batch_size)
 
-    def _possible_batches(self, control: BatchSizeController, first: int) -> list[int]:
-        limit = self._max_batch_size or control.epoch_samples or LADDER * first
-        batches = [first]
+    def _possible_batches(self) -> list[int]:
+        batches = [self.batch_size]
+        limit = self._max_batch_size or self._batches.epoch_samples or LADDER * self.batch_size
         if self._schedule is not None:
             batches += self._schedule.points.values()
         while self._statistics is not None and batches[-1] * self._rules.factor <= limit:
             batches.append(batches[-1] * self._rules.factor)
         return batches
 
-    def _division(
-        self, control: BatchSizeController, batch_size: int, request: Request | None = None
-    ) -> BatchDivision | None:
-        request = request or control.request
-        first, replicas = control.first_under(request), request.layout.replicas
+    def _division(self, batch_size: int, request: Request) -> BatchDivision | None:
+        first, replicas = self._batches.first_under(request), request.layout.replicas
         min_parts = 2 if self._statistics is not None else 1
         micro = self._microbatch.within(first)
         stays = self._microbatch.samples is None and first.microbatch_size == micro
         parts = replicas * first.accumulate * first.microbatches
         if stays and parts >= min_parts and batch_size == replicas * first.per_replica:
             return first
-        return divide(batch_size, control.limits(micro, min_parts, request))
+        return divide(batch_size, self._batches.limits(micro, min_parts, request))
 
-    def _refuse(
-        self, control: BatchSizeController, state: BatchSizeState, request: Request | None = None
-    ) -> BatchDivision:
+    def _present_division(self, request: Request) -> BatchDivision:
+        control, division = self._batches, self._division(self.batch_size, request)
+        if division is not None:
+            return division
         fixed = "" if control.can_rebatch else f" in batches of {control.first.batch_size}, which cannot be changed"
         unit = "samples" if control.budget is None else "tokens"
         parts = ", and of at least two parts, whose gradients `statistics` compares" if self._statistics else ""
-        replicas = (request or control.request).layout.replicas
         raise PartitionError(
-            f"A global batch of {state.batch_size} {unit} must be made of equal batches of {replicas} "
+            f"A global batch of {self.batch_size} {unit} must be made of equal batches of {request.layout.replicas} "
             f"replicas{fixed}{parts}. Choose another `batch_size`, `accumulate_grad_batches` or `layout`."
         )
 
@@ -254,14 +249,14 @@ class AdaptiveBatchSize(Callback):
 
     def division_under(self, request: Request) -> BatchDivision:
         """Returns the division of the current global batch under `request`. Called by `BatchSizeController`."""
-        control, state = self._batches, self._present
-        if self._microbatch.memory is not None and request.layout != control.request.layout:
+        measured = self._batches.request.layout
+        if self._microbatch.memory is not None and request.layout != measured:
             raise PartitionError(
-                f"`memory` of `AdaptiveBatchSize` has measured what fits under '{control.request.layout}', and "
+                f"`memory` of `AdaptiveBatchSize` has measured what fits under '{measured}', and "
                 f"measures before training only. Change to `layout='{request.layout}'` between two runs, or give "
                 "`max_microbatch_size` instead of `memory`."
             )
-        return self._division(control, state.batch_size, request) or self._refuse(control, state, request)
+        return self._present_division(request)
 
     def layout_changed(self) -> None:
         """Discards measured step times. Called by `BatchSizeController` after a change of layout."""
@@ -307,42 +302,38 @@ class AdaptiveBatchSize(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        control = self._batches
+        control, engine = self._batches, hybrid_strategy(trainer, self).engine
         self._seconds += time.perf_counter() - self._begun
-        self._samples += control.samples_of(batch)
+        self._samples += samples_of_all(engine, batch)
         if self._counts_tokens:
             self._tokens += count_tokens(batch) or 0
         if not steps_after_batch(trainer):
             return
-        tokens = control.sum_over_replicas(self._tokens) if self._counts_tokens else 0
+        tokens = sum_over_replicas(engine, self._tokens) if self._counts_tokens else 0
         state = self._state = self._present.after_step(self._samples, tokens)
         if self._samples == state.batch_size:
             self._times = self._times.updated(state.batch_size, self._seconds, self._rules.half_life_steps)
         self._forget_step()
-        if self._spent(state):
+        if state.samples >= self._max_samples or state.tokens >= self._max_tokens:
             trainer.should_stop = True
         if self._microbatch.halve_if_short(control):
-            self._divide_finer(control)
+            self._divide_finer()
         if self._schedule is not None:
-            self._follow_schedule(pl_module, self._schedule, state)
+            self._follow_schedule(pl_module, self._schedule)
         elif self._statistics is not None and state.steps % self._rules.every_n_steps == 0:
             self._decide(trainer, pl_module, state)
-
-    def _spent(self, state: BatchSizeState) -> bool:
-        samples, tokens = self._max_samples, self._max_tokens
-        return (samples is not None and state.samples >= samples) or (tokens is not None and state.tokens >= tokens)
 
     def _forget_step(self) -> None:
         self._samples = self._tokens = 0
         self._seconds = 0.0
 
-    def _divide_finer(self, control: BatchSizeController) -> None:
-        division = self._division(control, self.batch_size)
+    def _divide_finer(self) -> None:
+        division = self._division(self.batch_size, self._batches.request)
         if division is not None:
             rank_zero_warn(
                 f"AdaptiveBatchSize: memory ran short in two consecutive steps; microbatches are halved: {division}."
             )
-            control.change(division)
+            self._batches.change(division)
 
     # ---- decisions
 
@@ -354,19 +345,17 @@ class AdaptiveBatchSize(Callback):
         self._change(size)
         self._log(pl_module)
 
-    def _follow_schedule(
-        self, pl_module: pl.LightningModule, schedule: BatchSizeSchedule, state: BatchSizeState
-    ) -> None:
+    def _follow_schedule(self, pl_module: pl.LightningModule, schedule: BatchSizeSchedule) -> None:
+        control, state = self._batches, self._present
         consumed = state.samples if schedule.unit == "samples" else state.tokens
-        control = self._batches
         size = schedule.batch_size(consumed, control.replicas * control.first.microbatch_size)
         if size != state.batch_size:
             self._change(size)
             self._log(pl_module)
 
     def _log(self, pl_module: pl.LightningModule) -> None:
-        values = {"global_batch_size": float(self.batch_size)}
-        values["learning_rate_factor"] = self._batches.learning_rate_factor
+        factor = self._batches.learning_rate_factor
+        values = {"global_batch_size": float(self.batch_size), "learning_rate_factor": factor}
         if self.noise_scale is not None and math.isfinite(self.noise_scale):
             values["gradient_noise_scale"] = self.noise_scale
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
@@ -374,9 +363,9 @@ class AdaptiveBatchSize(Callback):
     def _change(self, size: int) -> None:
         state, control = self._present, self._batches
         limit = self._max_batch_size or control.epoch_samples or size
-        if size == state.batch_size or size > limit or size < self._rules.min_batch_size:
+        if size == state.batch_size or not self._rules.min_batch_size <= size <= limit:
             return
-        division = self._division(control, size)
+        division = self._division(size, control.request)
         if division is None:
             return
         self.events.append({"step": state.steps, "samples": state.samples, "from": state.batch_size, "to": size})

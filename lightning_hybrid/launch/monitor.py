@@ -72,31 +72,30 @@ class FailureMonitor:
 
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
-        self._operation: tuple[str, int | None, int | None, bool] = ("start", None, None, False)
-        self._peers: PeerMonitor | None = None
         self._thread: threading.Thread | None = None
-        self._finished = threading.Event()
+        self._hook: Callable[..., None] | None = None
+        self.previous_hook: Callable[..., Any] = sys.excepthook
+        self._reset((), None)
+
+    def _reset(self, children: Sequence[Popen], main_pid: int | None) -> None:
+        self._children, self._main_pid = children, main_pid
+        self.operation = "start"
+        """The main thread's operation, as text for messages."""
+        self._peers: PeerMonitor | None = None
+        self._wake, self._finished = threading.Event(), threading.Event()
         self._raised: BaseException | None = None
         self._raising = self._in_failed = False
         self._decision = _Decision()
-        self._hook: Callable[..., None] | None = None
-        self.previous_hook: Callable[..., Any] = sys.excepthook
 
     # ---- the main thread's side
 
     @contextmanager
     def during(self, operation: str, batch: int | None = None, step: int | None = None) -> Iterator[None]:
         """Records the main thread's `operation`, with `batch` and `step` if given; the record outlives an exception."""
-        self._operation = (operation, batch, step, False)
-        yield
-        self._operation = (operation, batch, step, True)
-
-    @property
-    def operation(self) -> str:
-        """The main thread's operation, as text for messages."""
-        operation, batch, step, over = self._operation
         at = "" if batch is None else f" of batch {batch}" + ("" if step is None else f" (global step {step})")
-        return f"{'after ' if over else ''}{operation}{at}"
+        self.operation = f"{operation}{at}"
+        yield
+        self.operation = f"after {operation}{at}"
 
     @property
     def connected(self) -> bool:
@@ -115,12 +114,7 @@ class FailureMonitor:
             children: The processes of the ranks that this process has started, local rank 1 first.
             main_pid: The pid of the process whose end ends the run; None: there is none.
         """
-        self._children, self._main_pid = children, main_pid
-        self._decision = _Decision()
-        self._wake, self._finished = threading.Event(), threading.Event()
-        self._peers, self._raised = None, None
-        self._raising = self._in_failed = False
-        self._operation = ("start", None, None, False)
+        self._reset(children, main_pid)
         self._hook_process()
         self._thread = threading.Thread(target=self._run, name="failure monitor", daemon=True)
         self._thread.start()
@@ -176,7 +170,9 @@ class FailureMonitor:
             return None
         if self._reports(cause):
             return None if cause.reporter == rank else RankError(cause.text)
-        self._wait_for_reporter(peers, cause)
+        deadline = time.monotonic() + _AWAIT_REPORT_SECONDS
+        while time.monotonic() < deadline and not peers.has_reported(cause.reporter):
+            time.sleep(_LEAVING_POLL_SECONDS)
         return RankFailed(cause.text)
 
     def note_unsaved(self, path: object) -> None:
@@ -213,16 +209,11 @@ class FailureMonitor:
             thread.join(_INTERRUPTED_SECONDS if self._raising else self._timeout.total_seconds())
         self._thread = self._raised = None
         if peers is None or self._raising or self._decision.cause is None:
-            if not self._raising and not self.failing:
+            if not self._raising:
                 self._unhook_process()
             return None
         self._raising = self._in_failed = True
         return self._answer(peers, None)
-
-    def _wait_for_reporter(self, peers: PeerMonitor, cause: Cause) -> None:
-        deadline = time.monotonic() + _AWAIT_REPORT_SECONDS
-        while time.monotonic() < deadline and not peers.has_reported(cause.reporter):
-            time.sleep(_LEAVING_POLL_SECONDS)
 
     # ---- the end of the process
 
@@ -321,7 +312,8 @@ class FailureMonitor:
 
     def _try_to_decide(self, peers: PeerMonitor) -> None:
         if peers.is_alone and not peers.failures:
-            self._accept(peers, Cause(kind="ended", rank=None, text=_NO_LAUNCHER, reporter=None))
+            text = "The launcher of the ranks has ended without a word."
+            self._accept(peers, Cause(kind="ended", rank=None, text=text, reporter=None))
         if not peers.failures:
             return
         ripe = is_ripe(peers.failures, peers.world_size, time.monotonic() - peers.first_seen)
@@ -375,9 +367,8 @@ class FailureMonitor:
         else:
             self._decision.polls_after_report += peers.has_reported(cause.reporter)
             limit = _RETURN_SECONDS + (_AWAIT_REPORT_SECONDS if cause.reporter is None else 0.0)
-            if (
-                self._decision.polls_after_report > 1 or seconds > limit
-            ):  # at the first such poll the main thread may be about to return
+            # at the first poll after the report the main thread may be about to return
+            if self._decision.polls_after_report > 1 or seconds > limit:
                 self._end_process()
 
     def _is_known(self, peers: PeerMonitor) -> bool:
@@ -404,10 +395,6 @@ class FailureMonitor:
         return decision.is_reporter
 
 
-_NO_LAUNCHER = "The launcher of the ranks has ended without a word."
-
-
 def _print_error(text: str) -> None:
     """Prints an error that has no traceback."""
-    sys.stderr.write(f"lightning_hybrid: {RankError.__name__}: {text}\n")
-    sys.stderr.flush()
+    print(f"lightning_hybrid: {RankError.__name__}: {text}", file=sys.stderr, flush=True)  # noqa: T201

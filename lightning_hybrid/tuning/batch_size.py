@@ -361,9 +361,7 @@ class BatchSizeController:
             raise PartitionError(_NO_NOISE)
         if self.noise is None:
             runner = self._runner
-            self.noise = GradientNoise(
-                runner.partition, runner.device, getattr(self._trainer.precision_plugin, "scaler", None)
-            )
+            self.noise = GradientNoise(runner.partition, runner.device, getattr(runner.precision, "scaler", None))
             runner.noise = self._engine.optimizers.nonfinite.noise = self.noise
         self.noise.install()
         return self.noise
@@ -373,14 +371,6 @@ class BatchSizeController:
         if self.noise is not None:
             self.noise.remove()
             self._runner.noise = self._engine.optimizers.nonfinite.noise = self.noise = None
-
-    def samples_of(self, batch: Any) -> int:
-        """Returns the samples of all replicas in the training batch that has just run."""
-        return samples_of_all(self._engine, batch)
-
-    def sum_over_replicas(self, count: int) -> int:
-        """Returns the sum of `count` over all replicas. Collective."""
-        return sum_over_replicas(self._engine, count)
 
     def release(self) -> None:
         """Restores all settings of Lightning and the user; a second call has no effect."""
