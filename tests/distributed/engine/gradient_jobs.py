@@ -82,15 +82,26 @@ class _Norms(L.Callback):
         pl_module.log_dict(norms)
 
 
-def norms_of_gradients(layout: str | None, module_options: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """Trains; the norms of every step, and those that were logged last."""
+def norms_of_gradients(
+    layout: str | None, module_options: dict[str, Any], *, tied: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Trains; the norms of every step, those that were logged last, and the weights.
+
+    Args:
+        layout: The layout; None: one process.
+        module_options: Arguments of `Classifier`.
+        tied: Whether the first and the last block share a weight.
+        **options: Arguments of the Trainer.
+    """
     quiet()
     L.seed_everything(7, verbose=False)
-    callback = _Norms()
+    module, callback = Classifier(**module_options), _Norms()
+    if tied:
+        module.blocks[3].up.weight = module.blocks[0].up.weight
     trainer, replicas = trainer_for(layout, callbacks=[callback], **options)
-    trainer.fit(Classifier(**module_options), DataLoader(Numbers(), batch_size=16 // replicas))
+    trainer.fit(module, DataLoader(Numbers(), batch_size=16 // replicas))
     logged = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("grad_")}
-    return {"found": callback.found, "logged": logged}
+    return {"found": callback.found, "logged": logged, "weights": weights(trainer, module)}
 
 
 class _Halves(L.Callback):

@@ -96,6 +96,15 @@ def test_norms_of_gradients(request, layout, optimizer):
         assert result["logged"] == pytest.approx(expected["logged"], rel=1e-4)
 
 
+def test_a_weight_of_several_stages_counts_once_in_the_norm(ranks2: RankGroup):
+    options: dict[str, Any] = {"tied": True, "gradient_clip_val": 0.05}
+    expected = reference(jobs.norms_of_gradients, None, {}, **options)
+    results = ranks2.call(jobs.norms_of_gradients, "pp2", {}, **options)
+    for found, norms in zip(results[0]["found"], expected["found"], strict=True):
+        assert found == pytest.approx(norms, rel=1e-4)
+    check_weights(results[0]["weights"], expected["weights"])
+
+
 @pytest.mark.parametrize(
     ("layout", "hook"),
     [
