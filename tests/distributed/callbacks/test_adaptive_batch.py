@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from tests.distributed.callbacks import adaptive_jobs as jobs
 from tests.harness import RankError, RankGroup
@@ -55,6 +56,15 @@ def test_noise_with_divided_experts(request: pytest.FixtureRequest, layout: str,
     assert results[0]["parts"] == [[2 * replicas, 2 * replicas // group]] * 3
     for result in results:
         torch.testing.assert_close(torch.tensor(result["found"]), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("layout", "replicas", "microbatches"), [("dp2", 2, 1), ("pp2", 1, 4)])
+def test_noise_is_not_that_of_the_scaled_loss(ranks2: RankGroup, layout: str, replicas: int, microbatches: int) -> None:
+    half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    results = ranks2.call(jobs.noise, layout, plugins=[half], strategy_options={"microbatches": microbatches})
+    expected = jobs.noise_of_parts(replicas, microbatches)
+    for result in results:
+        torch.testing.assert_close(torch.tensor(result["found"]), torch.tensor(expected), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
