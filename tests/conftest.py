@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests import harness, support
 from tests.harness import RankGroup
@@ -59,6 +60,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     table = session.config.pluginmanager.get_plugin("support table")
     if table is not None:
         support.write(Path(str(session.config.getoption("--support-table"))), table.rows())
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_stays() -> Iterator[None]:
+    """Destroys the process group that a strategy leaves: Lightning would take a later run for one of several ranks."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _ranks(world_size: int) -> Iterator[RankGroup]:

@@ -314,6 +314,7 @@ def _serve(
 
     torch.set_num_threads(1)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] -- loaders start workers
+    multiprocessing.set_start_method(None, force=True)  # which workers have by default, not that of this process
     while (request := pickle.loads(connection.recv_bytes())) is not None:
         with warnings.catch_warnings():
             for text in filters:

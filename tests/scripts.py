@@ -9,6 +9,7 @@ forked, from the server of the rank groups and from the first process before the
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import pickle
 import runpy
@@ -173,6 +174,7 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    multiprocessing.set_start_method(None, force=True)  # workers start as those of a command line, not as this process
     code: Any = 0
     try:
         if command[0] == "-m":

@@ -125,8 +125,6 @@ def _fit_validate_test_predict(layout: str | None) -> list[Any]:
     return seen
 
 
-# Lightning leaves the process group of an earlier run in this process, and takes one process for one of several.
-@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log:UserWarning")
 @pytest.mark.parametrize("layout", ["fsdp2", *LAYOUTS])
 def test_trainers_one_after_another(layout: str, ranks2: RankGroup) -> None:
     expected = _fit_validate_test_predict(None)
