@@ -130,7 +130,7 @@ class FailureMonitor:
             if code is not None:
                 raise RankError(
                     f"The run cannot start: the process of local rank {local_rank} (pid {child.pid}) has ended before "
-                    f"the ranks met, {exit_text(code)}. What it says of the reason stands above, if it could say any."
+                    f"the ranks met, {exit_text(code)}. Its own error, if it could print one, is above."
                 )
 
     def failed(self, error: BaseException) -> BaseException | None:

@@ -249,7 +249,7 @@ def _problem(
     if (metric := engine.metrics.unmovable(layout)) is not None:
         return (
             f"`relayout` cannot divide what the metric `{metric}` has seen in this epoch among replicas: one of "
-            "its states has a reduction of its own. Change the layout in `on_train_epoch_start`."
+            "its states has a custom `dist_reduce_fx`. Change the layout in `on_train_epoch_start`."
         )
     try:
         layout.validate(dist.get_world_size())
