@@ -16,6 +16,7 @@ from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.ghosts.deferred_init import DeferredInit
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.hook_logs import HookLogs
+from lightning_hybrid.metrics.step_logs import seen_before_step
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.plan import check_precision, check_trainer, make_partition
@@ -120,6 +121,10 @@ class Engine:
 
     def start(self) -> None:
         """Patches the precision plugin, the logging of the module, and torchmetrics. Collective."""
+        trainer, any_rank = self.run.trainer, self.run.world.any_rank
+        # votes come first: where a rank has failed in what follows, the others would wait for its vote
+        self.runner.gradients.seen_by_hooks = any_rank(seen_after_backward(trainer))
+        self.optimizers.logs_wait = not any_rank(seen_before_step(trainer))
         self.stop()
         self.partition.resume()
         self.patches.callback(self.partition.suspend)
@@ -128,7 +133,6 @@ class Engine:
         for part in (self.hook_logs, self.metrics, self.optimizers):
             part.install()
             self.patches.callback(part.remove)
-        self.runner.gradients.seen_by_hooks = self.run.world.any_rank(seen_after_backward(self.run.trainer))
 
     def stop(self) -> None:
         """Removes all patches; the module stays partitioned."""

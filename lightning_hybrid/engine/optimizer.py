@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
@@ -19,7 +18,6 @@ from lightning_hybrid.engine.clipping import clip_by_norm, clip_by_value
 from lightning_hybrid.engine.nonfinite import NonFiniteCheck, SkipStep
 from lightning_hybrid.engine.norms import global_norm
 from lightning_hybrid.engine.step import StepRunner
-from lightning_hybrid.metrics.step_logs import seen_before_step
 from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
@@ -36,7 +34,8 @@ class OptimizerWrapper:
     def __init__(self, runner: StepRunner, on_nonfinite: Literal["raise", "skip"]) -> None:
         self.runner, self.precision, self._on_nonfinite = runner, runner.precision, on_nonfinite
         self._exchange = runner.exchange
-        self._logs_wait = False
+        self.logs_wait = False
+        """True if logs of a step can wait for the check of its gradients: no hook before the update reads them."""
         self.nonfinite = NonFiniteCheck(runner.partition, runner.device, on_nonfinite, self._exchange)
         self._known_norm: Tensor | None = None
         """Norm of the gradients that the check has computed; None if the gradients may have changed since."""
@@ -49,10 +48,7 @@ class OptimizerWrapper:
         """Factor on the learning rates in the update only: schedulers and checkpoints have those of the user."""
 
     def install(self) -> None:
-        """Patches the precision plugin. Collective over all ranks."""
-        seen = torch.tensor(float(seen_before_step(self.runner.root.trainer)), device=self.runner.device)
-        dist.all_reduce(seen)
-        self._logs_wait = not seen.item()
+        """Patches the precision plugin."""
         self._patches.enter_context(
             patched(
                 self.precision,
@@ -129,7 +125,7 @@ class OptimizerWrapper:
             closure = self._of_all_replicas(closure)
         rates = [group["lr"] for group in optimizer.param_groups] if self.learning_rate_factor != 1.0 else []
         try:
-            self._exchange.check_follows = self._logs_wait
+            self._exchange.check_follows = self.logs_wait
             out = step(optimizer, closure, *args, **kwargs)
             if self._exchange.logs.pending:  # a precision plugin of the user has not run the check
                 self._exchange.run()

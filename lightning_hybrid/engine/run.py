@@ -60,6 +60,8 @@ class Run:
         self.patches.enter_context(sampler_injection(self.trainer, False))
         # values of a step are reduced over the replicas already, whatever `sync_dist` says
         self.patches.enter_context(ignored_warning(r".*It is recommended to use `self\.log\(.*sync_dist=True\)`.*"))
+        # `compat.averaging` keeps averages of parts
+        self.patches.enter_context(ignored_warning(r".*WeightAveraging doesn't support sharding model layers.*"))
         if torch.distributed.get_world_size() > 1:
             self.patches.enter_context(self.world.preemption.installed(self.trainer))
 

@@ -34,6 +34,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         slow("plan", "memory", 0, "dp2", "pp2"),
         slow("plan", "exception", 0, "pp2", "tp2"),
         slow("plan", "exception", 1, "fsdp2", "pp2"),
+        slow("memory", "exception", 1, "dp2", "pp2"),
+        slow("memory", "memory", 0, "dp2", "pp2"),
+        slow("move", "exception", 0, "dp2", "pp2"),
+        slow("move", "memory", 1, "dp2", "pp2"),
+        ("follow", "exception", 1, "dp2", "pp2"),
     ],
 )
 def test_training_stays_in_the_old_layout(
@@ -56,13 +61,8 @@ def test_training_stays_in_the_old_layout(
         slow("detach", "exception", 0),
         slow("detach", "kill", 1),
         slow("plan", "kill", 1),
-        slow("memory", "exception", 1),
-        slow("memory", "memory", 0),
         slow("memory", "kill", 0),
-        slow("move", "exception", 0),
-        slow("move", "memory", 1),
         ("move", "kill", 1),
-        slow("follow", "exception", 1),
         slow("follow", "kill", 0),
     ],
 )
