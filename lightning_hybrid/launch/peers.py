@@ -36,6 +36,7 @@ class PeerMonitor:
         """Failures that this rank has not posted yet."""
         self.is_alone = False
         """True if the store is gone, so that this rank cannot reach the others."""
+        self._is_first: bool | None = None
         self._posted: set[tuple[int, bool]] = set()
         self._beats: dict[int, tuple[str, int]] = {}
         self._polls = 0
@@ -95,6 +96,8 @@ class PeerMonitor:
 
     def lose_store(self) -> None:
         """Makes this rank decide alone from now on, because the store is gone."""
+        if self._is_first is None:  # now: later on, the first rank may have ended because it has reported the cause
+            self._is_first = self.is_first_alive()
         self.is_alone = True
         if self.group.rank0_has_store:
             self._ended(0, "its process is gone, and with it the store of the run")
@@ -102,7 +105,12 @@ class PeerMonitor:
         self.outbox = []
 
     def is_first_alive(self) -> bool:
-        """Returns True if no rank before this one is alive; ranks of other machines count as alive."""
+        """Returns True if no rank before this one is alive, or was when the store was lost.
+
+        Ranks of other machines count as alive.
+        """
+        if self._is_first is not None:
+            return self._is_first
         return all(p.is_local and p.state() != "running" for p in self.group.processes[: self.group.rank])
 
     def note_reported(self) -> None:

@@ -103,3 +103,16 @@ def test_a_rank_without_a_store_waits_for_a_report_to_the_end() -> None:
     peers.is_alone = True
     FailureStore(peers.group.store, 1).note_reported()
     assert not peers.has_reported(None)
+
+
+def test_the_first_rank_that_is_left_without_a_store_is_the_one_that_reports() -> None:
+    """Also after it has ended, which it does as soon as it has reported."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as first:
+        processes = [_dead(), Process(this_process().host, first.pid), this_process()]
+        group = RankGroup(store=HashStore(), rank=2, processes=processes, facts=[], rank0_has_store=True)
+        peers = PeerMonitor(group, [], lambda: "backward")
+        peers.poll()
+        assert peers.is_alone
+        assert not peers.is_first_alive()
+        first.communicate(b"\n")
+    assert not peers.is_first_alive()
