@@ -149,7 +149,7 @@ class FailureMonitor:
         peers.outbox.append(failure_of(error, peers.group.rank, self.operation))
         self._wake.set()
         if not decision.decided.wait(_PATIENCE_SECONDS):  # the store does not answer
-            peers.is_alone = True
+            peers.decide_alone()
             self._accept(peers, self._choose(peers, {}))
         return self._answer(peers, error)
 
@@ -318,7 +318,7 @@ class FailureMonitor:
             return
         ripe = is_ripe(peers.failures, peers.world_size, time.monotonic() - peers.first_seen)
         if ripe and peers.group.rank0_has_store and peers.states().get(0) in ("stopped", "gone"):
-            peers.is_alone = True
+            peers.decide_alone()
         if peers.is_alone:
             if ripe:
                 self._accept(peers, self._choose(peers, {}))
@@ -388,7 +388,7 @@ class FailureMonitor:
             if decision.is_reporter is None:
                 decision.is_reporter = False
                 if decision.alone:
-                    decision.is_reporter = peers.is_first_alive()
+                    decision.is_reporter = peers.is_first
                 else:
                     with contextlib.suppress(RuntimeError):  # a store that is gone ended after the report
                         decision.is_reporter = peers.store.claim_report()

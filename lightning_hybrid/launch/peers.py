@@ -36,7 +36,11 @@ class PeerMonitor:
         """Failures that this rank has not posted yet."""
         self.is_alone = False
         """True if the store is gone, so that this rank cannot reach the others."""
-        self._is_first: bool | None = None
+        self.is_first = False
+        """True if no rank before this one was alive when this rank became alone; ranks elsewhere count as alive.
+
+        Later, the first rank may have ended because it has reported the cause.
+        """
         self._posted: set[tuple[int, bool]] = set()
         self._beats: dict[int, tuple[str, int]] = {}
         self._polls = 0
@@ -94,24 +98,20 @@ class PeerMonitor:
             self.first_seen = time.monotonic()
         self.failures += failures
 
+    def decide_alone(self) -> None:
+        """Makes this rank decide alone from now on, because the store does not answer."""
+        if not self.is_alone:
+            processes = self.group.processes[: self.group.rank]
+            self.is_first = all(p.is_local and p.state() != "running" for p in processes)
+        self.is_alone = True
+
     def lose_store(self) -> None:
         """Makes this rank decide alone from now on, because the store is gone."""
-        if self._is_first is None:  # now: later on, the first rank may have ended because it has reported the cause
-            self._is_first = self.is_first_alive()
-        self.is_alone = True
+        self.decide_alone()
         if self.group.rank0_has_store:
             self._ended(0, "its process is gone, and with it the store of the run")
         self._note(self.outbox)
         self.outbox = []
-
-    def is_first_alive(self) -> bool:
-        """Returns True if no rank before this one is alive, or was when the store was lost.
-
-        Ranks of other machines count as alive.
-        """
-        if self._is_first is not None:
-            return self._is_first
-        return all(p.is_local and p.state() != "running" for p in self.group.processes[: self.group.rank])
 
     def note_reported(self) -> None:
         """Notifies the other ranks that this rank has reported the cause, so that they can exit."""

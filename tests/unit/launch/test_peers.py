@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
@@ -105,14 +106,16 @@ def test_a_rank_without_a_store_waits_for_a_report_to_the_end() -> None:
     assert not peers.has_reported(None)
 
 
-def test_the_first_rank_that_is_left_without_a_store_is_the_one_that_reports() -> None:
+@pytest.mark.parametrize("lose", [PeerMonitor.lose_store, PeerMonitor.decide_alone])
+def test_the_first_rank_that_is_left_without_a_store_is_the_one_that_reports(lose: Any) -> None:
     """Also after it has ended, which it does as soon as it has reported."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as first:
         processes = [_dead(), Process(this_process().host, first.pid), this_process()]
         group = RankGroup(store=HashStore(), rank=2, processes=processes, facts=[], rank0_has_store=True)
         peers = PeerMonitor(group, [], lambda: "backward")
-        peers.poll()
+        lose(peers)
         assert peers.is_alone
-        assert not peers.is_first_alive()
+        assert not peers.is_first
         first.communicate(b"\n")
-    assert not peers.is_first_alive()
+    lose(peers)
+    assert not peers.is_first
