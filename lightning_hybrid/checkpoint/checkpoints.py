@@ -46,15 +46,12 @@ class Checkpoints:
     def save(self, engine: Engine, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """Saves Lightning's checkpoint dict, which holds this rank's shards of the state. Collective."""
         with engine.run.during("save_checkpoint"):
-            self._save(engine, checkpoint, path)
-
-    def _save(self, engine: Engine, checkpoint: Mapping[str, Any], path: str | Path) -> None:
-        rng = RNGState.capture(default_generators(engine.device)).plain() | engine.rng.state_dict()
-        more: dict[str, Any] = {"streams": rng}
-        if engine.diloco is not None:
-            more["local_steps"] = {**engine.diloco.state_dict(), "optimizers": state.own_optimizer_states(engine)}
-        content = state.content_of(engine, {**checkpoint, **more})
-        self.saver.save(path, content, loading.manifest_facts(checkpoint, engine.mesh.layout))
+            rng = RNGState.capture(default_generators(engine.device)).plain() | engine.rng.state_dict()
+            more: dict[str, Any] = {"streams": rng}
+            if engine.diloco is not None:
+                more["local_steps"] = {**engine.diloco.state_dict(), "optimizers": state.own_optimizer_states(engine)}
+            content = state.content_of(engine, {**checkpoint, **more})
+            self.saver.save(path, content, loading.manifest_facts(checkpoint, engine.mesh.layout))
 
     def find_last(self, trainer: pl.Trainer) -> str | None:
         """Returns the newest checkpoint of the callbacks' folders (`ckpt_path="last"`); older ones are the fallback."""
