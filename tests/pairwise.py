@@ -22,6 +22,12 @@ def quick(values: Iterable[Any], *kept: Any) -> list[Any]:
     return [value if value in kept else slow(*(value if isinstance(value, tuple) else (value,))) for value in values]
 
 
+def alternating(first: Iterable[Any], second: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Returns every other pair of values, as on a chessboard: each value with half of the other option's."""
+    pairs = itertools.product(enumerate(first), enumerate(second))
+    return [(a, b) for (i, a), (j, b) in pairs if (i + j) % 2 == 0]
+
+
 def pairwise(*options: Sequence[Any]) -> list[Any]:
     """Returns all combinations of the values of options, as parameters of a test.
 

@@ -11,7 +11,7 @@ from tests.distributed.contract import flow_jobs as jobs
 from tests.distributed.contract.layouts import LAYOUTS, TWO, assert_equal, assert_same_weights, call
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
-from tests.pairwise import quick
+from tests.pairwise import alternating, quick
 from tests.support import refused
 
 REFUSED = {("tp2", "detect_anomaly"): "cannot look for NaN in gradients that are divided.*Or use .*such as 'dp2'"}
@@ -22,14 +22,11 @@ def one_process() -> dict[str, dict[str, Any]]:
     return {name: reference(jobs.options, None, name) for name in jobs.OPTIONS}
 
 
-def _options() -> list[Any]:
-    """Each option under two of the layouts in the tests that run always."""
-    kept = [pair for i, name in enumerate(jobs.OPTIONS) for pair in itertools.product(TWO[i % 2 :: 2], [name])]
-    return quick(itertools.product(TWO, jobs.OPTIONS), *kept, *REFUSED)
-
-
 @pytest.mark.feature(by="name", prefix="Trainer: ")
-@pytest.mark.parametrize(("layout", "name"), _options())
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    quick(itertools.product(TWO, jobs.OPTIONS), *alternating(TWO, jobs.OPTIONS), *REFUSED),
+)
 def test_options(request: pytest.FixtureRequest, ranks2: RankGroup, one_process: dict, layout: str, name: str) -> None:
     if (layout, name) in REFUSED:
         with pytest.raises(RankError, match=REFUSED[layout, name]):

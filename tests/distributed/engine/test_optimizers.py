@@ -12,7 +12,7 @@ import torch
 from tests.distributed.engine import optimizer_jobs as jobs
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
-from tests.pairwise import pairwise, quick
+from tests.pairwise import alternating, pairwise, quick
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 EVERYWHERE = ["AdamW, foreach", "AdamW, fused", "SGD, foreach", "groups and a schedule"]
@@ -23,14 +23,10 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=name)
 
 
-def _everywhere() -> list[Any]:
-    """Each optimizer under two of the layouts in the tests that run always."""
-    kept = [(layout, optimizer) for i, optimizer in enumerate(EVERYWHERE) for layout in TWO[i % 2 :: 2]]
-    return quick(itertools.product(TWO, EVERYWHERE), *kept)
-
-
 @pytest.mark.feature(by="optimizer", prefix="optimizer: ")
-@pytest.mark.parametrize(("layout", "optimizer"), _everywhere())
+@pytest.mark.parametrize(
+    ("layout", "optimizer"), quick(itertools.product(TWO, EVERYWHERE), *alternating(TWO, EVERYWHERE))
+)
 def test_optimizers(ranks2: RankGroup, layout, optimizer):
     found = ranks2.call(jobs.optimized, layout, {"optimizer": optimizer})[0]
     check(found, reference(jobs.optimized, None, {"optimizer": optimizer}))

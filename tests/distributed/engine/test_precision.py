@@ -11,10 +11,11 @@ import torch
 from tests.distributed.engine import numbers_jobs as jobs
 from tests.distributed.reference import reference
 from tests.harness import RankGroup
-from tests.pairwise import quick, slow
+from tests.pairwise import alternating, quick, slow
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 HALF = ["bf16-mixed", "bf16-true", "16-mixed", "16-true"]
+PRECISIONS = ["32-true", *HALF, "64-true"]
 TIMES_RERUN = 4
 """How many times as far from one process a layout may be as one process is that adds the same gradients in 4 parts."""
 TIMES_LARGEST = 10
@@ -56,15 +57,10 @@ def check(result: dict, expected: dict, bound: tuple[float, float, float]) -> No
         assert result[key] == expected[key], key
 
 
-def _two() -> list[Any]:
-    """Each precision under two of the layouts in the tests that run always."""
-    precisions = ["32-true", *HALF, "64-true"]
-    kept = [(precision, layout) for i, precision in enumerate(precisions) for layout in TWO[i % 2 :: 2]]
-    return quick(itertools.product(precisions, TWO), *kept)
-
-
 @pytest.mark.feature(by="precision", prefix="precision: ")
-@pytest.mark.parametrize(("precision", "layout"), _two())
+@pytest.mark.parametrize(
+    ("precision", "layout"), quick(itertools.product(PRECISIONS, TWO), *alternating(PRECISIONS, TWO))
+)
 def test_two_ranks(ranks2: RankGroup, one, bounds, layout, precision):
     check(ranks2.call(jobs.precise, layout, precision)[0], one[precision], bounds[precision])
 

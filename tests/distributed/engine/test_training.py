@@ -12,7 +12,7 @@ from lightning_hybrid.checkpoint.consolidate import consolidate
 from tests.distributed import jobs
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
-from tests.pairwise import pairwise, quick
+from tests.pairwise import alternating, pairwise, quick
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 FOUR = ["dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"]
@@ -44,14 +44,8 @@ def references() -> dict[str, dict]:
     return {name: reference(jobs.fit, None, **settings) for name, settings in SETTINGS.items()}
 
 
-def _two() -> list[Any]:
-    """Each setting under two of the layouts in the tests that run always."""
-    kept = [(layout, setting) for i, setting in enumerate(SETTINGS) for layout in TWO[i % 2 :: 2]]
-    return quick(itertools.product(TWO, SETTINGS), *kept)
-
-
 @pytest.mark.feature(by="setting", prefix="training: ")
-@pytest.mark.parametrize(("layout", "setting"), _two())
+@pytest.mark.parametrize(("layout", "setting"), quick(itertools.product(TWO, SETTINGS), *alternating(TWO, SETTINGS)))
 def test_two_ranks(ranks2: RankGroup, references, layout, setting):
     results = ranks2.call(jobs.fit, layout, **SETTINGS[setting])
     assert_same(results[0], references[setting])

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tests.distributed.contract.jobs import make_trainer, start
 from tests.distributed.contract.layouts import TWO, assert_equal
 from tests.harness import RankGroup
-from tests.pairwise import quick
+from tests.pairwise import alternating, quick
 
 WIDTH, BATCH = 64, 64
 SMALL = 1024
@@ -147,13 +147,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def _always() -> list[Any]:
-    """Logs as most write them under each layout, the other ways under two in the tests that run always."""
-    kept = [(layout, case) for i, case in enumerate(CASES) for layout in (TWO if i < 3 else TWO[i % 2 :: 2])]
-    return quick(itertools.product(TWO, CASES), *kept)
+USUAL = ["no logs", "two values", "five values, on epochs too"]
+"""Logs as most write them: under each layout in the tests that run always."""
 
 
-@pytest.mark.parametrize(("layout", "case"), _always())
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    quick(itertools.product(TWO, CASES), *itertools.product(TWO, USUAL), *alternating(TWO, CASES)),
+)
 def test_a_step_has_one_read_and_one_small_collective(ranks2: RankGroup, layout: str, case: str) -> None:
     of_one_process = costs(None, *CASES[case])  # Lightning reads what is in the progress bar
     limit = 2 if layout == "pp2" else 1

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import WandbLogger
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -32,12 +30,9 @@ def trainer_with(experiment: Any) -> Any:
 
 
 @pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    if dist.is_initialized():
-        dist.destroy_process_group()  # of a Trainer of this process that has ended: Lightning leaves its group
+def mesh() -> DeviceMesh:
     start_fake_ranks(2)
-    yield init_device_mesh("cpu", (2,))
-    dist.destroy_process_group()
+    return init_device_mesh("cpu", (2,))
 
 
 def test_watching_reads_the_local_part_until_the_end(mesh: DeviceMesh) -> None:
