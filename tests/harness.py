@@ -313,6 +313,7 @@ def _serve(
     import torch
 
     torch.set_num_threads(1)
+    _share_gloo_device()
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] -- loaders start workers
     multiprocessing.set_start_method(None, force=True)  # which workers have by default, not that of this process
     while (request := pickle.loads(connection.recv_bytes())) is not None:
@@ -323,6 +324,27 @@ def _serve(
         connection.send_bytes(reply)
     # The process group is not torn down in step with the other ranks, so interpreter shutdown could wait for them.
     os._exit(0)
+
+
+def _share_gloo_device() -> None:
+    """Makes all process groups of this process use one gloo device.
+
+    By default each group has its own, whose thread polls 100 times a second. A rank of a pool keeps the groups of every
+    layout that it has run, and these threads used half of the machine's CPU time.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    class SharedGloo(c10d.ProcessGroupGloo):
+        device: Any = None
+
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+            options = c10d.ProcessGroupGloo._Options()
+            if SharedGloo.device is None:
+                SharedGloo.device = c10d.ProcessGroupGloo.create_device(interface="lo")
+            options._devices, options._threads, options._timeout = [SharedGloo.device], 2, timeout
+            super().__init__(store, rank, size, options)
+
+    c10d.ProcessGroupGloo = SharedGloo  # type: ignore[misc]
 
 
 def _run(rank: int, world_size: int, function: Callable[..., Any], args: tuple, kwargs: dict) -> bytes:
