@@ -334,17 +334,22 @@ def _share_gloo_device() -> None:
     """
     from torch.distributed import distributed_c10d as c10d
 
-    class SharedGloo(c10d.ProcessGroupGloo):
-        device: Any = None
+    gloo: Any = c10d.ProcessGroupGloo
+    devices: list[Any] = []
 
+    class Kind(type(gloo)):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, gloo)
+
+    class SharedGloo(gloo, metaclass=Kind):
         def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
-            options = c10d.ProcessGroupGloo._Options()
-            if SharedGloo.device is None:
-                SharedGloo.device = c10d.ProcessGroupGloo.create_device(interface="lo")
-            options._devices, options._threads, options._timeout = [SharedGloo.device], 2, timeout
+            if not devices:
+                devices.append(gloo.create_device(interface="lo"))
+            options = gloo._Options()
+            options._devices, options._threads, options._timeout = devices, 2, timeout
             super().__init__(store, rank, size, options)
 
-    c10d.ProcessGroupGloo = SharedGloo  # type: ignore[misc]
+    c10d.ProcessGroupGloo = SharedGloo
 
 
 def _run(rank: int, world_size: int, function: Callable[..., Any], args: tuple, kwargs: dict) -> bytes:
