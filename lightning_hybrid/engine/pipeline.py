@@ -22,7 +22,8 @@ from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.engine.stage_bounds import stage_bounds
-from lightning_hybrid.ghosts.trace import CrossingValue, Trace, trace_step
+from lightning_hybrid.ghosts.record import CrossingValue, Trace
+from lightning_hybrid.ghosts.trace import trace_step
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.outputs import extras, join
 from lightning_hybrid.metrics.torchmetrics import Metrics

@@ -15,7 +15,7 @@ import torch
 
 from lightning_hybrid._torch_private import is_view, tree_flatten, tree_map, tree_unflatten
 from lightning_hybrid.ghosts.ghost import Ghost
-from lightning_hybrid.ghosts.trace import CrossingValue, Trace
+from lightning_hybrid.ghosts.record import CrossingValue, Trace
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.spec.errors import PartitionError
 

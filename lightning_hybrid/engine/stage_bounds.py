@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_hybrid.ghosts.trace import Trace
+from lightning_hybrid.ghosts.record import Trace
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.plan import Plan, stage_of
 

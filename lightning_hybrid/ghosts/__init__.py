@@ -5,6 +5,7 @@ parameters: replaces parameters that other ranks hold by ghosts.
 deferred_init: records the initialization of a module on ghosts, and replays it for single parameters.
 units: finds the blocks of a module and intercepts their calls.
 trace: runs a step on ghosts and records its data flow.
+record: the record of a dry run.
 use: records how a step uses weights and results of units.
 manual: optimizers that do nothing, for a dry run of manual optimization.
 preserve: restores module state after a dry run.

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from lightning_hybrid._torch_private import (
     FLASH_ATTENTION_CPU,
     GROUPED_MM,
-    TreeSpec,
     gradients_taken_by,
     is_mutable,
     own_parameters,
@@ -33,71 +32,13 @@ from lightning_hybrid._torch_private import (
 from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver, GhostWriteError, ghost_like, parameter_slots
 from lightning_hybrid.ghosts.manual import idle_optimizers, optimize_idly
 from lightning_hybrid.ghosts.preserve import preserved_module_state
+from lightning_hybrid.ghosts.record import CrossingValue, Cut, Trace, UnitCall
 from lightning_hybrid.ghosts.units import CallInterceptor
-from lightning_hybrid.ghosts.use import StepUse, record_use
+from lightning_hybrid.ghosts.use import record_use
 from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.spec.errors import PartitionError
 
 _DATA_DEPENDENT = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CrossingValue:
-    """A tensor that one stage computes and a later one uses."""
-
-    source: tuple[str, int, int]
-    """`("arg", c, i)`: leaf i of the arguments of call c; `("out", j, i)`: leaf i of what call j returned."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    written: bool
-    """True if the value is written in place after the cut; the receiver then needs a copy of the received buffer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """The values that cross at the entry of one unit call, or the reason why the step cannot be cut there."""
-
-    values: tuple[CrossingValue, ...] = ()
-    refusal: str | None = None
-
-
-@dataclass(kw_only=True)
-class UnitCall:
-    """One call of a unit in the step."""
-
-    name: str
-    args: tuple = ()
-    kwargs: dict = field(default_factory=dict)
-    spec: TreeSpec | None = None
-    leaves: list[Any] = field(default_factory=list)
-    """How to rebuild the output without running the unit: `("in", i)`, `("ghost", meta)` or `("value", x)`."""
-    skippable: bool = True
-    """False if the unit returns real tensors computed from the batch; stages without the unit run it on ghosts."""
-    concrete: bool = False
-    """True if the unit ran on random values instead of ghosts, since its control flow depends on values (routing)."""
-
-
-@dataclass(kw_only=True)
-class Trace:
-    """The data flow of one step on one microbatch."""
-
-    calls: list[UnitCall]
-    cuts: dict[int, Cut]
-    """Cuts by the index of the call at whose entry the step is cut; 1 to len(calls) - 1."""
-    parameter_uses: dict[str, tuple[int, ...]]
-    """Intervals that use each parameter (by first name); unused parameters are absent."""
-    flops: list[float]
-    """Forward FLOPs of interval -1 and of each call's interval, for this microbatch; length len(calls) + 1."""
-    takes_gradients: bool = False
-    """True if the step calls `torch.autograd.grad`."""
-    use: StepUse | None = None
-    """How weights and results of units are used; None if not recorded."""
-
-    def release(self) -> None:
-        """Frees the ghosts and copies of the dry run, after planning."""
-        for call in self.calls:
-            call.args, call.kwargs = (), {}
-        self.use = None
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_hybrid.ghosts.parameters import Parameters
-from lightning_hybrid.ghosts.trace import Trace
+from lightning_hybrid.ghosts.record import Trace
 from lightning_hybrid.ghosts.units import Units
 from lightning_hybrid.spec.expert_plan import ExpertPlan
 from lightning_hybrid.spec.model import ModelSpec, ParameterSpec

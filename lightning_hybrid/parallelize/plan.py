@@ -23,7 +23,8 @@ from lightning_hybrid._torch_private import own_buffers
 from lightning_hybrid.batches import batch_size, split_batch
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
 from lightning_hybrid.ghosts.parameters import Parameters
-from lightning_hybrid.ghosts.trace import Trace, trace_step
+from lightning_hybrid.ghosts.record import Trace
+from lightning_hybrid.ghosts.trace import trace_step
 from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import silent

@@ -6,7 +6,8 @@ import torch
 import torchmetrics
 from torch import nn
 
-from lightning_hybrid.ghosts.trace import Trace, trace_step
+from lightning_hybrid.ghosts.record import Trace
+from lightning_hybrid.ghosts.trace import trace_step
 from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.spec.errors import PartitionError
 
