@@ -51,6 +51,7 @@ from lightning_hybrid._torch_private.fsdp import (
 from lightning_hybrid._torch_private.loaders import replace_parts
 from lightning_hybrid._torch_private.modules import (
     BatchNorm,
+    NormBase,
     check_input_dim,
     flat_weight_names,
     gradient_hooks_of,
@@ -68,6 +69,7 @@ __all__ = [
     "all_to_all_rows",
     "ATTENTION",
     "BatchNorm",
+    "NormBase",
     "TESTED_TORCH",
     "warn_if_untested",
     "DispatchMode",

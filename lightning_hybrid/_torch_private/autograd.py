@@ -16,8 +16,8 @@ def is_view(tensor: torch.Tensor) -> bool:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """Returns how often `tensor` was written in place."""
-    return tensor._version
+    """Returns how often `tensor` was written in place; 0 for tensors of inference mode, which do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def after_this_backward(callback: Callable[[], None]) -> None:

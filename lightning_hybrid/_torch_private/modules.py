@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 BatchNorm = _BatchNorm
 """The base class of all modules that normalize with the statistics of the batch."""
+NormBase = _NormBase
+"""The base class of all modules that keep running statistics, of batches or of instances."""
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

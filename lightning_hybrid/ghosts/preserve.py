@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_hybrid._torch_private import own_buffers, version_of
+from lightning_hybrid.ghosts.state import ModuleState
 
 _CONTAINERS = (dict, list, set, deque)
 
@@ -51,17 +52,20 @@ def preserved_objects(objects: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def preserved_module_state(root: nn.Module) -> Iterator[None]:
-    """Restores attributes, containers (one level deep) and tensors of every submodule of `root` at exit."""
+    """Restores attributes, the objects they lead to, and tensors of every submodule of `root` at exit."""
+    state = ModuleState(root)
+    copies = state.copies()
     tensors: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
-    for module in root.modules():
-        for tensor in [*own_buffers(module).values(), *module.__dict__.values()]:
-            # exact type: subclasses (ghosts, DTensors) have no plain storage, and parameters are not written by a step
-            if type(tensor) is torch.Tensor and id(tensor) not in tensors and not tensor.requires_grad:
-                tensors[id(tensor)] = (tensor, version_of(tensor), tensor.detach().clone())
+    attributes = [t for m in root.modules() for t in (*own_buffers(m).values(), *m.__dict__.values())]
+    for tensor in [*attributes, *(leaf for kept in copies.values() for leaf in kept.leaves())]:
+        # exact type: subclasses (ghosts, DTensors) have no plain storage, and parameters are not written by a step
+        if type(tensor) is torch.Tensor and id(tensor) not in tensors and not tensor.requires_grad:
+            tensors[id(tensor)] = (tensor, version_of(tensor), tensor.detach().clone())
     try:
         with preserved_objects(root.modules()):
             yield
     finally:
+        state.restore(copies)
         with torch.no_grad():
             for tensor, version, saved in tensors.values():
                 if version_of(tensor) != version:

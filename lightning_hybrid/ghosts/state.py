@@ -1,0 +1,121 @@
+"""The state of the user's code in a module: where it is, how to copy it, and what a step has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_hybrid._torch_private import NormBase, own_buffers
+from lightning_hybrid.ghosts.contract import StatePlace
+from lightning_hybrid.ghosts.objects import Copy
+
+_OTHERS = ("lightning_hybrid.", "torch.", "lightning.", "torchmetrics.")
+"""Packages whose classes have no attributes of the user."""
+
+
+class ModuleState:
+    """The places of a module that hold state of the user's code.
+
+    Args:
+        root: The LightningModule.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._holders: dict[str, nn.Module] = {}
+        classes: dict[type, None] = {}
+        inside: set[int] = set()
+        for name, module in root.named_modules():
+            if id(module) in inside or isinstance(module, Metric | MetricCollection):
+                inside |= {id(m) for m in module.modules()}
+                continue  # metrics are synchronized by `metrics.torchmetrics`
+            self._holders[name] = module
+            classes |= dict.fromkeys(k for k in type(module).__mro__ if not f"{k.__module__}.".startswith(_OTHERS))
+        self._classes = {f"class {k.__module__}.{k.__qualname__}": k for k in classes if k.__module__ != "builtins"}
+
+    def places(self) -> Iterator[tuple[StatePlace, Any]]:
+        """Yields every place with what it holds."""
+        framework = _framework()
+        for name, module in self._holders.items():
+            for key, value in module.__dict__.items():
+                if key not in framework and not isinstance(value, nn.Parameter):
+                    yield StatePlace(name, key), value
+            for key, value in own_buffers(module).items():
+                yield StatePlace(name, key), value
+        for name, kind in self._classes.items():
+            for key, value in list(vars(kind).items()):
+                if isinstance(value, _CLASS_STATE) and not key.startswith("__"):
+                    yield StatePlace(name, key), value
+
+    def get(self, place: StatePlace) -> Any:
+        """Returns what `place` holds; `MISSING` if it does not exist."""
+        holder = self._holders.get(place.owner)
+        if holder is None:
+            return vars(self._classes[place.owner]).get(place.key, MISSING)
+        return holder.__dict__.get(place.key, own_buffers(holder).get(place.key, MISSING))
+
+    def set(self, place: StatePlace, value: Any) -> None:
+        """Sets what `place` holds; `MISSING` removes the attribute."""
+        holder = self._holders.get(place.owner)
+        if holder is None:
+            setattr(self._classes[place.owner], place.key, value)
+        elif value is MISSING:
+            holder.__dict__.pop(place.key, None)
+            own_buffers(holder).pop(place.key, None)
+        elif place.key in own_buffers(holder):
+            own_buffers(holder)[place.key] = value
+        else:
+            holder.__dict__[place.key] = value
+
+    def copies(self) -> dict[StatePlace, Copy]:
+        """Returns a copy of what every place holds."""
+        return {place: Copy(value) for place, value in self.places()}
+
+    def restore(self, copies: dict[StatePlace, Copy]) -> None:
+        """Gives every place back what it held, except for the values of tensors that were written in place."""
+        for place, copy in copies.items():
+            value = copy.restore()
+            if self.get(place) is not value:
+                self.set(place, value)
+        for place, _ in list(self.places()):
+            if place not in copies:
+                self.set(place, MISSING)
+
+    def changed(self, before: dict[StatePlace, Copy]) -> list[StatePlace]:
+        """Returns the places whose content is not that of `before`."""
+        found = [p for p, c in self.copies().items() if p not in before or not before[p].same_as(c)]
+        found += [p for p in before if self.get(p) is MISSING]
+        return found + [p for p in self._statistics(found) if p not in found]
+
+    def _statistics(self, changed: list[StatePlace]) -> list[StatePlace]:
+        """Returns the statistics of normalizations among `changed`, whose updates on ghosts leave no trace."""
+        owners = {p.owner for p in changed if p.key == "num_batches_tracked"}
+        norms = [(n, self._holders[n]) for n in owners if isinstance(self._holders.get(n), NormBase)]
+        return [
+            StatePlace(n, key) for n, m in norms for key in ("running_mean", "running_var") if key in own_buffers(m)
+        ]
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "MISSING"
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING: Any = _Missing()
+"""Stands for an attribute that does not exist."""
+_CLASS_STATE = (int, float, str, bool, list, dict, set, torch.Tensor)
+
+
+@cache
+def _framework() -> frozenset[str]:
+    """Returns the names of attributes that belong to torch, Lightning and this package."""
+    ours = ("log", "log_dict", "forward", "load_state_dict", "__deepcopy__", "_hybrid_engine", "_hybrid_deferred_init")
+    return frozenset({*vars(pl.LightningModule()), *ours, "_flat_weights", "_flat_weight_refs"})
