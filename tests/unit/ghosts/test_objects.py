@@ -67,10 +67,10 @@ def test_a_change_is_seen_undone_and_made_again(kind: str) -> None:
     change = difference(before, value, torch.Tensor.clone)
     assert change is not None
     change = pickle.loads(pickle.dumps(change))  # as another rank gets it
-    expected = str(copy.deepcopy(value)) if kind not in ("generator", "random", "slots") else after.state
+    expected: Any = str(copy.deepcopy(value)) if kind not in ("generator", "random", "slots") else after.state
     if kind != "tensor in a tuple":  # tensors are not restored
         assert before.restore() is value
         assert Copy(value).same_as(before)
     again = apply_difference(value if kind != "tensor in a tuple" else tensors, change)
-    found = Copy(again).state if kind in ("generator", "random", "slots") else str(again)
+    found: Any = Copy(again).state if kind in ("generator", "random", "slots") else str(again)
     assert found == expected if kind != "generator" else torch.equal(found, expected)
