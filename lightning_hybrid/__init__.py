@@ -1,7 +1,6 @@
 """Hybrid data- and model-parallel training for any LightningModule, from one Trainer argument."""
 
-from lightning.pytorch.strategies import StrategyRegistry
-
+from lightning_hybrid._lightning_private import register_strategy
 from lightning_hybrid._torch_private import warn_if_untested
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.float8 import Float8Precision
@@ -20,7 +19,7 @@ __all__ = [
     "RankError",
 ]
 
-StrategyRegistry.register(
-    "hybrid", HybridStrategy, description="Replicas, sharding, experts, tensors and a pipeline for any LightningModule"
+register_strategy(
+    "hybrid", HybridStrategy, "Replicas, sharding, experts, tensors and a pipeline for any LightningModule"
 )
 warn_if_untested()

@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lightning_hybrid._lightning_private import PrecisionOfEither
 from lightning_hybrid.spec.errors import PartitionError
 
 BLOCK = 128
@@ -31,7 +31,7 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 """Function `(x, weight) -> x @ weight.T` in FP8; the rows of `x` and both dims of `weight` are multiples of 128."""
 
 
-class Float8Precision(MixedPrecision):
+class Float8Precision(PrecisionOfEither):
     """Precision plugin: `bf16-mixed` with linear layers in FP8: `Trainer(plugins=[Float8Precision()])`.
 
     Args:

@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
+from lightning_hybrid._lightning_private import EitherPackage, StrategyOfEither
 from lightning_hybrid.batches import split_sequences
 from lightning_hybrid.checkpoint import state
 from lightning_hybrid.checkpoint.checkpoints import Checkpoints
@@ -40,7 +40,7 @@ from lightning_hybrid.spec.tensor_plan import renamed_choices
 T = TypeVar("T")
 
 
-class HybridStrategy(ParallelStrategy):
+class HybridStrategy(StrategyOfEither):
     """Trains any LightningModule, unmodified, under a layout: replicas, sharding, experts, tensors, a pipeline.
 
     Args:
@@ -194,6 +194,8 @@ class HybridStrategy(ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
+        if isinstance(self.precision_plugin, EitherPackage):
+            self.precision_plugin.belong_to(self.accelerator)
         self._launcher = HybridLauncher(
             self._environment, self.num_processes, self.num_nodes, self.layout, self._world.monitor
         )

@@ -21,7 +21,6 @@ from lightning_hybrid._lightning_private.callbacks import (
 )
 from lightning_hybrid._lightning_private.checkpoints import checkpoint_folders, checkpoint_of_run, last_found_by
 from lightning_hybrid._lightning_private.loaders import (
-    IndexBatches,
     batch_on_device,
     behind_index_batches,
     hands_out_its_iterator,
@@ -32,6 +31,7 @@ from lightning_hybrid._lightning_private.loaders import (
     predictions_of,
     prefetches,
     reads_in_turn,
+    recorded_indices,
     reload_validation,
     running_prediction,
     set_epoch,
@@ -53,6 +53,16 @@ from lightning_hybrid._lightning_private.metrics import (
     samples_of_running_batch,
     set_step_value,
     watch_parts,
+)
+from lightning_hybrid._lightning_private.packages import (
+    Callback,
+    EitherPackage,
+    PrecisionOfEither,
+    StrategyOfEither,
+    is_overridden,
+    of_package,
+    register_strategy,
+    twins,
 )
 from lightning_hybrid._lightning_private.processes import (
     SubprocessScriptLauncher,
@@ -98,7 +108,15 @@ __all__ = [
     "default_backend",
     "init_process_group",
     "reduce_tensor",
-    "IndexBatches",
+    "Callback",
+    "EitherPackage",
+    "PrecisionOfEither",
+    "StrategyOfEither",
+    "is_overridden",
+    "of_package",
+    "register_strategy",
+    "twins",
+    "recorded_indices",
     "PlaceInEpoch",
     "SubprocessScriptLauncher",
     "Synchronize",

@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import (
 )
 from torch.optim import Optimizer
 
+from lightning_hybrid._lightning_private.packages import twins
+
 
 def average_of(callback: Any) -> Any:
     """Returns the average that a callback keeps."""
@@ -33,13 +35,13 @@ def average_options(callback: WeightAveraging) -> dict[str, Any]:
 def averaged_once_per_epoch(trainer: pl.Trainer) -> list[Any]:
     """Returns the callbacks that average weights over epochs."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
-    return [c for c in callbacks if isinstance(c, StochasticWeightAveraging)]
+    return [c for c in callbacks if isinstance(c, twins(StochasticWeightAveraging))]
 
 
 def averaged_per_step(trainer: pl.Trainer) -> list[Any]:
     """Returns the callbacks that keep an `AveragedModel`, which they have during training."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
-    return [c for c in callbacks if isinstance(c, WeightAveraging) and c._average_model is not None]
+    return [c for c in callbacks if isinstance(c, twins(WeightAveraging)) and c._average_model is not None]
 
 
 def forget_schedulers_before_averaging(callback: Any, trainer: pl.Trainer) -> None:
@@ -56,9 +58,11 @@ def parameters_compared_by_identity() -> Iterator[None]:
         present = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [p for p in params if id(p) not in present]
 
-    original = BaseFinetuning.__dict__["filter_on_optimizer"]
-    BaseFinetuning.filter_on_optimizer = staticmethod(padding)  # type: ignore[method-assign]
+    originals = {kind: kind.__dict__["filter_on_optimizer"] for kind in twins(BaseFinetuning)}
+    for kind in originals:
+        kind.filter_on_optimizer = staticmethod(padding)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        BaseFinetuning.filter_on_optimizer = original
+        for kind, original in originals.items():
+            kind.filter_on_optimizer = original

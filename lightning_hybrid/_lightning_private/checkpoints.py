@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
 )
 
+from lightning_hybrid._lightning_private.packages import twins
 from lightning_hybrid.patching import patched
 
 
@@ -43,8 +44,8 @@ def checkpoint_folders(trainer: pl.Trainer) -> list[str]:
     """Returns the folders that the trainer's callbacks save checkpoints to."""
     found = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined] -- set by a connector
-        if isinstance(callback, ModelCheckpoint):
+        if isinstance(callback, twins(ModelCheckpoint)):
             found.append(str(callback._ModelCheckpoint__resolve_ckpt_dir(trainer)))  # type: ignore[attr-defined]
-        elif isinstance(callback, OnExceptionCheckpoint):
+        elif isinstance(callback, twins(OnExceptionCheckpoint)):
             found.append(str(callback.dirpath))
     return list(dict.fromkeys(found))

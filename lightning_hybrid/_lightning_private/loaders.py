@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,8 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import TrainerFn
-from typing_extensions import override
+
+from lightning_hybrid._lightning_private.packages import of_package, twins
 
 
 def loaders_of_running_batch(trainer: pl.Trainer) -> tuple[list[Any] | None, int]:
@@ -32,7 +34,7 @@ def reads_in_turn(combined: Any) -> bool:
 
 def hands_out_its_iterator(trainer: pl.Trainer) -> bool:
     """Returns True if the step has an iterator (`dataloader_iter`) as argument instead of a batch."""
-    return isinstance(trainer._active_loop._data_fetcher, _DataLoaderIterDataFetcher)  # type: ignore[union-attr]
+    return isinstance(trainer._active_loop._data_fetcher, twins(_DataLoaderIterDataFetcher))  # type: ignore[union-attr]
 
 
 def state_left(trainer: pl.Trainer, shard: Any) -> dict[str, Any] | None:
@@ -115,17 +117,26 @@ def running_prediction(trainer: pl.Trainer) -> tuple[int, int, int]:
 
 def behind_index_batches(batch_sampler: Any) -> Any:
     """Returns the user's batch sampler, without Lightning's wrapper that records samples of prediction batches."""
-    return batch_sampler._batch_sampler if isinstance(batch_sampler, _IndexBatchSamplerWrapper) else batch_sampler
+    return (
+        batch_sampler._batch_sampler if isinstance(batch_sampler, twins(_IndexBatchSamplerWrapper)) else batch_sampler
+    )
 
 
-class IndexBatches(_IndexBatchSamplerWrapper):
-    """Records the samples of each batch for prediction writers, as plain lists."""
+class _PlainLists:
+    """Makes Lightning's record of the samples of each batch one of plain lists."""
 
-    @override
+    seen_batch_indices: list[list[int]]
+
     def __next__(self) -> list[int]:
-        batch = super().__next__()
+        batch = super().__next__()  # type: ignore[misc] -- of the other base class
         self.seen_batch_indices[-1] = list(batch)
         return batch
+
+
+def recorded_indices(trainer: pl.Trainer, batch_sampler: Any) -> Any:
+    """Returns a batch sampler that records the samples of each batch for prediction writers."""
+    wrapper = of_package(trainer, _IndexBatchSamplerWrapper)
+    return types.new_class("IndexBatches", (_PlainLists, wrapper))(batch_sampler)
 
 
 def on_before_batch_transfer(module: pl.LightningModule, batch: Any, loader: int) -> Any:

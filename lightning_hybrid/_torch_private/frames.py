@@ -12,7 +12,11 @@ _TORCH, _PACKAGE = Path(torch.__file__).parent, Path(__file__).parent.parent
 _SKIPPED_FOLDERS = (str(_TORCH), str(_PACKAGE))
 _COLLECTIVE_PLACES = tuple(str(p) for p in (_TORCH / "distributed", _TORCH / "_ops.py", _TORCH / "autograd", _PACKAGE))
 _EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
-_OTHERS_CODE = (*_SKIPPED_FOLDERS, str(Path(threading.__file__).parent), str(_TORCH.parent / "lightning"))
+_OTHERS_CODE = (
+    *_SKIPPED_FOLDERS,
+    str(Path(threading.__file__).parent),
+    *(str(_TORCH.parent / n) for n in ("lightning", "pytorch_lightning")),
+)
 
 
 def user_location() -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import LBFGS, SGD, Optimizer
 from typing_extensions import override
 
-from lightning_hybrid._lightning_private import steps_after_batch
+from lightning_hybrid._lightning_private import Callback, steps_after_batch, twins
 from lightning_hybrid.adapt.batch_schedule import BatchSizeSchedule
 from lightning_hybrid.adapt.batch_size import (
     BatchSizeState,
@@ -167,7 +167,7 @@ class AdaptiveBatchSize(Callback):
                 "itself decides when the optimizer steps. Remove the callback."
             )
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
-        if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
+        if any(isinstance(c, twins(GradientAccumulationScheduler)) for c in callbacks):
             raise PartitionError(
                 "`AdaptiveBatchSize` and `GradientAccumulationScheduler` both change `accumulate_grad_batches`. Use "
                 "one of them."

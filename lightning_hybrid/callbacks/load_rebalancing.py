@@ -10,11 +10,10 @@ from statistics import median
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_hybrid._lightning_private import steps_after_batch
+from lightning_hybrid._lightning_private import Callback, steps_after_batch
 from lightning_hybrid.adapt.rebalance import RebalancingRules, Watch, judge, look
 from lightning_hybrid.adapt.stage_cuts import StageTime
 from lightning_hybrid.batches import count_samples

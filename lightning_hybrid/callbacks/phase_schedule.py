@@ -7,11 +7,10 @@ from dataclasses import asdict, replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_hybrid._lightning_private import checkpoint_of_run, steps_after_batch
+from lightning_hybrid._lightning_private import Callback, checkpoint_of_run, steps_after_batch
 from lightning_hybrid.adapt.division import divide
 from lightning_hybrid.adapt.phases import Phase, PhaseState, check_phases, in_force
 from lightning_hybrid.batches import count_tokens

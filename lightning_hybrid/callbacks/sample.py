@@ -4,12 +4,14 @@ import inspect
 from typing import Any, Protocol, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.panel import Panel
 from rich.syntax import Syntax
 from torch import Tensor
+
+from lightning_hybrid._lightning_private import Callback
 
 
 class Generative(Protocol):

@@ -4,8 +4,9 @@ import time
 from typing import Any
 
 from lightning.fabric.utilities.throughput import Throughput
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lightning_hybrid._lightning_private import Callback
 from lightning_hybrid.batches import count_tokens
 
 

@@ -14,9 +14,9 @@ import lightning
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_hybrid._lightning_private import is_overridden
 from lightning_hybrid.checkpoint.files import candidates
 from lightning_hybrid.checkpoint.reader import HYPER_PARAMETERS, OPTIMIZER_STATES, SavedCheckpoint, newest_first, whole
 from lightning_hybrid.collectives import gather_objects

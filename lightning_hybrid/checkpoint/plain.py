@@ -23,6 +23,7 @@ import torch
 from lightning.fabric.utilities.data import AttributeDict
 from torch import Tensor
 
+from lightning_hybrid._lightning_private import twins
 from lightning_hybrid.spec.errors import CheckpointError
 
 
@@ -44,7 +45,7 @@ def encode(value: Any, put: Callable[[Tensor], str], path: str = "") -> Any:
     if kind is not None:
         name, to_plain = kind
         return {name: encode(to_plain(value), put, path)}
-    if type(value) in (dict, OrderedDict, AttributeDict, defaultdict):
+    if type(value) in (dict, OrderedDict, defaultdict, *twins(AttributeDict)):
         return _encode_mapping(value, put, path)
     if type(value) is list:
         return [encode(v, put, f"{path}[{i}]") for i, v in enumerate(value)]
@@ -96,7 +97,7 @@ def decode(value: Any, get: Callable[[str], Tensor], trust_pickle: bool, source:
 
 
 def _encode_mapping(value: Mapping, put: Callable[[Tensor], str], path: str) -> Any:
-    tags = {OrderedDict: "$ordered", AttributeDict: "$attributes"}
+    tags = {OrderedDict: "$ordered", **dict.fromkeys(twins(AttributeDict), "$attributes")}
     if all(isinstance(k, str) and not k.startswith("$") for k in value):
         plain: Any = {k: encode(v, put, f"{path}.{k}") for k, v in value.items()}
         return {tags[type(value)]: plain} if type(value) in tags else plain

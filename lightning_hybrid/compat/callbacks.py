@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary
 
-from lightning_hybrid._lightning_private import parameters_compared_by_identity, plain_optimizer
+from lightning_hybrid._lightning_private import parameters_compared_by_identity, plain_optimizer, twins
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.patching import patched
 
@@ -24,9 +24,9 @@ def patched_callbacks(engine: Engine) -> AbstractContextManager:
     stack = ExitStack()
     callbacks: list[Any] = engine.run.trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
     for callback in callbacks:
-        if isinstance(callback, BaseFinetuning):
+        if isinstance(callback, twins(BaseFinetuning)):
             stack.enter_context(_patched_finetuning(callback, engine))
-        elif isinstance(callback, ModelSummary):
+        elif isinstance(callback, twins(ModelSummary)):
             stack.enter_context(_patched_summary(callback, engine))
     return stack
 

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset, default_convert
 
-from lightning_hybrid._lightning_private import reads_in_turn
+from lightning_hybrid._lightning_private import reads_in_turn, twins
 from lightning_hybrid.dataloader.wrap import generators_of, users_loader
 from lightning_hybrid.rng.state import preserved_generators, preserved_rng
 from lightning_hybrid.spec.errors import PartitionError
@@ -34,7 +34,7 @@ def sample_batch(loaders: Any, *, training: bool) -> tuple[Any, tuple[int, ...]]
         PartitionError: If there is no batch, or a loader can be iterated only once.
     """
     combined = loaders
-    if not isinstance(loaders, CombinedLoader):
+    if not isinstance(loaders, twins(CombinedLoader)):
         combined = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
     if not reads_in_turn(combined):
         return first_batch(combined.iterables), ()

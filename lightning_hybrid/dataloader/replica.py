@@ -22,7 +22,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_hybrid._lightning_private import (
-    IndexBatches,
     batches_left_in_window,
     behind_index_batches,
     hands_out_its_iterator,
@@ -30,6 +29,7 @@ from lightning_hybrid._lightning_private import (
     prediction_loaders,
     predictions_of,
     prefetches,
+    recorded_indices,
     reload_validation,
     training_loaders,
 )
@@ -139,7 +139,7 @@ class ReplicaData:
             getattr(batches, "batch_size", loader.batch_size),
             getattr(batches, "drop_last", loader.drop_last),
         )
-        return shard, {"batch_sampler": IndexBatches(sampler) if self._predicting else sampler}
+        return shard, {"batch_sampler": recorded_indices(self._trainer, sampler) if self._predicting else sampler}
 
     # ---- the running step
 

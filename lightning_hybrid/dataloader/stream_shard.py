@@ -22,7 +22,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_hybrid._lightning_private import place_in_epoch
+from lightning_hybrid._lightning_private import place_in_epoch, twins
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.dataloader import seeding, sharding
 from lightning_hybrid.dataloader.agreement import all_read_the_same, different_data, digest, replicas_of
@@ -149,7 +149,7 @@ class StreamShard:
             index, count = (self._replica, self._replicas) if self._sharded_here else (0, 1)
             parts["dataset"] = EveryNth(dataset, index, count, self._before)
             user = loader.worker_init_fn
-            if isinstance(user, partial) and user.func is pl_worker_init_function:
+            if isinstance(user, partial) and user.func in twins(pl_worker_init_function):
                 # a stream that is sharded here must be the same on all replicas, as on rank 0 of a single process
                 user = partial(pl_worker_init_function, rank=0 if self._sharded_here else self._replica)
             parts["worker_init_fn"] = seeding.WorkerInit(user)

@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_hybrid._lightning_private import is_overridden
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.first_batch import first_step
 from lightning_hybrid.engine.run import Run

@@ -43,7 +43,7 @@ def clips_untouched_gradients(trainer: pl.Trainer) -> bool:
     )
 
 
-_WITHOUT_CHANGES = ("lightning.pytorch.", "lightning_hybrid.")
+_WITHOUT_CHANGES = ("lightning.pytorch.", "pytorch_lightning.", "lightning_hybrid.")
 """Packages whose hooks do not change gradients: Lightning's hooks are empty, those of this package only read them."""
 
 

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lightning_hybrid._lightning_private import SubprocessScriptLauncher, TunerExit, last_found_by, share_cores
+from lightning_hybrid._lightning_private import SubprocessScriptLauncher, TunerExit, last_found_by, share_cores, twins
 from lightning_hybrid.launch.monitor import FailureMonitor
 from lightning_hybrid.spec.layout import Layout
 
@@ -78,7 +78,7 @@ class HybridLauncher(SubprocessScriptLauncher):
         self._watch.begin(self.procs, self._main_pid())
         try:
             result = function(*args, **kwargs)
-        except (SIGTERMException, TunerExit):
+        except twins(SIGTERMException, TunerExit):
             self._watch.interrupted()
             raise
         except BaseException as error:

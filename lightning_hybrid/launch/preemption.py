@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_hybrid._lightning_private import set_received_sigterm, sigterm_routed
+from lightning_hybrid._lightning_private import of_package, set_received_sigterm, sigterm_routed
 
 
 class Preemption:
@@ -38,7 +38,7 @@ class Preemption:
 
         def before_batch() -> None:
             if self.agree(trainer):
-                raise SIGTERMException
+                raise of_package(trainer, SIGTERMException)
 
         return sigterm_routed(trainer, self._note, before_batch)
 

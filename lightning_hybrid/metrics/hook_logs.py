@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
-from lightning_hybrid._lightning_private import fabric_of, running_hook, samples_of_running_batch
+from lightning_hybrid._lightning_private import fabric_of, of_package, running_hook, samples_of_running_batch
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import LogRecorder, by_name, leave_out, replay
 from lightning_hybrid.metrics.reduction import reduce_over_replicas
@@ -46,7 +46,7 @@ class HookLogs:
     def _log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         calls: list[dict[str, Any]] = []
         collector = _Collector(self._root, calls)
-        LightningModule.log_dict(collector, dictionary, *args, **kwargs)  # type: ignore[arg-type]
+        of_package(self._root, LightningModule).log_dict(collector, dictionary, *args, **kwargs)  # type: ignore[arg-type]
         if "log" in self._root.__dict__ and self._root.__dict__["log"] != self._log:
             for call in calls:  # in a step, whose recorder collects them
                 self._root.log(**call)
@@ -59,7 +59,8 @@ class HookLogs:
         weighed = {}
         for i, call in enumerate(calls):
             if isinstance(call["value"], Metric) or call.get("rank_zero_only", False):
-                LightningModule.log(self._root, **{k: v for k, v in call.items() if k != "sync_dist"})
+                own_log = of_package(self._root, LightningModule).log
+                own_log(self._root, **{k: v for k, v in call.items() if k != "sync_dist"})
                 continue
             weighed[0, call["name"], i] = samples is not None or call.get("batch_size") is not None
             recorder.record(samples or 1, (0, call["name"], i), **call)

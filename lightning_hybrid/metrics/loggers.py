@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from lightning_hybrid._lightning_private import watch_parts
+from lightning_hybrid._lightning_private import twins, watch_parts
 from lightning_hybrid.collectives import to_local
 
 KEY = "lightning_hybrid"
@@ -20,7 +20,7 @@ def log_plan(trainer: pl.Trainer, record: dict[str, Any]) -> None:
     if not trainer.enable_autolog_hparams:
         return
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, twins(TensorBoardLogger)):
             logger.log_hyperparams({KEY: record}, metrics={})  # without `metrics`: a second `hp_metric`
         else:
             logger.log_hyperparams({KEY: record})
@@ -30,6 +30,6 @@ def watched_parts(trainer: pl.Trainer) -> AbstractContextManager:
     """Makes `watch` of W&B show rank 0's shard of each weight: gathering whole weights would wait for other ranks."""
     stack = ExitStack()
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+        if isinstance(logger, twins(WandbLogger)) and trainer.is_global_zero:
             stack.enter_context(watch_parts(logger.experiment, to_local))
     return stack

@@ -22,6 +22,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_hybrid._lightning_private import of_package
+
 _SIGNATURE = inspect.signature(LightningModule.log)
 _OPTIONS = frozenset(_SIGNATURE.parameters) - {"self", "name", "value"}
 _NOT_REPLAYED = ("sync_dist", "sync_dist_group", "enable_graph")
@@ -111,7 +113,8 @@ class LogRecorder:
                 entry.weight += weight
             return
         if not isinstance(value, numbers.Number | Tensor):
-            LightningModule.log(self.root, name, value, **options)  # raises Lightning's own error
+            own_log = of_package(self.root, LightningModule).log
+            own_log(self.root, name, value, **options)  # raises Lightning's own error
         value = torch.as_tensor(value, dtype=torch.float64).detach()
         if value.numel() != 1:
             raise ValueError(
@@ -176,7 +179,8 @@ def replay(
         else:
             value = torch.as_tensor(entry.value, dtype=torch.float64)
             value = (value / entry.weight if entry.reduction == "mean" else value).to(root.device, torch.float32)
-        LightningModule.log(root, entry.name, value, batch_size=max(1, round(entry.weight)), **entry.options)
+        own_log = of_package(root, LightningModule).log
+        own_log(root, entry.name, value, batch_size=max(1, round(entry.weight)), **entry.options)
 
 
 @contextmanager

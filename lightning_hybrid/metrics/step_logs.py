@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_hybrid._lightning_private import as_hook
+from lightning_hybrid._lightning_private import as_hook, is_overridden
 from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import LogEntry, replay

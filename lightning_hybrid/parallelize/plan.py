@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import (
     Precision,
 )
 
-from lightning_hybrid._lightning_private import detects_anomalies
+from lightning_hybrid._lightning_private import detects_anomalies, twins
 from lightning_hybrid._torch_private import own_buffers
 from lightning_hybrid.batches import batch_size, split_batch
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
@@ -232,8 +232,9 @@ def check_precision(precision: Precision) -> None:
     Raises:
         PartitionError: If `precision` is such a plugin.
     """
-    known = isinstance(precision, _PRECISIONS) or type(precision).convert_module is Precision.convert_module
-    if not known or isinstance(precision, FSDPPrecision | DeepSpeedPrecision):
+    plain = [kind.convert_module for kind in twins(Precision)]
+    known = isinstance(precision, twins(*_PRECISIONS)) or type(precision).convert_module in plain
+    if not known or isinstance(precision, twins(FSDPPrecision, DeepSpeedPrecision)):
         raise PartitionError(
             f"`precision={precision.precision!r}` ({type(precision).__name__}) replaces layers or belongs to another "
             "strategy, so the module cannot be partitioned as it is. Use one of '32-true', '16-mixed', "

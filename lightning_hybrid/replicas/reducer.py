@@ -9,11 +9,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hybrid._lightning_private import is_overridden
 from lightning_hybrid._torch_private import after_this_backward, foreach_copy
 from lightning_hybrid.collectives import to_local
 from lightning_hybrid.replicas.reduction import Exact, Finish, Reduction
