@@ -1,17 +1,14 @@
 """The two names of Lightning: `lightning.pytorch` and `pytorch_lightning` hold the same code, but different classes.
 
-This package imports `lightning.pytorch`. A user may import either: `twins` has the classes of both for `isinstance`,
-`of_package` the class or function of the package that the user's object belongs to, and classes derived from
-`EitherPackage` make objects for Trainers of both. `pytorch_lightning` is never imported here, only by the user.
+Installing `lightning` installs both. The other files of this package import `lightning.pytorch`; a user may import
+either. `twins` has the classes of both for `isinstance`, `of_package` the class or function of the package that the
+user's object belongs to, and classes derived from `EitherPackage` make objects for Trainers of both.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
-import sys
+import importlib
 import types
-from collections.abc import Callable
 from functools import cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -22,27 +19,26 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.utilities import model_helpers
+from pytorch_lightning.callbacks import Callback as _OtherCallback
+from pytorch_lightning.strategies import StrategyRegistry as _OtherRegistry
 from typing_extensions import Self
 
 T = TypeVar("T")
 
-_OTHER = "pytorch_lightning"
-_NAMES = {"lightning.pytorch": _OTHER, "lightning.fabric": "lightning_fabric"}
+_NAMES = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
 """Prefixes of the names of modules, and those of the same modules under the other name."""
 
 
 def _twin(thing: Any) -> Any:
-    """Returns the class or function of the other name; None if its module is not imported."""
-    for prefix, other in _NAMES.items():
-        if thing.__module__.startswith(prefix):
-            module = sys.modules.get(other + thing.__module__.removeprefix(prefix))
-            return None if module is None else attrgetter(thing.__qualname__)(module)
-    raise ValueError(f"{thing} is not a part of Lightning.")
+    """Returns the class or function of `pytorch_lightning` for one of `lightning`."""
+    prefix = next(prefix for prefix in _NAMES if thing.__module__.startswith(prefix))
+    module = importlib.import_module(_NAMES[prefix] + thing.__module__.removeprefix(prefix))
+    return attrgetter(thing.__qualname__)(module)
 
 
 def twins(*things: T) -> tuple[T, ...]:
-    """Returns classes of `lightning`, and those of `pytorch_lightning` if that is imported."""
-    return (*things, *(twin for thing in things if (twin := _twin(thing)) is not None))
+    """Returns classes or functions of `lightning`, followed by those of `pytorch_lightning`."""
+    return (*things, *map(_twin, things))
 
 
 def of_package(owner: Any, thing: T) -> T:
@@ -86,10 +82,9 @@ class EitherPackage:
 
     def belong_to(self, part: Any) -> None:
         """Gives the object the base class of the package of `part`, an object of the Trainer."""
-        first, *others = twins(self.base)
-        if _belongs_to_other(type(part)):
-            first, others = others[0], [first]
-        self.__class__ = _derived(self.as_written, (first, *others))
+        own, other = twins(self.base)
+        bases = (other, own) if _belongs_to_other(type(part)) else (own, other)
+        self.__class__ = _derived(self.as_written, bases)
 
 
 @cache
@@ -101,8 +96,12 @@ def _derived(kind: Any, bases: tuple[type, ...]) -> Any:
 
 
 if TYPE_CHECKING:
-    StrategyOfEither = ParallelStrategy
-    PrecisionOfEither = MixedPrecision
+    from pytorch_lightning.plugins.precision import MixedPrecision as _OtherMixedPrecision
+    from pytorch_lightning.strategies.parallel import ParallelStrategy as _OtherParallelStrategy
+
+    class StrategyOfEither(ParallelStrategy, _OtherParallelStrategy): ...
+
+    class PrecisionOfEither(MixedPrecision, _OtherMixedPrecision): ...
 else:
 
     class StrategyOfEither(EitherPackage):
@@ -127,57 +126,20 @@ else:
         base = MixedPrecision
 
 
-class Callback(_Callback):
-    """Base of callbacks. `pytorch_lightning`'s `Callback` becomes a base, too, when it is imported: both are empty."""
+class Callback(_Callback, _OtherCallback):
+    """Base of callbacks for Trainers of both packages. The methods of the two base classes do nothing."""
 
 
 def register_strategy(name: str, strategy: Any, description: str) -> None:
-    """Makes a strategy class known to the Trainers of both packages, with the launcher and the callbacks.
+    """Makes a strategy class, and its launcher, known to the Trainers of both packages.
 
     Args:
         name: The name for `Trainer(strategy=name)`.
         strategy: A class derived from `StrategyOfEither`.
         description: A description for the registry.
     """
-    Strategy.register(strategy)
-    StrategyRegistry.register(name, strategy, description=description)
-
-    def register_with_other() -> None:
-        _twin(Strategy).register(strategy)
-        _twin(ParallelStrategy).register(strategy)
-        _twin(_SubprocessScriptLauncher).register(_SubprocessScriptLauncher)
-        registry = sys.modules[f"{_OTHER}.strategies"].StrategyRegistry
+    for kind in (*twins(Strategy), *twins(ParallelStrategy)):
+        kind.register(strategy)
+    for registry in (StrategyRegistry, _OtherRegistry):
         registry.register(name, strategy, description=description)
-        Callback.__bases__ = twins(_Callback)
-
-    _after_import(_OTHER, register_with_other)
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Calls a function once, after the module with a name has been imported."""
-
-    def __init__(self, name: str, function: Callable[[], None]) -> None:
-        self._name, self._function = name, function
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != self._name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_call(module: types.ModuleType) -> None:
-            execute(module)
-            self._function()
-
-        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign] -- this loader loads this module only
-        return spec
-
-
-def _after_import(name: str, function: Callable[[], None]) -> None:
-    if name in sys.modules:
-        function()
-    else:
-        sys.meta_path.insert(0, _AfterImport(name, function))
+    _twin(_SubprocessScriptLauncher).register(_SubprocessScriptLauncher)

@@ -114,6 +114,11 @@ def after_closure_of(precision: Precision) -> Callable[..., None]:
     return type(precision)._after_closure.__get__(precision)
 
 
+def post_backward_of(precision: Precision) -> Callable[..., Any]:
+    """Returns the method of the plugin's class that runs between a backward pass and `on_after_backward`."""
+    return type(precision).post_backward.__get__(precision)
+
+
 def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """Returns the user's optimizer behind a `LightningOptimizer`; any other optimizer is returned as it is."""
     return getattr(optimizer, "_optimizer", optimizer)

@@ -126,6 +126,7 @@ class Engine:
         self.runner.gradients.seen_by_hooks = any_rank(seen_after_backward(trainer))
         self.optimizers.logs_wait = not any_rank(seen_before_step(trainer))
         self.stop()
+        self.runner.loss_weights.reset()
         self.partition.resume()
         self.patches.callback(self.partition.suspend)
         self.runner.gradients.resume()

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
 
-from lightning_hybrid._lightning_private import after_closure_of
+from lightning_hybrid._lightning_private import after_closure_of, post_backward_of
 from lightning_hybrid._torch_private import agree_on_overflow
 from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.engine.clipping import clip_by_norm, clip_by_value
@@ -40,6 +41,7 @@ class OptimizerWrapper:
         self._known_norm: Tensor | None = None
         """Norm of the gradients that the check has computed; None if the gradients may have changed since."""
         self._after_closure = after_closure_of(runner.precision)
+        self._post_backward = post_backward_of(runner.precision)
         self._scaler: Any = getattr(runner.precision, "scaler", None)
         self._patches = ExitStack()
         self.names: dict[int, list[list[str]]] = {}
@@ -53,6 +55,7 @@ class OptimizerWrapper:
             patched(
                 self.precision,
                 _after_closure=self._checked,
+                post_backward=self._gradients_complete,
                 clip_grad_by_norm=self._clip_by_norm,
                 clip_grad_by_value=clip_by_value,
             )
@@ -97,6 +100,11 @@ class OptimizerWrapper:
         return known
 
     # ---- steps
+
+    def _gradients_complete(self, tensor: Tensor, module: Any) -> Tensor:
+        """Divides gradients by the sum of the losses' weights, before hooks see them."""
+        self.runner.loss_weights.finish(self.runner.partition.parameters.local().values())
+        return self._post_backward(tensor, module)
 
     def _checked(self, model: Any, optimizer: Any) -> None:
         """Checks the complete gradients, and continues with hooks and clipping, before the update."""
@@ -145,9 +153,12 @@ class OptimizerWrapper:
         def mean() -> Any:
             loss = closure()
             if isinstance(loss, Tensor):
-                loss = loss.detach().clone()
-                dist.all_reduce(loss, group=self.runner.mesh.replica_group)
-                loss /= self.runner.mesh.layout.replicas
+                context, group = self.runner.context, self.runner.mesh.replica_group
+                weights = None if context is None else context.loss_weights
+                weight = 1.0 if weights is None else sum(weights)
+                both = torch.stack([loss.detach() * weight if weight else loss.new_zeros(()), loss.new_tensor(weight)])
+                dist.all_reduce(both, group=group)
+                loss = both[0] / both[1]
             return loss
 
         return mean

@@ -20,6 +20,7 @@ from lightning_hybrid.batches import batch_size, count_samples, signature, split
 from lightning_hybrid.collectives import share_object
 from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.context import StepContext
+from lightning_hybrid.engine.loss_weights import mean_loss, weight_of, weights_of_parts, with_weights
 from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.engine.stage_bounds import stage_bounds
 from lightning_hybrid.ghosts.record import CrossingValue, Trace
@@ -166,9 +167,15 @@ class Pipeline:
             )
         except RuntimeError as error:  # torch wraps what a stage raises
             raise (error.__cause__ or error) from None
-        loss = torch.stack(self._step.losses).mean() if self.has_last else None
-        returned = [self._step.extras[i] for i in range(count)] if any(self._step.extras.values()) else []
-        return loss, join(returned, samples) if returned else {}
+        if not self.has_last:
+            return None, {}
+        step = self._step
+        returned = [step.extras[i] for i in range(count)] if any(step.extras.values()) else []
+        joined = join(returned, samples) if returned else {}
+        if not step.loss_weights:
+            return torch.stack(step.losses).mean(), joined
+        own = weights_of_parts(self.root, step.loss_weights, count)
+        return mean_loss(step.losses, own), with_weights(joined, own)
 
     def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
         """Runs one stage on microbatch `index`; returns the tensors to send, or the result of the last stage."""
@@ -177,7 +184,7 @@ class Pipeline:
         self._rng.begin(index)
         method = getattr(self.root, name)
         interceptor = self.partition.interceptor
-        recording = step.context.recorder.recording(step.samples[index], run, stage)
+        recording = step.context.recorder.recording(step.samples[index], run, stage, index)
         with recording, interceptor.handled_by(run), self.precision(), checkpoints_not_reentrant():
             out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
         if isinstance(out, _Stopped):
@@ -190,7 +197,11 @@ class Pipeline:
         if name != "training_step":
             return out
         step.extras[index] = extras(out)
-        loss = self._loss(out, step)
+        loss, weight = self._loss(out, step), weight_of(out)
+        if weight is not None:
+            step.loss_weights[index] = weight
+            step.losses.append(loss.detach())
+            return step.context.weighted([weight * len(step.arguments)]).scaled(loss)
         if step.weights:
             loss = loss * step.weights[index]
         step.losses.append(loss.detach())
@@ -298,7 +309,7 @@ class Pipeline:
         return get_schedule_class(name)(
             stages[0] if single else stages,  # type: ignore[arg-type]
             n_microbatches=count,
-            loss_fn=lambda loss, _: self._step.context.scaled(loss) * self._step.scale,
+            loss_fn=lambda loss, _: self._step.scaled(loss),
             scale_grads=False,
         )
 
@@ -323,6 +334,12 @@ class _Step:
     """Values that the step returned besides the loss, by microbatch."""
     losses: list[Tensor] = field(default_factory=list)
     """Losses of microbatches as the user's step returned them, multiplied by `weights`."""
+    loss_weights: dict[int, float] = field(default_factory=dict)
+    """Weights that the user's step returned with the losses, by microbatch."""
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Returns the loss of a microbatch whose gradient is computed."""
+        return (loss if self.loss_weights else self.context.scaled(loss)) * self.scale
 
 
 def _nothing_left() -> Callable[[], None]:

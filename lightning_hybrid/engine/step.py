@@ -20,6 +20,7 @@ from lightning_hybrid.engine.exchange import StepExchange
 from lightning_hybrid.engine.first_batch import prediction_arguments
 from lightning_hybrid.engine.gradient_noise import GradientNoise
 from lightning_hybrid.engine.gradients import ReplicaGradients
+from lightning_hybrid.engine.loss_weights import BY_MICROBATCH, LossWeights, check_weights, weight_of
 from lightning_hybrid.engine.pipeline import Pipeline
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.metrics.logs import LogRecorder, leave_out
@@ -73,6 +74,7 @@ class StepRunner:
             self.pipeline = Pipeline(self.root, partition, self.mesh, run.device, forward, metrics, rng)
             self.stage_outputs = StageOutputs(self.mesh, run.device, self.pipeline.last_rank)
         self.gradients = ReplicaGradients(partition, self.gradients_complete)
+        self.loss_weights = LossWeights(self.root, self.mesh, run.device)
 
     def time_computation(self, clocks: Clocks | None) -> None:
         """Measures this rank's computation time with `clocks`; None stops measuring."""
@@ -103,13 +105,16 @@ class StepRunner:
         """True if the samples of the running step, or else of the last step, are padding on this replica."""
         return self.context is not None and self.context.padding
 
-    def _begin(self, name: str, weights: BatchWeights | None, share: float = 1.0) -> StepContext:
+    def _begin(
+        self, name: str, weights: BatchWeights | None, share: float = 1.0, weight_unit: float = 1.0
+    ) -> StepContext:
         """Creates the context of a step.
 
         Args:
             name: Name of the step function.
             weights: Batch weights; None if all replicas have the same number of samples.
             share: Factor on the loss of this batch among the accumulated batches.
+            weight_unit: About the weight of a batch, see `StepContext`.
         """
         replica = self.mesh.replica
         padding = weights is not None and weights.padding(replica)
@@ -119,7 +124,12 @@ class StepRunner:
         elif weights is not None:
             factor = weights.factor(replica) * share
         self.context = StepContext(
-            name=name, recorder=LogRecorder(self.root), weights=weights, loss_factor=factor, padding=padding
+            name=name,
+            recorder=LogRecorder(self.root),
+            weights=weights,
+            loss_factor=factor,
+            padding=padding,
+            weight_unit=weight_unit,
         )
         self.metrics.begin_step()
         return self.context
@@ -131,19 +141,26 @@ class StepRunner:
         weights = self.run.data.batch_weights()
         share = self.run.data.share_in_step(weights)
         with self.run.during("training_step"):
-            return self.weighted_step(weights, share, *args, **kwargs)
+            unit = self.loss_weights.unit(args[0] if args else None)
+            out = self.weighted_step(weights, share, *args, weight_unit=unit, **kwargs)
+            if self.context is not None:
+                self.loss_weights.take(self.context, self.run.world.any_rank)
+            return out
 
-    def weighted_step(self, weights: BatchWeights | None, share: float, *args: Any, **kwargs: Any) -> Any:
+    def weighted_step(
+        self, weights: BatchWeights | None, share: float, *args: Any, weight_unit: float = 1.0, **kwargs: Any
+    ) -> Any:
         """Runs one `training_step` of the user under the layout.
 
         Args:
             weights: Batch weights; None if all replicas have the same number of samples.
             share: Factor on the loss of this batch among the accumulated batches.
             *args: Arguments of `training_step`, the batch first.
+            weight_unit: About the weight of a batch, see `StepContext`.
             **kwargs: Keyword arguments of `training_step`.
         """
         self.gradients.follow_frozen()
-        context = self._begin("training_step", weights, share)
+        context = self._begin("training_step", weights, share, weight_unit)
         if self.clocks is not None:
             self.clocks.begin_batch(self.pipeline.local if self.pipeline is not None else [])
         with self.rng.training(training_batch(self.root.trainer)):
@@ -157,9 +174,22 @@ class StepRunner:
         watched, refused = self.metrics.watching(self.partition.interceptor), self.gradients.refused_inside_step()
         with self.precision.train_step_context(), recording, watched, refused:
             out = self.partition.step_module(self.root.training_step, *args, **kwargs)
+        context = self._weighted(context, weight_of(out))
         self._log(context)
         self._note_parts(context, args[0], 1)
         return out
+
+    def _weighted(self, context: StepContext, *weights: float | None) -> StepContext:
+        """Returns the context of a step that has returned `weights` with its loss, by microbatch; None: it has not."""
+        found = [w for w in weights if w is not None]
+        whole = self.mesh.layout.replicas == self.mesh.layout.pp == self.root.trainer.accumulate_grad_batches == 1
+        if not found or whole:  # a step of the optimizer has one loss
+            return context
+        if context.name == "training_step":
+            diloco, noise = self.gradients.diloco is not None, self.noise is not None
+            check_weights(self.root, diloco=diloco, noise=noise)
+        self.context = context.weighted(found)
+        return self.context
 
     def _note_parts(self, context: StepContext, batch: Any, parts: int) -> None:
         if self.noise is not None:
@@ -174,7 +204,8 @@ class StepRunner:
         loss, extras = pipeline.train(context, args, scale, self.microbatches)
         self._note_parts(context, args[0], pipeline.parts)
         stashed.keep()
-        mean_loss, extras = self._log(context, loss, extras)
+        mean_loss, extras = self._share(loss, extras)
+        self._log(self._weighted(context, *extras.pop(BY_MICROBATCH, ())))
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         mean_loss = DeliverGradients.apply(anchor, mean_loss, partial(self.gradients.finish_pipeline, stashed, tied))
         return {"loss": mean_loss, **extras} if extras else mean_loss
@@ -183,22 +214,19 @@ class StepRunner:
         """Returns the loss whose gradient this replica contributes; a pipeline scales the loss in its schedule."""
         return loss if self.pipeline is not None or self.context is None else self.context.scaled(loss)
 
-    def _log(
-        self, context: StepContext, loss: Tensor | None = None, extras: dict[str, Any] | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Logs a step on all ranks, now or with its gradient check; returns the last stage's loss on every stage."""
-        entries = context.recorder.entries
+    def _share(self, loss: Tensor | None, extras: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Returns the last stage's loss, and what the step has returned besides, on every stage."""
+        return (torch.zeros(()), extras) if self.stage_outputs is None else self.stage_outputs.share(loss, extras)
+
+    def _log(self, context: StepContext) -> None:
+        """Logs a step on all ranks, now or with its gradient check."""
+        entries = context.recorder.reduced(context.loss_weights)
         if context.padding:
             leave_out(entries)
-        training = context.name == "training_step"
-        shared, returned = torch.zeros(()), extras or {}
-        if self.stage_outputs is not None and training:
-            shared, returned = self.stage_outputs.share(loss, returned)
         self.exchange.logs.take(context.name, entries)
-        if not training or not self.exchange.check_follows:
+        if context.name != "training_step" or not self.exchange.check_follows:
             with self.clocks.waiting() if self.clocks is not None else nullcontext():
                 self.exchange.run()
-        return shared, returned
 
     # ---- evaluation
 
@@ -243,6 +271,8 @@ class StepRunner:
                 watched = self.metrics.watching(self.partition.interceptor)
                 with self.precision.forward_context(), context.recorder.recording(count_samples(args[0])), watched:
                     out = self.partition.step_module(step, *args, **kwargs)
-        if context.recorder.entries or name != "predict_step":
+        if name != "predict_step":
+            context = self._weighted(context, weight_of(out))
+        if context.recorder.calls or name != "predict_step":
             self._log(context)
         return out

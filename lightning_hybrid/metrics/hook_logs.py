@@ -63,17 +63,18 @@ class HookLogs:
                 own_log(self._root, **{k: v for k, v in call.items() if k != "sync_dist"})
                 continue
             weighed[0, call["name"], i] = samples is not None or call.get("batch_size") is not None
-            recorder.record(samples or 1, (0, call["name"], i), **call)
-        if self.padding() and samples is not None:
-            leave_out(recorder.entries)
+            recorder.record(samples or 1, (0, call["name"], i), 0, **call)
         if not recorder.calls:
             return
-        reduce_over_replicas(recorder.entries, self._mesh, self._device, running_hook(self._root) or "no hook")
+        entries = recorder.reduced()
+        if self.padding() and samples is not None:
+            leave_out(entries)
+        reduce_over_replicas(entries, self._mesh, self._device, running_hook(self._root) or "no hook")
         for key, entry in recorder.calls.items():
             if not weighed[key]:  # between batches each rank's value counts once, as in one process
                 entry.value = entry.value / entry.weight if entry.reduction == "mean" else entry.value
                 entry.weight = 1.0
-        replay(self._root, recorder.entries)
+        replay(self._root, entries)
 
 
 @dataclass

@@ -11,10 +11,10 @@ import inspect
 import math
 import numbers
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -30,6 +30,21 @@ _NOT_REPLAYED = ("sync_dist", "sync_dist_group", "enable_graph")
 """Options without effect once a value is recorded."""
 
 
+_NO_WEIGHT = 1e-30
+"""Weight per sample of a value with weight or `batch_size` 0: it counts only where no other has any. Empirical."""
+
+
+class LoggedValue(NamedTuple):
+    """The value of one microbatch."""
+
+    value: Tensor
+    microbatch: int
+    samples: float
+    """Number of samples of the microbatch, or the `batch_size` that was logged with the value."""
+    weighted: bool
+    """True if the value was logged without `batch_size`: the weight of the loss counts, if there is one."""
+
+
 @dataclass
 class LogEntry:
     """One `self.log` call of a step."""
@@ -39,16 +54,48 @@ class LogEntry:
     value: Any
     """Sum of value x weight for means, otherwise the reduced value; for a torchmetrics object its module name."""
     weight: float
-    """Number of samples of the value, or the `batch_size` that was logged with it."""
+    """The loss's weight if the step returns one, else as `samples`."""
     reduction: str
     """`mean`, `sum`, `max`, `min` or `metric`."""
     place: tuple[int, int] = (0, 0)
     """Stage, and position among the stage's calls: sorts entries as one process would have logged them."""
+    weighted: bool = False
+    """True if `weight` is the loss's weight."""
+    samples: float = 0.0
+    """Number of samples of the value, or the `batch_size` that was logged with it."""
+    values: list[LoggedValue] = field(default_factory=list, compare=False, repr=False)
+    """The values of the microbatches, until they are reduced."""
 
     @property
     def everywhere(self) -> bool:
         """True if every replica logs the entry, that is, without `rank_zero_only`."""
         return not self.options.get("rank_zero_only", False)
+
+    def reduce(self, loss_weights: Sequence[float] | None) -> None:
+        """Reduces the values of the microbatches.
+
+        Args:
+            loss_weights: Weight of the loss, by microbatch; None: values are weighted by samples.
+        """
+        self.weight = self.samples = sum(v.samples for v in self.values)
+        values = [v.value for v in self.values]
+        if self.reduction == "mean":
+            self.weighted = loss_weights is not None and any(v.weighted for v in self.values)
+            weights = [_weight(v, loss_weights) for v in self.values]
+            self.weight = sum(weights)
+            values = [v * w for v, w in zip(values, weights, strict=True) if w]
+        if self.reduction in ("mean", "sum"):
+            self.value = sum(values[1:], values[0]) if values else torch.zeros((), dtype=torch.float64)
+        elif self.reduction in ("max", "min"):
+            together = torch.stack(values)
+            self.value = together.amax() if self.reduction == "max" else together.amin()
+
+
+def _weight(value: LoggedValue, loss_weights: Sequence[float] | None) -> float:
+    weight = value.samples if loss_weights is None or not value.weighted else loss_weights[value.microbatch]
+    if weight == 0.0 and bool(torch.isfinite(value.value)):  # a mean over no token may be NaN
+        return (value.samples or 1.0) * _NO_WEIGHT
+    return weight
 
 
 def by_name(root: pl.LightningModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -67,26 +114,32 @@ class LogRecorder:
     calls: dict[tuple[int, str, int], LogEntry] = field(default_factory=dict)
     """Entries by stage, key, and number of earlier calls of this microbatch with the key."""
 
-    @property
-    def entries(self) -> list[LogEntry]:
-        """The logged entries, in order."""
+    def reduced(self, loss_weights: Sequence[float] | None = None) -> list[LogEntry]:
+        """Returns the logged entries, in order, reduced over the microbatches.
+
+        Args:
+            loss_weights: Weight of the loss, by microbatch; None: values are weighted by samples.
+        """
+        for entry in self.calls.values():
+            entry.reduce(loss_weights)
         return sorted(self.calls.values(), key=lambda e: e.place)
 
     @contextmanager
-    def recording(self, samples: int, owner: Any = None, stage: int = 0) -> Iterator[None]:
+    def recording(self, samples: int, owner: Any = None, stage: int = 0, microbatch: int = 0) -> Iterator[None]:
         """Records `self.log` calls of one microbatch for the duration of the context.
 
         Args:
             samples: Weight of a value that is logged without `batch_size`.
             owner: Calls are recorded only while `owner.own` is True; None: always.
             stage: Stage of the calls.
+            microbatch: Index of the microbatch.
         """
         seen: Counter[str] = Counter()
 
         def log(*args: Any, **kwargs: Any) -> None:
             if owner is None or owner.own:
                 options = by_name(self.root, args, kwargs)
-                self.record(samples, (stage, options["name"], seen[options["name"]]), **options)
+                self.record(samples, (stage, options["name"], seen[options["name"]]), microbatch, **options)
                 seen[options["name"]] += 1
 
         before = self.root.__dict__.get("log")
@@ -99,18 +152,20 @@ class LogRecorder:
             else:
                 self.root.__dict__["log"] = before
 
-    def record(self, samples: int, call: tuple[int, str, int], /, name: str, value: Any, **options: Any) -> None:
+    def record(
+        self, samples: int, call: tuple[int, str, int], microbatch: int, /, name: str, value: Any, **options: Any
+    ) -> None:
         """Records one `self.log` call of one microbatch."""
-        weight = float(options.pop("batch_size", None) or samples)
+        given = options.pop("batch_size", None)
+        weight = float(samples if given is None else given)
         options = {k: v for k, v in options.items() if k not in _NOT_REPLAYED}
         entry = self.calls.get(call)
         place = (call[0], len(self.calls))
         if isinstance(value, Metric):
             if entry is None:
                 path = next(n for n, m in self.root.named_modules() if m is value)
-                self.calls[call] = LogEntry(name, options, path, weight, "metric", place)
-            else:
-                entry.weight += weight
+                entry = self.calls[call] = LogEntry(name, options, path, 0.0, "metric", place)
+            entry.values.append(LoggedValue(torch.zeros(()), microbatch, weight, False))
             return
         if not isinstance(value, numbers.Number | Tensor):
             own_log = of_package(self.root, LightningModule).log
@@ -122,16 +177,10 @@ class LogRecorder:
                 f"{tuple(value.shape)}. Reduce it, for example with `.mean()`."
             )
         value = value.reshape(())
-        reduction = _reduction(name, options.get("reduce_fx", "mean"))
-        scaled = value * weight if reduction == "mean" else value
         if entry is None:
-            self.calls[call] = LogEntry(name, options, scaled, weight, reduction, place)
-            return
-        entry.weight += weight
-        if reduction in ("mean", "sum"):
-            entry.value = entry.value + scaled
-        else:
-            entry.value = (torch.maximum if reduction == "max" else torch.minimum)(entry.value, scaled)
+            reduction = _reduction(name, options.get("reduce_fx", "mean"))
+            entry = self.calls[call] = LogEntry(name, options, None, 0.0, reduction, place)
+        entry.values.append(LoggedValue(value, microbatch, weight, given is None))
 
 
 _REDUCTIONS = {torch.mean: "mean", torch.sum: "sum", sum: "sum", torch.max: "max", max: "max"}
@@ -153,7 +202,7 @@ def leave_out(entries: list[LogEntry]) -> None:
     """Makes `entries` neutral in reductions: their samples are padding, the other replicas have the global batch."""
     empty = {"mean": 0.0, "sum": 0.0, "max": -math.inf, "min": math.inf}
     for entry in entries:
-        entry.weight = 0.0
+        entry.weight = entry.samples = 0.0
         if entry.reduction != "metric":
             entry.value = torch.tensor(empty[entry.reduction], dtype=torch.float64)
 
@@ -180,7 +229,8 @@ def replay(
             value = torch.as_tensor(entry.value, dtype=torch.float64)
             value = (value / entry.weight if entry.reduction == "mean" else value).to(root.device, torch.float32)
         own_log = of_package(root, LightningModule).log
-        own_log(root, entry.name, value, batch_size=max(1, round(entry.weight)), **entry.options)
+        samples = round(entry.samples if entry.weighted else entry.weight)  # as in one process, also over an epoch
+        own_log(root, entry.name, value, batch_size=samples, **entry.options)
 
 
 @contextmanager

@@ -26,11 +26,12 @@ def pack(entries: Sequence[LogEntry], replica: int, replicas: int) -> tuple[list
     weights: list[float] = []
     values: list[Any] = []
     for entry in _in_order(entries):
+        own = (entry.weight, entry.samples) if entry.weighted else (entry.weight,)
         if not entry.everywhere:
-            weights += [entry.weight if r == replica else 0.0 for r in range(replicas)]
+            weights += [n if r == replica else 0.0 for n in own for r in range(replicas)]
             values += [entry.value if r == replica else 0.0 for r in range(replicas)]
         elif entry.reduction == "mean":
-            weights.append(entry.weight)
+            weights += own
             values.append(entry.value)
         elif entry.reduction == "sum":
             values.append(entry.value)
@@ -53,10 +54,12 @@ def unpack(entries: Sequence[LogEntry], weights: Sequence[float], values: Tensor
     for entry in _in_order(entries):
         if not entry.everywhere:
             entry.weight, entry.value = weights[w + replica], values[v + replica]
-            w, v = w + replicas, v + replicas
+            entry.samples = weights[w + replicas + replica] if entry.weighted else entry.weight
+            w, v = w + replicas * (1 + entry.weighted), v + replicas
         elif entry.reduction == "mean":
             entry.weight, entry.value = weights[w], values[v]
-            w, v = w + 1, v + 1
+            entry.samples = weights[w + 1] if entry.weighted else entry.weight
+            w, v = w + 1 + entry.weighted, v + 1
         elif entry.reduction == "sum":
             entry.value = values[v]
             v += 1

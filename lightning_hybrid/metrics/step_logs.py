@@ -42,7 +42,8 @@ class _Content(NamedTuple):
     @property
     def keys(self) -> list[tuple[str, str]]:
         """Names and reductions, which must be the same on every replica."""
-        return [(e.name, e.reduction) for e in self.entries if e.everywhere]
+        entries = [e for e in self.entries if e.everywhere]
+        return [(f"{e.name} (by the `weight` of the loss)" if e.weighted else e.name, e.reduction) for e in entries]
 
 
 def seen_before_step(trainer: pl.Trainer) -> bool:
@@ -157,9 +158,9 @@ class StepLogs:
     def _content(self) -> _Content:
         shared = self._mesh.layout.pp > 1  # without stages, options stay on their rank and may differ
         entries = [
-            replace(e, value=e.value if e.reduction == "metric" else None, weight=0.0)
+            replace(e, value=e.value if e.reduction == "metric" else None, weight=0.0, samples=0.0, values=[])
             if shared
-            else LogEntry(e.name, {}, None, 0.0, e.reduction)
+            else LogEntry(e.name, {}, None, 0.0, e.reduction, weighted=e.weighted)
             for e in self._sent_entries
         ]
         return _Content(entries, self._metrics.updated if shared else ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from pytorch_lightning.callbacks import (
     ModelCheckpoint,
     ModelSummary,
 )
+from pytorch_lightning.strategies import ParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_hybrid import HybridStrategy, Layout
-from lightning_hybrid.callbacks import PhaseSchedule, TokenThroughput
+from lightning_hybrid.callbacks import Phase, PhaseSchedule, TokenThroughput
 from tests.distributed.jobs import Block, Numbers
 from tests.harness import RankGroup
 from tests.pairwise import quick
@@ -67,7 +69,7 @@ class Data(pl.LightningDataModule):
         self.size = size
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(Numbers(40), batch_size=self.size, shuffle=True)
+        return DataLoader(Numbers(40), batch_size=self.size)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(Numbers(20), batch_size=self.size)
@@ -127,7 +129,8 @@ def run(layout: str | None, folder: str) -> dict[str, Any]:
     first.fit(module, data)
     again, seen = Module(), Seen()
     second, _ = trainer_for(layout, folder, [average, seen], epochs=3)
-    with pytest.warns(UserWarning, match="callbacks used to create"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`|The checkpoint was not created with")
         second.fit(again, data, ckpt_path=f"{folder}/last.ckpt", weights_only=False)
     predictions = second.predict(again, data)
     strategy: Any = second.strategy
@@ -156,23 +159,23 @@ def test_the_other_name_of_lightning_is_exact(ranks2: RankGroup, tmp_path: Path,
     assert sum(len(result["seen"]) for result in found) == 20 * len(found) / replicas
 
 
-def with_our_callbacks(layout: str) -> list[float]:
+def with_our_callbacks(layout: str, folder: str) -> list[float]:
     """Phases and throughput under `pl.Trainer`, one callback given without a list; the learning rates of all steps."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     pl.seed_everything(3, verbose=False)
     throughput = TokenThroughput()
-    trainer, replicas = trainer_for(layout, "", throughput, epochs=1)
+    trainer, replicas = trainer_for(layout, f"{folder}/1", throughput, epochs=1)
     trainer.fit(Module(), Data(8 // replicas))
     assert throughput in trainer.callbacks  # type: ignore[attr-defined]
-    phases = PhaseSchedule([{"batch_size": 16}])
-    trainer, replicas = trainer_for(layout, "", [phases], epochs=1)
+    phases = PhaseSchedule([Phase(batch_size=8), Phase(at_step=3, batch_size=16)])
+    trainer, replicas = trainer_for(layout, f"{folder}/2", [phases], epochs=1)
     trainer.fit(Module(), Data(8 // replicas))
     return [float(trainer.callback_metrics["loss_epoch"]), trainer.global_step]
 
 
-def test_callbacks_of_this_package_with_the_other_name(ranks2: RankGroup) -> None:
-    loss, steps = ranks2.call(with_our_callbacks, "dp2")[0]
-    assert steps == 3
+def test_callbacks_of_this_package_with_the_other_name(ranks2: RankGroup, tmp_path: Path) -> None:
+    loss, steps = ranks2.call(with_our_callbacks, "dp2", str(tmp_path))[0]
+    assert steps == 4  # 3 of 8 samples, 1 of 16
     assert 0 < loss < 2
 
 
@@ -180,7 +183,7 @@ def test_objects_belong_to_the_package_of_the_trainer() -> None:
     strategy = HybridStrategy("dp1")
     assert isinstance(strategy, Strategy)
     assert isinstance(strategy, HybridStrategy)
-    assert isinstance(strategy, pl.strategies.ParallelStrategy)
+    assert isinstance(strategy, ParallelStrategy)
     pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False)
     assert next(k for k in type(strategy).__mro__ if k.__name__ == "ParallelStrategy").__module__.startswith("pytorch_")
     assert type(strategy).__name__ == "HybridStrategy"
