@@ -36,6 +36,8 @@ from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.plan import Plan, Recompute
 from lightning_hybrid.spec.request import LayoutOptions, Request, Schedule
 from lightning_hybrid.spec.tensor_plan import renamed_choices
+from lightning_hybrid.spec.verify import Verify
+from lightning_hybrid.verification.verifier import Verifier
 
 T = TypeVar("T")
 
@@ -60,6 +62,8 @@ class HybridStrategy(StrategyOfEither):
         gradient_sync: Gradient synchronization: `"exact"`; `"bf16"`, sent and summed in bfloat16; `"bf16_fp32acc"`,
             sent in bfloat16 and summed in float32; `"hierarchical"`, within a node first; `"diloco"`, replicas step
             independently and average their weights every few steps. Or a `GradientSync`.
+        verify: Comparison of a training step with one process: `"start"`, before the first update; `"strict"`, which
+            also refuses a loss that is no mean over samples; `"every N steps"`; or `"off"`.
         process_group_backend: `"nccl"` or `"gloo"`; None chooses by device.
         timeout: Collective timeout, also for the start. The run then ends with an error that names the missing rank and
             its last operation.
@@ -82,6 +86,7 @@ class HybridStrategy(StrategyOfEither):
         checkpoints: CheckpointOptions = CheckpointOptions(),  # noqa: B008 -- frozen
         on_nonfinite: Literal["raise", "skip"] = "raise",
         gradient_sync: str | GradientSync = "exact",
+        verify: str = "start",
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
@@ -103,6 +108,8 @@ class HybridStrategy(StrategyOfEither):
         """Listeners to changes of the layout, called in this order."""
         self.sequence_length: int | None = None
         """Length into which samples of training batches are split; None: samples are not split."""
+        self._verify = Verify.parse(verify)
+        self._verifier: Verifier | None = None
         self._world = World(process_group_backend, timeout)
         self._run: Run | None = None
         self._engine: Engine | None = None
@@ -208,6 +215,7 @@ class HybridStrategy(StrategyOfEither):
         self._world.connect(self._environment, device, trainer, self.request.arguments())
         self._run = Run(trainer, self._world, self.layout, device, lambda *args: self.engine.runner.padding_step(*args))
         self._run.start()
+        self._verifier = self._verifier or Verifier(self._verify, self.num_processes)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -246,6 +254,7 @@ class HybridStrategy(StrategyOfEither):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.sequence_length is not None:
             args = (split_sequences(args[0], self.sequence_length), *args[1:])
+        _there(self._verifier, "verifier").before_step(self.engine, args, kwargs)
         return self.engine.runner.training_step(*args, **kwargs)
 
     @override

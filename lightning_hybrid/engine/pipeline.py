@@ -108,7 +108,8 @@ class Pipeline:
         self.local = [s.index for s in partition.plan.stages if s.rank == mesh.rank("pp")]
         self.has_last = len(partition.plan.stages) - 1 in self.local
         self.last_rank = partition.plan.stages[-1].rank
-        self._prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
+        self.prepared: OrderedDict[Hashable, Any] = OrderedDict()
+        """Stage programs and schedules, by step function and shapes of the batch."""
         self._running: _Step | None = None
         self.clocks: Clocks | None = None
         """Clocks that time the stages; None: stages are not timed."""
@@ -255,9 +256,9 @@ class Pipeline:
 
     def _prepare(self, name: str, args: tuple, count: int, train: bool = True) -> _Prepared:
         key = (name, count, signature(args[0]))
-        if key in self._prepared:
-            self._prepared.move_to_end(key)
-            return self._prepared[key]
+        if key in self.prepared:
+            self.prepared.move_to_end(key)
+            return self.prepared[key]
         with self.partition.bare():
             trace = trace_step(
                 self.root,
@@ -270,9 +271,9 @@ class Pipeline:
         prepared = _Prepared(self._programs(name, trace))
         if train:
             prepared.schedule = self._build_schedule(prepared, count)
-        self._prepared[key] = prepared
-        if len(self._prepared) > _KEPT_SHAPES:
-            self._prepared.popitem(last=False)
+        self.prepared[key] = prepared
+        if len(self.prepared) > _KEPT_SHAPES:
+            self.prepared.popitem(last=False)
         return prepared
 
     def _programs(self, name: str, trace: Trace) -> dict[int, StageProgram]:

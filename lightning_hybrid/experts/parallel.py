@@ -12,7 +12,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,14 +42,15 @@ class DividedExperts:
         self._copies = None if plan.hosts is None else ExpertCopies(plan, plan.hosts, group)
         self._order: tuple[Tensor, Tensor] | None = None
         """The expert at each place and the place of each expert; None before the first call."""
-        self._attributes = {key: module.__dict__[key] for key in plan.attributes}
+        self.whole_attributes = {key: module.__dict__[key] for key in plan.attributes}
+        """The attributes that contain the number of experts, as the user has set them."""
         module.__dict__.update(dict.fromkeys(plan.attributes, self._local))
         self.load: Tensor | None = None
         """Tokens sent by this rank to each expert in training since the last `collect_loads()`, shape `(E,)`."""
 
     def restore(self) -> None:
         """Restores the module's attributes with the number of experts."""
-        self._module.__dict__.update(self._attributes)
+        self._module.__dict__.update(self.whole_attributes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Computes the module's `forward` on the ranks that hold the experts."""
@@ -190,6 +192,18 @@ class ExpertParallel:
     def dry_forwards(self) -> list[tuple[nn.Module, Callable]]:
         """Returns the modules of experts with their `forward` for a dry run."""
         return [(self._root.get_submodule(name), divided.dry) for name, divided in self._divided.items()]
+
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Restores the modules' own `forward` and attributes, for whole weights, for the duration of the context."""
+        with ExitStack() as stack:
+            for name, divided in self._divided.items():
+                attributes = self._root.get_submodule(name).__dict__
+                stack.callback(attributes.update, {key: attributes[key] for key in divided.whole_attributes})
+                attributes.update(divided.whole_attributes)
+                if "forward" in attributes:
+                    stack.callback(attributes.__setitem__, "forward", attributes.pop("forward"))
+            yield
 
     def collect_loads(self) -> dict[str, Tensor]:
         """Returns and resets the tokens sent to each expert in training since the last call, by module of this rank."""

@@ -134,6 +134,8 @@ class CallInterceptor:
     root: nn.Module
     units: Units
     active: CallHandler | None = None
+    watcher: Callable[[str, Any], None] | None = None
+    """Called with the name of a unit and its output after each call; None: not called."""
     rng: UnitRNG | None = None
     """Entered at every unit call, with any handler, and at recomputations in the backward pass."""
     _patches: Patches = field(default_factory=Patches)
@@ -187,6 +189,8 @@ class CallInterceptor:
                 out = self.active.unit_call(name, originals[name], args, kwargs)
             if self.rng is not None:
                 self.rng.leave_unit(seed)
+            if self.watcher is not None:
+                self.watcher(name, out)
             return out
 
         self._patches.add(module, **interception(call))

@@ -6,7 +6,8 @@ object gets the same tables, so that handles of the user still remove their hook
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +56,13 @@ class GradientHooks:
                 if getattr(parameter, key, None) is not table:
                     setattr(parameter, key, table)
 
+    def copy_to(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Registers the user's hooks on other parameters, without those of this package in the same tables."""
+        for name, tables in self._tables.items():
+            for key, table in tables.items():
+                users = OrderedDict((i, hook) for i, hook in table.items() if not _is_ours(hook))
+                setattr(parameters[name], key, users)
+
     def run_on_gathered(self, modules: Iterable[nn.Module]) -> None:
         """Runs hooks of sharded parameters on the gradients of the gathered parameters, which autograd computes.
 
@@ -67,6 +75,10 @@ class GradientHooks:
         for module in modules:
             if isinstance(module, FSDPModule):
                 module.register_forward_pre_hook(_Gathered(module, done))
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
 class _Gathered:

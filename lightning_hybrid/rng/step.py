@@ -79,6 +79,7 @@ class StepRNG:
         self._key: tuple[int, ...] = ()
         self._common: dict[int, list[torch.Tensor]] = {}
         """The common states at the entry of a divided region, by this rank's seed in the region."""
+        self._equal = False
 
     def state_dict(self) -> dict[str, int]:
         """Returns the state from which a resumed run draws the same numbers."""
@@ -118,9 +119,19 @@ class StepRNG:
         with preserved_rng(self._device):
             yield
 
+    @contextmanager
+    def equal_on_all_ranks(self) -> Iterator[None]:
+        """Seeds all microbatches, replicas and ranks of `tp` alike for the duration of the context."""
+        self._equal = True
+        try:
+            yield
+        finally:
+            self._equal = False
+
     def begin(self, microbatch: int) -> None:
         """Seeds all generators for `microbatch` of the step."""
-        seed = mix(self.base_seed, *self._key, microbatch, self._replica)
+        place = (0, 0) if self._equal else (microbatch, self._replica)
+        seed = mix(self.base_seed, *self._key, *place)
         self._seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -145,7 +156,7 @@ class StepRNG:
     def enter_region(self, name: str) -> None:
         """Seeds this rank's generators differently for a divided region, which begins with the module `name`."""
         seed = torch.default_generator.initial_seed()
-        if not _is_marked(seed) or seed & _INSIDE:
+        if self._equal or not _is_marked(seed) or seed & _INSIDE:
             return
         own = mix(seed, zlib.crc32(name.encode()), self._tensor_rank) | _INSIDE
         self._common[own] = [g.get_state() for g in self._generators]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 
@@ -32,3 +34,21 @@ def share_of_memory(device: torch.device, share: float) -> int:
             "number of bytes."
         )
     return int(share * torch.cuda.get_device_properties(device).total_memory)
+
+
+def available_bytes(device: torch.device, ranks: int) -> int | None:
+    """Returns the bytes that this rank can still allocate; None if they are unknown.
+
+    Args:
+        device: This rank's device.
+        ranks: Number of ranks on this machine, which share the memory of the host.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kibibytes = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kibibytes is None else 1024 * kibibytes // ranks

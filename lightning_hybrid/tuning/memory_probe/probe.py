@@ -21,13 +21,13 @@ from lightning_hybrid.adapt.memory import MemoryFit, fit_profiles, search_larges
 from lightning_hybrid.batches import tiled_batch
 from lightning_hybrid.collectives import to_local
 from lightning_hybrid.engine.step import StepRunner
-from lightning_hybrid.tuning.memory_probe.collectives import without_peers
-from lightning_hybrid.tuning.memory_probe.preserve import (
+from lightning_hybrid.engine.trials import (
     drop_gradients,
     preserved_training_state,
     step_undone,
     tensors_in,
 )
+from lightning_hybrid.tuning.memory_probe.collectives import without_peers
 from lightning_hybrid.tuning.memory_probe.tracker import MemoryTracker
 
 _FITTED_SIZES = (2, 4)

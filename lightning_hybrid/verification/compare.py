@@ -1,0 +1,83 @@
+"""Differences of two steps, and the bounds that they must keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_EXACT_BOUND = 1e-3
+"""Bound of relative differences in single precision. Sums in another order differ by about 1e-6 to 1e-5; empirical."""
+_ROUNDINGS = 16
+"""Bound for lower precision, as a multiple of its relative rounding error; empirical."""
+_NEGLIGIBLE = 1e-3
+"""Norm of a gradient, relative to that of all gradients, below which its own norm is no measure; empirical."""
+
+
+def bound_of(dtype: torch.dtype) -> float:
+    """Returns the largest relative difference of equal steps that compute in `dtype`."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return _EXACT_BOUND
+    return max(_EXACT_BOUND, _ROUNDINGS * torch.finfo(dtype).eps)
+
+
+@dataclass
+class Differences:
+    """Relative differences of a step from that of one process."""
+
+    loss: float = 0.0
+    found_loss: float = 0.0
+    expected_loss: float = 0.0
+    gradients: dict[str, float] = field(default_factory=dict)
+    """By name of the parameter, in the order of the model."""
+
+    @property
+    def largest(self) -> float:
+        """The largest difference; NaN if a value is not finite on one side only."""
+        values = [self.loss, *self.gradients.values()]
+        return math.nan if any(map(math.isnan, values)) else max(values)
+
+    def beyond(self, bound: float) -> list[str]:
+        """Returns the names of the parameters whose gradients differ by more than `bound`."""
+        return [name for name, value in self.gradients.items() if not value <= bound]
+
+    def within(self, bound: float) -> bool:
+        """Returns True if no difference is larger than `bound`."""
+        return self.loss <= bound and not self.beyond(bound)
+
+
+def relative(found: float, expected: float) -> float:
+    """Returns the difference of two losses relative to `expected`; 0 if both are equal or not finite."""
+    if found == expected or not (math.isfinite(found) or math.isfinite(expected)):
+        return 0.0
+    return abs(found - expected) / max(abs(expected), 1e-6)
+
+
+def differences(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> dict[str, float]:
+    """Returns the norm of the difference of each gradient, relative to the norm of the expected one.
+
+    A gradient that is missing on one side counts as zero. The norm of a negligible gradient is replaced by a small
+    part of the norm of all gradients, since rounding errors of the whole step reach it.
+    """
+    norms = {n: 0.0 if g is None else float(_norm(g)) for n, g in expected.items()}
+    floor = _NEGLIGIBLE * math.sqrt(sum(x * x for x in norms.values()))
+    return {n: _difference(found.get(n), g, max(norms[n], floor)) for n, g in expected.items()}
+
+
+def _difference(found: Tensor | None, expected: Tensor | None, scale: float) -> float:
+    if found is None and expected is None:
+        return 0.0
+    given = [g for g in (found, expected) if g is not None]
+    error = _norm(given[0]) if len(given) < 2 else _norm(given[0].to(given[1].dtype) - given[1])
+    value = float(error)
+    if not math.isfinite(value):  # both not finite: the step of one process is no better
+        return 0.0 if len(given) == 2 and all(not bool(torch.isfinite(_norm(g))) for g in given) else math.nan
+    return value / scale if scale else (0.0 if value == 0.0 else math.inf)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    dtype = torch.complex128 if tensor.is_complex() else torch.float64
+    return torch.linalg.vector_norm(tensor.to(dtype))

@@ -1,0 +1,205 @@
+"""Runs one training step without effect: under the layout, and on the whole module as one process would."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hybrid._lightning_private import training_batch
+from lightning_hybrid._torch_private import BatchNorm
+from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.engine.trials import step_undone
+from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.ghosts.manual import IdleOptimizer, optimize_idly
+from lightning_hybrid.ghosts.preserve import preserved_module_state
+from lightning_hybrid.ghosts.trees import tensors_of
+from lightning_hybrid.metrics.logs import silent
+from lightning_hybrid.patching import patched
+from lightning_hybrid.rng.state import preserved_rng
+from lightning_hybrid.verification.randomness import common_randomness
+from lightning_hybrid.verification.whole import whole_module
+
+Outputs = dict[tuple[str, int], list[tuple[float, float]]]
+"""Mean and norm of the tensors that units returned, by unit and number of its earlier calls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result of a step on this replica's batch."""
+
+    loss: Tensor | None
+    """The loss as the user's step returned it; None if the step returned none."""
+    gradients: Mapping[str, Tensor | None]
+    """Gradients by name: of this rank's parts under the layout, of whole parameters otherwise."""
+    outputs: Outputs = field(default_factory=dict)
+
+
+def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], watch: bool = False) -> Outcome:
+    """Runs a training step forward and backward under the layout, without effect. Collective.
+
+    Args:
+        runner: Runs the steps of the partitioned module.
+        args: Arguments of `training_step`, which are not changed.
+        kwargs: Keyword arguments of `training_step`.
+        watch: True to record the outputs of units.
+    """
+    root, local = runner.root, runner.partition.parameters.local()
+    programs = {} if runner.pipeline is None else runner.pipeline.prepared
+    losses: list[Tensor] = []
+
+    def backward(loss: Tensor, *_: Any, **__: Any) -> None:
+        losses.append(loss.detach())
+        runner.precision.backward(runner.scaled_for_backward(loss), root, None)
+        runner.gradients_complete()
+
+    def not_logged(_: Any, loss: Tensor | None = None, extras: dict[str, Any] | None = None) -> tuple[Tensor, dict]:
+        outputs = runner.stage_outputs
+        return (torch.zeros(()), extras or {}) if outputs is None else outputs.share(loss, extras or {})
+
+    with step_undone(runner), _own_gradients(local.values()), _conditions(runner, watch) as outputs:
+        runner.noise = None
+        with patched(runner, _log=not_logged):
+            manual = _optimizes_manually(runner, backward)
+            weights = runner.run.data.batch_weights()
+            share = runner.run.data.share_in_step(weights)
+            loss = _loss_of(runner.weighted_step(weights, share, *copied(args), **copied(kwargs)))
+            if loss is not None and not manual:
+                backward(loss)
+        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in local.items()}
+        made = dict(programs)
+    programs.update(made)  # the real step runs the same ones
+    return Outcome(loss=_mean(losses), gradients=gradients, outputs=outputs)
+
+
+def run_in_one_process(
+    runner: StepRunner,
+    weights: Mapping[str, Tensor],
+    parts: Sequence[tuple],
+    kwargs: dict[str, Any],
+    watch: bool = False,
+) -> Outcome:
+    """Runs a training step forward and backward on the whole module, on this replica's batch.
+
+    Args:
+        runner: Runs the steps of the partitioned module.
+        weights: The whole weights, by name.
+        parts: Arguments of `training_step` for each equal part of the batch; loss and gradients are means over parts.
+        kwargs: Keyword arguments of `training_step`.
+        watch: True to record the outputs of units.
+    """
+    root, context = runner.root, runner.context
+    losses: list[Tensor] = []
+
+    def backward(loss: Tensor, *_: Any, **__: Any) -> None:
+        losses.append(loss.detach())
+        loss = loss if context is None else context.scaled(loss)
+        runner.precision.backward(loss / len(parts), root, None)
+
+    with whole_module(runner.partition, weights) as whole, _conditions(runner, watch) as outputs:
+        for part in parts:
+            with _undone(runner):
+                manual = _optimizes_manually(runner, backward)
+                loss = _forward(runner, part, kwargs)
+                if loss is not None and not manual:
+                    backward(loss)
+        gradients = {name: parameter.grad for name, parameter in whole.items()}
+    return Outcome(loss=_mean(losses), gradients=gradients, outputs=outputs)
+
+
+def losses_in_one_process(
+    runner: StepRunner, weights: Mapping[str, Tensor], batches: Sequence[tuple], kwargs: dict[str, Any]
+) -> list[Tensor | None]:
+    """Returns the loss of the whole module for each of `batches`, the arguments of a training step.
+
+    BatchNorm uses its running statistics: its batch is the global one, whatever the samples of this rank.
+    """
+    found = []
+    with whole_module(runner.partition, weights), _conditions(runner, False), torch.no_grad(), ExitStack() as stack:
+        for module in runner.root.modules():
+            if isinstance(module, BatchNorm):
+                stack.enter_context(patched(module, training=False))
+        for args in batches:
+            with _undone(runner):
+                found.append(_forward(runner, args, kwargs))
+    return found
+
+
+@contextmanager
+def _undone(runner: StepRunner) -> Iterator[None]:
+    with preserved_rng(runner.device), preserved_module_state(runner.root), silent(runner.root):
+        yield
+
+
+def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """Runs the user's step with the whole module, and returns the loss."""
+    root = runner.root
+    with runner.rng.training(training_batch(root.trainer)), runner.precision.train_step_context():
+        runner.rng.begin(0)
+        return _loss_of(root.training_step(*copied(args), **copied(kwargs)))
+
+
+@contextmanager
+def _conditions(runner: StepRunner, watch: bool) -> Iterator[Outputs]:
+    """The conditions that all compared steps share: random numbers, no compilation; records outputs of units."""
+    interceptor, found = runner.partition.interceptor, Outputs()
+    calls: dict[str, int] = {}
+
+    def left(name: str, out: Any) -> None:
+        number = calls[name] = calls.get(name, -1) + 1
+        tensors = [t.detach() for t in tensors_of(out)]
+        if not any(isinstance(t, Ghost) for t in tensors):
+            found[name, number] = [_summary(t) for t in tensors]
+
+    with ExitStack() as stack:
+        stack.enter_context(common_randomness(runner.root, runner.rng))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if watch:
+            stack.enter_context(patched(interceptor, watcher=left))
+        yield found
+
+
+def _summary(tensor: Tensor) -> tuple[float, float]:
+    values = tensor.abs() if tensor.is_complex() else tensor
+    values = values.double()
+    return float(values.mean()) if values.numel() else 0.0, float(values.norm())
+
+
+def _optimizes_manually(runner: StepRunner, backward: Callable[..., None]) -> bool:
+    """With manual optimization, makes the step call `backward` and idle optimizers, and returns True."""
+    root = runner.root
+    if not root.automatic_optimization:
+        optimize_idly(root, [IdleOptimizer(optimizer) for optimizer in root.trainer.optimizers], backward)
+    return not root.automatic_optimization
+
+
+def _loss_of(out: Any) -> Tensor | None:
+    loss = out.get("loss") if isinstance(out, Mapping) else out
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _mean(losses: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack([x.reshape(()).float() for x in losses]).mean() if losses else None
+
+
+def copied(value: Any) -> Any:
+    """Returns a copy of a step's arguments: a step may change its batch."""
+    return copy.deepcopy(value)
+
+
+@contextmanager
+def _own_gradients(parameters: Any) -> Iterator[None]:
+    """Removes the gradients of `parameters` for the duration of the context."""
+    before = [(p, p.grad) for p in parameters]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient

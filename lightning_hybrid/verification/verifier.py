@@ -1,0 +1,384 @@
+"""Verifies a run: its first training step must equal that of one process."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_hybrid.batches import batch_size, split_batch
+from lightning_hybrid.collectives import error_message, gather_objects
+from lightning_hybrid.engine.engine import Engine
+from lightning_hybrid.float8 import Float8Precision
+from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.patching import patched
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.table import table_text
+from lightning_hybrid.spec.verify import Verify
+from lightning_hybrid.tuning.device_memory import available_bytes
+from lightning_hybrid.verification.compare import Differences, bound_of, differences, relative
+from lightning_hybrid.verification.fingerprint import fingerprint
+from lightning_hybrid.verification.steps import (
+    Outcome,
+    copied,
+    losses_in_one_process,
+    run_in_one_process,
+    run_under_layout,
+)
+from lightning_hybrid.verification.whole import gathered_weights
+
+_MEAN_BOUND = 1e-4
+"""Bound of the relative difference of a loss from the mean over parts of its batch, in single precision; empirical."""
+_FLOAT8_BOUND = 0.25
+"""Bound of relative differences where matmuls compute in 8 bits; empirical."""
+_COPIES = 3
+"""Memory that a step of one process needs, in sizes of the model: weights, gradients, and activations; empirical."""
+
+
+class _Gathers(Exception):  # noqa: N818 -- not an error
+    """Raised where the user's step gathers values of other replicas."""
+
+
+class Verifier:
+    """Compares training steps with those of one process.
+
+    Args:
+        verify: When to verify.
+        ranks: Number of ranks on this machine.
+    """
+
+    def __init__(self, verify: Verify, ranks: int) -> None:
+        self._verify, self._ranks = verify, ranks
+        self._engine: Engine | None = None
+        self._batches = 0
+        self.verified: str | None = None
+        """The fingerprint of the last verified step; that of the checkpoint in a resumed run."""
+
+    def before_step(self, engine: Engine, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Verifies the training step that is about to run, if it is due. Collective over all ranks.
+
+        Args:
+            engine: The engine of the layout.
+            args: Arguments of `training_step`, the batch first.
+            kwargs: Keyword arguments of `training_step`.
+
+        Raises:
+            PartitionError: On all ranks, if the step differs from that of one process.
+        """
+        self._batches += 1
+        again = self._verify.every is not None and self._batches % self._verify.every == 0
+        new, self._engine = engine is not self._engine, engine
+        if not (self._verify.at_start and new) and not again:
+            return
+        if dist.get_world_size() == 1 or not args:
+            return
+        present = fingerprint(engine, args[0])
+        if again or present != self.verified:
+            with engine.run.during("verify"):
+                _Comparison(engine, args, kwargs, self._verify, self._ranks).run()
+            self.verified = present
+
+
+class _Comparison:
+    """One verification."""
+
+    def __init__(self, engine: Engine, args: tuple, kwargs: dict[str, Any], verify: Verify, ranks: int) -> None:
+        self.engine, self.runner, self.partition = engine, engine.runner, engine.partition
+        self.args, self.kwargs, self.verify, self.ranks = args, kwargs, verify, ranks
+        self.layout = engine.plan.layout
+        self.rows: list[tuple[str, str]] = []
+        self.bound = _bound(engine)
+
+    def run(self) -> None:
+        """Runs the steps, reports on rank 0.
+
+        Raises:
+            PartitionError: On all ranks, if the step differs from that of one process.
+        """
+        problem = self._obstacle()
+        if problem is None:
+            weights = gathered_weights(self.partition)
+            problem = self._compare(weights)
+            if problem is None and self.layout.replicas > 1:
+                self._check_mean(weights)
+        if problem is not None:
+            self.rows.append(("loss and gradients", f"not compared with one process: {problem}"))
+        if dist.get_rank() == 0:
+            headings = (("verified on the first batch", False), ("result", False))
+            print(table_text("", headings, self.rows), file=sys.stderr)  # noqa: T201 -- beside the plan
+
+    def _obstacle(self) -> str | None:
+        """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
+        needed = _COPIES * sum(p.elements for p in self.engine.plan.model.parameters.values()) * 4
+        available = available_bytes(self.engine.device, self.ranks)
+        problem = None
+        if available is not None and needed > available:
+            problem = f"the whole model needs {needed / 2**30:.1f} GiB, a rank has {available / 2**30:.1f} GiB"
+        else:
+            try:
+                copied((self.args, self.kwargs))
+            except Exception as error:  # noqa: BLE001 -- of the user's objects
+                problem = f"the batch cannot be copied ({error_message(error)})"
+        return _agreed(problem)
+
+    # ---- one process
+
+    def _compare(self, weights: Mapping[str, Tensor]) -> str | None:
+        """Compares the step with one process; returns why that was not possible, or None."""
+        under = run_under_layout(self.runner, self.args, self.kwargs)
+        whole, problem = self._in_one_process(weights, [self.args])
+        if whole is None:
+            return problem
+        found = self._differences(under, whole)
+        if not found.within(self.bound):
+            repeated, _ = self._in_one_process(weights, [self.args])
+            if repeated is None or not self._differences_of_processes(whole, repeated).within(self.bound):
+                return "two runs of the same step in one process differ from each other"
+            self._diagnose(weights, whole, found)
+            return None
+        trained = len(found.gradients)
+        text = f"largest relative difference {found.largest:.1e} (bound {self.bound:.0e})"
+        self.rows.append((f"loss and gradients of {trained} parameters against one process", text))
+        return None
+
+    def _in_one_process(self, weights: Mapping[str, Tensor], parts: list[tuple]) -> tuple[Outcome | None, str | None]:
+        try:
+            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs), None
+        except Exception as error:  # noqa: BLE001 -- of the user's step, or memory is too short
+            outcome, problem = None, error_message(error)
+        problem = _agreed(problem)
+        return (outcome, None) if problem is None else (None, problem)
+
+    def _differences(self, under: Outcome, whole: Outcome) -> Differences:
+        """Compares the step under the layout with the mean of the replicas' steps in one process. Collective."""
+        partition, group = self.partition, self.engine.mesh.replica_group
+        names = partition.parameters.names
+        diloco = self.engine.diloco is not None
+        scale = _scale_of(self.engine)
+        flags = torch.tensor([[_has(o.gradients, n) for n in names] for o in (under, whole)], dtype=torch.float32)
+        flags = flags.to(self.engine.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        present = flags.tolist()
+        gradients: dict[str, float] = {}
+        found: dict[str, Tensor | None] = {}
+        expected: dict[str, Tensor | None] = {}
+        for name, made, wanted in zip(names, *present, strict=True):
+            parameter: Any = partition.parameters[name]
+            if made:
+                part = under.gradients.get(name)
+                if part is None and not isinstance(parameter, Ghost):
+                    part = torch.zeros_like(parameter)
+                found[name] = partition.whole_of(name, part) * scale
+            if wanted:
+                total = whole.gradients[name]
+                total = torch.zeros(partition.shape_of(name), device=self.engine.device) if total is None else total
+                if not diloco:
+                    total = total.clone()
+                    dist.all_reduce(total, group=group)
+                    total /= self.layout.replicas
+                expected[name] = total
+        gradients = differences(
+            found, {n: expected.get(n) for n in (*expected, *(n for n in found if n not in expected))}
+        )
+        return self._worst(under.loss, whole.loss, gradients)
+
+    def _differences_of_processes(self, one: Outcome, other: Outcome) -> Differences:
+        return self._worst(one.loss, other.loss, differences(one.gradients, other.gradients))
+
+    def _worst(self, found: Tensor | None, expected: Tensor | None, gradients: dict[str, float]) -> Differences:
+        """Returns the largest of each difference over all ranks. Collective."""
+        padding = self.runner.context is not None and self.runner.context.padding
+        a, b = (0.0 if x is None else float(x) for x in (found, expected))
+        loss = 0.0 if padding else relative(a, b)
+        values = torch.tensor([loss, *gradients.values()], dtype=torch.float64, device=self.engine.device)
+        values = values.nan_to_num(nan=torch.inf)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        loss, *worst = values.tolist()
+        return Differences(loss, a, b, dict(zip(gradients, worst, strict=True)))
+
+    # ---- causes
+
+    def _diagnose(self, weights: Mapping[str, Tensor], whole: Outcome, found: Differences) -> None:
+        """Finds the cause of a difference. Collective.
+
+        Raises:
+            PartitionError: Unless another number of microbatches, which the user has left open, is right.
+        """
+        runner = self.runner
+        parts = 1 if runner.pipeline is None else runner.pipeline.parts
+        if parts > 1:
+            batches = [(part, *self.args[1:]) for part in split_batch(self.args[0], parts)]
+            split, _ = self._in_one_process(weights, batches)
+            if split is not None and not self._differences_of_processes(split, whole).within(self.bound):
+                self._refuse_microbatches(weights, found, parts)
+                return
+        raise PartitionError(self._difference(found, self._first_module(weights)))
+
+    def _refuse_microbatches(self, weights: Mapping[str, Tensor], found: Differences, parts: int) -> None:
+        runner, where = self.runner, _place_of(self.runner.root.training_step)
+        if runner.microbatches != "auto":
+            raise PartitionError(
+                f"`microbatches={runner.microbatches}`: {where} computes a loss that is not the mean over the samples "
+                f"of its batch: with {parts} microbatches {self._numbers(found)}. Use `microbatches=1` or 'auto', "
+                'return `{"loss": ..., "weight": ...}` for a mean over tokens, or use '
+                f"`layout='{self.layout.moved('pp', 'dp')}'`."
+            )
+        runner.microbatches = 1
+        self.rows.append(("microbatches", f"1 instead of {parts}: with {parts} {self._numbers(found)}"))
+        self._compare(weights)
+
+    def _numbers(self, found: Differences) -> str:
+        wrong = found.beyond(self.bound)
+        worst = max(found.gradients, key=lambda n: found.gradients[n], default="")
+        numbers = f"the loss is {found.found_loss:.6g}, that of one process {found.expected_loss:.6g}"
+        if wrong:
+            numbers += (
+                f"; the gradients of {len(wrong)} of {len(found.gradients)} parameters differ, most that of `{worst}` "
+                f"by {found.gradients[worst]:.2g} of its norm"
+            )
+        return numbers
+
+    def _difference(self, found: Differences, first: str) -> str:
+        return (
+            f"`layout='{self.layout}'`: the step of {_place_of(self.runner.root.training_step)} does not equal that "
+            f"of one process on the same samples: {self._numbers(found)}. {first} Training has not started. Use "
+            f"{self._advice()}, or `verify='off'` if the difference is intended."
+        )
+
+    def _advice(self) -> str:
+        axes = [axis for axis in ("pp", "tp", "ep", "fsdp") if getattr(self.layout, axis) > 1]
+        if not axes:
+            return "one device"
+        other = self.layout
+        for axis in axes:
+            other = other.moved(axis, "dp")
+        return f"a layout without {', '.join(f'`{axis}`' for axis in axes)}, such as '{other}'"
+
+    def _first_module(self, weights: Mapping[str, Tensor]) -> str:
+        """Returns a sentence with the first unit whose output differs from one process. Collective."""
+        runner = self.runner
+        parts = 1 if runner.pipeline is None else runner.pipeline.parts
+        under = run_under_layout(runner, self.args, self.kwargs, watch=True)
+        part = (split_batch(self.args[0], parts)[0], *self.args[1:])
+        whole = run_in_one_process(runner, weights, [part], self.kwargs, watch=True)
+        replica, seen = self.engine.mesh.replica, {}
+        for place, outputs in zip(self.engine.mesh.places, gather_objects(under.outputs), strict=True):
+            if place.replica(self.layout) == replica:
+                seen.update(outputs)
+        own = next(
+            (
+                f"The first module whose output differs is `{name}`."
+                for (name, number), expected in whole.outputs.items()
+                if (name, number) in seen and not _close(seen[name, number], expected, self.bound)
+            ),
+            None,
+        )
+        sentences = gather_objects(own)
+        return next((s for s in sentences if s is not None), "The outputs of all modules are equal.")
+
+    # ---- the loss
+
+    def _check_mean(self, weights: Mapping[str, Tensor]) -> None:
+        """Checks that the loss is the mean over samples: the mean of the losses of equal parts of the batch."""
+        what = "loss as a mean over samples"
+        parts, problem = self._equal_parts()
+        problem = _agreed(problem)
+        if problem is not None:
+            self.rows.append((what, f"not checked: {problem}"))
+            return
+        try:
+            with patched(self.runner.root.trainer.strategy, all_gather=_refused_gather):
+                whole, *losses = losses_in_one_process(self.runner, weights, [self.args, *parts], self.kwargs)
+        except _Gathers:
+            problem = "the step gathers values of other replicas itself"
+        except Exception as error:  # noqa: BLE001 -- of the user's step with a part of the batch
+            problem = error_message(error)
+        problem = _agreed(problem)
+        if problem is not None:
+            self.rows.append((what, f"not checked: {problem}"))
+            return
+        given = [float(x) for x in losses if x is not None]
+        mean = sum(given) / max(1, len(given))
+        difference = self._worst(torch.tensor(mean), whole, {}).loss
+        bound = max(_MEAN_BOUND, self.bound if self.bound > bound_of(torch.float32) else 0.0)
+        if difference <= bound:
+            self.rows.append((what, f"relative difference {difference:.1e} (bound {bound:.0e})"))
+            return
+        message = (
+            f"{_place_of(self.runner.root.training_step)} computes a loss that is not the mean over the samples of "
+            f"its batch: on {len(parts)} parts of the first batch it is off by {difference:.1%}. Under "
+            f"`layout='{self.layout}'` each replica computes it on its own samples, as under DistributedDataParallel, "
+            'which differs from one process by about as much. Return `{"loss": ..., "weight": number_of_tokens}` for a '
+            "mean over tokens, `self.all_gather(..., sync_grads=True)` the embeddings of a contrastive loss, or use a "
+            "layout of `tp` and `pp`."
+        )
+        if self.verify.strict:
+            raise PartitionError(f"`verify='strict'`: {message}")
+        self.rows.append((what, f"differs by {difference:.1%}, see the warning"))
+        rank_zero_warn(message)
+
+    def _equal_parts(self) -> tuple[list[tuple], str | None]:
+        try:
+            size = batch_size(self.args[0])
+        except PartitionError:
+            return [], "the batch cannot be split by samples"
+        count = next((n for n in range(2, size + 1) if size % n == 0), 0)
+        if not count:
+            return [], "a replica has one sample"
+        return [(part, *self.args[1:]) for part in split_batch(self.args[0], count)], None
+
+
+def _refused_gather(*_: Any, **__: Any) -> None:
+    raise _Gathers
+
+
+def _agreed(problem: str | None) -> str | None:
+    """Returns the first problem of any rank, on all ranks. Collective."""
+    return next((p for p in gather_objects(problem) if p is not None), None)
+
+
+def _has(gradients: Mapping[str, Tensor | None], name: str) -> bool:
+    return gradients.get(name) is not None
+
+
+def _close(found: list[tuple[float, float]], expected: list[tuple[float, float]], bound: float) -> bool:
+    """Returns True if means and norms of tensors are equal, up to rounding."""
+    return len(found) == len(expected) and all(
+        relative(norm, other) <= bound and abs(mean - other_mean) <= bound * max(abs(other), 1e-6)
+        for (mean, norm), (other_mean, other) in zip(found, expected, strict=True)
+    )
+
+
+def _place_of(method: Any) -> str:
+    """Returns `training_step` with its file and line."""
+    code = inspect.unwrap(method).__code__
+    return f"`{method.__name__}` ({code.co_filename}:{code.co_firstlineno})"
+
+
+def _scale_of(engine: Engine) -> float:
+    """Returns the factor that undoes accumulation and loss scaling, which a pipeline applies in its schedule."""
+    if engine.runner.pipeline is None:
+        return 1.0
+    scaler = getattr(engine.run.precision, "scaler", None)
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    return engine.root.trainer.accumulate_grad_batches / scale
+
+
+def _bound(engine: Engine) -> float:
+    """Returns the bound of relative differences for the precision of the run."""
+    precision, parameters = engine.run.precision, engine.partition.parameters
+    dtypes = {parameters[name].dtype for name in parameters.names}
+    if isinstance(precision, Float8Precision):
+        return _FLOAT8_BOUND
+    if isinstance(precision, MixedPrecision | HalfPrecision):
+        dtypes.add(torch.bfloat16 if "bf16" in str(precision.precision) else torch.float16)
+    if engine.plan.gradient_sync.kind in ("bf16", "bf16_fp32acc"):
+        dtypes.add(torch.bfloat16)
+    return max(map(bound_of, dtypes), default=bound_of(torch.float32))
