@@ -108,8 +108,7 @@ class HybridStrategy(StrategyOfEither):
         """Listeners to changes of the layout, called in this order."""
         self.sequence_length: int | None = None
         """Length into which samples of training batches are split; None: samples are not split."""
-        self._verify = Verify.parse(verify)
-        self._verifier: Verifier | None = None
+        self._verifier = Verifier(Verify.parse(verify))
         self._world = World(process_group_backend, timeout)
         self._run: Run | None = None
         self._engine: Engine | None = None
@@ -215,7 +214,6 @@ class HybridStrategy(StrategyOfEither):
         self._world.connect(self._environment, device, trainer, self.request.arguments())
         self._run = Run(trainer, self._world, self.layout, device, lambda *args: self.engine.runner.padding_step(*args))
         self._run.start()
-        self._verifier = self._verifier or Verifier(self._verify, self.num_processes)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -254,7 +252,7 @@ class HybridStrategy(StrategyOfEither):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.sequence_length is not None:
             args = (split_sequences(args[0], self.sequence_length), *args[1:])
-        _there(self._verifier, "verifier").before_step(self.engine, args, kwargs)
+        self._verifier.before_step(self.engine, args, kwargs)
         return self.engine.runner.training_step(*args, **kwargs)
 
     @override
@@ -320,7 +318,7 @@ class HybridStrategy(StrategyOfEither):
         if self._world.unsavable:
             self._world.monitor.note_unsaved(filepath)
         else:
-            self.checkpoints.save(self.engine, checkpoint, filepath)
+            self.checkpoints.save(self.engine, {**checkpoint, "verified": self._verifier.verified}, filepath)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -328,7 +326,9 @@ class HybridStrategy(StrategyOfEither):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        return self.checkpoints.load(self.engine, checkpoint_path, trust_pickle=weights_only is False)
+        checkpoint = self.checkpoints.load(self.engine, checkpoint_path, trust_pickle=weights_only is False)
+        self._verifier.verified = checkpoint.pop("verified", None)
+        return checkpoint
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -69,7 +69,7 @@ def verify(checkpoint: Path) -> str:
 def as_one_process(saved: SavedCheckpoint, weights_only: bool = False) -> dict[str, Any]:
     """Returns the checkpoint dict that Lightning would have saved in a single process."""
     checkpoint = saved.document(0)
-    for key in ("names", "aliases", "streams", "local_steps"):  # not part of Lightning's format
+    for key in ("names", "aliases", "streams", "local_steps", "verified"):  # not part of Lightning's format
         checkpoint.pop(key, None)
     for group in saved.model_groups:
         checkpoint[group] = {name: whole(value) for name, value in saved.group(group).items()}

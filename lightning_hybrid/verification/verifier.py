@@ -51,11 +51,10 @@ class Verifier:
 
     Args:
         verify: When to verify.
-        ranks: Number of ranks on this machine.
     """
 
-    def __init__(self, verify: Verify, ranks: int) -> None:
-        self._verify, self._ranks = verify, ranks
+    def __init__(self, verify: Verify) -> None:
+        self._verify = verify
         self._engine: Engine | None = None
         self._batches = 0
         self.verified: str | None = None
@@ -82,16 +81,16 @@ class Verifier:
         present = fingerprint(engine, args[0])
         if again or present != self.verified:
             with engine.run.during("verify"):
-                _Comparison(engine, args, kwargs, self._verify, self._ranks).run()
+                _Comparison(engine, args, kwargs, self._verify).run()
             self.verified = present
 
 
 class _Comparison:
     """One verification."""
 
-    def __init__(self, engine: Engine, args: tuple, kwargs: dict[str, Any], verify: Verify, ranks: int) -> None:
+    def __init__(self, engine: Engine, args: tuple, kwargs: dict[str, Any], verify: Verify) -> None:
         self.engine, self.runner, self.partition = engine, engine.runner, engine.partition
-        self.args, self.kwargs, self.verify, self.ranks = args, kwargs, verify, ranks
+        self.args, self.kwargs, self.verify = args, kwargs, verify
         self.layout = engine.plan.layout
         self.rows: list[tuple[str, str]] = []
         self.bound = _bound(engine)
@@ -117,7 +116,7 @@ class _Comparison:
     def _obstacle(self) -> str | None:
         """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
         needed = _COPIES * sum(p.elements for p in self.engine.plan.model.parameters.values()) * 4
-        available = available_bytes(self.engine.device, self.ranks)
+        available = available_bytes(self.engine.device, self.runner.root.trainer.num_devices)
         problem = None
         if available is not None and needed > available:
             problem = f"the whole model needs {needed / 2**30:.1f} GiB, a rank has {available / 2**30:.1f} GiB"
