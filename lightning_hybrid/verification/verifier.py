@@ -59,6 +59,8 @@ class Verifier:
         self._batches = 0
         self.verified: str | None = None
         """The fingerprint of the last verified step; that of the checkpoint in a resumed run."""
+        self.rows: list[tuple[str, str]] = []
+        """What the last verification has checked, each with its result."""
 
     def before_step(self, engine: Engine, args: tuple, kwargs: dict[str, Any]) -> None:
         """Verifies the training step that is about to run, if it is due. Collective over all ranks.
@@ -81,7 +83,7 @@ class Verifier:
         present = fingerprint(engine, args[0])
         if again or present != self.verified:
             with engine.run.during("verify"):
-                _Comparison(engine, args, kwargs, self._verify).run()
+                self.rows = _Comparison(engine, args, kwargs, self._verify).run()
             self.verified = present
 
 
@@ -95,8 +97,8 @@ class _Comparison:
         self.rows: list[tuple[str, str]] = []
         self.bound = _bound(engine)
 
-    def run(self) -> None:
-        """Runs the steps, reports on rank 0.
+    def run(self) -> list[tuple[str, str]]:
+        """Runs the steps, reports on rank 0, and returns the rows of the report.
 
         Raises:
             PartitionError: On all ranks, if the step differs from that of one process.
@@ -112,6 +114,7 @@ class _Comparison:
         if dist.get_rank() == 0:
             headings = (("verified on the first batch", False), ("result", False))
             print(table_text("", headings, self.rows), file=sys.stderr)  # noqa: T201 -- beside the plan
+        return self.rows
 
     def _obstacle(self) -> str | None:
         """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
