@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -55,6 +56,17 @@ def split_batch(batch: Any, count: int) -> list[Any]:
         return [batch]
     size = batch_size(batch)
     return [_samples_of(batch, size, slice(i * (size // count), (i + 1) * (size // count))) for i in range(count)]
+
+
+def copied_batch(batch: Any) -> Any:
+    """Returns a copy of a batch, for a run of the step that must not change the batch.
+
+    Objects that cannot be copied are shared with the original.
+    """
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # noqa: BLE001 -- of classes of the user
+        return apply_to_collection(batch, Tensor, torch.clone)
 
 
 def split_sequences(batch: Any, length: int) -> Any:

@@ -16,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from lightning_hybrid._torch_private import checkpoints_not_reentrant
-from lightning_hybrid.batches import batch_size, count_samples, signature, split_batch
+from lightning_hybrid.batches import batch_size, copied_batch, count_samples, signature, split_batch
 from lightning_hybrid.collectives import share_object
 from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.context import StepContext
@@ -185,9 +185,11 @@ class Pipeline:
         self._rng.begin(index)
         method = getattr(self.root, name)
         interceptor = self.partition.interceptor
+        # a step may change its batch, which this rank's next stage needs, too
+        arguments = step.arguments[index] if len(self.local) == 1 else copied_batch(step.arguments[index])
         recording = step.context.recorder.recording(step.samples[index], run, stage, index)
         with recording, interceptor.handled_by(run), self.precision(), checkpoints_not_reentrant():
-            out = self.partition.step_module(_catching_stop(method), *step.arguments[index])
+            out = self.partition.step_module(_catching_stop(method), *arguments)
         if isinstance(out, _Stopped):
             return out.values
         if program.stop is not None:
@@ -264,7 +266,7 @@ class Pipeline:
                 self.root,
                 self.partition.interceptor,
                 getattr(self.root, name),
-                args,
+                copied_batch(args),
                 device=self.device,
                 context=self.precision,
             )

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.precision import (
 
 from lightning_hybrid._lightning_private import detects_anomalies, twins
 from lightning_hybrid._torch_private import own_buffers
-from lightning_hybrid.batches import batch_size, split_batch
+from lightning_hybrid.batches import batch_size, copied_batch, split_batch
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.record import Trace
@@ -111,7 +111,7 @@ class _DryRun:
     def trace(self, args: tuple, watched: Collection[str] | None = None) -> Trace:
         """Runs the step on the first microbatch, and returns the trace."""
         _move_buffers(self.root, self.device)
-        arguments = (split_batch(args[0], self.microbatches)[0], *args[1:])
+        arguments = copied_batch((split_batch(args[0], self.microbatches)[0], *args[1:]))  # a step may change its batch
         step = getattr(self.root, self.step)
         trace = trace_step(
             self.root, self.interceptor, step, arguments, device=self.device, context=self.precision, use_of=watched

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from lightning_hybrid._lightning_private import training_batch
 from lightning_hybrid._torch_private import BatchNorm
+from lightning_hybrid.batches import copied_batch
+from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.engine.trials import step_undone
 from lightning_hybrid.ghosts.ghost import Ghost
@@ -37,6 +38,10 @@ class Outcome:
     """The loss as the user's step returned it; None if the step returned none."""
     gradients: Mapping[str, Tensor | None]
     """Gradients by name: of this rank's parts under the layout, of whole parameters otherwise."""
+    context: StepContext | None = None
+    """The context of the step under the layout, with the factor on this replica's loss."""
+    parts: int = 1
+    """Number of microbatches."""
     outputs: Outputs = field(default_factory=dict)
 
 
@@ -68,13 +73,14 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], wa
             manual = _optimizes_manually(runner, backward)
             weights = runner.run.data.batch_weights()
             share = runner.run.data.share_in_step(weights)
-            loss = _loss_of(runner.weighted_step(weights, share, *copied(args), **copied(kwargs)))
+            loss = _loss_of(runner.weighted_step(weights, share, *copied_batch(args), **copied_batch(kwargs)))
             if loss is not None and not manual:
                 backward(loss)
         gradients = {name: None if p.grad is None else p.grad.clone() for name, p in local.items()}
+        context, parts = runner.context, 1 if runner.pipeline is None else runner.pipeline.parts
         made = dict(programs)
     programs.update(made)  # the real step runs the same ones
-    return Outcome(loss=_mean(losses), gradients=gradients, outputs=outputs)
+    return Outcome(loss=_mean(losses), gradients=gradients, context=context, parts=parts, outputs=outputs)
 
 
 def run_in_one_process(
@@ -82,6 +88,7 @@ def run_in_one_process(
     weights: Mapping[str, Tensor],
     parts: Sequence[tuple],
     kwargs: dict[str, Any],
+    context: StepContext | None = None,
     watch: bool = False,
 ) -> Outcome:
     """Runs a training step forward and backward on the whole module, on this replica's batch.
@@ -91,9 +98,10 @@ def run_in_one_process(
         weights: The whole weights, by name.
         parts: Arguments of `training_step` for each equal part of the batch; loss and gradients are means over parts.
         kwargs: Keyword arguments of `training_step`.
+        context: The context of the step under the layout, with the factor on this replica's loss; None: no factor.
         watch: True to record the outputs of units.
     """
-    root, context = runner.root, runner.context
+    root = runner.root
     losses: list[Tensor] = []
 
     def backward(loss: Tensor, *_: Any, **__: Any) -> None:
@@ -141,7 +149,7 @@ def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> Tensor 
     root = runner.root
     with runner.rng.training(training_batch(root.trainer)), runner.precision.train_step_context():
         runner.rng.begin(0)
-        return _loss_of(root.training_step(*copied(args), **copied(kwargs)))
+        return _loss_of(root.training_step(*copied_batch(args), **copied_batch(kwargs)))
 
 
 @contextmanager
@@ -185,11 +193,6 @@ def _loss_of(out: Any) -> Tensor | None:
 
 def _mean(losses: Sequence[Tensor]) -> Tensor | None:
     return torch.stack([x.reshape(()).float() for x in losses]).mean() if losses else None
-
-
-def copied(value: Any) -> Any:
-    """Returns a copy of a step's arguments: a step may change its batch."""
-    return copy.deepcopy(value)
 
 
 @contextmanager

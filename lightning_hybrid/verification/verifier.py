@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_hybrid.batches import batch_size, split_batch
 from lightning_hybrid.collectives import error_message, gather_objects
+from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.ghosts.ghost import Ghost
@@ -27,7 +28,6 @@ from lightning_hybrid.verification.compare import Differences, bound_of, differe
 from lightning_hybrid.verification.fingerprint import fingerprint
 from lightning_hybrid.verification.steps import (
     Outcome,
-    copied,
     losses_in_one_process,
     run_in_one_process,
     run_under_layout,
@@ -96,6 +96,8 @@ class _Comparison:
         self.layout = engine.plan.layout
         self.rows: list[tuple[str, str]] = []
         self.bound = _bound(engine)
+        self.context: StepContext | None = None
+        self.parts = 1
 
     def run(self) -> list[tuple[str, str]]:
         """Runs the steps, reports on rank 0, and returns the rows of the report.
@@ -120,14 +122,9 @@ class _Comparison:
         """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
         needed = _COPIES * sum(p.elements for p in self.engine.plan.model.parameters.values()) * 4
         available = available_bytes(self.engine.device, self.runner.root.trainer.num_devices)
-        problem = None
-        if available is not None and needed > available:
-            problem = f"the whole model needs {needed / 2**30:.1f} GiB, a rank has {available / 2**30:.1f} GiB"
-        else:
-            try:
-                copied((self.args, self.kwargs))
-            except Exception as error:  # noqa: BLE001 -- of the user's objects
-                problem = f"the batch cannot be copied ({error_message(error)})"
+        if available is None or needed <= available:
+            return _agreed(None)
+        problem = f"the whole model needs {needed / 2**30:.1f} GiB, a rank has {available / 2**30:.1f} GiB"
         return _agreed(problem)
 
     # ---- one process
@@ -135,6 +132,7 @@ class _Comparison:
     def _compare(self, weights: Mapping[str, Tensor]) -> str | None:
         """Compares the step with one process; returns why that was not possible, or None."""
         under = run_under_layout(self.runner, self.args, self.kwargs)
+        self.context, self.parts = under.context, under.parts
         whole, problem = self._in_one_process(weights, [self.args])
         if whole is None:
             return problem
@@ -152,7 +150,7 @@ class _Comparison:
 
     def _in_one_process(self, weights: Mapping[str, Tensor], parts: list[tuple]) -> tuple[Outcome | None, str | None]:
         try:
-            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs), None
+            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs, self.context), None
         except Exception as error:  # noqa: BLE001 -- of the user's step, or memory is too short
             outcome, problem = None, error_message(error)
         problem = _agreed(problem)
@@ -196,7 +194,7 @@ class _Comparison:
 
     def _worst(self, found: Tensor | None, expected: Tensor | None, gradients: dict[str, float]) -> Differences:
         """Returns the largest of each difference over all ranks. Collective."""
-        padding = self.runner.context is not None and self.runner.context.padding
+        padding = self.context is not None and self.context.padding
         a, b = (0.0 if x is None else float(x) for x in (found, expected))
         loss = 0.0 if padding else relative(a, b)
         values = torch.tensor([loss, *gradients.values()], dtype=torch.float64, device=self.engine.device)
@@ -213,18 +211,16 @@ class _Comparison:
         Raises:
             PartitionError: Unless another number of microbatches, which the user has left open, is right.
         """
-        runner = self.runner
-        parts = 1 if runner.pipeline is None else runner.pipeline.parts
-        if parts > 1:
-            batches = [(part, *self.args[1:]) for part in split_batch(self.args[0], parts)]
+        if self.parts > 1:
+            batches = [(part, *self.args[1:]) for part in split_batch(self.args[0], self.parts)]
             split, _ = self._in_one_process(weights, batches)
             if split is not None and not self._differences_of_processes(split, whole).within(self.bound):
-                self._refuse_microbatches(weights, found, parts)
+                self._refuse_microbatches(weights, found)
                 return
         raise PartitionError(self._difference(found, self._first_module(weights)))
 
-    def _refuse_microbatches(self, weights: Mapping[str, Tensor], found: Differences, parts: int) -> None:
-        runner, where = self.runner, _place_of(self.runner.root.training_step)
+    def _refuse_microbatches(self, weights: Mapping[str, Tensor], found: Differences) -> None:
+        runner, parts, where = self.runner, self.parts, _place_of(self.runner.root.training_step)
         if runner.microbatches != "auto":
             raise PartitionError(
                 f"`microbatches={runner.microbatches}`: {where} computes a loss that is not the mean over the samples "
@@ -266,10 +262,9 @@ class _Comparison:
     def _first_module(self, weights: Mapping[str, Tensor]) -> str:
         """Returns a sentence with the first unit whose output differs from one process. Collective."""
         runner = self.runner
-        parts = 1 if runner.pipeline is None else runner.pipeline.parts
         under = run_under_layout(runner, self.args, self.kwargs, watch=True)
-        part = (split_batch(self.args[0], parts)[0], *self.args[1:])
-        whole = run_in_one_process(runner, weights, [part], self.kwargs, watch=True)
+        part = (split_batch(self.args[0], self.parts)[0], *self.args[1:])
+        whole = run_in_one_process(runner, weights, [part], self.kwargs, self.context, watch=True)
         replica, seen = self.engine.mesh.replica, {}
         for place, outputs in zip(self.engine.mesh.places, gather_objects(under.outputs), strict=True):
             if place.replica(self.layout) == replica:
