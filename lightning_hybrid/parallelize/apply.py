@@ -358,15 +358,20 @@ class Partition:
     # ---- the module as the user wrote it, for dry runs
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
-        """Disables everything installed on the module, for a dry run on ghosts."""
+    def bare(self, *, batch_statistics: bool = False) -> Iterator[None]:
+        """Disables everything installed on the module, for a run of a step on ghosts or whole weights.
+
+        Args:
+            batch_statistics: True to keep the statistics of BatchNorm over all replicas.
+        """
         with ExitStack() as stack:
             for module, ours in self._hooks.items():
                 for table, ids in zip(hook_tables(module), ours, strict=True):
                     kept = dict(table)
                     stack.callback(_replace, table, kept)
                     _replace(table, {k: v for k, v in kept.items() if k not in ids})
-            stack.enter_context(self._batch_norms.restored())
+            if not batch_statistics:
+                stack.enter_context(self._batch_norms.restored())
             for module, forward in self._overrides:
                 del module.__dict__["forward"]
                 stack.callback(module.__dict__.__setitem__, "forward", forward)

@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_hybrid._lightning_private import training_batch
 from lightning_hybrid._torch_private import BatchNorm
 from lightning_hybrid.batches import copied_batch
-from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.engine.trials import step_undone
 from lightning_hybrid.ghosts.ghost import Ghost
@@ -24,7 +23,7 @@ from lightning_hybrid.metrics.logs import silent
 from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.verification.randomness import common_randomness
-from lightning_hybrid.verification.whole import whole_module
+from lightning_hybrid.verification.whole import Weights, whole_module
 
 Outputs = dict[tuple[str, int], list[tuple[float, float]]]
 """Mean and norm of the tensors that units returned, by unit and number of its earlier calls."""
@@ -38,8 +37,6 @@ class Outcome:
     """The loss as the user's step returned it; None if the step returned none."""
     gradients: Mapping[str, Tensor | None]
     """Gradients by name: of this rank's parts under the layout, of whole parameters otherwise."""
-    context: StepContext | None = None
-    """The context of the step under the layout, with the factor on this replica's loss."""
     parts: int = 1
     """Number of microbatches."""
     outputs: Outputs = field(default_factory=dict)
@@ -72,33 +69,30 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], wa
         with patched(runner, _log=not_logged):
             manual = _optimizes_manually(runner, backward)
             weights = runner.run.data.batch_weights()
-            share = runner.run.data.share_in_step(weights)
-            loss = _loss_of(runner.weighted_step(weights, share, *copied_batch(args), **copied_batch(kwargs)))
+            loss = _loss_of(runner.weighted_step(weights, 1.0, *copied_batch(args), **copied_batch(kwargs)))
             if loss is not None and not manual:
                 backward(loss)
         gradients = {name: None if p.grad is None else p.grad.clone() for name, p in local.items()}
-        context, parts = runner.context, 1 if runner.pipeline is None else runner.pipeline.parts
+        parts = 1 if runner.pipeline is None else runner.pipeline.parts
         made = dict(programs)
     programs.update(made)  # the real step runs the same ones
-    return Outcome(loss=_mean(losses), gradients=gradients, context=context, parts=parts, outputs=outputs)
+    return Outcome(loss=_mean(losses), gradients=gradients, parts=parts, outputs=outputs)
 
 
 def run_in_one_process(
     runner: StepRunner,
-    weights: Mapping[str, Tensor],
+    weights: Weights,
     parts: Sequence[tuple],
     kwargs: dict[str, Any],
-    context: StepContext | None = None,
     watch: bool = False,
 ) -> Outcome:
     """Runs a training step forward and backward on the whole module, on this replica's batch.
 
     Args:
         runner: Runs the steps of the partitioned module.
-        weights: The whole weights, by name.
+        weights: The whole weights.
         parts: Arguments of `training_step` for each equal part of the batch; loss and gradients are means over parts.
         kwargs: Keyword arguments of `training_step`.
-        context: The context of the step under the layout, with the factor on this replica's loss; None: no factor.
         watch: True to record the outputs of units.
     """
     root = runner.root
@@ -106,7 +100,6 @@ def run_in_one_process(
 
     def backward(loss: Tensor, *_: Any, **__: Any) -> None:
         losses.append(loss.detach())
-        loss = loss if context is None else context.scaled(loss)
         runner.precision.backward(loss / len(parts), root, None)
 
     with whole_module(runner.partition, weights) as whole, _conditions(runner, watch) as outputs:
@@ -121,7 +114,7 @@ def run_in_one_process(
 
 
 def losses_in_one_process(
-    runner: StepRunner, weights: Mapping[str, Tensor], batches: Sequence[tuple], kwargs: dict[str, Any]
+    runner: StepRunner, weights: Weights, batches: Sequence[tuple], kwargs: dict[str, Any]
 ) -> list[Tensor | None]:
     """Returns the loss of the whole module for each of `batches`, the arguments of a training step.
 

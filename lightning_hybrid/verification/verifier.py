@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lightning_hybrid.batches import batch_size, split_batch
 from lightning_hybrid.collectives import error_message, gather_objects
-from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.ghosts.ghost import Ghost
@@ -32,7 +31,7 @@ from lightning_hybrid.verification.steps import (
     run_in_one_process,
     run_under_layout,
 )
-from lightning_hybrid.verification.whole import gathered_weights
+from lightning_hybrid.verification.whole import Weights
 
 _MEAN_BOUND = 1e-4
 """Bound of the relative difference of a loss from the mean over parts of its batch, in single precision; empirical."""
@@ -96,8 +95,8 @@ class _Comparison:
         self.layout = engine.plan.layout
         self.rows: list[tuple[str, str]] = []
         self.bound = _bound(engine)
-        self.context: StepContext | None = None
         self.parts = 1
+        self.weight = _weight(engine)
 
     def run(self) -> list[tuple[str, str]]:
         """Runs the steps, reports on rank 0, and returns the rows of the report.
@@ -107,7 +106,7 @@ class _Comparison:
         """
         problem = self._obstacle()
         if problem is None:
-            weights = gathered_weights(self.partition)
+            weights = Weights.gather(self.partition)
             problem = self._compare(weights)
             if problem is None and self.layout.replicas > 1:
                 self._check_mean(weights)
@@ -129,10 +128,10 @@ class _Comparison:
 
     # ---- one process
 
-    def _compare(self, weights: Mapping[str, Tensor]) -> str | None:
+    def _compare(self, weights: Weights) -> str | None:
         """Compares the step with one process; returns why that was not possible, or None."""
         under = run_under_layout(self.runner, self.args, self.kwargs)
-        self.context, self.parts = under.context, under.parts
+        self.parts = under.parts
         whole, problem = self._in_one_process(weights, [self.args])
         if whole is None:
             return problem
@@ -148,9 +147,9 @@ class _Comparison:
         self.rows.append((f"loss and gradients of {trained} parameters against one process", text))
         return None
 
-    def _in_one_process(self, weights: Mapping[str, Tensor], parts: list[tuple]) -> tuple[Outcome | None, str | None]:
+    def _in_one_process(self, weights: Weights, parts: list[tuple]) -> tuple[Outcome | None, str | None]:
         try:
-            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs, self.context), None
+            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs), None
         except Exception as error:  # noqa: BLE001 -- of the user's step, or memory is too short
             outcome, problem = None, error_message(error)
         problem = _agreed(problem)
@@ -160,7 +159,8 @@ class _Comparison:
         """Compares the step under the layout with the mean of the replicas' steps in one process. Collective."""
         partition, group = self.partition, self.engine.mesh.replica_group
         names = partition.parameters.names
-        diloco = self.engine.diloco is not None
+        weight = torch.tensor(self.weight, device=self.engine.device)
+        dist.all_reduce(weight, group=group)
         scale = _scale_of(self.engine)
         flags = torch.tensor([[_has(o.gradients, n) for n in names] for o in (under, whole)], dtype=torch.float32)
         flags = flags.to(self.engine.device)
@@ -179,10 +179,10 @@ class _Comparison:
             if wanted:
                 total = whole.gradients[name]
                 total = torch.zeros(partition.shape_of(name), device=self.engine.device) if total is None else total
-                if not diloco:
-                    total = total.clone()
+                if self.engine.diloco is None:  # else replicas keep their own gradients
+                    total = total * self.weight
                     dist.all_reduce(total, group=group)
-                    total /= self.layout.replicas
+                    total = total / weight.to(total.dtype)
                 expected[name] = total
         gradients = differences(
             found, {n: expected.get(n) for n in (*expected, *(n for n in found if n not in expected))}
@@ -194,9 +194,8 @@ class _Comparison:
 
     def _worst(self, found: Tensor | None, expected: Tensor | None, gradients: dict[str, float]) -> Differences:
         """Returns the largest of each difference over all ranks. Collective."""
-        padding = self.context is not None and self.context.padding
         a, b = (0.0 if x is None else float(x) for x in (found, expected))
-        loss = 0.0 if padding else relative(a, b)
+        loss = relative(a, b) if self.weight else 0.0  # the loss of padding counts for nothing
         values = torch.tensor([loss, *gradients.values()], dtype=torch.float64, device=self.engine.device)
         values = values.nan_to_num(nan=torch.inf)
         dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -205,7 +204,7 @@ class _Comparison:
 
     # ---- causes
 
-    def _diagnose(self, weights: Mapping[str, Tensor], whole: Outcome, found: Differences) -> None:
+    def _diagnose(self, weights: Weights, whole: Outcome, found: Differences) -> None:
         """Finds the cause of a difference. Collective.
 
         Raises:
@@ -219,7 +218,7 @@ class _Comparison:
                 return
         raise PartitionError(self._difference(found, self._first_module(weights)))
 
-    def _refuse_microbatches(self, weights: Mapping[str, Tensor], found: Differences) -> None:
+    def _refuse_microbatches(self, weights: Weights, found: Differences) -> None:
         runner, parts, where = self.runner, self.parts, _place_of(self.runner.root.training_step)
         if runner.microbatches != "auto":
             raise PartitionError(
@@ -259,12 +258,12 @@ class _Comparison:
             other = other.moved(axis, "dp")
         return f"a layout without {', '.join(f'`{axis}`' for axis in axes)}, such as '{other}'"
 
-    def _first_module(self, weights: Mapping[str, Tensor]) -> str:
+    def _first_module(self, weights: Weights) -> str:
         """Returns a sentence with the first unit whose output differs from one process. Collective."""
         runner = self.runner
         under = run_under_layout(runner, self.args, self.kwargs, watch=True)
         part = (split_batch(self.args[0], self.parts)[0], *self.args[1:])
-        whole = run_in_one_process(runner, weights, [part], self.kwargs, self.context, watch=True)
+        whole = run_in_one_process(runner, weights, [part], self.kwargs, watch=True)
         replica, seen = self.engine.mesh.replica, {}
         for place, outputs in zip(self.engine.mesh.places, gather_objects(under.outputs), strict=True):
             if place.replica(self.layout) == replica:
@@ -282,7 +281,7 @@ class _Comparison:
 
     # ---- the loss
 
-    def _check_mean(self, weights: Mapping[str, Tensor]) -> None:
+    def _check_mean(self, weights: Weights) -> None:
         """Checks that the loss is the mean over samples: the mean of the losses of equal parts of the batch."""
         what = "loss as a mean over samples"
         parts, problem = self._equal_parts()
@@ -351,6 +350,14 @@ def _close(found: list[tuple[float, float]], expected: list[tuple[float, float]]
         relative(norm, other) <= bound and abs(mean - other_mean) <= bound * max(abs(other), 1e-6)
         for (mean, norm), (other_mean, other) in zip(found, expected, strict=True)
     )
+
+
+def _weight(engine: Engine) -> float:
+    """Returns the weight of this replica's batch in the mean over replicas: its tokens, or samples, or 1."""
+    weights, replica = engine.run.data.batch_weights(), engine.mesh.replica
+    if weights is None:
+        return 1.0
+    return float((weights.counts if weights.tokens is None else weights.tokens.counts)[replica])
 
 
 def _place_of(method: Any) -> str:

@@ -5,29 +5,45 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hybrid._torch_private import own_parameters
 from lightning_hybrid.parallelize.apply import Partition
 
 
-def gathered_weights(partition: Partition) -> dict[str, Tensor]:
-    """Returns copies of all whole weights by name, on every rank. Collective."""
-    partition.reshard()
-    return {name: partition.whole_parameter(name) for name in partition.parameters.names}
+class Weights(NamedTuple):
+    """The whole weights of a module on one rank."""
+
+    values: dict[str, Tensor]
+    trained: dict[str, bool]
+    """`requires_grad` of each parameter on the ranks that hold it."""
+
+    @classmethod
+    def gather(cls, partition: Partition) -> Weights:
+        """Gathers copies of all weights on every rank. Collective."""
+        partition.reshard()
+        parameters, local = partition.parameters, partition.parameters.local()
+        flags = torch.tensor([float(n in local and local[n].requires_grad) for n in parameters.names])
+        flags = flags.to(next(iter(local.values())).device if local else None)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        trained = dict(zip(parameters.names, map(bool, flags.tolist()), strict=True))
+        return cls({name: partition.whole_parameter(name) for name in parameters.names}, trained)
 
 
 @contextmanager
-def whole_module(partition: Partition, weights: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
+def whole_module(partition: Partition, weights: Weights) -> Iterator[dict[str, nn.Parameter]]:
     """Gives the module whole weights, and disables everything that the partition has installed.
 
-    The calls of units stay intercepted, so that units draw the same random numbers.
+    Calls of units stay intercepted, so that units draw the same random numbers, and BatchNorm has the statistics of all
+    replicas.
 
     Args:
         partition: The applied partition.
-        weights: The whole weights, by name.
+        weights: The whole weights.
 
     Yields:
         The whole parameters by name, with the user's gradient hooks.
@@ -35,15 +51,13 @@ def whole_module(partition: Partition, weights: Mapping[str, Tensor]) -> Iterato
     parameters, whole = partition.parameters, dict[str, nn.Parameter]()
     registered: dict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
     for name, places in parameters.slots.items():
-        present: Any = parameters[name]
-        trained = getattr(present, "wants_grad", present.requires_grad)  # of a ghost: what its holder does
-        whole[name] = nn.Parameter(weights[name], requires_grad=trained)
+        whole[name] = nn.Parameter(weights.values[name], requires_grad=weights.trained[name])
         for place in places:
             registered[place.module][place.key] = whole[name]
     if partition.gradient_hooks is not None:
         partition.gradient_hooks.copy_to(whole)
     with ExitStack() as stack:
-        stack.enter_context(partition.bare())
+        stack.enter_context(partition.bare(batch_statistics=True))
         if partition.experts is not None:
             stack.enter_context(partition.experts.undivided())
         for module, present in registered.items():

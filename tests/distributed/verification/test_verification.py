@@ -10,6 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_hybrid import PartitionError
+from lightning_hybrid.engine import gradients, pipeline, stage
+from lightning_hybrid.engine.context import StepContext
+from lightning_hybrid.engine.pipeline import Pipeline
+from lightning_hybrid.launch.failures import RankFailed
+from lightning_hybrid.replicas import reducer
+from lightning_hybrid.replicas.reduction import Exact
+from lightning_hybrid.tensor import collectives as tensor_collectives
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 from tests.harness import RankGroup
 
@@ -53,3 +61,80 @@ def test_verification_has_no_effect(ranks2: RankGroup, layout: str) -> None:
     assert with_it["logs"] == without["logs"]
     for name, value in without["weights"].items():
         assert torch.equal(with_it["weights"][name], value), name
+
+
+class Tied(Classifier):
+    """With one weight at both ends of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(16, 16, bias=False)
+        self.unembedding = nn.Linear(16, 16, bias=False)
+        self.unembedding.weight = self.embedding.weight
+
+    def forward(self, x):
+        x = self.embedding(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.unembedding(x))
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _skipping_one(self: Any, out: Any, step: Any, original: Any = Pipeline._loss) -> Any:
+    return original(self, out, step) * float(bool(step.losses))
+
+
+def _first_half(batch: dict[str, torch.Tensor], count: int) -> list[dict[str, torch.Tensor]]:
+    return [{key: value[: len(value) // 2] for key, value in batch.items()}] * count
+
+
+def _stale(self: Any, args: tuple, kwargs: dict, original: Any = stage.StageRun._enter, first: Any = []) -> Any:  # noqa: B006
+    first = first or first.append(self.inputs) or first
+    self.inputs = [tensor.detach().clone().requires_grad_() for tensor in first[0]]
+    return original(self, args, kwargs)
+
+
+def _summed(ctx: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    ctx.group = group
+    return tensor.clone()
+
+
+ERRORS: dict[str, tuple[str, Any, str, Any]] = {
+    "replicas are not averaged": ("dp2", Exact, "begin", lambda *_: _nothing),
+    "replicas with fewer samples weigh as much": ("dp2", StepContext, "scaled", lambda _, loss: loss),
+    "shards are summed, not averaged": ("fsdp2", StepContext, "scaled", lambda _, loss: loss * 2),
+    "the sum over tp is left out": ("tp2", tensor_collectives._Sum, "forward", staticmethod(_summed)),
+    "gradients of a stage are dropped": ("pp2", reducer.StashedGradients, "add", _nothing),
+    "a microbatch is skipped": ("pp2", Pipeline, "_loss", _skipping_one),
+    "a stage sends other values": ("pp2", stage, "_to_send", lambda value, send=stage._to_send: send(value) * 0.99),
+    "ghosts are stale": ("pp2", stage.StageRun, "_enter", _stale),
+    "tied weights are not summed": ("pp2", gradients, "sum_over_holders", _nothing),
+    "each microbatch is the first one": ("pp2", pipeline, "split_batch", _first_half),
+}
+"""Layout, and what is replaced by what: deliberate errors of the strategy."""
+
+
+def fit_wrong(error: str) -> str:
+    """The message with which a run with a deliberate error is refused."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    layout, owner, name, wrong = ERRORS[error]
+    trainer, replicas = trainer_for(layout, max_steps=1)
+    samples = 15 if error == "replicas with fewer samples weigh as much" else 48
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, wrong)
+        try:
+            trainer.fit(Tied(), DataLoader(Numbers(samples), batch_size=16 // replicas))
+        except (PartitionError, RankFailed) as refusal:
+            return str(refusal)
+    return "trained"
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors_of_the_strategy_are_found(ranks2: RankGroup, error: str) -> None:
+    messages = ranks2.call(fit_wrong, error)
+    assert "trained" not in messages
+    assert f"`layout='{ERRORS[error][0]}'`: the step of `training_step` (" in messages[0], messages[0]
