@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_hybrid._lightning_private import training_batch
 from lightning_hybrid._torch_private import BatchNorm
 from lightning_hybrid.batches import copied_batch
+from lightning_hybrid.engine.loss_weights import weight_of
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.engine.trials import step_undone
 from lightning_hybrid.ghosts.ghost import Ghost
@@ -37,6 +38,8 @@ class Outcome:
     """The loss as the user's step returned it; None if the step returned none."""
     gradients: Mapping[str, Tensor | None]
     """Gradients by name: of this rank's parts under the layout, of whole parameters otherwise."""
+    weight: float | None = None
+    """Weight that the user's step returned with the loss; None if it returned none."""
     parts: int = 1
     """Number of microbatches."""
     outputs: Outputs = field(default_factory=dict)
@@ -53,30 +56,28 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], wa
     """
     root, local = runner.root, runner.partition.parameters.local()
     programs = {} if runner.pipeline is None else runner.pipeline.prepared
-    losses: list[Tensor] = []
+    losses: list[tuple[Tensor, float]] = []
 
     def backward(loss: Tensor, *_: Any, **__: Any) -> None:
-        losses.append(loss.detach())
+        losses.append((loss.detach(), 1.0))
         runner.precision.backward(runner.scaled_for_backward(loss), root, None)
         runner.gradients_complete()
 
-    def not_logged(_: Any, loss: Tensor | None = None, extras: dict[str, Any] | None = None) -> tuple[Tensor, dict]:
-        outputs = runner.stage_outputs
-        return (torch.zeros(()), extras or {}) if outputs is None else outputs.share(loss, extras or {})
-
     with step_undone(runner), _own_gradients(local.values()), _conditions(runner, watch) as outputs:
         runner.noise = None
-        with patched(runner, _log=not_logged):
+        with patched(runner, _log=lambda *_: None):
             manual = _optimizes_manually(runner, backward)
-            weights = runner.run.data.batch_weights()
-            loss = _loss_of(runner.weighted_step(weights, 1.0, *copied_batch(args), **copied_batch(kwargs)))
+            batch_weights = runner.run.data.batch_weights()
+            loss = _loss_of(runner.weighted_step(batch_weights, 1.0, *copied_batch(args), **copied_batch(kwargs)))
             if loss is not None and not manual:
                 backward(loss)
         gradients = {name: None if p.grad is None else p.grad.clone() for name, p in local.items()}
         parts = 1 if runner.pipeline is None else runner.pipeline.parts
+        weights = None if runner.context is None else runner.context.loss_weights
+        weight = None if weights is None else sum(weights)
         made = dict(programs)
     programs.update(made)  # the real step runs the same ones
-    return Outcome(loss=_mean(losses), gradients=gradients, parts=parts, outputs=outputs)
+    return Outcome(loss=mean_loss(losses), gradients=gradients, weight=weight, parts=parts, outputs=outputs)
 
 
 def run_in_one_process(
@@ -91,43 +92,49 @@ def run_in_one_process(
     Args:
         runner: Runs the steps of the partitioned module.
         weights: The whole weights.
-        parts: Arguments of `training_step` for each equal part of the batch; loss and gradients are means over parts.
+        parts: Arguments of `training_step` for each equal part of the batch; loss and gradients are means over the
+            parts, by the weights that the step returns, if any.
         kwargs: Keyword arguments of `training_step`.
         watch: True to record the outputs of units.
     """
-    root = runner.root
-    losses: list[Tensor] = []
+    found: list[tuple[Tensor, float]] = []
+    weighted = False
 
-    def backward(loss: Tensor, *_: Any, **__: Any) -> None:
-        losses.append(loss.detach())
-        runner.precision.backward(loss / len(parts), root, None)
+    def backward(loss: Tensor, *_: Any, weight: float = 1.0, **__: Any) -> None:
+        found.append((loss.detach(), weight))
+        runner.precision.backward(loss * weight, runner.root, None)
 
     with whole_module(runner.partition, weights) as whole, _conditions(runner, watch) as outputs:
         for part in parts:
             with _undone(runner):
                 manual = _optimizes_manually(runner, backward)
-                loss = _forward(runner, part, kwargs)
+                loss, weight = _forward(runner, part, kwargs)
+                weighted |= weight is not None
                 if loss is not None and not manual:
-                    backward(loss)
-        gradients = {name: parameter.grad for name, parameter in whole.items()}
-    return Outcome(loss=_mean(losses), gradients=gradients, outputs=outputs)
+                    backward(loss, weight=1.0 if weight is None else weight)
+        total = sum(weight for _, weight in found)
+        divisor = total if weighted else len(parts)
+        gradients = {n: None if p.grad is None else p.grad / (divisor or 1.0) for n, p in whole.items()}
+    return Outcome(loss=mean_loss(found), gradients=gradients, weight=total if weighted else None, outputs=outputs)
 
 
 def losses_in_one_process(
     runner: StepRunner, weights: Weights, batches: Sequence[tuple], kwargs: dict[str, Any]
-) -> list[Tensor | None]:
-    """Returns the loss of the whole module for each of `batches`, the arguments of a training step.
+) -> list[tuple[Tensor, float]]:
+    """Returns the loss of the whole module, and its weight, for each of `batches`, the arguments of a training step.
 
     BatchNorm uses its running statistics: its batch is the global one, whatever the samples of this rank.
     """
-    found = []
+    found: list[tuple[Tensor, float]] = []
     with whole_module(runner.partition, weights), _conditions(runner, False), torch.no_grad(), ExitStack() as stack:
         for module in runner.root.modules():
             if isinstance(module, BatchNorm):
                 stack.enter_context(patched(module, training=False))
         for args in batches:
             with _undone(runner):
-                found.append(_forward(runner, args, kwargs))
+                loss, weight = _forward(runner, args, kwargs)
+                if loss is not None:
+                    found.append((loss, 1.0 if weight is None else weight))
     return found
 
 
@@ -137,12 +144,13 @@ def _undone(runner: StepRunner) -> Iterator[None]:
         yield
 
 
-def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """Runs the user's step with the whole module, and returns the loss."""
+def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, float | None]:
+    """Runs the user's step with the whole module, and returns the loss and its weight."""
     root = runner.root
     with runner.rng.training(training_batch(root.trainer)), runner.precision.train_step_context():
         runner.rng.begin(0)
-        return _loss_of(root.training_step(*copied_batch(args), **copied_batch(kwargs)))
+        out = root.training_step(*copied_batch(args), **copied_batch(kwargs))
+    return _loss_of(out), weight_of(out)
 
 
 @contextmanager
@@ -184,8 +192,12 @@ def _loss_of(out: Any) -> Tensor | None:
     return loss if isinstance(loss, Tensor) else None
 
 
-def _mean(losses: Sequence[Tensor]) -> Tensor | None:
-    return torch.stack([x.reshape(()).float() for x in losses]).mean() if losses else None
+def mean_loss(found: Sequence[tuple[Tensor, float]]) -> Tensor | None:
+    """Returns the mean of losses by weight; None if there are none."""
+    total = sum(weight for _, weight in found)
+    if not found or not total:
+        return None
+    return torch.stack([loss.reshape(()).double() * weight for loss, weight in found if weight]).sum() / total
 
 
 @contextmanager

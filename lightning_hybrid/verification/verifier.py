@@ -28,6 +28,7 @@ from lightning_hybrid.verification.fingerprint import fingerprint
 from lightning_hybrid.verification.steps import (
     Outcome,
     losses_in_one_process,
+    mean_loss,
     run_in_one_process,
     run_under_layout,
 )
@@ -159,8 +160,11 @@ class _Comparison:
         """Compares the step under the layout with the mean of the replicas' steps in one process. Collective."""
         partition, group = self.partition, self.engine.mesh.replica_group
         names = partition.parameters.names
-        weight = torch.tensor(self.weight, device=self.engine.device)
+        own = self.weight if under.weight is None or whole.weight is None else whole.weight
+        weight = torch.tensor(own, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(weight, group=group)
+        if under.weight is not None:
+            scale *= self.layout.replicas / (float(weight) or 1.0)
         scale = _scale_of(self.engine)
         flags = torch.tensor([[_has(o.gradients, n) for n in names] for o in (under, whole)], dtype=torch.float32)
         flags = flags.to(self.engine.device)
@@ -180,9 +184,9 @@ class _Comparison:
                 total = whole.gradients[name]
                 total = torch.zeros(partition.shape_of(name), device=self.engine.device) if total is None else total
                 if self.engine.diloco is None:  # else replicas keep their own gradients
-                    total = total * self.weight
+                    total = total * own
                     dist.all_reduce(total, group=group)
-                    total = total / weight.to(total.dtype)
+                    total = total / (float(weight) or 1.0)
                 expected[name] = total
         gradients = differences(
             found, {n: expected.get(n) for n in (*expected, *(n for n in found if n not in expected))}
@@ -291,7 +295,7 @@ class _Comparison:
             return
         try:
             with patched(self.runner.root.trainer.strategy, all_gather=_refused_gather):
-                whole, *losses = losses_in_one_process(self.runner, weights, [self.args, *parts], self.kwargs)
+                (whole, _), *losses = losses_in_one_process(self.runner, weights, [self.args, *parts], self.kwargs)
         except _Gathers:
             problem = "the step gathers values of other replicas itself"
         except Exception as error:  # noqa: BLE001 -- of the user's step with a part of the batch
@@ -300,9 +304,7 @@ class _Comparison:
         if problem is not None:
             self.rows.append((what, f"not checked: {problem}"))
             return
-        given = [float(x) for x in losses if x is not None]
-        mean = sum(given) / max(1, len(given))
-        difference = self._worst(torch.tensor(mean), whole, {}).loss
+        difference = self._worst(mean_loss(losses), whole, {}).loss
         bound = max(_MEAN_BOUND, self.bound if self.bound > bound_of(torch.float32) else 0.0)
         if difference <= bound:
             self.rows.append((what, f"relative difference {difference:.1e} (bound {bound:.0e})"))
