@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from lightning_hybrid.batches import batch_size, split_batch
 from lightning_hybrid.collectives import error_message, gather_objects
 from lightning_hybrid.engine.engine import Engine
+from lightning_hybrid.engine.loss_weights import place_of
 from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.patching import patched
@@ -160,12 +160,12 @@ class _Comparison:
         """Compares the step under the layout with the mean of the replicas' steps in one process. Collective."""
         partition, group = self.partition, self.engine.mesh.replica_group
         names = partition.parameters.names
+        scale = _scale_of(self.engine)
         own = self.weight if under.weight is None or whole.weight is None else whole.weight
         weight = torch.tensor(own, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(weight, group=group)
         if under.weight is not None:
             scale *= self.layout.replicas / (float(weight) or 1.0)
-        scale = _scale_of(self.engine)
         flags = torch.tensor([[_has(o.gradients, n) for n in names] for o in (under, whole)], dtype=torch.float32)
         flags = flags.to(self.engine.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -223,7 +223,7 @@ class _Comparison:
         raise PartitionError(self._difference(found, self._first_module(weights)))
 
     def _refuse_microbatches(self, weights: Weights, found: Differences) -> None:
-        runner, parts, where = self.runner, self.parts, _place_of(self.runner.root.training_step)
+        runner, parts, where = self.runner, self.parts, place_of(self.runner.root)
         if runner.microbatches != "auto":
             raise PartitionError(
                 f"`microbatches={runner.microbatches}`: {where} computes a loss that is not the mean over the samples "
@@ -248,7 +248,7 @@ class _Comparison:
 
     def _difference(self, found: Differences, first: str) -> str:
         return (
-            f"`layout='{self.layout}'`: the step of {_place_of(self.runner.root.training_step)} does not equal that "
+            f"`layout='{self.layout}'`: the step of {place_of(self.runner.root)} does not equal that "
             f"of one process on the same samples: {self._numbers(found)}. {first} Training has not started. Use "
             f"{self._advice()}, or `verify='off'` if the difference is intended."
         )
@@ -310,7 +310,7 @@ class _Comparison:
             self.rows.append((what, f"relative difference {difference:.1e} (bound {bound:.0e})"))
             return
         message = (
-            f"{_place_of(self.runner.root.training_step)} computes a loss that is not the mean over the samples of "
+            f"{place_of(self.runner.root)} computes a loss that is not the mean over the samples of "
             f"its batch: on {len(parts)} parts of the first batch it is off by {difference:.1%}. Under "
             f"`layout='{self.layout}'` each replica computes it on its own samples, as under DistributedDataParallel, "
             'which differs from one process by about as much. Return `{"loss": ..., "weight": number_of_tokens}` for a '
@@ -360,12 +360,6 @@ def _weight(engine: Engine) -> float:
     if weights is None:
         return 1.0
     return float((weights.counts if weights.tokens is None else weights.tokens.counts)[replica])
-
-
-def _place_of(method: Any) -> str:
-    """Returns `training_step` with its file and line."""
-    code = inspect.unwrap(method).__code__
-    return f"`{method.__name__}` ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _scale_of(engine: Engine) -> float:

@@ -137,4 +137,4 @@ def fit_wrong(error: str) -> str:
 def test_errors_of_the_strategy_are_found(ranks2: RankGroup, error: str) -> None:
     messages = ranks2.call(fit_wrong, error)
     assert "trained" not in messages
-    assert f"`layout='{ERRORS[error][0]}'`: the step of `training_step` (" in messages[0], messages[0]
+    assert f"`layout='{ERRORS[error][0]}'`: the step of `Tied.training_step` (" in messages[0], messages[0]
