@@ -161,6 +161,16 @@ class ReplicaGradients:
         finally:
             self._set_sync(True)
 
+    @contextmanager
+    def synchronized(self) -> Iterator[None]:
+        """Synchronizes gradients for the duration of the context, also within `local_only`."""
+        before = self._sync
+        self._set_sync(True)
+        try:
+            yield
+        finally:
+            self._set_sync(before)
+
     def _set_sync(self, sync: bool) -> None:
         self._sync = sync
         for reducer in self._reducers:

@@ -63,12 +63,18 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], wa
         runner.precision.backward(runner.scaled_for_backward(loss), root, None)
         runner.gradients_complete()
 
-    with step_undone(runner), _own_gradients(local.values()), _conditions(runner, watch) as outputs:
+    with ExitStack() as stack:
+        stack.enter_context(runner.gradients.synchronized())
+        stack.enter_context(step_undone(runner))
+        stack.enter_context(_own_gradients(local.values()))
+        outputs = stack.enter_context(_conditions(runner, watch))
         runner.noise = None
         with patched(runner, _log=lambda *_: None):
             manual = _optimizes_manually(runner, backward)
             batch_weights = runner.run.data.batch_weights()
             loss = _loss_of(runner.weighted_step(batch_weights, 1.0, *copied_batch(args), **copied_batch(kwargs)))
+            if runner.context is not None:
+                runner.loss_weights.take(runner.context, runner.run.world.any_rank)
             if loss is not None and not manual:
                 backward(loss)
         gradients = {name: None if p.grad is None else p.grad.clone() for name, p in local.items()}

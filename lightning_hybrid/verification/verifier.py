@@ -314,8 +314,8 @@ class _Comparison:
             f"its batch: on {len(parts)} parts of the first batch it is off by {difference:.1%}. Under "
             f"`layout='{self.layout}'` each replica computes it on its own samples, as under DistributedDataParallel, "
             'which differs from one process by about as much. Return `{"loss": ..., "weight": number_of_tokens}` for a '
-            "mean over tokens, `self.all_gather(..., sync_grads=True)` the embeddings of a contrastive loss, or use a "
-            "layout of `tp` and `pp`."
+            "mean over tokens, gather the embeddings of a contrastive loss by `self.all_gather(..., sync_grads=True)`, "
+            "or use a layout of `tp` and `pp`."
         )
         if self.verify.strict:
             raise PartitionError(f"`verify='strict'`: {message}")

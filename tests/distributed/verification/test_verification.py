@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as L
@@ -19,7 +20,7 @@ from lightning_hybrid.replicas import reducer
 from lightning_hybrid.replicas.reduction import Exact
 from lightning_hybrid.tensor import collectives as tensor_collectives
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
-from tests.harness import RankGroup
+from tests.harness import RankError, RankGroup
 
 
 class Random(Classifier):
@@ -138,3 +139,56 @@ def test_errors_of_the_strategy_are_found(ranks2: RankGroup, error: str) -> None
     messages = ranks2.call(fit_wrong, error)
     assert "trained" not in messages
     assert f"`layout='{ERRORS[error][0]}'`: the step of `Tied.training_step` (" in messages[0], messages[0]
+
+
+class Contrastive(Classifier):
+    """Whose loss compares the samples of a batch with each other."""
+
+    def training_step(self, batch, batch_idx):
+        rows = nn.functional.normalize(self(batch["x"]), dim=1)
+        similar = (rows @ rows.T - 1e3 * torch.eye(len(rows))) / 0.5
+        loss = nn.functional.cross_entropy(similar, torch.arange(len(rows)).roll(1))
+        self.log("loss_epoch", loss, on_step=False, on_epoch=True)
+        return loss
+
+
+def fit_contrastive(layout: str | None, verify: str, **options: Any) -> tuple[float, list[tuple[str, str]], list[str]]:
+    """The loss of an epoch, the rows of the verification, and the warnings."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    more = None if layout is None else {"verify": verify, **options}
+    trainer, replicas = trainer_for(layout, strategy_options=more)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.fit(Contrastive(), DataLoader(Numbers(), batch_size=16 // replicas))
+    verifier: Any = getattr(trainer.strategy, "_verifier", None)
+    return (
+        float(trainer.callback_metrics["loss_epoch"]),
+        [] if verifier is None else verifier.rows,
+        [str(w.message) for w in found if "mean over the samples" in str(w.message)],
+    )
+
+
+def test_microbatches_are_avoided_where_the_loss_compares_samples(ranks2: RankGroup) -> None:
+    expected = fit_contrastive(None, "off")[0]
+    for loss, rows, _ in ranks2.call(fit_contrastive, "pp2", "start"):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert rows[0][0] == "microbatches"
+        assert rows[0][1].startswith("1 instead of ")
+        assert "against one process" in rows[1][0]
+    assert ranks2.call(fit_contrastive, "pp2", "off")[0][0] != pytest.approx(expected, rel=1e-3)
+
+
+def test_chosen_microbatches_are_refused_where_the_loss_compares_samples(ranks2: RankGroup) -> None:
+    with pytest.raises(RankError, match=r"`microbatches=2`: `Contrastive.training_step` .* Use `microbatches=1`"):
+        ranks2.call(fit_contrastive, "pp2", "start", microbatches=2)
+
+
+def test_a_loss_that_is_no_mean_over_samples_warns(ranks2: RankGroup) -> None:
+    for _, rows, found in ranks2.call(fit_contrastive, "dp2", "start"):
+        assert rows[-1][0] == "loss as a mean over samples"
+        assert rows[-1][1].startswith("differs by ")
+        assert len(found) <= 1
+    assert "`self.all_gather(..., sync_grads=True)`" in ranks2.call(fit_contrastive, "dp2", "start")[0][2][0]
+    with pytest.raises(RankError, match=r"`verify='strict'`: `Contrastive.training_step`"):
+        ranks2.call(fit_contrastive, "dp2", "strict")
