@@ -68,7 +68,9 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], wa
         stack.enter_context(step_undone(runner))
         stack.enter_context(_own_gradients(local.values()))
         outputs = stack.enter_context(_conditions(runner, watch))
-        runner.noise = None
+        if runner.noise is not None:
+            runner.noise.measures = False
+            runner.noise = None
         with patched(runner, _log=lambda *_: None):
             manual = _optimizes_manually(runner, backward)
             batch_weights = runner.run.data.batch_weights()
