@@ -268,7 +268,7 @@ class MemoryProbe:
         runner.noise = None
         runner.microbatches = self._microbatches
         # the only objects that ranks exchange in a step
-        vars(runner)["_log"] = lambda *_: (torch.zeros(()), {})
+        vars(runner).update(_log=lambda *_: None, _share=lambda *_: (torch.zeros(()), {}))
         if self._accumulates:
             with runner.gradients.local_only():
                 self._forward_and_backward(size, first=True)
