@@ -170,8 +170,8 @@ def test_token_means_are_those_of_the_global_batch(ranks2: RankGroup, case: str,
 
 @pytest.mark.parametrize("layout", ["dp2", "pp2"])
 def test_without_weights_the_mean_is_another(ranks2: RankGroup, layout: str) -> None:
-    unverified = {"strategy_options": {"verify": "off"}}  # else microbatches are avoided, and replicas warn
-    expected, found = fit(None, Unweighted), ranks2.call(fit, layout, Unweighted, **unverified)
+    # with verification microbatches are avoided, and replicas warn
+    expected, found = fit(None, Unweighted), ranks2.call(fit, layout, Unweighted, strategy_options={"verify": "off"})
     with pytest.raises(AssertionError):
         compare(expected, found)
 
