@@ -3,6 +3,7 @@
 from lightning_hybrid._lightning_private import register_strategy
 from lightning_hybrid._torch_private import warn_if_untested
 from lightning_hybrid.checkpoint.options import CheckpointOptions
+from lightning_hybrid.compare_layouts import verify
 from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.spec.errors import CheckpointError, NonFiniteError, PartitionError, RankError
 from lightning_hybrid.spec.layout import Layout
@@ -17,6 +18,7 @@ __all__ = [
     "NonFiniteError",
     "PartitionError",
     "RankError",
+    "verify",
 ]
 
 register_strategy(

@@ -138,6 +138,11 @@ class HybridStrategy(StrategyOfEither):
         return self.engine.plan
 
     @property
+    def verification(self) -> list[tuple[str, str]]:
+        """What the last verification has checked, each with its result; empty if no step was verified."""
+        return self._verifier.rows
+
+    @property
     def mesh(self) -> Mesh:
         """The device mesh with this rank's place in the layout, once the processes are connected."""
         return self.data.mesh
