@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from lightning_hybrid._lightning_private import EitherPackage, StrategyOfEither
-from lightning_hybrid.batches import split_sequences
+from lightning_hybrid.batches import positions_of, split_sequences
 from lightning_hybrid.checkpoint import state
 from lightning_hybrid.checkpoint.checkpoints import Checkpoints
 from lightning_hybrid.checkpoint.options import CheckpointOptions
@@ -255,17 +255,19 @@ class HybridStrategy(StrategyOfEither):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        rows = 1
         if self.sequence_length is not None:
+            rows = (positions_of(args[0]) or 0) // self.sequence_length
             args = (split_sequences(args[0], self.sequence_length), *args[1:])
         self._verifier.before_step(self.engine, args, kwargs)
-        return self.engine.runner.training_step(*args, **kwargs)
+        return self.engine.runner.training_step(*args, rows_per_sample=rows, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         engine = self.engine
         loss = engine.runner.scaled_for_backward(closure_loss)
         engine.optimizers.nonfinite.saw_loss(loss)
-        with engine.run.during("backward"):
+        with engine.run.during("backward"), engine.runner.gradients.backward():
             loss = super().backward(loss, optimizer, *args, **kwargs)
         engine.runner.gradients_complete()
         return loss

@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.overrides
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
@@ -48,6 +50,35 @@ def run_kernel(func: Any, args: tuple, kwargs: dict) -> Any:
     """Runs the kernel of an operator made of other operators, so that an entered `DispatchMode` sees the others."""
     key = torch._C.DispatchKey.CompositeExplicitAutograd
     return func._op_dk(key, *args, **kwargs) if func.has_kernel_for_dispatch_key(key) else func(*args, **kwargs)
+
+
+@contextmanager
+def function_mode_left(mode: TorchFunctionMode) -> Iterator[None]:
+    """Leaves `mode` for the duration of the context if it is the innermost mode; otherwise does nothing."""
+    stack = torch.overrides._get_current_function_mode_stack()
+    if not stack or stack[-1] is not mode:
+        yield
+        return
+    torch.overrides._pop_mode()
+    try:
+        yield
+    finally:
+        torch.overrides._push_mode(mode)
+
+
+def is_plain(value: Any) -> bool:
+    """Returns True for a dense tensor or parameter with memory, of no other subclass."""
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided
+        and not value.is_nested
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Returns a number that tensors have in common that are views of the same memory, while one of them is alive."""
+    return tensor.untyped_storage()._cdata
 
 
 def disable_torch_function() -> AbstractContextManager:

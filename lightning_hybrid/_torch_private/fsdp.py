@@ -27,6 +27,16 @@ def finish_sharded_backward(module: FSDPModule) -> None:
     root._root_post_backward_final_callback()
 
 
+def scale_sharded_gradients(module: FSDPModule, factor: torch.Tensor) -> None:
+    """Multiplies the gradients that a fully sharded module has accumulated without reduction by `factor`."""
+    for state in fully_shard.state(module)._state_ctx.all_states:  # type: ignore[attr-defined]
+        for parameter in (p for group in _sharding_groups(state) for p in group.fsdp_params):
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            for gradient in (parameter.unsharded_accumulated_grad, None if unsharded is None else unsharded.grad):
+                if gradient is not None:
+                    gradient.mul_(factor)
+
+
 def forget_fully_shard(module: FSDPModule) -> None:
     """Restores the class of a fully sharded module; the caller restores parameters and hooks."""
     plain: Any = module

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hybrid.batches import SCALARS, dense_parts, leaves_of
 from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
@@ -56,25 +57,23 @@ def digest(batch: Any) -> int:
     return code
 
 
-def _parts(value: Any) -> Iterator[bytes]:
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous()
-        yield f"{tuple(plain.shape)} {plain.dtype}".encode()
-        yield plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key).encode()
-            yield from _parts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _parts(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from _parts(getattr(value, field.name))
-    elif isinstance(value, str | bytes | int | float | complex | type(None)):
-        yield repr(value).encode()
-    else:
-        yield type(value).__name__.encode()
+def _parts(batch: Any) -> Iterator[bytes]:
+    for path, value in leaves_of(batch):
+        yield path.encode()
+        if isinstance(value, Tensor):
+            yield f"{tuple(value.shape)} {value.dtype}".encode()
+            yield from map(_bytes_of, dense_parts(value))
+        elif isinstance(value, SCALARS):
+            yield str(getattr(value, "__qualname__", repr(value))).encode()
+        elif isinstance(value, np.ndarray):
+            yield f"{value.shape} {value.dtype}".encode() + (b"" if value.dtype.hasobject else value.tobytes())
+        else:
+            yield type(value).__name__.encode()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 class CheckedShard:
@@ -88,18 +87,20 @@ class CheckedShard:
     def __init__(self, mesh: Mesh, on_yield: Callable[[BatchWeights | None], None]) -> None:
         self._mesh, self._on_yield, self._checked = mesh, on_yield, False
         self.history: deque[BatchWeights | None] = deque(maxlen=8)
+        self.sizes: deque[int | None] = deque(maxlen=8)
 
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Returns an iterator over the loader."""
-        return self._batches(start())
+        return self._batches(start(), getattr(loader, "batch_size", None))
 
-    def _batches(self, iterator: Iterator[Any]) -> Iterator[Any]:
+    def _batches(self, iterator: Iterator[Any], size: int | None) -> Iterator[Any]:
         for batch in iterator:
             if not self._checked:
                 self._checked = True
                 if self._mesh.layout.devices > self._mesh.layout.replicas:
                     all_read_the_same(digest(batch), self._mesh)
             self.history.append(None)
+            self.sizes.append(size)
             self._on_yield(None)
             yield batch
 

@@ -86,7 +86,8 @@ class MapShard:
         """Division of global batches among replicas; None: round-robin."""
         self._trainer, self._limit, self._run_padding, self._on_yield = training, limit, run_padding, on_yield
         self.history: deque[BatchWeights | None] = deque(maxlen=8)
-        self._pending: deque[BatchWeights | None] = deque()
+        self.sizes: deque[int | None] = deque(maxlen=8)
+        self._pending: deque[tuple[BatchWeights | None, int | None]] = deque()
         self._order = Order(source)
         self._seed = 0
         self._passes = 0
@@ -181,11 +182,12 @@ class MapShard:
             batch = next(iterator, _END)
             if batch is _END:
                 return
-            batch_weights = self._pending.popleft()
+            batch_weights, size = self._pending.popleft()
             if self._run_padding is not None and batch_weights is not None and batch_weights.padding(self._replica):
                 self._run_padding(batch, batch_weights)
                 return
             self.history.append(batch_weights)
+            self.sizes.append(size)
             self._on_yield(batch_weights)
             self._yielded += 1
             yield batch
@@ -275,7 +277,7 @@ class MapShard:
             return
         order = self._order.draw(self._first)
         for share in self._shares(order):
-            self._pending.append(share.batch_weights)
+            self._pending.append((share.batch_weights, None if self._kind == "items" else len(share.keys)))
             if self._kind == "items":
                 yield seeding.Key(share.keys[0], share.positions[0], self._seed)
             else:

@@ -45,6 +45,18 @@ def sample_batch(loaders: Any, *, training: bool) -> tuple[Any, tuple[int, ...]]
     raise _no_batch()
 
 
+def size_of_batches(loaders: Any) -> int | None:
+    """Returns the number of samples that all `loaders` read for a first batch; None if it differs or is not known."""
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
+    sizes = set()
+    for loader in map(users_loader, combined.flattened):
+        size = loader.batch_size if isinstance(loader, DataLoader) else None
+        if size is not None and not isinstance(loader.dataset, IterableDataset):
+            size = min(size, len(loader.dataset))  # type: ignore[arg-type]
+        sizes.add(size)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
 def first_batch(loaders: Any) -> Any:
     """Returns the first batch of a loader, or of all loaders of a collection, without advancing anything.
 

@@ -183,6 +183,13 @@ class ReplicaData:
         replicas = self.mesh.layout.replicas
         return sharding.added([u or sharding.even(replicas, n or 1) for u, n in zip(found, sizes, strict=True)])
 
+    def batch_samples(self) -> int | None:
+        """Returns the number of samples read for the batch that the trainer is about to run; None if not known."""
+        loaders, ahead = loaders_of_running_batch(self._trainer)
+        shards = [getattr(loader, "replica_shard", None) for loader in loaders or ()]
+        found = {shard.sizes[-1 - ahead] for shard in shards if shard is not None and len(shard.sizes) > ahead}
+        return found.pop() if len(found) == 1 and None not in shards else None
+
     def share_in_step(self, batch_weights: BatchWeights | None) -> float:
         """Returns the factor on the loss of the next training batch, among the accumulated batches of a step.
 

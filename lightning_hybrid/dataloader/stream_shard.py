@@ -23,7 +23,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hybrid._lightning_private import place_in_epoch, twins
-from lightning_hybrid.batches import count_samples
+from lightning_hybrid.batches import agreed_samples
 from lightning_hybrid.dataloader import seeding, sharding
 from lightning_hybrid.dataloader.agreement import all_read_the_same, different_data, digest, replicas_of
 from lightning_hybrid.dataloader.map_shard import next_seed
@@ -37,6 +37,8 @@ from lightning_hybrid.rng.step import mix
 from lightning_hybrid.spec.errors import PartitionError
 
 _END: Any = object()
+_UNKNOWN = 0
+"""The number of samples of a batch that does not tell it."""
 
 
 class EveryNth(IterableDataset):
@@ -83,8 +85,10 @@ class StreamShard:
         self._limit = limit
         self._replicas, self._replica = mesh.layout.replicas, mesh.replica
         self.history: deque[BatchWeights | None] = deque(maxlen=8)
+        self.sizes: deque[int | None] = deque(maxlen=8)
         is_dataset = isinstance(loader, DataLoader) and not predicting
         self._by_samples = is_dataset and isinstance(loader.dataset, IterableDataset)
+        self._size = loader.batch_size if self._by_samples else None
         self._before: list[Any] = []
         """Samples that were read for the first batch and cannot be read again."""
         self._started: Iterator[Any] | None = None
@@ -99,6 +103,7 @@ class StreamShard:
         self._positions: deque[tuple[int, Any]] = deque(maxlen=4)
         self._counts = [0] * self._replicas
         self._padding_weights: BatchWeights | None = None
+        self._warned = False
 
     # ---- decision who shards
 
@@ -216,7 +221,7 @@ class StreamShard:
         keeps = own is not None and keeps_its_place(dataset) and (self._sharded_here or self._replicas == 1)
         while True:
             batch = self._read(iterator)
-            counts = self._gather_counts(-1 if batch is _END else count_samples(batch))
+            counts = self._gather_counts(-1 if batch is _END else agreed_samples(batch) or _UNKNOWN)
             if max(counts) < 0 or (min(counts) < 0 and not to_the_end):
                 self._ended = True
                 self._warn_of_unread(counts, drop_last)
@@ -232,6 +237,7 @@ class StreamShard:
             if keeps and own is not None:
                 self._positions.append((self._yielded, (dataset.state_dict(), own.get())))
             self.history.append(batch_weights)
+            self.sizes.append(self._size)
             self._on_yield(batch_weights)
             yield batch
 
@@ -254,7 +260,7 @@ class StreamShard:
             batch_weights = self._batch_weights(following) if following else None
 
     def _gather_counts(self, count: int) -> list[int]:
-        """Returns the samples of every replica in this step, -1 if none are left. Collective over all ranks."""
+        """Returns the samples of every replica in this step, -1 if none are left, `_UNKNOWN`. Collective."""
         if dist.get_world_size() == 1:
             return [count]
         own = torch.tensor([count], device=self._device)
@@ -273,6 +279,14 @@ class StreamShard:
     def _batch_weights(self, counts: list[int]) -> BatchWeights | None:
         if len(set(counts)) == 1:
             return None
+        if _UNKNOWN in counts:
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    "The tensors of a batch have different sizes on dim 0, so its number of samples is not known: the "
+                    "batches of all replicas count alike. Set `drop_last=True` if the last ones are smaller."
+                )
+            return self._batch_weights([1 if c >= 0 else c for c in counts])
         return BatchWeights(counts=tuple(max(0, c) for c in counts), sizes=tuple(max(1, c) for c in counts))
 
     def _warn_of_unread(self, counts: list[int], drop_last: bool) -> None:

@@ -20,6 +20,8 @@ class Shard(Protocol):
 
     history: deque[BatchWeights | None]
     """Weights of the last batches."""
+    sizes: deque[int | None]
+    """Numbers of samples that were read for the last batches; None: not known."""
 
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Returns an iterator over the shard; `start` returns one over the user's loader."""

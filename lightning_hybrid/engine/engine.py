@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_hybrid.engine.first_batch import Sample
@@ -124,6 +125,7 @@ class Engine:
         trainer, any_rank = self.run.trainer, self.run.world.any_rank
         # votes come first: where a rank has failed in what follows, the others would wait for its vote
         self.runner.gradients.seen_by_hooks = any_rank(seen_after_backward(trainer))
+        self.runner.gradients.users_backward = is_overridden("backward", self.run.module)
         self.optimizers.logs_wait = not any_rank(seen_before_step(trainer))
         self.stop()
         self.runner.loss_weights.reset()

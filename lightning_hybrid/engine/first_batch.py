@@ -11,11 +11,12 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_hybrid._lightning_private import loop_loaders, on_before_batch_transfer, running_prediction
 from lightning_hybrid.batches import tiled_batch
-from lightning_hybrid.dataloader.peek import sample_batch
+from lightning_hybrid.dataloader.peek import sample_batch, size_of_batches
 from lightning_hybrid.rng.state import preserved_rng
 
-Sample = Callable[[], tuple[str, tuple]]
-"""Function that returns the name of a step and the step's arguments on the device, the batch first."""
+Sample = Callable[[], tuple[str, tuple, int | None]]
+"""Function that returns the name of a step, the step's arguments on the device, the batch first, and the number of
+samples that were read for the batch if it is known."""
 
 _STEPS: dict[Any, str] = {
     TrainerFn.FITTING: "training_step",
@@ -25,17 +26,17 @@ _STEPS: dict[Any, str] = {
 }
 
 
-def first_step(trainer: pl.Trainer) -> tuple[str, tuple]:
-    """Returns the name of the trainer's first step, and its arguments with a first batch on the device."""
+def first_step(trainer: pl.Trainer) -> tuple[str, tuple, int | None]:
+    """Returns the trainer's first step with a first batch on the device (see `Sample`)."""
     name = _STEPS[trainer.state.fn]
     with preserved_rng():
         loaders = loop_loaders(trainer)
     batch, extra = sample_batch(loaders, training=name == "training_step")
-    return name, step_arguments(trainer, name, batch, 0, extra)
+    return name, step_arguments(trainer, name, batch, 0, extra), size_of_batches(loaders)
 
 
-def training_step_like(trainer: pl.Trainer, batch_size: int | None) -> tuple[str, tuple]:
-    """Returns `training_step` and its arguments with a batch of the running training's loaders.
+def training_step_like(trainer: pl.Trainer, batch_size: int | None) -> tuple[str, tuple, int | None]:
+    """Returns `training_step` with a batch of the running training's loaders (see `Sample`).
 
     Args:
         trainer: The trainer.
@@ -44,7 +45,8 @@ def training_step_like(trainer: pl.Trainer, batch_size: int | None) -> tuple[str
     batch, _ = sample_batch(trainer.train_dataloader, training=True)
     if batch_size is not None:
         batch = tiled_batch(batch, batch_size)
-    return "training_step", step_arguments(trainer, "training_step", batch, 0, ())
+    size = size_of_batches(trainer.train_dataloader) if batch_size is None else batch_size
+    return "training_step", step_arguments(trainer, "training_step", batch, 0, ()), size
 
 
 def prediction_arguments(trainer: pl.Trainer, batch: Any) -> tuple:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_hybrid._torch_private import finish_sharded_backward, gradients_taken_by
+from lightning_hybrid._torch_private import (
+    finish_sharded_backward,
+    forget_sharded_step,
+    gradients_taken_by,
+    scale_sharded_gradients,
+    user_location,
+)
 from lightning_hybrid.collectives import to_local
 from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.diloco import DiLoCo
 from lightning_hybrid.replicas.reducer import (
     ReplicaReducer,
@@ -20,6 +29,7 @@ from lightning_hybrid.replicas.reducer import (
     refuse_gradients,
     sum_over_holders,
 )
+from lightning_hybrid.spec.errors import PartitionError
 
 
 class ReplicaGradients:
@@ -38,9 +48,11 @@ class ReplicaGradients:
         self._reduced = {n: local[n] for n in local if n in names} if layout.replicas > 1 else {}
         self._uses_diloco = partition.plan.gradient_sync.kind == "diloco" and layout.replicas > 1
         self._reduction = partition.reduction()
-        self._sync = True
+        self._sync, self._delivered = True, False
         self.seen_by_hooks = False
         """True if a hook of the user, on any rank, sees the gradients of every accumulated batch."""
+        self.users_backward = False
+        """True if the user's `backward` runs the backward pass, and may scale the loss."""
         self.diloco: DiLoCo | None = None
         """The outer optimizer if replicas step independently, otherwise None."""
         self._trained: list[bool] = []
@@ -136,16 +148,73 @@ class ReplicaGradients:
         tied: dict[str, Tensor] = {name: local[name] for name in self._partition.tied_weight_groups}
         return StashedGradients(p for p in local.values() if p.requires_grad), tied
 
-    def finish_pipeline(self, stashed: StashedGradients, tied: Mapping[str, Tensor]) -> None:
-        """Adds stashed gradients, reduces over replicas, and sums gradients of tied weights over their holders."""
+    def finish_pipeline(
+        self, stashed: StashedGradients, tied: Mapping[str, Tensor], scale: float | Tensor, gradient: Tensor
+    ) -> None:
+        """Adds stashed gradients, reduces over replicas, and sums gradients of tied weights over their holders.
+
+        Args:
+            stashed: The gradients that the schedule has computed.
+            tied: The weights that other stages hold, too.
+            scale: Factor on the loss in the schedule.
+            gradient: Gradient of the loss in `backward`: `scale`, times a factor of the user's `backward`.
+
+        Raises:
+            PartitionError: If the user's `backward` needs the graph of the step.
+        """
+        factor = None
+        if self.users_backward:
+            factor = gradient.detach() / scale
+            self._check_users_backward()
         summed = gradients_of(tied) if self.seen_by_hooks else {}
-        stashed.add()
+        stashed.add(factor)
         if self._sync:
             if self._sharded is not None:
+                if factor is not None:
+                    scale_sharded_gradients(self._sharded, factor)
                 finish_sharded_backward(self._sharded)
             for reducer in self._reducers:
                 reducer.finish()
             sum_over_holders(self._partition.tied_weight_groups, tied.__getitem__, summed)
+
+    def _check_users_backward(self) -> None:
+        if torch.is_grad_enabled():
+            raise PartitionError(self._refusal("runs the backward pass with `create_graph=True`"))
+        if self._delivered and self._sharded is not None:
+            raise PartitionError(
+                self._refusal("runs the backward pass of the loss twice, whose weights `fsdp` divides")
+            )
+        self._delivered = True
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Refuses, during the user's `backward` under `pp`, what needs the graph of the step."""
+        self._delivered = False
+        if not self.users_backward or self._mesh.layout.pp == 1:
+            yield
+            return
+        run = torch.autograd.backward
+
+        def grad(*args: Any, **kwargs: Any) -> Any:
+            raise PartitionError(self._refusal("calls `torch.autograd.grad`"))
+
+        def backward(*args: Any, inputs: Any = None, **kwargs: Any) -> None:
+            if inputs is not None:
+                raise PartitionError(self._refusal("runs the backward pass of some weights only (`inputs=`)"))
+            run(*args, **kwargs)
+
+        with gradients_taken_by(grad), patched(torch.autograd, backward=backward):
+            yield
+        if not self._delivered and self._sharded is not None:
+            forget_sharded_step(self._sharded)
+
+    def _refusal(self, what: str) -> str:
+        layout = self._mesh.layout
+        return (
+            f"{user_location()}: `backward` {what}. Under `layout='{layout}'` the gradients have been computed by the "
+            f"pipeline, and `backward` can only scale them and add to them. Use a layout without `pp`, such as "
+            f"'{layout.moved('pp', 'dp')}'."
+        )
 
     # ---- accumulation
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from lightning_hybrid._torch_private import checkpoints_not_reentrant
-from lightning_hybrid.batches import batch_size, copied_batch, count_samples, signature, split_batch
+from lightning_hybrid.batches import copied_batch, count_samples, find_samples, signature, split_batch
 from lightning_hybrid.collectives import share_object
+from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.loss_weights import mean_loss, weight_of, weights_of_parts, with_weights
@@ -36,12 +38,18 @@ from lightning_hybrid.spec.stages import choose_microbatches, runnable_schedule
 _KEPT_SHAPES = 8
 """Number of batch shapes for which stage buffers are kept; the least recently used are dropped first."""
 
+_ALIKE = 4
+"""Number of equal traces for different constants in the batch, after which the constants decide nothing; empirical.
+Deviations are refused where they happen."""
+
 
 @dataclass
 class _Prepared:
     """Stage programs and schedule for one shape of batch."""
 
     programs: dict[int, StageProgram]
+    outline: Hashable
+    """A key that is equal for equal traces."""
     schedule: Any = None
 
 
@@ -56,7 +64,7 @@ class _StageModule(nn.Module):
 
     def forward(self, *received: Tensor) -> Any:
         out = self._run(self._stage, self._program, received if self._program.first else (), self.microbatch)
-        return out if isinstance(out, Tensor) or len(out) > 1 else out[0]
+        return out if isinstance(out, Tensor) or len(out) > 1 else out[0]  # of another stage: a token at least
 
 
 class _TimedStage(PipelineStage):
@@ -108,8 +116,10 @@ class Pipeline:
         self.local = [s.index for s in partition.plan.stages if s.rank == mesh.rank("pp")]
         self.has_last = len(partition.plan.stages) - 1 in self.local
         self.last_rank = partition.plan.stages[-1].rank
-        self.prepared: OrderedDict[Hashable, Any] = OrderedDict()
+        self.prepared: OrderedDict[Any, _Prepared] = OrderedDict()
         """Stage programs and schedules, by step function and shapes of the batch."""
+        self._alike: set[Hashable] = set()
+        """Forms of batches whose constants do not change the trace."""
         self._running: _Step | None = None
         self.clocks: Clocks | None = None
         """Clocks that time the stages; None: stages are not timed."""
@@ -133,6 +143,7 @@ class Pipeline:
         args: tuple,
         scale: float | Tensor,
         requested: int | str,
+        known: int | None = None,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Runs `training_step` forward and backward; gradients are added to `.grad`.
 
@@ -142,16 +153,15 @@ class Pipeline:
             args: Arguments of `training_step`, the batch first.
             scale: Factor on the loss in the backward pass (1 / accumulated batches, and that of a loss scaler).
             requested: Number of microbatches, or `"auto"`.
+            known: Number of samples that the loader has read; None: not known.
 
         Returns:
             On the rank with the last stage, the mean loss, and the values that `training_step` returned besides the
             loss; None and an empty dictionary on other ranks.
         """
         weights = context.weights
-        size = 1 if requested == 1 else batch_size(args[0]) if weights is None else weights.common_divisor
-        plan = self.partition.plan
-        count = choose_microbatches(size, requested, plan.layout.pp, plan.schedule)
-        parts = split_batch(args[0], count)
+        count = 1 if requested == 1 else self._count_microbatches(args[0], requested, known, weights)
+        parts = split_batch(args[0], count, known)
         prepared = self._prepare("training_step", (parts[0], *args[1:]), count)
         samples = [count_samples(p) for p in parts]
         self._running = _Step(context, [(p, *args[1:]) for p in parts], samples, scale / count)
@@ -178,6 +188,24 @@ class Pipeline:
         own = weights_of_parts(self.root, step.loss_weights, count)
         return mean_loss(step.losses, own), with_weights(joined, own)
 
+    def _count_microbatches(
+        self, batch: Any, requested: int | str, known: int | None, weights: BatchWeights | None
+    ) -> int:
+        """Returns the number of microbatches of a batch: 1 if it cannot be split, on any replica that shares weights.
+
+        Collective over the replicas if they share weights, which run the same modules at the same time.
+        """
+        plan = self.partition.plan
+        size = find_samples(batch, known).count or 1
+        if size > 1 and weights is not None:
+            size = math.gcd(size, weights.common_divisor)
+        count = choose_microbatches(size, requested, plan.layout.pp, plan.schedule)
+        if plan.layout.replicas > plan.layout.dp:
+            fewest = torch.tensor(count, device=self.device)
+            dist.all_reduce(fewest, dist.ReduceOp.MIN, group=self.mesh.replica_group)
+            count = int(fewest)
+        return count
+
     def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
         """Runs one stage on microbatch `index`; returns the tensors to send, or the result of the last stage."""
         step, name = self._step, self._step.context.name
@@ -189,7 +217,7 @@ class Pipeline:
         arguments = step.arguments[index] if len(self.local) == 1 else copied_batch(step.arguments[index])
         recording = step.context.recorder.recording(step.samples[index], run, stage, index)
         with recording, interceptor.handled_by(run), self.precision(), checkpoints_not_reentrant():
-            out = self.partition.step_module(_catching_stop(method), *arguments)
+            out = self.partition.step_module(_catching_stop(method, run), *arguments)
         if isinstance(out, _Stopped):
             return out.values
         if program.stop is not None:
@@ -250,14 +278,16 @@ class Pipeline:
 
     def _receive(self, value: CrossingValue, rank: int) -> Tensor:
         group = self.mesh.group("pp")
-        tensor = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+        tensor = value.example(self.device).detach()
         dist.recv(tensor, dist.get_global_rank(group, rank), group=group)
         return tensor
 
     # ---- preparation
 
     def _prepare(self, name: str, args: tuple, count: int, train: bool = True) -> _Prepared:
-        key = (name, count, signature(args[0]))
+        form = (name, count, signature(args[0]))
+        # constants of a batch, and the index of a loader, may decide which modules the step calls
+        key = form if form in self._alike else (form, signature((args[0], *args[2:]), values=True))
         if key in self.prepared:
             self.prepared.move_to_end(key)
             return self.prepared[key]
@@ -270,9 +300,13 @@ class Pipeline:
                 device=self.device,
                 context=self.precision,
             )
-        prepared = _Prepared(self._programs(name, trace))
+        prepared = _Prepared(self._programs(name, trace), trace.outline())
         if train:
             prepared.schedule = self._build_schedule(prepared, count)
+        same = [p for k, p in self.prepared.items() if k[0] == form and p.outline == prepared.outline]
+        if len(same) >= _ALIKE - 1:
+            self._alike.add(form)
+            key = form
         self.prepared[key] = prepared
         if len(self.prepared) > _KEPT_SHAPES:
             self.prepared.popitem(last=False)
@@ -292,8 +326,8 @@ class Pipeline:
         for s in self.local:
             program = prepared.programs[s]
             module = _StageModule(self, s, program)
-            inputs = tuple(self._example(v) for v in program.received) if program.first else (torch.empty(1),)
-            outputs = tuple(self._example(v) for v in program.sent) or (torch.empty((), requires_grad=True),)
+            inputs = self._examples(program.received) if program.first else (torch.empty(1),)
+            outputs = self._examples(program.sent)
             stages.append(
                 _TimedStage(
                     module,
@@ -316,9 +350,11 @@ class Pipeline:
             scale_grads=False,
         )
 
-    def _example(self, value: CrossingValue) -> Tensor:
-        floating = value.dtype.is_floating_point
-        return torch.empty(value.shape, dtype=value.dtype, device=self.device, requires_grad=floating)
+    def _examples(self, values: Sequence[CrossingValue]) -> tuple[Tensor, ...]:
+        examples = [value.example(self.device) for value in values]
+        if not any(value.differentiable for value in values):  # a token, or the loss
+            examples.append(torch.empty((), device=self.device, requires_grad=True))
+        return tuple(examples)
 
 
 @dataclass
@@ -358,12 +394,13 @@ class _Stopped(NamedTuple):  # a tuple, so that hooks of the step module find th
     values: tuple[Tensor, ...]
 
 
-def _catching_stop(method: Callable[..., Any]) -> Callable[..., Any]:
+def _catching_stop(method: Callable[..., Any], handler: StageRun) -> Callable[..., Any]:
     """Returns `method` with `StopStage` turned into a result, since hooks of the step module must run to the end."""
 
     def run(*args: Any) -> Any:
         try:
-            return method(*args)
+            with nullcontext() if handler.free is None else handler.free:
+                return method(*args)
         except StopStage as stop:
             return _Stopped(stop.values)
 

@@ -8,13 +8,15 @@ with `StopStage`, which holds the tensors to send.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from lightning_hybrid._torch_private import is_view, tree_flatten, tree_map, tree_unflatten
-from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid._torch_private import is_plain, is_view, tree_flatten, tree_map, tree_unflatten
+from lightning_hybrid.ghosts.free_code import FreeCall, FreeCalls
+from lightning_hybrid.ghosts.ghost import Ghost, ghost_like, unit_of_other_stage
 from lightning_hybrid.ghosts.record import CrossingValue, Trace
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.spec.errors import PartitionError
@@ -51,6 +53,11 @@ class StageProgram:
         """Tensors to send to the next stage."""
         return self.trace.cuts[self.stop].values if self.stop is not None else ()
 
+    @property
+    def sends_token(self) -> bool:
+        """True if a token is sent in training, since the schedule needs a tensor with a gradient."""
+        return not any(value.differentiable for value in self.sent)
+
 
 @dataclass
 class StageRun:
@@ -63,23 +70,48 @@ class StageRun:
     calls: int = 0
     own: bool = False
     """True from the entry of the stage's first unit on; code of the user then belongs to this stage."""
-    _outputs: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+    _outputs: dict[tuple[str, Any, int], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.own = self.program.first == 0
-        self._wanted = {v.source[1] for v in self.program.sent if v.source[0] == "out"}
-        self._wanted |= {v.source[1] for v in self.program.received if v.source[0] == "out"}
+        program = self.program
+        self.own, self._grad = program.first == 0, torch.is_grad_enabled()
+        sources = [v.source for v in (*program.sent, *program.received)]
+        self._wanted = {call for kind, call, _ in sources if kind == "out"}
+        self._named = {call for kind, call, _ in sources if kind == "free"}
+        self._ghosts = {call for call in program.trace.written if program.first > 0 and call.interval < program.first}
+        named = bool(self._named or self._ghosts)
+        self.free = FreeCalls(lambda: self.calls - 1, self._keep_results) if named else None
+
+    def paused(self) -> AbstractContextManager:
+        """Returns a context in which calls of torch functions are none of the user's code outside units."""
+        return nullcontext() if self.free is None else self.free.paused()
+
+    def _keep_results(self, call: FreeCall, args: tuple, out: Any) -> Any:
+        if call not in self._named and call not in self._ghosts:
+            return out
+        leaves, spec = tree_flatten(out)
+        if call in self._ghosts:
+            leaves = [ghost_like(x) if is_plain(x) else x for x in leaves]
+            out = tree_unflatten(leaves, spec)
+        for i, leaf in enumerate(leaves):
+            self._outputs["free", call, i] = leaf
+        return out
 
     def metric_call(
         self, metric: Any, kind: Literal["forward", "update"], call: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Any:
         """Updates a metric on the stage that computes its input; on other stages the call has no effect."""
-        if self.own:
-            return self.metrics.call(metric, kind, call, args, kwargs)
-        return Ghost(torch.empty((), device="meta"), torch.device("cpu"))
+        with self.paused():
+            if self.own:
+                return self.metrics.call(metric, kind, call, args, kwargs)
+            return Ghost(torch.empty((), device="meta"), torch.device("cpu"))
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Skips the call, runs it, or aborts the step, depending on the index of the call."""
+        with self.paused():
+            return self._unit_call(name, call, args, kwargs)
+
+    def _unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         index, program = self.calls, self.program
         recorded = program.trace.calls
         if index >= len(recorded) or recorded[index].name != name:
@@ -96,8 +128,13 @@ class StageRun:
         if index > program.first > 0 and not all(type(x) in _PLAIN for x in (*args, *kwargs.values())):
             # autograd functions of blocks accept tensors only, not ghosts with received tensors
             args, kwargs = tree_map(_received, (args, kwargs))
-        skips = index < program.first and recorded[index].skippable
-        out = self._skip(index, args, kwargs) if skips else call(*args, **kwargs)
+        if index >= program.first:
+            out = call(*args, **kwargs)
+        elif recorded[index].skippable:
+            out = self._skip(index, args, kwargs)
+        else:
+            with unit_of_other_stage():
+                out = call(*args, **kwargs)
         if index in self._wanted:
             for i, leaf in enumerate(tree_flatten(out)[0]):
                 self._outputs["out", index, i] = leaf
@@ -116,21 +153,52 @@ class StageRun:
 
     def _enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self.own = True
-        flat, spec = tree_flatten((args, kwargs))
-        for value, tensor in zip(self.program.received, self.inputs, strict=True):
+        self._check_names(self.program.received)
+        with torch.set_grad_enabled(self._grad):  # the unit may be called without gradients, the value used with them
+            flat, spec = tree_flatten((args, kwargs))
+            self._materialize(flat)
+        return tree_unflatten([_received(x) for x in flat], spec)
+
+    def _materialize(self, flat: list[Any]) -> None:
+        """Makes the received tensors the values of the ghosts; `flat` has the arguments of the stage's first call."""
+        for value, tensor in zip(self.program.received, self.inputs, strict=False):  # and perhaps a token
             if value.written:
                 tensor = tensor.clone()  # the received buffer is a leaf of the autograd graph
             elif tensor.requires_grad:
                 tensor = _ContiguousGradient.apply(tensor)
+            if value.dtype.is_complex:
+                tensor = torch.view_as_complex(tensor)
             kind, _, i = value.source
             stand_in = flat[i] if kind == "arg" else self._outputs[value.source]
             if isinstance(stand_in, Ghost):
                 stand_in.materialize(tensor)
             if kind == "arg":
                 flat[i] = tensor
-        return tree_unflatten([_received(x) for x in flat], spec)
+
+    def _check_names(self, values: Sequence[CrossingValue]) -> None:
+        """Checks that the code outside units has called the same functions as in the dry run, where values need it.
+
+        Raises:
+            PartitionError: If it has not.
+        """
+        for call in (v.source[1] for v in values if v.source[0] == "free"):
+            place, trace = (call.interval, call.function), self.program.trace
+            now, before = self.free.counts[place] if self.free is not None else 0, trace.free_counts[place]
+            if now != before:
+                where = f"after `{trace.calls[call.interval].name}`" if call.interval >= 0 else "at its beginning"
+                raise PartitionError(
+                    f"A pipeline needs the same operations in every microbatch. The step has called `{call.function}` "
+                    f"{before} times {where} in the dry run and {now} times now. Use a layout without `pp`, which "
+                    "allows any control flow."
+                )
 
     def _leave(self, args: tuple, kwargs: dict) -> None:
+        self._check_names(self.program.sent)
+        with torch.set_grad_enabled(self._grad):
+            values = self._values_to_send(args, kwargs)
+        raise StopStage(values)
+
+    def _values_to_send(self, args: tuple, kwargs: dict) -> tuple[torch.Tensor, ...]:
         flat, _ = tree_flatten((args, kwargs))
         values = []
         for value in self.program.sent:
@@ -145,7 +213,9 @@ class StageRun:
                     f"run and is {got} now."
                 )
             values.append(_to_send(tensor))
-        raise StopStage(tuple(values))
+        if torch.is_grad_enabled() and self.program.sends_token:
+            values.append(torch.zeros((), device=self.device, requires_grad=True))
+        return tuple(values)
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -166,6 +236,8 @@ def _received(value: Any) -> Any:
 
 
 def _to_send(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     if not torch.is_grad_enabled() or not tensor.is_floating_point():
         return tensor.detach().contiguous()
     if not tensor.requires_grad:

@@ -136,19 +136,33 @@ class StepRunner:
 
     # ---- training
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs one `training_step` of the user on a batch of the trainer's loop; logs its values on every rank."""
+    def training_step(self, *args: Any, rows_per_sample: int = 1, **kwargs: Any) -> Any:
+        """Runs one `training_step` of the user on a batch of the trainer's loop; logs its values on every rank.
+
+        Args:
+            *args: Arguments of `training_step`, the batch first.
+            rows_per_sample: Number of rows on dim 0 into which each sample of the loader has been split.
+            **kwargs: Keyword arguments of `training_step`.
+        """
+        read = self.run.data.batch_samples() if self.pipeline is not None else None
+        samples = None if read is None else read * rows_per_sample
         weights = self.run.data.batch_weights()
         share = self.run.data.share_in_step(weights)
         with self.run.during("training_step"):
             unit = self.loss_weights.unit(args[0] if args else None)
-            out = self.weighted_step(weights, share, *args, weight_unit=unit, **kwargs)
+            out = self.weighted_step(weights, share, *args, weight_unit=unit, samples=samples, **kwargs)
             if self.context is not None:
                 self.loss_weights.take(self.context, self.run.world.any_rank)
             return out
 
     def weighted_step(
-        self, weights: BatchWeights | None, share: float, *args: Any, weight_unit: float = 1.0, **kwargs: Any
+        self,
+        weights: BatchWeights | None,
+        share: float,
+        *args: Any,
+        weight_unit: float = 1.0,
+        samples: int | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Runs one `training_step` of the user under the layout.
 
@@ -157,6 +171,7 @@ class StepRunner:
             share: Factor on the loss of this batch among the accumulated batches.
             *args: Arguments of `training_step`, the batch first.
             weight_unit: About the weight of a batch, see `StepContext`.
+            samples: Number of samples of the batch if it is known.
             **kwargs: Keyword arguments of `training_step`.
         """
         self.gradients.follow_frozen()
@@ -165,7 +180,7 @@ class StepRunner:
             self.clocks.begin_batch(self.pipeline.local if self.pipeline is not None else [])
         with self.rng.training(training_batch(self.root.trainer)):
             if self.pipeline is not None:
-                return self._pipelined_step(self.pipeline, context, *args)
+                return self._pipelined_step(self.pipeline, context, samples, *args)
             self.rng.begin(0)
             return self._whole_step(context, *args, **kwargs)
 
@@ -195,19 +210,20 @@ class StepRunner:
         if self.noise is not None:
             self.noise.count_batch(count_samples(batch), parts, context.weights is None)
 
-    def _pipelined_step(self, pipeline: Pipeline, context: StepContext, *args: Any) -> Any:
+    def _pipelined_step(self, pipeline: Pipeline, context: StepContext, samples: int | None, *args: Any) -> Any:
         stashed, tied = self.gradients.begin_pipeline()
         scale: Any = 1.0 / self.root.trainer.accumulate_grad_batches
         scaler = getattr(self.precision, "scaler", None)
         if scaler is not None:  # Lightning scales a loss whose gradients the schedule has computed already
             scale = scaler.scale(torch.tensor(scale, device=self.device))
-        loss, extras = pipeline.train(context, args, scale, self.microbatches)
+        loss, extras = pipeline.train(context, args, scale, self.microbatches, samples)
         self._note_parts(context, args[0], pipeline.parts)
         stashed.keep()
         mean_loss, extras = self._share(loss, extras)
         self._log(self._weighted(context, *extras.pop(BY_MICROBATCH, ())))
         anchor = torch.zeros((), device=self.device, requires_grad=True)
-        mean_loss = DeliverGradients.apply(anchor, mean_loss, partial(self.gradients.finish_pipeline, stashed, tied))
+        deliver = partial(self.gradients.finish_pipeline, stashed, tied, scale)
+        mean_loss = DeliverGradients.apply(anchor, mean_loss, deliver)
         return {"loss": mean_loss, **extras} if extras else mean_loss
 
     def scaled_for_backward(self, loss: Tensor) -> Tensor:

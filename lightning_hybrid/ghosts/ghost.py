@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +38,19 @@ _aten = torch.ops.aten
 _WHOLE_READS = ("tolist", "numpy", "__array__")
 """Methods that return all values of a tensor to Python; each value is the result of `read`."""
 _VALUE_READS = {READ_SCALAR, _aten.equal, _aten.is_nonzero}
+
+
+_elsewhere: ContextVar[bool] = ContextVar("elsewhere", default=False)
+
+
+@contextmanager
+def unit_of_other_stage() -> Iterator[None]:
+    """Runs a unit of another stage on ghosts: what it writes into its buffers is written there."""
+    token = _elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
 
 
 class GhostReadError(RuntimeError):
@@ -67,6 +82,8 @@ class GhostObserver:
 
     def written(self, func: Any, target: torch.Tensor) -> None:
         """Called when a real tensor `target` is written in place with the value of a ghost."""
+        if _elsewhere.get():
+            return
         raise GhostWriteError(
             f"{user_location()} writes a value that is computed on another pipeline stage into a tensor of shape "
             f"{tuple(target.shape)} with `{func}`."
@@ -173,6 +190,8 @@ def _to_meta(x: Any) -> Any:
         return x.meta
     if isinstance(x, torch.device):
         return torch.device("meta")
+    if isinstance(x, torch.Tensor) and x.layout != torch.strided:  # torch has no meta kernels of sparse tensors
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
     return x.to("meta") if isinstance(x, torch.Tensor) else x
 
 
@@ -182,6 +201,11 @@ def _check_real_writes(func: Any, args: tuple, observer: GhostObserver) -> None:
     for written, value in zip(written_arguments(func), args, strict=False):
         if written and isinstance(value, torch.Tensor) and not isinstance(value, Ghost):
             observer.written(func, value)
+
+
+def is_differentiable(dtype: torch.dtype) -> bool:
+    """Returns True if gradients can flow through tensors of this dtype."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 class Slot(NamedTuple):

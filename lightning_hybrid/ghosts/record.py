@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lightning_hybrid._torch_private import TreeSpec
+from lightning_hybrid.ghosts.free_code import FreeCall
+from lightning_hybrid.ghosts.ghost import is_differentiable
 from lightning_hybrid.ghosts.use import StepUse
+
+Source = tuple[str, Any, int]
+"""The name of a tensor on all stages.
+
+`("arg", c, i)` is leaf i of the arguments of call c, `("out", j, i)` is leaf i of what call j returned, and
+`("free", f, i)` is leaf i of what the call f of a torch function outside units (a `FreeCall`) returned.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossingValue:
     """A tensor that one stage computes and a later one uses."""
 
-    source: tuple[str, int, int]
-    """`("arg", c, i)`: leaf i of the arguments of call c; `("out", j, i)`: leaf i of what call j returned."""
+    source: Source
     shape: tuple[int, ...]
     dtype: torch.dtype
     written: bool
     """True if the value is written in place after the cut; the receiver then needs a copy of the received buffer."""
+
+    @property
+    def differentiable(self) -> bool:
+        """True if gradients can flow through the value."""
+        return is_differentiable(self.dtype)
+
+    def example(self, device: torch.device) -> torch.Tensor:
+        """Returns a tensor as it is sent: a complex value as pairs of real numbers."""
+        real = self.dtype.to_real() if self.dtype.is_complex else self.dtype
+        shape = (*self.shape, 2) if self.dtype.is_complex else self.shape
+        return torch.empty(shape, dtype=real, device=device, requires_grad=self.differentiable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +62,8 @@ class UnitCall:
     leaves: list[Any] = field(default_factory=list)
     """How to rebuild the output without running the unit: `("in", i)`, `("ghost", meta)` or `("value", x)`."""
     skippable: bool = True
-    """False if the unit returns real tensors computed from the batch; stages without the unit run it on ghosts."""
+    """False if the unit returns, or leaves in attributes, values that are neither None nor ghosts: numbers, or tensors
+    computed from the batch. Stages without the unit run it on ghosts."""
     concrete: bool = False
     """True if the unit ran on random values instead of ghosts, since its control flow depends on values (routing)."""
 
@@ -62,6 +83,15 @@ class Trace:
     """True if the step calls `torch.autograd.grad`."""
     use: StepUse | None = None
     """How weights and results of units are used; None if not recorded."""
+    free_counts: Mapping[tuple[int, str], int] = field(default_factory=dict)
+    """Number of calls of torch functions outside units, by interval and function."""
+    written: frozenset[FreeCall] = frozenset()
+    """Calls outside units that create a tensor of which units compute a part (`seen = torch.zeros(...)`)."""
+
+    def outline(self) -> Hashable:
+        """Returns a key that is equal for traces with the same calls, cuts and uses of parameters."""
+        calls = tuple((c.name, c.skippable, tuple(kind for kind, _ in c.leaves)) for c in self.calls)
+        return calls, tuple(self.cuts.items()), tuple(self.parameter_uses.items())
 
     def release(self) -> None:
         """Frees the ghosts and copies of the dry run, after planning."""

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,43 +22,55 @@ from lightning_hybrid._torch_private import (
     GROUPED_MM,
     gradients_taken_by,
     is_mutable,
+    is_plain,
     own_parameters,
+    storage_key,
     tree_flatten,
     tree_map,
     tree_unflatten,
     user_location,
 )
-from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver, GhostWriteError, ghost_like, parameter_slots
+from lightning_hybrid.ghosts.cuts import Source, Value, ValueFlow, find_cuts
+from lightning_hybrid.ghosts.free_code import FreeCall, FreeCalls
+from lightning_hybrid.ghosts.ghost import (
+    Ghost,
+    GhostObserver,
+    GhostWriteError,
+    ghost_like,
+    is_differentiable,
+    parameter_slots,
+)
 from lightning_hybrid.ghosts.manual import idle_optimizers, optimize_idly
 from lightning_hybrid.ghosts.preserve import preserved_module_state
-from lightning_hybrid.ghosts.record import CrossingValue, Cut, Trace, UnitCall
+from lightning_hybrid.ghosts.record import Trace, UnitCall
+from lightning_hybrid.ghosts.side_effects import SideEffects, modules_outside
 from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.ghosts.use import record_use
 from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.spec.errors import PartitionError
 
+_RESTARTS = 64
+"""Largest number of tensors, created by the step, into which units write; empirical."""
+_CONSTANTS = (str, bytes, int, float, complex, type(None))
 _DATA_DEPENDENT = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError)
 
 
-@dataclass
-class _Value:
-    uid: int
-    birth: int
-    ghost_meta: torch.Tensor
-    inside_unit: bool
-    location: str
-    last_use: int = -2
-    last_write: int = -2
+class WrittenByUnits(BaseException):
+    """Restarts the dry run: a tensor that the step creates is written by units, and becomes a ghost."""
+
+    def __init__(self, call: FreeCall) -> None:
+        super().__init__()
+        self.call = call
 
 
 class Tracer(GhostObserver):
     """Records one step; see `trace_step`."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, units: Collection[str], written: frozenset[FreeCall]) -> None:
         self.root = root
         self.calls: list[UnitCall] = []
-        self.values: dict[int, _Value] = {}
-        self.names: dict[int, tuple[str, int, int]] = {}
+        self.values: dict[int, Value] = {}
+        self.names: dict[int, Source] = {}
         self.arg_leaves: list[dict[int, int]] = []
         self.parameters: dict[int, str] = {}
         self.uses: dict[str, set[int]] = defaultdict(set)
@@ -67,6 +78,11 @@ class Tracer(GhostObserver):
         self.reads: list[tuple[int, str]] = []
         self.ghosts: list[Ghost] = []
         """The ghosts of parameters, kept alive so that their ids stay unique."""
+        self.free = FreeCalls(lambda: self.interval, self._name_results)
+        self.fresh: dict[int, tuple[FreeCall | None, torch.Tensor]] = {}
+        """By storage: the call outside units that has created a real tensor; None for tensors from before the step."""
+        self.to_ghosts = written
+        self._outside = modules_outside(root, units)
         self.inside = self.takes_gradients = False
 
     @property
@@ -108,6 +124,9 @@ class Tracer(GhostObserver):
     def written(self, func: Any, target: torch.Tensor) -> None:  # noqa: D102
         if self.inside:
             return  # a buffer (running statistics), kept by the stage of the unit
+        call, _ = self.fresh.get(storage_key(target), (None, None))
+        if call is not None:
+            raise WrittenByUnits(call)
         super().written(func, target)
 
     # ---- bookkeeping
@@ -115,7 +134,7 @@ class Tracer(GhostObserver):
     def register(self, ghost: Ghost, location: str = "") -> None:
         """Records a new value, computed at `location`."""
         ghost.uid = len(self.values)
-        self.values[ghost.uid] = _Value(ghost.uid, self.interval, ghost.meta, self.inside, location)
+        self.values[ghost.uid] = Value(ghost.uid, self.interval, ghost.meta, self.inside, location)
 
     def consume(self, ghost: Ghost) -> None:
         """Records that a value or parameter is used in the current interval."""
@@ -143,20 +162,27 @@ class Tracer(GhostObserver):
     def metric_call(  # noqa: D102
         self, metric: Any, kind: str, call: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Any:
-        self.consume_all((args, kwargs))
-        ghost = Ghost(torch.empty((), device="meta"), torch.device("cpu"), self)
-        self.register(ghost)
+        with self.free.paused():
+            self.consume_all((args, kwargs))
+            ghost = Ghost(torch.empty((), device="meta"), torch.device("cpu"), self)
+            self.register(ghost)
         return ghost
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:  # noqa: D102
         if self.inside:
             return call(*args, **kwargs)
+        with self.free.paused():
+            return self._outer_call(name, call, args, kwargs)
+
+    def _outer_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         flat, _ = tree_flatten((args, kwargs))
         record = UnitCall(name=name, args=args, kwargs=kwargs)
         self.calls.append(record)
         self.arg_leaves.append({x.uid: i for i, x in reversed(list(enumerate(flat))) if isinstance(x, Ghost)})
         pristine = _copy_objects((args, kwargs))
         record.args, record.kwargs = pristine
+        modules = [*self.root.get_submodule(name).modules(), *self._outside]
+        effects = SideEffects(modules, (args, kwargs))
         self.inside = True
         try:
             try:
@@ -167,6 +193,7 @@ class Tracer(GhostObserver):
         finally:
             self.inside = False
         self._remember_output(record, len(self.calls) - 1, flat, out)
+        record.skippable &= not effects.any(tensors=not record.concrete)
         return out
 
     def _run_concrete(self, record: UnitCall, call: Callable[..., Any], args: Any, kwargs: Any, flat: list) -> Any:
@@ -205,9 +232,9 @@ class Tracer(GhostObserver):
 
     def _remember_output(self, record: UnitCall, index: int, flat: list, out: Any) -> None:
         leaves, record.spec = tree_flatten(out)
-        positions = {id(x): i for i, x in enumerate(flat) if isinstance(x, torch.Tensor)}
+        positions = {id(x): i for i, x in enumerate(flat) if not isinstance(x, _CONSTANTS)}
         for i, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor) and id(leaf) in positions:
+            if id(leaf) in positions:
                 record.leaves.append(("in", positions[id(leaf)]))
             elif isinstance(leaf, Ghost):
                 record.leaves.append(("ghost", leaf.meta))
@@ -215,47 +242,47 @@ class Tracer(GhostObserver):
                 if leaf.uid in self.values:
                     self.values[leaf.uid].inside_unit = False
             else:
-                record.skippable &= not isinstance(leaf, torch.Tensor)
+                record.skippable &= leaf is None
                 record.leaves.append(("value", leaf))
+
+    def _name_results(self, call: FreeCall, args: tuple, out: Any) -> Any:
+        """Names the ghosts that the call of a torch function outside units has returned; returns its result."""
+        for tensor in tree_flatten(args)[0]:
+            if is_plain(tensor):
+                self.fresh.setdefault(storage_key(tensor), (None, tensor))
+        leaves, spec = tree_flatten(out)
+        for i, leaf in enumerate(leaves):
+            if call in self.to_ghosts and is_plain(leaf):
+                leaves[i] = leaf = ghost_like(leaf, self)
+                self.register(leaf, user_location())
+            if isinstance(leaf, Ghost) and leaf.uid in self.values:
+                self.names.setdefault(leaf.uid, ("free", call, i))
+            elif is_plain(leaf):
+                self.fresh.setdefault(storage_key(leaf), (call, leaf))
+        return tree_unflatten(leaves, spec) if call in self.to_ghosts else out
 
     # ---- result
 
     def result(self, parameter_names: list[str]) -> Trace:
         """Returns the trace of the step, after its end."""
-        cuts = {c: self._cut(c) for c in range(1, len(self.calls))}
+        flow = ValueFlow(
+            names=[call.name for call in self.calls],
+            values=list(self.values.values()),
+            sources=self.names,
+            arguments=self.arg_leaves,
+            reads=self.reads,
+            told={i: call.name for i, call in enumerate(self.calls) if call.concrete and not call.skippable},
+        )
         uses = {n: tuple(sorted(self.uses[n])) for n in parameter_names if n in self.uses}
         flops = [self.flops[k] for k in range(-1, len(self.calls))]
-        return Trace(calls=self.calls, cuts=cuts, parameter_uses=uses, flops=flops)
-
-    def _cut(self, c: int) -> Cut:
-        for interval, where in self.reads:
-            if interval < c:
-                return Cut(refusal=f"{where} reads the value of a tensor before this point, which later stages cannot")
-        for call in self.calls[:c]:
-            if call.concrete and not call.skippable:
-                return Cut(refusal=f"`{call.name}` reads values and returns tensors that do not depend on its input")
-        values = []
-        for value in self.values.values():
-            if not value.birth < c <= value.last_use:
-                continue
-            if value.uid in self.arg_leaves[c]:
-                source = ("arg", c, self.arg_leaves[c][value.uid])
-            elif value.uid in self.names:
-                source = self.names[value.uid]
-            elif value.inside_unit:
-                name = self.calls[value.birth].name
-                return Cut(refusal=f"a tensor computed inside `{name}` is used later but is not part of its result")
-            else:
-                return Cut(refusal=f"a tensor computed at {value.location}, outside any module, is used later")
-            values.append(
-                CrossingValue(
-                    source=source,
-                    shape=tuple(value.ghost_meta.shape),
-                    dtype=value.ghost_meta.dtype,
-                    written=value.last_write >= c,
-                )
-            )
-        return Cut(values=tuple(values))
+        return Trace(
+            calls=self.calls,
+            cuts=find_cuts(flow),
+            parameter_uses=uses,
+            flops=flops,
+            free_counts=self.free.counts,
+            written=self.to_ghosts,
+        )
 
 
 def trace_step(
@@ -282,7 +309,26 @@ def trace_step(
     Raises:
         PartitionError: If the step writes values of ghosts to real tensors.
     """
-    tracer = Tracer(root)
+    written: frozenset[FreeCall] = frozenset()
+    for _ in range(_RESTARTS):
+        try:
+            return _trace_once(root, interceptor, step, args, device, context, use_of, written)
+        except WrittenByUnits as found:
+            written |= {found.call}
+    raise PartitionError(f"`layout`: units write into more than {_RESTARTS} tensors that the step creates.")
+
+
+def _trace_once(
+    root: nn.Module,
+    interceptor: CallInterceptor,
+    step: Callable[..., Any],
+    args: tuple,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager],
+    use_of: Collection[str] | None,
+    written: frozenset[FreeCall],
+) -> Trace:
+    tracer = Tracer(root, interceptor.units.names, written)
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(device))
         stack.enter_context(preserved_module_state(root))
@@ -297,7 +343,8 @@ def trace_step(
         stack.enter_context(gradients_taken_by(tracer.gradients))
         use = stack.enter_context(record_use(root, use_of)) if use_of is not None else None
         try:
-            out = step(*args)
+            with tracer.free:
+                out = step(*args)
         except GhostWriteError as error:
             raise PartitionError(f"`layout`: this module cannot be split into pipeline stages: {error}") from error
         tracer.consume_all(_as_tree(out))
@@ -324,7 +371,7 @@ def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -
 
 
 def _random_like(ghost: Ghost) -> torch.Tensor:
-    if ghost.dtype.is_floating_point:
+    if is_differentiable(ghost.dtype):
         return torch.randn(ghost.shape, dtype=ghost.dtype, device=ghost.device) * 0.02
     return torch.zeros(ghost.shape, dtype=ghost.dtype, device=ghost.device)
 

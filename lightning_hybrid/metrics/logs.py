@@ -12,7 +12,7 @@ import math
 import numbers
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -130,7 +130,7 @@ class LogRecorder:
 
         Args:
             samples: Weight of a value that is logged without `batch_size`.
-            owner: Calls are recorded only while `owner.own` is True; None: always.
+            owner: Calls are recorded only while `owner.own` is True, within `owner.paused()`; None: always.
             stage: Stage of the calls.
             microbatch: Index of the microbatch.
         """
@@ -138,8 +138,9 @@ class LogRecorder:
 
         def log(*args: Any, **kwargs: Any) -> None:
             if owner is None or owner.own:
-                options = by_name(self.root, args, kwargs)
-                self.record(samples, (stage, options["name"], seen[options["name"]]), microbatch, **options)
+                with nullcontext() if owner is None else owner.paused():
+                    options = by_name(self.root, args, kwargs)
+                    self.record(samples, (stage, options["name"], seen[options["name"]]), microbatch, **options)
                 seen[options["name"]] += 1
 
         before = self.root.__dict__.get("log")

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.precision import (
 
 from lightning_hybrid._lightning_private import detects_anomalies, twins
 from lightning_hybrid._torch_private import own_buffers
-from lightning_hybrid.batches import batch_size, copied_batch, split_batch
+from lightning_hybrid.batches import copied_batch, find_samples, split_batch
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.record import Trace
@@ -49,7 +49,7 @@ def make_partition(
     mesh: Mesh,
     device: torch.device,
     precision: Callable[[], AbstractContextManager],
-    sample: Callable[[], tuple[str, tuple]],
+    sample: Callable[[], tuple[str, tuple, int | None]],
 ) -> Partition:
     """Plans the partition, which is returned ready to be applied; with `pp`, `tp` or `ep` > 1 traces a step on ghosts.
 
@@ -59,7 +59,8 @@ def make_partition(
         mesh: The device mesh.
         device: This rank's device.
         precision: Returns a context with the precision of a step.
-        sample: Returns the name of the step function to plan with, and the step's arguments, the first batch first.
+        sample: Returns the name of the step function to plan with, the step's arguments, the first batch first, and
+            the number of samples that were read for the batch if it is known.
 
     Raises:
         PartitionError: If the layout does not suit the module.
@@ -96,22 +97,24 @@ class _DryRun:
     request: Request
     device: torch.device
     precision: Callable[[], AbstractContextManager]
-    sample: Callable[[], tuple[str, tuple]]
+    sample: Callable[[], tuple[str, tuple, int | None]]
     interceptor: CallInterceptor
     step: str = ""
     microbatches: int = 1
+    samples: int | None = None
 
     def prepare(self) -> tuple:
         """Returns the arguments of the step, the first batch first."""
-        self.step, args = self.sample()
+        self.step, args, self.samples = self.sample()
         _check_pipeline(self.root, self.request, self.step)
-        self.microbatches = microbatches_for(self.root, self.request, args[0])
+        self.microbatches = microbatches_for(self.root, self.request, args[0], self.samples)
         return args
 
     def trace(self, args: tuple, watched: Collection[str] | None = None) -> Trace:
         """Runs the step on the first microbatch, and returns the trace."""
         _move_buffers(self.root, self.device)
-        arguments = copied_batch((split_batch(args[0], self.microbatches)[0], *args[1:]))  # a step may change its batch
+        part = split_batch(args[0], self.microbatches, self.samples)[0]
+        arguments = copied_batch((part, *args[1:]))  # a step may change its batch
         step = getattr(self.root, self.step)
         trace = trace_step(
             self.root, self.interceptor, step, arguments, device=self.device, context=self.precision, use_of=watched
@@ -256,8 +259,14 @@ def check_trainer(layout: Layout, trainer: pl.Trainer) -> None:
         )
 
 
-def microbatches_for(root: pl.LightningModule, request: Request, batch: Any) -> int:
+def microbatches_for(root: pl.LightningModule, request: Request, batch: Any, known: int | None = None) -> int:
     """Returns the number of microbatches for a first batch like `batch`.
+
+    Args:
+        root: The LightningModule.
+        request: The layout and its options.
+        batch: The batch.
+        known: Number of samples that were read for the batch; None: not known.
 
     Raises:
         PartitionError: If the requested number does not suit the batch or the model.
@@ -267,7 +276,8 @@ def microbatches_for(root: pl.LightningModule, request: Request, batch: Any) -> 
         return 1
     normalized = has_batch_norm(root) and root.training
     if asked == "auto":
-        return 1 if normalized else choose_microbatches(batch_size(batch), asked, layout.pp, request.schedule)
+        size = 1 if normalized else find_samples(batch, known).count or 1
+        return choose_microbatches(size, asked, layout.pp, request.schedule)
     asked = int(asked)
     if asked == 1:
         return 1
@@ -276,7 +286,14 @@ def microbatches_for(root: pl.LightningModule, request: Request, batch: Any) -> 
             f"`microbatches={asked}` cannot give the result of one process for a model with BatchNorm, whose "
             "statistics are those of the whole batch. Use `microbatches=1` or 'auto', or GroupNorm in the model."
         )
-    size = batch_size(batch)
+    samples = find_samples(batch, known)
+    size = samples.count
+    if size is None:
+        raise PartitionError(
+            f"`microbatches={asked}` cannot split the batches into samples: {samples.obstacle}. A batch is split if "
+            "all its tensors, and lists with an element for each sample, have the samples on dim 0. Use "
+            "`microbatches=1` or 'auto', which does not split such batches."
+        )
     if size < asked or size % asked:
         divisors = [d for d in range(1, size + 1) if size % d == 0]
         raise PartitionError(

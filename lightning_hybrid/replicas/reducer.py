@@ -202,7 +202,8 @@ def seen_after_backward(trainer: pl.Trainer) -> bool:
     In a single process gradients are complete there.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
-    return any(is_overridden("on_after_backward", x) for x in (trainer.lightning_module, *callbacks))
+    module = trainer.lightning_module
+    return is_overridden("backward", module) or any(is_overridden("on_after_backward", x) for x in (module, *callbacks))
 
 
 def refusal_of_gradients(layout: Layout) -> str:
@@ -249,25 +250,31 @@ class StashedGradients:
             parameter.grad = old
         self._old = []
 
-    def add(self) -> None:
-        """Adds the stashed gradients to the present ones, in `backward`."""
+    def add(self, factor: Tensor | None = None) -> None:
+        """Adds the stashed gradients to the present ones, in `backward`.
+
+        Args:
+            factor: Factor on the stashed gradients, which may then be added again; None: they are added once.
+        """
         for parameter, new in zip(self._parameters, self._new, strict=True):
             if new is not None:
+                new = new if factor is None else new * factor.to(new.device, torch.float32)
                 parameter.grad = new if parameter.grad is None else parameter.grad + new
-        self._new = []
+        if factor is None:
+            self._new = [None] * len(self._parameters)
 
 
 class DeliverGradients(torch.autograd.Function):
     """A loss whose backward pass runs `deliver`, since the pipeline has already computed its gradients."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, loss: Tensor, deliver: Callable[[], None]) -> Tensor:  # type: ignore[override]
+    def forward(ctx, anchor: Tensor, loss: Tensor, deliver: Callable[[Tensor], None]) -> Tensor:  # type: ignore[override]
         """Returns `loss`, attached to `anchor`, a scalar that requires a gradient."""
         ctx.deliver = deliver
         return loss.clone()
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[None, None, None]:
-        """Runs `deliver`."""
-        ctx.deliver()
+        """Runs `deliver` with the gradient of the loss."""
+        ctx.deliver(grad_outputs[0])
         return None, None, None

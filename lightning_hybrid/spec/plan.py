@@ -31,6 +31,8 @@ _HEADINGS = (
     ("parameters", True),
     ("FLOPs", True),
 )
+_LEAST_SHARE = 0.01
+"""A stage has at least this share of the work of a mean stage where that is possible; empirical."""
 _HEADER = """\
 # A plan of lightning_hybrid. `HybridStrategy(layout="this file")` runs this plan.
 # Pipeline stages list their units in the order of the step: move the first or last unit of a stage to its neighbor.
@@ -275,7 +277,8 @@ def choose_cuts(layout: Layout, schedule: str, model: ModelSpec, refusals: Mappi
     count = layout.pp * stages_per_rank(schedule)
     blocks = sum(call in set(model.blocks) for call in model.calls)
     _check_block_count(layout, schedule, count, blocks or len(model.calls), "block" if blocks else "module")
-    cuts = balance(model.costs, count, model.places)
+    least = _LEAST_SHARE * sum(model.costs) / count
+    cuts = balance(model.costs, count, model.places, least) or balance(model.costs, count, model.places)
     if cuts is None:
         _refuse(layout, schedule, count, len(model.places), refusals, model.calls)
     return cuts

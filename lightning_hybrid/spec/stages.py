@@ -23,7 +23,7 @@ def stage_ranks(schedule: str, ranks: int) -> tuple[int, ...]:
     return tuple(s % ranks for s in range(count))
 
 
-def balance(costs: Sequence[float], stages: int, cuts: Collection[int]) -> tuple[int, ...] | None:
+def balance(costs: Sequence[float], stages: int, cuts: Collection[int], least: float = 0.0) -> tuple[int, ...] | None:
     """Cuts a chain into contiguous stages with the smallest possible maximum cost.
 
     Dynamic program over `best[s][k] = min over j < k of max(best[s - 1][j], sum(costs[j:k]))`. Among equal maxima the
@@ -33,6 +33,7 @@ def balance(costs: Sequence[float], stages: int, cuts: Collection[int]) -> tuple
         costs: Cost of each link of the chain, such as FLOPs.
         stages: Number of stages.
         cuts: Positions 0 < k < len(costs) at which the chain may be cut (before link k).
+        least: Smallest cost of a stage.
 
     Returns:
         The chosen positions, ascending, `stages - 1` of them; None if there are too few.
@@ -46,7 +47,8 @@ def balance(costs: Sequence[float], stages: int, cuts: Collection[int]) -> tuple
         prefix.append(prefix[-1] + cost)
 
     def span(j: int, k: int) -> float:
-        return prefix[points[k]] - prefix[points[j]]
+        cost = prefix[points[k]] - prefix[points[j]]
+        return cost if cost >= least else float("inf")
 
     infinite = (float("inf"), float("inf"))
     best = [(span(0, k), span(0, k) ** 2) if k else infinite for k in range(len(points))]
@@ -61,7 +63,7 @@ def balance(costs: Sequence[float], stages: int, cuts: Collection[int]) -> tuple
                     following[k], choice[k] = candidate, j
         best = following
         choices.append(choice)
-    if best[-1] == infinite:
+    if best[-1][0] == float("inf"):
         return None
     result, k = [], len(points) - 1
     for choice in reversed(choices):

@@ -86,7 +86,7 @@ def plan(recipe: str) -> Partition:
     module.trainer = cli.trainer
     data: Any = cli.datamodule
     tokens = torch.zeros(data.batch_size // layout.replicas, data.context_length, dtype=torch.long)
-    sample = ("training_step", ((tokens, tokens), 0))
+    sample = ("training_step", ((tokens, tokens), 0), len(tokens))
     context = strategy.precision_plugin.forward_context
     return make_partition(
         module, strategy.request, Mesh.create(layout, "cpu"), torch.device("cpu"), context, lambda: sample

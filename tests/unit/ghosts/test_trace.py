@@ -6,6 +6,7 @@ import torch
 import torchmetrics
 from torch import nn
 
+from lightning_hybrid.ghosts.free_code import FreeCall
 from lightning_hybrid.ghosts.record import Trace
 from lightning_hybrid.ghosts.trace import trace_step
 from lightning_hybrid.ghosts.units import CallInterceptor, find_units
@@ -104,9 +105,26 @@ class WritesIntoRealTensor(Stack):
         return self.head(out).mean()
 
 
-def test_writing_into_a_real_tensor_is_refused(batch):
+def test_a_tensor_of_the_step_that_units_write_crosses_like_their_results(batch):
+    result = trace(WritesIntoRealTensor(), batch)
+    (call,) = result.written
+    assert (call.interval, call.function, call.number) == (-1, "zeros", 0)
+    assert ("arg", 1, 0) in {value.source for value in result.cuts[1].values}
+
+
+class WritesIntoAttribute(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(2, 4, 8)
+
+    def training_step(self, batch, batch_idx):
+        self.kept[:, 0] = self.embed(batch)[:, 0]
+        return self.head(self.kept).mean()
+
+
+def test_writing_into_a_tensor_from_before_the_step_is_refused(batch):
     with pytest.raises(PartitionError, match="this module cannot be split into pipeline stages"):
-        trace(WritesIntoRealTensor(), batch)
+        trace(WritesIntoAttribute(), batch)
 
 
 class FreeCode(Stack):
@@ -116,9 +134,55 @@ class FreeCode(Stack):
         return (self.head(self.blocks[0](x)) * late.sum()).mean()
 
 
-def test_a_value_that_no_module_has_seen_cannot_cross(batch):
-    result = trace(FreeCode(), batch)
-    assert "outside any module" in str(result.cuts[1].refusal)
+def test_a_value_that_no_module_has_seen_is_named_by_the_call_that_made_it(batch):
+    sources = {value.source for value in trace(FreeCode(), batch).cuts[1].values}
+    assert ("free", FreeCall(0, "exp", 0), 0) in sources
+
+
+class WritesView(Stack):
+    def training_step(self, batch, batch_idx):
+        x = self.embed(batch)
+        first = x[:, 0]
+        y = self.blocks[0](x * 1)
+        first += 1
+        return (self.head(y) * x.sum() * first.sum()).mean()
+
+
+def test_views_of_a_tensor_that_is_written_later_cannot_cross_together(batch):
+    assert "another view" in str(trace(WritesView(), batch).cuts[1].refusal)
+
+
+class Tells(nn.Module):
+    """Returns a number, or leaves one in an attribute."""
+
+    def __init__(self, door: str) -> None:
+        super().__init__()
+        self.door, self.told = door, 0.0
+
+    def forward(self, x):
+        if self.door == "attribute":
+            self.told = 1.0
+        if self.door == "argument":
+            x, found = x
+            found.append(1.0)
+        return (x * 1, 2.0) if self.door == "result" else (x * 1, None)
+
+
+class ToldTo(Stack):
+    def __init__(self, door: str) -> None:
+        super().__init__()
+        self.tells = Tells(door)
+
+    def training_step(self, batch, batch_idx):
+        x = self.embed(batch)
+        x, _ = self.tells((x, []) if self.tells.door == "argument" else x)
+        return self.head(self.blocks[0](x)).mean()
+
+
+@pytest.mark.parametrize("door", ["result", "attribute", "argument", "none"])
+def test_a_module_that_tells_numbers_is_run_by_later_stages(batch, door):
+    call = next(call for call in trace(ToldTo(door), batch).calls if call.name == "tells")
+    assert call.skippable == (door == "none")
 
 
 class Router(nn.Module):

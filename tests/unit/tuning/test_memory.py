@@ -169,7 +169,7 @@ def test_batches_of_any_size_repeat_the_samples() -> None:
 
 @pytest.mark.parametrize("batch", [{}, [torch.ones(2), torch.ones(3)], torch.ones(0, 4)])
 def test_batches_without_a_size_are_refused(batch: Any) -> None:
-    with pytest.raises(ValueError, match="its tensors must agree on its size"):
+    with pytest.raises(ValueError, match="makes batches of other sizes from the first one"):
         tiled_batch(batch, 4)
 
 
