@@ -160,11 +160,11 @@ class Pipeline:
             loss; None and an empty dictionary on other ranks.
         """
         weights = context.weights
-        count = 1 if requested == 1 else self._count_microbatches(args[0], requested, known, weights)
+        size, count = (1, 1) if requested == 1 else self._count_microbatches(args[0], requested, known, weights)
         parts = split_batch(args[0], count, known)
         prepared = self._prepare("training_step", (parts[0], *args[1:]), count)
-        samples = [count_samples(p) for p in parts]
-        self._running = _Step(context, [(p, *args[1:]) for p in parts], samples, scale / count)
+        logged = count_samples(args[0]) / count  # Lightning's own count of samples, where they are not on dim 0
+        self._running = _Step(context, [(p, *args[1:]) for p in parts], [logged] * count, scale / count)
         if weights is not None and weights.tokens is not None:
             self._running.weights = weights.tokens.weights(count)
         losses: list[Tensor] = []
@@ -182,7 +182,7 @@ class Pipeline:
             return None, {}
         step = self._step
         returned = [step.extras[i] for i in range(count)] if any(step.extras.values()) else []
-        joined = join(returned, samples) if returned else {}
+        joined = join(returned, [size // count] * count) if returned else {}
         if not step.loss_weights:
             return torch.stack(step.losses).mean(), joined
         own = weights_of_parts(self.root, step.loss_weights, count)
@@ -190,21 +190,20 @@ class Pipeline:
 
     def _count_microbatches(
         self, batch: Any, requested: int | str, known: int | None, weights: BatchWeights | None
-    ) -> int:
-        """Returns the number of microbatches of a batch: 1 if it cannot be split, on any replica that shares weights.
+    ) -> tuple[int, int]:
+        """Returns the number of samples, and of microbatches: 1 if the batch of a replica that shares weights is whole.
 
         Collective over the replicas if they share weights, which run the same modules at the same time.
         """
         plan = self.partition.plan
         size = find_samples(batch, known).count or 1
-        if size > 1 and weights is not None:
-            size = math.gcd(size, weights.common_divisor)
-        count = choose_microbatches(size, requested, plan.layout.pp, plan.schedule)
+        divided = size if weights is None else math.gcd(size, weights.common_divisor)
+        count = choose_microbatches(divided, requested, plan.layout.pp, plan.schedule)
         if plan.layout.replicas > plan.layout.dp:
             fewest = torch.tensor(count, device=self.device)
             dist.all_reduce(fewest, dist.ReduceOp.MIN, group=self.mesh.replica_group)
             count = int(fewest)
-        return count
+        return size, count
 
     def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
         """Runs one stage on microbatch `index`; returns the tensors to send, or the result of the last stage."""
@@ -364,8 +363,8 @@ class _Step:
     context: StepContext
     arguments: list[tuple]
     """Arguments of the step, by microbatch."""
-    samples: list[int]
-    """Number of samples, by microbatch."""
+    samples: list[float]
+    """Weight of logged values, by microbatch."""
     scale: float | Tensor = 1.0
     weights: list[float] = field(default_factory=list)
     """Factors on the losses of microbatches; empty: all are equal."""

@@ -125,7 +125,7 @@ class LogRecorder:
         return sorted(self.calls.values(), key=lambda e: e.place)
 
     @contextmanager
-    def recording(self, samples: int, owner: Any = None, stage: int = 0, microbatch: int = 0) -> Iterator[None]:
+    def recording(self, samples: float, owner: Any = None, stage: int = 0, microbatch: int = 0) -> Iterator[None]:
         """Records `self.log` calls of one microbatch for the duration of the context.
 
         Args:
@@ -154,7 +154,7 @@ class LogRecorder:
                 self.root.__dict__["log"] = before
 
     def record(
-        self, samples: int, call: tuple[int, str, int], microbatch: int, /, name: str, value: Any, **options: Any
+        self, samples: float, call: tuple[int, str, int], microbatch: int, /, name: str, value: Any, **options: Any
     ) -> None:
         """Records one `self.log` call of one microbatch."""
         given = options.pop("batch_size", None)

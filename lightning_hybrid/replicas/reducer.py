@@ -56,7 +56,8 @@ class _Bucket:
             foreach_copy([v for v, _ in copies], [g for _, g in copies])
         self.flat.mul_(scale)
         if dist.get_world_size(group) > 1:
-            self.finish = reduction.begin(self.flat, group)
+            real = torch.view_as_real(self.flat).view(-1) if self.flat.is_complex() else self.flat
+            self.finish = reduction.begin(real, group)
 
     def collect(self) -> None:
         if self.finish is not None:
