@@ -255,12 +255,13 @@ class HybridStrategy(StrategyOfEither):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        rows = 1
+        runner = self.engine.runner
+        runner.rows_per_sample = 1
         if self.sequence_length is not None:
-            rows = (positions_of(args[0]) or 0) // self.sequence_length
+            runner.rows_per_sample = (positions_of(args[0]) or 0) // self.sequence_length
             args = (split_sequences(args[0], self.sequence_length), *args[1:])
         self._verifier.before_step(self.engine, args, kwargs)
-        return self.engine.runner.training_step(*args, rows_per_sample=rows, **kwargs)
+        return runner.training_step(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

@@ -58,6 +58,8 @@ class StepRunner:
         self.device, self.precision = run.device, run.precision
         self.one_microbatch = has_batch_norm(self.root)  # its statistics are those of the whole batch
         self.microbatches = 1 if self.one_microbatch else microbatches
+        self.rows_per_sample = 1
+        """Number of rows on dim 0 into which each sample of the loader has been split."""
         self.noise: GradientNoise | None = None
         """Gradient noise measurement; None: not measured."""
         self.clocks: Clocks | None = None
@@ -136,21 +138,18 @@ class StepRunner:
 
     # ---- training
 
-    def training_step(self, *args: Any, rows_per_sample: int = 1, **kwargs: Any) -> Any:
-        """Runs one `training_step` of the user on a batch of the trainer's loop; logs its values on every rank.
+    def known_samples(self) -> int | None:
+        """Returns the number of samples of the trainer's batch, under `pp`, as rows of its tensors; None: not known."""
+        read = None if self.pipeline is None else self.run.data.batch_samples()
+        return None if read is None else read * self.rows_per_sample
 
-        Args:
-            *args: Arguments of `training_step`, the batch first.
-            rows_per_sample: Number of rows on dim 0 into which each sample of the loader has been split.
-            **kwargs: Keyword arguments of `training_step`.
-        """
-        read = self.run.data.batch_samples() if self.pipeline is not None else None
-        samples = None if read is None else read * rows_per_sample
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs one `training_step` of the user on a batch of the trainer's loop; logs its values on every rank."""
         weights = self.run.data.batch_weights()
         share = self.run.data.share_in_step(weights)
         with self.run.during("training_step"):
             unit = self.loss_weights.unit(args[0] if args else None)
-            out = self.weighted_step(weights, share, *args, weight_unit=unit, samples=samples, **kwargs)
+            out = self.weighted_step(weights, share, *args, weight_unit=unit, samples=self.known_samples(), **kwargs)
             if self.context is not None:
                 self.loss_weights.take(self.context, self.run.world.any_rank)
             return out

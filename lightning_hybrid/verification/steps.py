@@ -60,7 +60,8 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], wa
 
     def backward(loss: Tensor, *_: Any, **__: Any) -> None:
         losses.append((loss.detach(), 1.0))
-        runner.precision.backward(runner.scaled_for_backward(loss), root, None)
+        with runner.gradients.backward():
+            runner.precision.backward(runner.scaled_for_backward(loss), root, None)
         runner.gradients_complete()
 
     with ExitStack() as stack:
@@ -71,10 +72,12 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], wa
         if runner.noise is not None:
             runner.noise.measures = False
             runner.noise = None
-        with patched(runner, _log=lambda *_: None):
+        with patched(runner, _log=lambda *_: None), patched(runner.gradients, loss_is_scaled=False):
             manual = _optimizes_manually(runner, backward)
             batch_weights = runner.run.data.batch_weights()
-            loss = _loss_of(runner.weighted_step(batch_weights, 1.0, *copied_batch(args), **copied_batch(kwargs)))
+            copies, options = copied_batch(args), copied_batch(kwargs)
+            out = runner.weighted_step(batch_weights, 1.0, *copies, samples=runner.known_samples(), **options)
+            loss = _loss_of(out)
             if runner.context is not None:
                 runner.loss_weights.take(runner.context, runner.run.world.any_rank)
             if loss is not None and not manual:

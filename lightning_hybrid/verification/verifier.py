@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_hybrid.batches import batch_size, split_batch
+from lightning_hybrid.batches import find_samples, split_batch
 from lightning_hybrid.collectives import error_message, gather_objects
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.loss_weights import place_of
@@ -215,7 +215,9 @@ class _Comparison:
             PartitionError: Unless another number of microbatches, which the user has left open, is right.
         """
         if self.parts > 1:
-            batches = [(part, *self.args[1:]) for part in split_batch(self.args[0], self.parts)]
+            batches = [
+                (part, *self.args[1:]) for part in split_batch(self.args[0], self.parts, self.runner.known_samples())
+            ]
             split, _ = self._in_one_process(weights, batches)
             if split is not None and not self._differences_of_processes(split, whole).within(self.bound):
                 self._refuse_microbatches(weights, found)
@@ -266,7 +268,7 @@ class _Comparison:
         """Returns a sentence with the first unit whose output differs from one process. Collective."""
         runner = self.runner
         under = run_under_layout(runner, self.args, self.kwargs, watch=True)
-        part = (split_batch(self.args[0], self.parts)[0], *self.args[1:])
+        part = (split_batch(self.args[0], self.parts, self.runner.known_samples())[0], *self.args[1:])
         whole = run_in_one_process(runner, weights, [part], self.kwargs, watch=True)
         replica, seen = self.engine.mesh.replica, {}
         for place, outputs in zip(self.engine.mesh.places, gather_objects(under.outputs), strict=True):
@@ -323,14 +325,14 @@ class _Comparison:
         rank_zero_warn(message)
 
     def _equal_parts(self) -> tuple[list[tuple], str | None]:
-        try:
-            size = batch_size(self.args[0])
-        except PartitionError:
+        known = self.runner.known_samples()
+        size = find_samples(self.args[0], known).count
+        if size is None:
             return [], "the batch cannot be split by samples"
         count = next((n for n in range(2, size + 1) if size % n == 0), 0)
         if not count:
             return [], "a replica has one sample"
-        return [(part, *self.args[1:]) for part in split_batch(self.args[0], count)], None
+        return [(part, *self.args[1:]) for part in split_batch(self.args[0], count, known)], None
 
 
 def _refused_gather(*_: Any, **__: Any) -> None:
