@@ -139,8 +139,8 @@ class StepRunner:
     # ---- training
 
     def known_samples(self) -> int | None:
-        """Returns the number of samples of the trainer's batch, under `pp`, as rows of its tensors; None: not known."""
-        read = None if self.pipeline is None else self.run.data.batch_samples()
+        """Returns the number of samples of the trainer's batch, as rows of its tensors; None: not known."""
+        read = self.run.data.batch_samples()
         return None if read is None else read * self.rows_per_sample
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
