@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.overrides
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingModuleSource]
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,7 +73,7 @@ def is_plain(value: Any) -> bool:
         type(value) in (torch.Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
         and not value.is_nested
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and not is_functorch_wrapped_tensor(value)
     )
 
 

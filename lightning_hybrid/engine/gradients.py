@@ -53,8 +53,6 @@ class ReplicaGradients:
         """True if a hook of the user, on any rank, sees the gradients of every accumulated batch."""
         self.users_backward = False
         """True if the user's `backward` runs the backward pass, and may scale the loss."""
-        self.loss_is_scaled = True
-        """True if the loss in `backward` has the factor of accumulated batches and of a loss scaler."""
         self.diloco: DiLoCo | None = None
         """The outer optimizer if replicas step independently, otherwise None."""
         self._trained: list[bool] = []
@@ -166,7 +164,7 @@ class ReplicaGradients:
         """
         factor = None
         if self.users_backward:
-            factor = gradient.detach() / (scale if self.loss_is_scaled else 1.0)
+            factor = gradient.detach() / scale
             self._check_users_backward()
         summed = gradients_of(tied) if self.seen_by_hooks else {}
         stashed.add(factor)

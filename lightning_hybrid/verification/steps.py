@@ -72,7 +72,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], wa
         if runner.noise is not None:
             runner.noise.measures = False
             runner.noise = None
-        with patched(runner, _log=lambda *_: None), patched(runner.gradients, loss_is_scaled=False):
+        with patched(runner, _log=lambda *_: None):
             manual = _optimizes_manually(runner, backward)
             batch_weights = runner.run.data.batch_weights()
             copies, options = copied_batch(args), copied_batch(kwargs)

@@ -365,8 +365,11 @@ def _weight(engine: Engine) -> float:
 
 
 def _scale_of(engine: Engine) -> float:
-    """Returns the factor that undoes accumulation and loss scaling, which a pipeline applies in its schedule."""
-    if engine.runner.pipeline is None:
+    """Returns the factor that undoes accumulation and loss scaling, which a pipeline applies in its schedule.
+
+    Gradients in the user's `backward` have the factor of the loss there, which has not been scaled.
+    """
+    if engine.runner.pipeline is None or engine.runner.gradients.users_backward:
         return 1.0
     scaler = getattr(engine.run.precision, "scaler", None)
     scale = 1.0 if scaler is None else scaler.get_scale()

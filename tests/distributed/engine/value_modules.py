@@ -103,7 +103,7 @@ class Lists(Net):
     def loss_of(self, batch: Any) -> Tensor:
         x, picks = batch
         out = self(x)
-        return sum(out[j, k] ** 2 for j in range(len(x)) for k in picks[j]) / len(x)
+        return torch.stack([out[j, k] ** 2 for j in range(len(x)) for k in picks[j]]).sum() / len(x)
 
 
 class Targets(Net):
@@ -273,7 +273,7 @@ class Penalized(Net):
     """Weight decay of the head by hand, before and together with the loss."""
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        penalty = sum(p.square().sum() for p in self.parameters())
+        penalty = torch.stack([p.square().sum() for p in self.parameters()]).sum()
         (penalty * 0.01).backward(retain_graph=True)
         (loss + penalty * 0.02).backward()
 
@@ -351,7 +351,7 @@ class OfBlocks(Net):
 
     def on_train_epoch_start(self) -> None:
         for block in self.blocks:
-            block.gain = 1.0 + 0.5 * self.current_epoch
+            block.gain = 1.0 + 0.5 * self.current_epoch  # type: ignore[assignment]
 
     def loss_of(self, batch: Any) -> Tensor:
         x, total = batch[0], 0.0
