@@ -80,6 +80,10 @@ class StepRNG:
         self._common: dict[int, list[torch.Tensor]] = {}
         """The common states at the entry of a divided region, by this rank's seed in the region."""
         self._equal = False
+        self._seeded: list[torch.Tensor] = []
+        """The generators' states after the last seed, while ranks are seeded alike."""
+        self.has_drawn = False
+        """True if random numbers were drawn since `equal_on_all_ranks` began."""
 
     def state_dict(self) -> dict[str, int]:
         """Returns the state from which a resumed run draws the same numbers."""
@@ -118,15 +122,23 @@ class StepRNG:
         self._common.clear()
         with preserved_rng(self._device):
             yield
+            self._note_draws()
+
+    def _note_draws(self) -> None:
+        states = zip(self._generators, self._seeded, strict=False)
+        self.has_drawn |= any(not torch.equal(generator.get_state(), state) for generator, state in states)
 
     @contextmanager
     def equal_on_all_ranks(self) -> Iterator[None]:
-        """Seeds all microbatches, replicas and ranks of `tp` alike for the duration of the context."""
-        self._equal = True
+        """Seeds all microbatches, replicas and ranks of `tp` alike for the duration of the context.
+
+        Afterwards `has_drawn` tells whether steps have drawn random numbers of torch.
+        """
+        self._equal, self.has_drawn = True, False
         try:
             yield
         finally:
-            self._equal = False
+            self._equal, self._seeded = False, []
 
     def begin(self, microbatch: int) -> None:
         """Seeds all generators for `microbatch` of the step."""
@@ -171,5 +183,8 @@ class StepRNG:
 
     def _seed(self, seed: int) -> None:
         # as `torch.manual_seed`, which also formats a stack trace for every kind of device that is not in use
+        self._note_draws()
         for generator in self._generators:
             generator.manual_seed(seed)
+        if self._equal:
+            self._seeded = [generator.get_state() for generator in self._generators]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 -- its usual name
 from torch.overrides import TorchFunctionMode
 
-from lightning_hybrid._torch_private import DispatchMode
+from lightning_hybrid._torch_private import DispatchMode, recomputation_off
 from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.step import StepRNG
 
@@ -45,6 +46,7 @@ _POSITIONS: dict[Any, tuple[int, str]] = {
     F.scaled_dot_product_attention: (4, "dropout_p"),
 }
 """Position and name of the dropout probability in built-in functions."""
+_FUNCTIONAL = [f for f in (*_SETTINGS, *_POSITIONS) if getattr(F, f.__name__, None) is f]
 _SIGNATURES = {function: inspect.signature(function) for function in _SETTINGS}
 
 
@@ -52,18 +54,21 @@ class _NoDropout(TorchFunctionMode):
     """Sets the probability of dropout to 0."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _SETTINGS:
-            bound = _SIGNATURES[func].bind(*args, **kwargs)
-            bound.arguments.update(_SETTINGS[func])
-            return func(*bound.args, **bound.kwargs)
-        if func in _POSITIONS:
-            position, name = _POSITIONS[func]
-            if len(args) > position:
-                args = (*args[:position], 0.0, *args[position + 1 :])
-            else:
-                kwargs = {**kwargs, name: 0.0}
-        return func(*args, **kwargs)
+        return _without_dropout(func, *args, **(kwargs or {}))
+
+
+def _without_dropout(func: Any, *args: Any, **kwargs: Any) -> Any:
+    if func in _SETTINGS:
+        bound = _SIGNATURES[func].bind(*args, **kwargs)
+        bound.arguments.update(_SETTINGS[func])
+        return func(*bound.args, **bound.kwargs)
+    if func in _POSITIONS:
+        position, name = _POSITIONS[func]
+        if len(args) > position:
+            args = (*args[:position], 0.0, *args[position + 1 :])
+        else:
+            kwargs = {**kwargs, name: 0.0}
+    return func(*args, **kwargs)
 
 
 class _EqualRows(DispatchMode):
@@ -112,12 +117,13 @@ def _is_elementwise(func: Any) -> bool:
 
 
 @contextmanager
-def common_randomness(root: nn.Module, rng: StepRNG) -> Iterator[None]:
+def common_randomness(root: nn.Module, rng: StepRNG, equal_rows: bool) -> Iterator[None]:
     """Makes steps in the context draw random numbers that do not depend on the layout.
 
     Args:
         root: The LightningModule.
-        rng: The generators of the steps.
+        rng: The generators of the steps; afterwards `rng.has_drawn` tells whether steps draw random numbers.
+        equal_rows: True if random tensors have equal rows. This slows a step down, since it sees every operator.
     """
     with ExitStack() as stack:
         for module in root.modules():
@@ -125,5 +131,9 @@ def common_randomness(root: nn.Module, rng: StepRNG) -> Iterator[None]:
                 stack.enter_context(patched(module, dropout=0.0))
         stack.enter_context(rng.equal_on_all_ranks())
         stack.enter_context(_NoDropout())
-        stack.enter_context(_EqualRows())
+        # modes do not see what is recomputed in the backward pass
+        stack.enter_context(patched(F, **{f.__name__: partial(_without_dropout, f) for f in _FUNCTIONAL}))
+        if equal_rows:
+            stack.enter_context(recomputation_off())
+            stack.enter_context(_EqualRows())
         yield

@@ -31,6 +31,16 @@ Outputs = dict[tuple[str, int], list[tuple[float, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Conditions of the compared steps."""
+
+    equal_rows: bool = False
+    """True if random tensors have equal rows, see `verification.randomness`."""
+    watch: bool = False
+    """True to record the outputs of units."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The result of a step on this replica's batch."""
 
@@ -45,14 +55,14 @@ class Outcome:
     outputs: Outputs = field(default_factory=dict)
 
 
-def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], watch: bool = False) -> Outcome:
+def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], how: Conditions) -> Outcome:
     """Runs a training step forward and backward under the layout, without effect. Collective.
 
     Args:
         runner: Runs the steps of the partitioned module.
         args: Arguments of `training_step`, which are not changed.
         kwargs: Keyword arguments of `training_step`.
-        watch: True to record the outputs of units.
+        how: The conditions of the compared steps.
     """
     root, local = runner.root, runner.partition.parameters.local()
     programs = {} if runner.pipeline is None else runner.pipeline.prepared
@@ -68,7 +78,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], wa
         stack.enter_context(runner.gradients.synchronized())
         stack.enter_context(step_undone(runner))
         stack.enter_context(_own_gradients(local.values()))
-        outputs = stack.enter_context(_conditions(runner, watch))
+        outputs = stack.enter_context(_conditions(runner, how))
         if runner.noise is not None:
             runner.noise.measures = False
             runner.noise = None
@@ -96,7 +106,7 @@ def run_in_one_process(
     weights: Weights,
     parts: Sequence[tuple],
     kwargs: dict[str, Any],
-    watch: bool = False,
+    how: Conditions,
 ) -> Outcome:
     """Runs a training step forward and backward on the whole module, on this replica's batch.
 
@@ -106,7 +116,7 @@ def run_in_one_process(
         parts: Arguments of `training_step` for each equal part of the batch; loss and gradients are means over the
             parts, by the weights that the step returns, if any.
         kwargs: Keyword arguments of `training_step`.
-        watch: True to record the outputs of units.
+        how: The conditions of the compared steps.
     """
     found: list[tuple[Tensor, float]] = []
     weighted = False
@@ -115,7 +125,7 @@ def run_in_one_process(
         found.append((loss.detach(), weight))
         runner.precision.backward(loss * weight, runner.root, None)
 
-    with whole_module(runner.partition, weights) as whole, _conditions(runner, watch) as outputs:
+    with whole_module(runner.partition, weights) as whole, _conditions(runner, how) as outputs:
         for part in parts:
             with _undone(runner):
                 manual = _optimizes_manually(runner, backward)
@@ -130,14 +140,14 @@ def run_in_one_process(
 
 
 def losses_in_one_process(
-    runner: StepRunner, weights: Weights, batches: Sequence[tuple], kwargs: dict[str, Any]
+    runner: StepRunner, weights: Weights, batches: Sequence[tuple], kwargs: dict[str, Any], how: Conditions
 ) -> list[tuple[Tensor, float]]:
     """Returns the loss of the whole module, and its weight, for each of `batches`, the arguments of a training step.
 
     BatchNorm uses its running statistics: its batch is the global one, whatever the samples of this rank.
     """
     found: list[tuple[Tensor, float]] = []
-    with whole_module(runner.partition, weights), _conditions(runner, False), torch.no_grad(), ExitStack() as stack:
+    with whole_module(runner.partition, weights), _conditions(runner, how), torch.no_grad(), ExitStack() as stack:
         for module in runner.root.modules():
             if isinstance(module, BatchNorm):
                 stack.enter_context(patched(module, training=False))
@@ -165,7 +175,7 @@ def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> tuple[T
 
 
 @contextmanager
-def _conditions(runner: StepRunner, watch: bool) -> Iterator[Outputs]:
+def _conditions(runner: StepRunner, how: Conditions) -> Iterator[Outputs]:
     """The conditions that all compared steps share: random numbers, no compilation; records outputs of units."""
     interceptor, found = runner.partition.interceptor, Outputs()
     calls: dict[str, int] = {}
@@ -177,9 +187,9 @@ def _conditions(runner: StepRunner, watch: bool) -> Iterator[Outputs]:
             found[name, number] = [_summary(t) for t in tensors]
 
     with ExitStack() as stack:
-        stack.enter_context(common_randomness(runner.root, runner.rng))
+        stack.enter_context(common_randomness(runner.root, runner.rng, how.equal_rows))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if watch:
+        if how.watch:
             stack.enter_context(patched(interceptor, watcher=left))
         yield found
 

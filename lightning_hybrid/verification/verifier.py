@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_hybrid.engine.loss_weights import place_of
 from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.patching import patched
+from lightning_hybrid.replicas.batch_norm import has_batch_norm
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.spec.verify import Verify
@@ -26,6 +28,7 @@ from lightning_hybrid.tuning.device_memory import available_bytes
 from lightning_hybrid.verification.compare import Differences, bound_of, differences, relative
 from lightning_hybrid.verification.fingerprint import fingerprint
 from lightning_hybrid.verification.steps import (
+    Conditions,
     Outcome,
     losses_in_one_process,
     mean_loss,
@@ -97,6 +100,9 @@ class _Comparison:
         self.rows: list[tuple[str, str]] = []
         self.bound = _bound(engine)
         self.parts = 1
+        self.how = Conditions()
+        self.loss: Tensor | None = None
+        """The loss of this replica's batch in one process."""
         self.weight = _weight(engine)
 
     def run(self) -> list[tuple[str, str]]:
@@ -131,11 +137,15 @@ class _Comparison:
 
     def _compare(self, weights: Weights) -> str | None:
         """Compares the step with one process; returns why that was not possible, or None."""
-        under = run_under_layout(self.runner, self.args, self.kwargs)
+        under = run_under_layout(self.runner, self.args, self.kwargs, self.how)
         self.parts = under.parts
         whole, problem = self._in_one_process(weights, [self.args])
         if whole is None:
             return problem
+        if not self.how.equal_rows and self.engine.run.world.any_rank(self.runner.rng.has_drawn):
+            self.how = replace(self.how, equal_rows=True)
+            return self._compare(weights)
+        self.loss = whole.loss
         found = self._differences(under, whole)
         if not found.within(self.bound):
             repeated, _ = self._in_one_process(weights, [self.args])
@@ -150,7 +160,7 @@ class _Comparison:
 
     def _in_one_process(self, weights: Weights, parts: list[tuple]) -> tuple[Outcome | None, str | None]:
         try:
-            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs), None
+            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs, self.how), None
         except Exception as error:  # noqa: BLE001 -- of the user's step, or memory is too short
             outcome, problem = None, error_message(error)
         problem = _agreed(problem)
@@ -267,9 +277,10 @@ class _Comparison:
     def _first_module(self, weights: Weights) -> str:
         """Returns a sentence with the first unit whose output differs from one process. Collective."""
         runner = self.runner
-        under = run_under_layout(runner, self.args, self.kwargs, watch=True)
+        how = replace(self.how, watch=True)
+        under = run_under_layout(runner, self.args, self.kwargs, how)
         part = (split_batch(self.args[0], self.parts, self.runner.known_samples())[0], *self.args[1:])
-        whole = run_in_one_process(runner, weights, [part], self.kwargs, watch=True)
+        whole = run_in_one_process(runner, weights, [part], self.kwargs, how)
         replica, seen = self.engine.mesh.replica, {}
         for place, outputs in zip(self.engine.mesh.places, gather_objects(under.outputs), strict=True):
             if place.replica(self.layout) == replica:
@@ -297,7 +308,7 @@ class _Comparison:
             return
         try:
             with patched(self.runner.root.trainer.strategy, all_gather=_refused_gather):
-                (whole, _), *losses = losses_in_one_process(self.runner, weights, [self.args, *parts], self.kwargs)
+                whole, losses = self._losses(weights, parts)
         except _Gathers:
             problem = "the step gathers values of other replicas itself"
         except Exception as error:  # noqa: BLE001 -- of the user's step with a part of the batch
@@ -323,6 +334,14 @@ class _Comparison:
             raise PartitionError(f"`verify='strict'`: {message}")
         self.rows.append((what, f"differs by {difference:.1%}, see the warning"))
         rank_zero_warn(message)
+
+    def _losses(self, weights: Weights, parts: list[tuple]) -> tuple[Tensor | None, list[tuple[Tensor, float]]]:
+        """Returns the loss of this replica's batch, and those of its parts with their weights."""
+        if not has_batch_norm(self.runner.root):
+            return self.loss, losses_in_one_process(self.runner, weights, parts, self.kwargs, self.how)
+        # the parts are compared without statistics of the batch, so the whole has to be, too
+        (whole, _), *losses = losses_in_one_process(self.runner, weights, [self.args, *parts], self.kwargs, self.how)
+        return whole, losses
 
     def _equal_parts(self) -> tuple[list[tuple], str | None]:
         known = self.runner.known_samples()

@@ -35,7 +35,7 @@ def test_a_layout_that_is_refused_has_a_problem() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "status"), [("dp2", 0), ("tp3", 1)])
+@pytest.mark.parametrize(("layout", "status"), [("dp2", 0), ("tp7", 1)])
 def test_the_exit_status_tells(layout: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["verify", "--config", "recipes/quickstart.yaml", "--layout", layout, *SMALL])
