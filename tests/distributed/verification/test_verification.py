@@ -88,7 +88,7 @@ def _skipping_one(self: Any, out: Any, step: Any, original: Any = Pipeline._loss
     return original(self, out, step) * float(bool(step.losses))
 
 
-def _first_half(batch: dict[str, torch.Tensor], count: int) -> list[dict[str, torch.Tensor]]:
+def _first_half(batch: dict[str, torch.Tensor], count: int, _: Any = None) -> list[dict[str, torch.Tensor]]:
     return [{key: value[: len(value) // 2] for key, value in batch.items()}] * count
 
 
