@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def plan(recipe: str) -> Partition:
     """Plans a recipe for its own layout, as rank 0 of a fake process group, the weights on the meta device."""
     # the options that name the hardware; a machine without it can't make the Trainer
     args = ["--config", str(RECIPES / f"{recipe}.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    sys.argv[1:] = []  # this rank's, with which Lightning warns: they are not its arguments
     cli = LightningCLI(
         LightningModule,
         LightningDataModule,
