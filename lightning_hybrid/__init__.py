@@ -2,6 +2,7 @@
 
 from lightning_hybrid._lightning_private import register_strategy
 from lightning_hybrid._torch_private import warn_if_untested
+from lightning_hybrid.checkpoint.elsewhere import name_the_remedy
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.compare_layouts import verify
 from lightning_hybrid.float8 import Float8Precision
@@ -24,4 +25,5 @@ __all__ = [
 register_strategy(
     "hybrid", HybridStrategy, "Replicas, sharding, experts, tensors and a pipeline for any LightningModule"
 )
+name_the_remedy()
 warn_if_untested()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -112,6 +112,7 @@ class HybridStrategy(StrategyOfEither):
         self._world = World(process_group_backend, timeout)
         self._run: Run | None = None
         self._engine: Engine | None = None
+        self._failed = False
 
     # ---- parts of the strategy
 
@@ -214,6 +215,7 @@ class HybridStrategy(StrategyOfEither):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        self._failed = False
         trainer, device = self._module.trainer, self.root_device
         set_ranks(self._environment, self.num_nodes, self.num_processes)
         self._world.connect(self._environment, device, trainer, self.request.arguments())
@@ -315,18 +317,25 @@ class HybridStrategy(StrategyOfEither):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns this rank's parts; `full_state_dict` returns whole weights."""
-        return {} if self._world.unsavable else state.state_dict(self.engine)
+        if self._world.unsavable:
+            return {}
+        with self.engine.divided():
+            return state.state_dict(self.engine)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {} if self._world.unsavable else state.optimizer_state(self.engine, optimizer)
+        if self._world.unsavable:
+            return {}
+        with self.engine.divided():
+            return state.optimizer_state(self.engine, optimizer)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if self._world.unsavable:
             self._world.monitor.note_unsaved(filepath)
         else:
-            self.checkpoints.save(self.engine, {**checkpoint, "verified": self._verifier.verified}, filepath)
+            with self.engine.divided():
+                self.checkpoints.save(self.engine, {**checkpoint, "verified": self._verifier.verified}, filepath)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -355,7 +364,8 @@ class HybridStrategy(StrategyOfEither):
 
     def gradient_norms(self) -> dict[str, Tensor]:
         """Returns the values of Lightning's `grad_norm(module, 2)`, of the parts of all ranks. Collective."""
-        return gradient_norms(self.engine.partition, self.engine.device)
+        with self.engine.divided():
+            return gradient_norms(self.engine.partition, self.engine.device)
 
     def expert_loads(self) -> dict[str, Tensor]:
         """Returns the tokens that each expert received in training since the last call, on all ranks. Collective.
@@ -367,7 +377,32 @@ class HybridStrategy(StrategyOfEither):
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Returns all whole weights and buffers by name, on the CPU of rank 0; `{}` on other ranks. Collective."""
-        return state.full_state_dict(self.engine)
+        with self.engine.divided():
+            return state.full_state_dict(self.engine)
+
+    @contextmanager
+    def whole(self, module: torch.nn.Module | None = None) -> Iterator[Any]:
+        """Shows the module as the user wrote it, with whole weights on every rank. Collective over all ranks.
+
+        Within the context the module can be called, copied and saved (`state_dict`, `generate`, `save_pretrained`), on
+        any rank; changes of its weights are kept. It may be entered after a run, and in hooks that all ranks run
+        between two steps of the optimizer. Each rank needs memory for the whole weights.
+
+        Args:
+            module: The LightningModule of this strategy, which is yielded; None: that one.
+
+        Raises:
+            PartitionError: If parameters were added, removed or replaced within the context.
+            ValueError: If `module` is another module.
+        """
+        root = self.engine.root
+        if module is not None and module is not root:
+            raise ValueError(
+                f"`module` must be the LightningModule that the Trainer ran, a {type(root).__name__}. Got "
+                f"{type(module).__name__}."
+            )
+        with self.engine.shown_whole():
+            yield root
 
     def relayout(
         self, layout: str | Layout, *, edit: Callable[[], None] | None = None, **options: Unpack[LayoutOptions]
@@ -397,6 +432,7 @@ class HybridStrategy(StrategyOfEither):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        self._failed = True
         self.checkpoints.abandon()
 
     @override
@@ -404,6 +440,7 @@ class HybridStrategy(StrategyOfEither):
         self.checkpoints.wait()
         if self._engine is not None:
             self._engine.stop()
+            self._engine.end_run(failed=self._failed or self._world.monitor.failing)
         if self._run is not None:
             self._run.patches.close()
         self.listeners.clear()

@@ -51,6 +51,7 @@ from lightning_hybrid._torch_private.fsdp import (
     forget_sharded_step,
     forget_sharding_marks,
     scale_sharded_gradients,
+    sharding_hidden,
 )
 from lightning_hybrid._torch_private.loaders import replace_parts
 from lightning_hybrid._torch_private.modules import (
@@ -65,6 +66,7 @@ from lightning_hybrid._torch_private.modules import (
     mark_as_parameter,
     own_buffers,
     own_parameters,
+    refresh_flat_weights,
 )
 from lightning_hybrid._torch_private.optimizers import agree_on_overflow, step_without_hooks, unscales_itself
 from lightning_hybrid._torch_private.versions import TESTED_TORCH, warn_if_untested
@@ -100,6 +102,8 @@ __all__ = [
     "forget_fully_shard",
     "forget_sharded_step",
     "forget_sharding_marks",
+    "refresh_flat_weights",
+    "sharding_hidden",
     "gradient_hooks_of",
     "gradients_taken_by",
     "hook_tables",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,18 +51,55 @@ def forget_fully_shard(module: FSDPModule) -> None:
 def forget_sharding_marks(root: nn.Module) -> None:
     """Removes the marks of `fully_shard` from all modules, and the state-dict hooks that its first step has added."""
     for module in root.modules():
-        for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+        for mark in _MARKS:
             module.__dict__.pop(mark, None)
-        for table in (
-            module._state_dict_pre_hooks,
-            module._state_dict_hooks,
-            module._load_state_dict_pre_hooks,
-            module._load_state_dict_post_hooks,
-        ):
-            for key, hook in list(table.items()):
-                function: Any = getattr(hook, "hook", hook)
-                if str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp"):
-                    del table[key]
+        for table in _state_dict_tables(module):
+            for key in [key for key, hook in table.items() if _of_fully_shard(hook)]:
+                del table[key]
+
+
+@contextmanager
+def sharding_hidden(root: nn.Module) -> Iterator[None]:
+    """Gives all modules their own classes, without marks and state of `fully_shard`, for the duration of the context.
+
+    Parameters are not changed, and hooks only where the first step has added them.
+    """
+    hidden: list[tuple[Any, type, dict[str, Any], list[tuple[dict, dict]]]] = []
+    for module in root.modules():
+        own: Any = module
+        names = (*_MARKS, STATE_KEY, REGISTRY_KEY) if isinstance(module, FSDPModule) else _MARKS
+        attributes = {name: own.__dict__.pop(name) for name in names if name in own.__dict__}
+        tables = [(table, dict(table)) for table in _state_dict_tables(module)]
+        hidden.append((own, own.__class__, attributes, tables))
+        for table, hooks in tables:
+            for key in [key for key, hook in hooks.items() if _of_fully_shard(hook)]:
+                del table[key]
+        if isinstance(module, FSDPModule):
+            own.__class__ = type(module).__bases__[1]
+    try:
+        yield
+    finally:
+        for own, kind, attributes, tables in hidden:
+            own.__class__ = kind
+            own.__dict__.update(attributes)
+            for table, hooks in tables:
+                table.update({key: hook for key, hook in hooks.items() if _of_fully_shard(hook)})
+
+
+_MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+
+
+def _state_dict_tables(module: nn.Module) -> list[dict[int, Any]]:
+    return [
+        module._state_dict_pre_hooks,
+        module._state_dict_hooks,
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
+    ]
+
+
+def _of_fully_shard(hook: Any) -> bool:
+    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp")
 
 
 def forget_sharded_step(module: FSDPModule) -> None:

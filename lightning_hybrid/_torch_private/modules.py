@@ -33,6 +33,12 @@ def flat_weight_names(module: nn.RNNBase) -> list[str]:
     return module._flat_weights_names
 
 
+def refresh_flat_weights(module: nn.Module) -> None:
+    """Sets the list `_flat_weights` of a recurrent module to its present parameters; other modules have none."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+
+
 def mark_as_parameter(tensor: Any, is_parameter: bool) -> None:
     """Makes `isinstance(tensor, nn.Parameter)` return `is_parameter` for a tensor of a subclass."""
     tensor._is_param = is_parameter

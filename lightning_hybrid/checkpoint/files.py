@@ -1,6 +1,7 @@
 """Files and folders of checkpoints: one folder per checkpoint, committed atomically.
 
 step=20.ckpt/              a checkpoint
+    README.txt             says how to make a single file of the folder
     manifest.json          written last: size and checksum of every file
     rank-00000.json        the rank's state, and the index of each tensor shard that it has written
     rank-00000.safetensors these tensor shards
@@ -19,6 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+README = "README.txt"
+README_TEXT = """\
+This folder is one checkpoint, saved by lightning_hybrid: one part per rank.
+
+torch.load, load_from_checkpoint and a Trainer with another strategy read single files. Make one with
+
+    pip install lightning-hybrid
+    lightning-hybrid consolidate THIS_FOLDER out.ckpt            (or out.safetensors, for the weights only)
+
+Trainer(strategy=HybridStrategy(...)).fit(model, ckpt_path=THIS_FOLDER) reads the folder, in any layout.
+"""
 FORMAT = "lightning_hybrid/1"
 STAGED, REPLACED = ".tmp", ".replaced"
 FILE_NAME = re.compile(r"rank-\d{5,}\.(json|safetensors)")

@@ -20,7 +20,17 @@ from typing import Any
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
 from lightning_hybrid.checkpoint.content import RankFiles
-from lightning_hybrid.checkpoint.files import FORMAT, MANIFEST, put_in_place, remove, staged, sync, write_durably
+from lightning_hybrid.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    README,
+    README_TEXT,
+    put_in_place,
+    remove,
+    staged,
+    sync,
+    write_durably,
+)
 from lightning_hybrid.spec.errors import CheckpointError
 
 
@@ -114,6 +124,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Writes the manifest of a folder, which makes it a valid checkpoint."""
     text = canonical(content)
     digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / README).write_text(README_TEXT)
     unfinished = folder / (MANIFEST + ".part")
     write_durably(unfinished, json.dumps({"format": FORMAT, "digest": digest, "content": content}, indent=1).encode())
     os.rename(unfinished, folder / MANIFEST)

@@ -22,7 +22,7 @@ from lightning_hybrid.collectives import gather_objects, to_local
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.mesh import AXES
-from lightning_hybrid.parallelize.placement import index_of, writes
+from lightning_hybrid.parallelize.placement import index_of, selected, writes
 from lightning_hybrid.spec.errors import CheckpointError
 from lightning_hybrid.spec.tensor_index import Index, shape_of, whole_index
 
@@ -286,13 +286,7 @@ def read(value: Any, index: Index | None = None) -> Any:
     """Returns the shard `index` (None: all) of a tensor or a `SavedTensor`, and any other value unchanged."""
     if isinstance(value, SavedTensor):
         return value.read(index)
-    if index is None or not isinstance(value, Tensor):
-        return value
-    for dim, runs in enumerate(index):
-        if runs != ((0, value.shape[dim]),):
-            pieces = [value.narrow(dim, start, stop - start) for start, stop in runs]
-            value = torch.cat(pieces, dim) if pieces else value.narrow(dim, 0, 0)
-    return value
+    return value if index is None or not isinstance(value, Tensor) else selected(value, index)
 
 
 # ---- gathered weights

@@ -63,7 +63,7 @@ def keep_loading_whole_weights(engine: Engine) -> None:
     """Lets the module load whole weights after the run, too, if ranks hold parts; keeps a method of the user."""
     present = engine.root.__dict__.get("load_state_dict")
     if engine.divides_weights and (present is None or isinstance(present, _LoadsWholeWeights)):
-        engine.root.__dict__["load_state_dict"] = _LoadsWholeWeights(engine)
+        engine.keep(load_state_dict=_LoadsWholeWeights(engine))
 
 
 class _LoadsWholeWeights:

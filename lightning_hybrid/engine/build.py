@@ -50,14 +50,11 @@ def build_engine(run: Run, request: Request, present: Engine | None) -> Engine:
     """
     root, trainer = run.module, run.trainer
     earlier: Engine | None = root.__dict__.get(ENGINE)
-    if earlier is not None and earlier is present:
-        earlier.runner.run = run
+    if earlier is not None and earlier is present and earlier.begin_run(run):
         return earlier
     root.__dict__.pop(ENGINE, None)
     if earlier is not None:
-        earlier.stop()
-        root.__dict__.pop("__deepcopy__", None)
-        earlier.partition.remove()
+        earlier.remove()
     deferred_init = root.__dict__.get(DEFERRED_INIT)
     if earlier is None:
         check_parameters(root)
@@ -77,7 +74,7 @@ def belong_to(engine: Engine) -> None:
     """Stores `engine` as an attribute of its module, which stays partitioned when the run ends."""
     engine.root.__dict__[ENGINE] = engine
     if engine.divides_weights:
-        engine.root.__dict__["__deepcopy__"] = engine.__deepcopy__
+        engine.keep(__deepcopy__=engine.__deepcopy__)
 
 
 @contextmanager

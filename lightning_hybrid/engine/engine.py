@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -21,6 +22,7 @@ from lightning_hybrid.metrics.step_logs import seen_before_step
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.plan import check_precision, check_trainer, make_partition
+from lightning_hybrid.parallelize.whole import Refusals, WholeModule, needs_whole_weights
 from lightning_hybrid.replicas.diloco import DiLoCo
 from lightning_hybrid.replicas.reducer import seen_after_backward
 from lightning_hybrid.rng.step import StepRNG
@@ -70,6 +72,9 @@ class Engine:
         for reader in (partition, self.metrics, self.hook_logs):
             reader.padding = lambda: self.runner.padding
         partition.on_remove = self.runner.gradients.release
+        self.whole = WholeModule(partition)
+        self.refusals = Refusals(self.root, partition.plan.layout)
+        self.is_running = self.is_removed = False
         self.patches = ExitStack()
         """Stack that removes all patches when it is closed; higher layers add the patches that depend on the layout."""
 
@@ -131,6 +136,7 @@ class Engine:
         self.runner.loss_weights.reset()
         self.partition.resume()
         self.patches.callback(self.partition.suspend)
+        self.is_running = True
         self.runner.gradients.resume()
         self.patches.callback(self.runner.gradients.release)
         for part in (self.hook_logs, self.metrics, self.optimizers):
@@ -140,6 +146,87 @@ class Engine:
     def stop(self) -> None:
         """Removes all patches; the module stays partitioned."""
         self.patches.close()
+        self.is_running = False
+
+    # ---- the module between runs
+
+    def keep(self, **attributes: object) -> None:
+        """Sets attributes of the module that it keeps after a run, as long as its weights are divided."""
+        self.whole.attributes.update(attributes)
+        self.root.__dict__.update(attributes)
+
+    def end_run(self, *, failed: bool) -> None:
+        """Shows the module whole if the weights fit on every rank, and otherwise refuses uses that need whole weights.
+
+        Args:
+            failed: Whether the run has ended by an exception; if not, this is collective.
+        """
+        if not self.divides_weights or self.whole.is_shown or self.is_removed:
+            return
+        if failed or self.run.world.any_rank(not self.whole.fits(self.device)):
+            self.refusals.install()
+        else:
+            self.whole.show()
+
+    def begin_run(self, run: Run) -> bool:
+        """Divides a shown module again; returns False if its parameters are others since. Collective."""
+        self.refusals.remove()
+        if self.whole.is_shown:
+            if run.world.any_rank(self.whole.is_changed()):
+                return False
+            self.whole.agree(self.device)
+            self.whole.divide(self.device)
+        self.runner.run = run
+        return True
+
+    def remove(self) -> None:
+        """Removes the partition, so that every rank has the user's module with whole weights. Collective."""
+        self.stop()
+        self.refusals.remove()
+        wholes = self.whole.set_back() if self.whole.is_shown else None
+        for key in self.whole.attributes:
+            self.root.__dict__.pop(key, None)
+        self.partition.remove(wholes)
+        self.is_removed = True
+
+    @contextmanager
+    def divided(self) -> Iterator[None]:
+        """Divides the weights of a shown module, and lifts refusals, for the duration of the context."""
+        with self.refusals.lifted(), self.whole.divided(self.device):
+            yield
+
+    @contextmanager
+    def shown_whole(self) -> Iterator[None]:
+        """Shows the module whole for the duration of the context. Collective over all ranks.
+
+        Raises:
+            PartitionError: If the user has added, removed or replaced parameters.
+        """
+        if self.whole.is_shown or not self.divides_weights:
+            yield
+            return
+        if self.is_running:
+            self.partition.pause()
+        try:
+            with self.refusals.lifted():
+                self.whole.show()
+                try:
+                    yield
+                finally:
+                    changed = self.run.world.any_rank(self.whole.is_changed())
+                    if changed:
+                        self.whole.set_back()
+                    else:
+                        self.whole.agree(self.device)
+                        self.whole.divide(self.device)
+        finally:
+            if self.is_running:
+                self.partition.resume()
+        if changed:
+            raise PartitionError(
+                "Parameters were added, removed or replaced within `strategy.whole(module)`, and optimizers and layout "
+                "are those of the others. Use `strategy.relayout(..., edit=)` in a run, or change the module after it."
+            )
 
     @property
     def divides_weights(self) -> bool:
@@ -152,12 +239,8 @@ class Engine:
         Raises:
             PartitionError: If each rank holds only a part of the weights.
         """
-        if self.divides_weights:
-            raise PartitionError(
-                f"A copy of a module under `layout='{self.plan.layout}'` has the weights that one rank holds and can't "
-                "be run. Copy the module before the Trainer gets it, or load `strategy.full_state_dict()` into a new "
-                "one."
-            )
+        if self.divides_weights and not self.whole.is_shown:
+            raise needs_whole_weights(self.plan.layout, "a copy")
 
     def __reduce__(self) -> tuple[type, tuple]:
         """Replaces the engine of a pickled module by None.

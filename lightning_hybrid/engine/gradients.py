@@ -89,7 +89,8 @@ class ReplicaGradients:
                 reducer.overlap()
 
     def resume(self) -> None:
-        """Adds the reducers' hooks to the parameters again after `release`."""
+        """Adds the reducers' hooks to the parameters again after `release`, without those frozen since."""
+        self.follow_frozen()
         if self._mesh.layout.pp == 1:
             for reducer in self._reducers:
                 reducer.release()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lightning_hybrid._torch_private import own_parameters
+from lightning_hybrid._torch_private import own_parameters, refresh_flat_weights
 from lightning_hybrid.ghosts.ghost import Ghost, Slot, ghost_like, parameter_slots
 
 
@@ -80,6 +80,15 @@ class Parameters:
                 slot.module.__dict__[slot.key] = value
             else:
                 slot.module.register_parameter(slot.key, value)  # type: ignore[arg-type]
+
+    def put_all(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Sets parameters and ghosts at every place of their names, in the original order of each module."""
+        for name, value in values.items():
+            self.put(name, value)
+        modules = {slot.module: None for places in self.slots.values() for slot in places}
+        self._sort(modules)
+        for module in modules:
+            refresh_flat_weights(module)
 
     def release(self, names: Collection[str], device: torch.device) -> None:
         """Replaces the parameters `names` by ghosts on `device`, which frees their memory."""

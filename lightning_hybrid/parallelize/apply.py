@@ -20,6 +20,7 @@ from lightning_hybrid._torch_private import (
     forget_sharded_step,
     forget_sharding_marks,
     hook_tables,
+    sharding_hidden,
 )
 from lightning_hybrid.experts.parallel import ExpertParallel
 from lightning_hybrid.ghosts.deferred_init import DeferredInit
@@ -191,20 +192,26 @@ class Partition:
             wants = self.parameters.requires_grad[name]
             self.parameters.put(name, nn.Parameter(real.to(device), requires_grad=wants))
 
-    def remove(self) -> None:
-        """Removes the partition; then every rank has the user's module with all present weights. Collective."""
-        hooks = self._begin_removal()
-        wholes = {name: self.whole_parameter(name) for name in self.parameters.names}
+    def remove(self, wholes: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Removes the partition; then every rank has the user's module with all present weights. Collective.
+
+        Args:
+            wholes: Whole parameters by name; None: gathered from all ranks.
+        """
+        hooks, given = self._begin_removal(), wholes is not None
+        wholes = wholes or {name: self.whole_parameter(name) for name in self.parameters.names}
         if self.tensor is not None:
             self.tensor.remove()
         self._uninstall()
         for name, whole in wholes.items():
             present = self.parameters[name]
-            if self.tensor is None or isinstance(present, Ghost) or self.expert_plan_of(name) is not None:
+            if given:
+                self.parameters.put(name, whole)
+            elif self.tensor is None or isinstance(present, Ghost) or self.expert_plan_of(name) is not None:
                 self.parameters.put(name, nn.Parameter(whole, requires_grad=self.parameters.requires_grad[name]))
         if hooks is not None:
             hooks.attach()
-        self._share_buffers()
+        self.share_buffers()
 
     def detach(self, shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
         """Removes the partition and replaces all parameters by ghosts, for another partition.
@@ -223,6 +230,12 @@ class Partition:
         if hooks is not None:
             hooks.attach()
 
+    def pause(self) -> None:
+        """Lets the user call the module within a run, between two steps, until `resume`."""
+        self.reshard()
+        self._batch_norms.restore()
+        self.interceptor.suspend()
+
     def resume(self) -> None:
         """Routes calls of units, metrics and BatchNorm through this partition again after `suspend`."""
         self.interceptor.resume()
@@ -232,9 +245,7 @@ class Partition:
         """Lets the user call the module outside of a run, as far as a rank alone can; weights stay divided."""
         if isinstance(self.step_module, FSDPModule):
             forget_sharded_step(self.step_module)  # a step that has failed leaves weights gathered
-        self.reshard()
-        self._batch_norms.restore()
-        self.interceptor.suspend()
+        self.pause()
 
     def abandon(self) -> None:
         """Removes what an unfinished `apply` has installed, except attributes of modules, which the caller restores."""
@@ -324,7 +335,8 @@ class Partition:
             return present.shape
         return self.experts.whole_shape(name, present.shape)
 
-    def _share_buffers(self) -> None:
+    def share_buffers(self) -> None:
+        """Gives every rank the buffers of all stages. Collective over the ranks of a pipeline."""
         if self.plan.layout.pp == 1:
             return
         group = self.mesh.group("pp")
@@ -355,7 +367,18 @@ class Partition:
         groups = {ranks: self.mesh.holder_group(ranks) for ranks in sorted(set(shared.values()))}
         self.tied_weight_groups = {n: group for n, ranks in shared.items() if (group := groups[ranks]) is not None}
 
-    # ---- the module as the user wrote it, for dry runs
+    # ---- the module as the user wrote it
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Disables everything installed on the module, and restores classes; the caller makes the weights whole."""
+        with ExitStack() as stack:
+            stack.enter_context(self.bare())
+            if self.plan.layout.fsdp > 1:
+                stack.enter_context(sharding_hidden(self.root))
+            if self.experts is not None:
+                stack.enter_context(self.experts.undivided())
+            yield
 
     @contextmanager
     def bare(self, *, batch_statistics: bool = False) -> Iterator[None]:
@@ -368,7 +391,7 @@ class Partition:
             for module, ours in self._hooks.items():
                 for table, ids in zip(hook_tables(module), ours, strict=True):
                     kept = dict(table)
-                    stack.callback(_replace, table, kept)
+                    stack.callback(_restore, table, kept, ids)
                     _replace(table, {k: v for k, v in kept.items() if k not in ids})
             if not batch_statistics:
                 stack.enter_context(self._batch_norms.restored())
@@ -386,6 +409,12 @@ class Partition:
             m: [set(t) - old for t, old in zip(hook_tables(m), before[m], strict=True)] for m in self.root.modules()
         }
         return {m: ours for m, ours in found.items() if any(ours)}
+
+
+def _restore(table: dict, kept: dict, ids: set) -> None:
+    """Puts the hooks `ids` of `kept` back into a table of hooks, where the user may have added and removed others."""
+    added = {k: v for k, v in table.items() if k not in kept}
+    _replace(table, {**{k: v for k, v in kept.items() if k in ids or k in table}, **added})
 
 
 def _replace(target: dict, content: dict) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from lightning_hybrid.mesh import Place
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.spec.tensor_index import Index, Run, runs_of, whole_index
@@ -29,6 +32,15 @@ def index_at(partition: Partition, name: str, shape: Sequence[int], place: Place
         shards, shard = (layout.shards, place.shard(layout)) if experts is None else (layout.fsdp, place.fsdp)
         dims[0] = _chunk(dims[0], shards, shard)
     return tuple(dims)
+
+
+def selected(whole: Tensor, index: Index) -> Tensor:
+    """Returns the part `index` of a whole tensor: a view if it is one run of each dim."""
+    for dim, runs in enumerate(index):
+        if runs != ((0, whole.shape[dim]),):
+            pieces = [whole.narrow(dim, start, stop - start) for start, stop in runs]
+            whole = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0] if pieces else whole.narrow(dim, 0, 0)
+    return whole
 
 
 def writes(partition: Partition, name: str, whole: bool = False) -> bool:
