@@ -155,7 +155,7 @@ def parameters() -> list[Any]:
     return quick([(case, layout) for case in CASES for layout in layouts], *kept)
 
 
-@pytest.mark.feature("the `weight` of a loss", by="case", prefix="weight of the loss: ")
+@pytest.mark.feature(by="case", prefix="weight of the loss: ")
 @pytest.mark.parametrize(("case", "layout"), parameters())
 def test_token_means_are_those_of_the_global_batch(ranks2: RankGroup, case: str, layout: str) -> None:
     expected, found = fit(None, **CASES[case]), ranks2.call(fit, layout, **CASES[case])
