@@ -21,6 +21,7 @@ from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.launch import monitor
 from lightning_hybrid.launch.failures import RankFailed
+from lightning_hybrid.parallelize import whole
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 from tests.harness import RankGroup
 
@@ -57,7 +58,8 @@ def copied(layout: str) -> dict[str, Any]:
     """A copy, a pickled one and the methods of a module after training."""
     L.seed_everything(7, verbose=False)
     module = WithNorm()
-    trainer = trained(layout, module)
+    with patch.object(whole, "SHARE_OF_FREE_MEMORY", 0.0):
+        trainer = trained(layout, module)
     found: dict[str, Any] = {"own": [k for k in ("__deepcopy__", "load_state_dict") if k in vars(module)]}
     module.eval()
     x = torch.ones(2, 16)
@@ -85,7 +87,7 @@ def test_a_copy_of_a_module_with_all_weights(ranks2: RankGroup) -> None:
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2", "pp2"])
 def test_a_copy_of_parts_is_refused(ranks2: RankGroup, layout: str) -> None:
     for found in ranks2.call(copied, layout):
-        assert found.get("error", "").startswith(f"A copy of a module under `layout='{layout}'` has the weights that")
+        assert f"by `layout='{layout}'`, and a copy needs all of them" in found.get("error", "")
 
 
 def loaded(layout: str) -> tuple[str, bool, bool]:
@@ -267,17 +269,17 @@ def test_a_refused_layout_leaves_the_module_whole(ranks2: RankGroup, lazy: bool)
 # ---- put together again
 
 
-def whole_again(layout: str) -> list[str]:
+def whole_again(layout: str, memory: float) -> list[str]:
     """What is different about a module that was partitioned, trained and put together again."""
     module = WithNorm()
     before = _facts(module)
-    trained(layout, module)
-    partition: Any = module.__dict__.pop("_hybrid_engine").partition
-    partition.remove()
-    for name in ("__deepcopy__", "load_state_dict"):
-        module.__dict__.pop(name, None)
-    after = _facts(module)
-    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in {**before, **after} if before.get(k) != after.get(k)]
+    with patch.object(whole, "SHARE_OF_FREE_MEMORY", memory):
+        trained(layout, module)
+    engine: Any = module.__dict__.pop("_hybrid_engine")
+    shown = _facts(module)
+    engine.remove()
+    facts = [shown, _facts(module)] if memory else [_facts(module)]
+    return [f"{k}: {before.get(k)} -> {a.get(k)}" for a in facts for k in {**before, **a} if before.get(k) != a.get(k)]
 
 
 def _facts(module: nn.Module) -> dict[str, Any]:
@@ -294,7 +296,8 @@ def _facts(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in facts.items() if k != "._trainer"}
 
 
+@pytest.mark.parametrize("memory", [0.0, 0.25])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_module_that_is_whole_again(ranks2: RankGroup, layout: str) -> None:
-    for different in ranks2.call(whole_again, layout):
+def test_a_module_that_is_whole_again(ranks2: RankGroup, layout: str, memory: float) -> None:
+    for different in ranks2.call(whole_again, layout, memory):
         assert not different, "\n".join(different)

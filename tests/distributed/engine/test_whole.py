@@ -257,3 +257,53 @@ def test_changes_and_files_after_a_run(ranks2: RankGroup, tmp_path: Path, layout
         assert len(found["read"]) == 3
         assert all(f"lightning-hybrid consolidate {tmp_path}/end.ckpt OUT" in e for e in found["read"])
     assert "lightning-hybrid consolidate" in (tmp_path / "end.ckpt" / "README.txt").read_text()
+
+
+class Llama(L.LightningModule):
+    """A tiny language model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.model: Any = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                pad_token_id=0,
+            )
+        )
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def generated(layout: str | None, folder: str) -> dict[str, Any]:
+    """Text that a trained model continues, by itself and as it was saved by `save_pretrained`."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = Llama()
+    trainer, replicas = trainer_for(layout)
+    texts = torch.randint(1, 32, (16, 8), generator=torch.Generator().manual_seed(1))
+    trainer.fit(module, DataLoader(texts, batch_size=8 // replicas))  # type: ignore[arg-type]
+    path = f"{folder}/{layout}/{trainer.global_rank}"
+    module.model.save_pretrained(path)
+    saved = type(module.model).from_pretrained(path)
+    prompt = texts[:2, :4]
+    made = [m.eval().generate(prompt, max_new_tokens=6, do_sample=False) for m in (module.model, saved)]
+    return {"texts": torch.stack(made).float()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "pp2"])
+def test_generation_and_pretrained_files(ranks2: RankGroup, tmp_path: Path, layout: str) -> None:
+    expected = generated(None, str(tmp_path))
+    for found in ranks2.call(generated, layout, str(tmp_path)):
+        check(found, expected)
