@@ -207,6 +207,7 @@ class Engine:
             return
         if self.is_running:
             self.partition.pause()
+            self.runner.gradients.release()
         try:
             with self.refusals.lifted():
                 self.whole.show()
@@ -222,6 +223,7 @@ class Engine:
         finally:
             if self.is_running:
                 self.partition.resume()
+                self.runner.gradients.resume()
         if changed:
             raise PartitionError(
                 "Parameters were added, removed or replaced within `strategy.whole(module)`, and optimizers and layout "

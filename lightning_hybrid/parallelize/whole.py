@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hybrid.collectives import to_local
-from lightning_hybrid.ghosts.ghost import Ghost, parameter_slots
+from lightning_hybrid.ghosts.ghost import parameter_slots
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.placement import index_of, selected
 from lightning_hybrid.patching import patched
@@ -63,27 +63,41 @@ class WholeModule:
         partition.reshard()
         wholes = {name: partition.whole_parameter(name) for name in self._parameters.names}
         partition.share_buffers()
-        self._put_whole({name: self._shown(name, whole) for name, whole in wholes.items()})
+        trained = dict(zip(wholes, self._trained(), strict=True))
+        self._put_whole({name: self._shown(name, whole, trained[name]) for name, whole in wholes.items()})
 
-    def _shown(self, name: str, whole: Tensor) -> Tensor:
+    def _trained(self) -> list[bool]:
+        """Returns `requires_grad` of each parameter on the ranks that hold it. Collective over all ranks."""
+        local = self._parameters.local()
+        own = [float(n in local and local[n].requires_grad) for n in self._parameters.names]
+        flags = torch.tensor(own, device=self._parameters[self._parameters.names[0]].device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def _shown(self, name: str, whole: Tensor, trained: bool) -> Tensor:
         shown = self._emptied.pop(name, None)
         if shown is None:
             shown = nn.Parameter(whole)
         shown.data = whole
-        return shown.requires_grad_(self._wants_grad(name))
-
-    def _wants_grad(self, name: str) -> bool:
-        present = self._parameters[name]
-        return self._parameters.requires_grad[name] if isinstance(present, Ghost) else present.requires_grad
+        return shown.requires_grad_(trained)
 
     def _put_whole(self, wholes: dict[str, Tensor]) -> None:
         self._divided = {name: self._parameters[name] for name in self._parameters.names}
         self._hidden.enter_context(self._partition.as_written())
-        self._parameters.put_all(wholes)
+        self._put(wholes)
         for key in self.attributes:
             self._partition.root.__dict__.pop(key, None)
         self._structure = structure_of(self._partition.root)
         self.is_shown = True
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        """Puts other parameters in place, with the user's gradient hooks."""
+        hooks = self._partition.gradient_hooks
+        if hooks is not None:
+            hooks.collect()
+        self._parameters.put_all(values)
+        if hooks is not None:
+            hooks.attach()
 
     def is_changed(self) -> bool:
         """Returns True if the user has added, removed or replaced parameters of the shown module."""
@@ -115,7 +129,7 @@ class WholeModule:
         """Sets the divided parameters back as they were; returns the whole weights."""
         wholes = {name: self._parameters.visible(name) for name in self._parameters.names}
         self._hidden.close()
-        self._parameters.put_all(self._divided)
+        self._put(self._divided)
         self._partition.root.__dict__.update(self.attributes)
         self._divided, self.is_shown = {}, False
         return wholes

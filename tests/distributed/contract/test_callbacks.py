@@ -83,9 +83,8 @@ def test_fine_tuning(request: pytest.FixtureRequest, layout: str) -> None:
         assert [rate for _, rate in result["groups"]] == [rate for _, rate in expected["groups"]]
 
 
-def test_a_copy_of_a_partitioned_module_can_not_be_run(ranks2: RankGroup) -> None:
-    for error in ranks2.call(jobs.copied, "fsdp2"):
-        assert "A copy of a module under `layout='fsdp2'` has the weights that one rank holds" in error
+def test_a_copy_of_a_partitioned_module_can_be_run_after_the_run(ranks2: RankGroup) -> None:
+    assert ranks2.call(jobs.copied, "fsdp2") == ["no error"] * 2
 
 
 @pytest.mark.feature("progress bars, `ModelSummary`, `DeviceStatsMonitor`")

@@ -43,9 +43,27 @@ CHANGED_BATCHES = {
 }
 """What is otherwise if a callback changes the size of batches."""
 
+WHOLE = (
+    # whole weights are gathered into other parameters
+    ("_parameters", "Parameter("),
+    # after a failure: what refuses uses that need whole weights
+    *(
+        (attribute, "lightning_hybrid.parallelize.whole.Refusal")
+        for attribute in (
+            "_forward_pre_hooks",
+            "_state_dict_pre_hooks",
+            "_load_state_dict_pre_hooks",
+            "__deepcopy__",
+            "__reduce_ex__",
+        )
+    ),
+)
+"""What stays of a module whose weights are divided."""
+
 PARTS = {
     "dp2": (),
     "fsdp2": (
+        *WHOLE,
         ("_parameters", "DTensor("),
         # what `fully_shard` has put on, which torch cannot take off
         ("_is_fsdp_managed_module", "True"),
@@ -64,6 +82,7 @@ PARTS = {
         ("_forward_pre_hooks", "lightning_hybrid.replicas.gradient_hooks._Gathered"),
     ),
     "tp2": (
+        *WHOLE,
         ("_parameters", "DTensor("),
         # without which a module would not compute with its part of the weights
         ("_forward_pre_hooks", "function lightning_hybrid.tensor.scopes.Scopes."),
@@ -76,11 +95,13 @@ PARTS = {
         ("_forward_hooks_always_called", "True"),
     ),
     "pp2": (
+        *WHOLE,
         ("_parameters", ABSENT),
         ("weight", "Ghost("),
         ("bias", "Ghost("),
     ),
     "ep2": (
+        *WHOLE,
         ("_parameters", "Parameter(2, "),
         ("n_experts", "2"),
         ("forward", "function lightning_hybrid.experts.parallel.DividedExperts.forward"),
