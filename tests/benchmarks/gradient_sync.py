@@ -60,7 +60,8 @@ def train(sync: GradientSync, steps: int, exact_steps: int) -> tuple[float, floa
     module: Any = CausalLM(config, OptimizerConfig(learning_rate=3e-3, warmup_steps=20))
     data = StdlibText(batch_size=32, context_length=64)
     trainer.fit(module, datamodule=data)
-    sent = strategy.engine.runner.gradients.sent_bytes
+    with strategy.engine.divided():
+        sent = strategy.engine.runner.gradients.sent_bytes
     trainer.limit_val_batches = 1.0
     found = trainer.validate(module, datamodule=data, verbose=False)[0]
     return found["val_bits_per_byte"], sent

@@ -52,11 +52,13 @@ def run(layout: str, write: str | None = None, kind: str = "Classifier", **optio
     trainer.fit(module, DataLoader(Numbers(40), batch_size=16 // strategy.layout.replicas))
     if write is not None:
         strategy.plan.to_yaml(write)
+    with strategy.engine.divided():
+        parts = {n: tuple(to_local(p).shape) for n, p in strategy.engine.partition.parameters.local().items()}
     return {
         "plan": pickle.dumps(strategy.plan),
         "weights": strategy.full_state_dict(),
         "forwards": count.forwards,
-        "parts": {n: tuple(to_local(p).shape) for n, p in strategy.engine.partition.parameters.local().items()},
+        "parts": parts,
         "loss": float(trainer.callback_metrics["loss_epoch"]),
     }
 

@@ -125,7 +125,8 @@ def diloco(
     loader = DataLoader(Numbers(samples), batch_size=8 // replicas)
     trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=False)
     strategy: Any = trainer.strategy
-    sent = strategy.engine.runner.gradients.sent_bytes
+    with strategy.engine.divided():
+        sent = strategy.engine.runner.gradients.sent_bytes
     return {"weights": weights(trainer, module), "losses": seen.found, "sent": sent}
 
 

@@ -33,6 +33,11 @@ def random_layouts(seed: int, steps: int, experts: bool = False) -> dict[int, st
 def whole_state(trainer: L.Trainer) -> dict[str, torch.Tensor]:
     """Weights, buffers and everything that optimizers keep of them, whole, on every rank."""
     strategy: Any = trainer.strategy
+    with strategy.engine.divided():
+        return _whole_state(strategy)
+
+
+def _whole_state(strategy: Any) -> dict[str, torch.Tensor]:
     partition, found = strategy.engine.partition, {}
     for name in partition.parameters.names:
         found[f"weights/{name}"] = partition.whole_parameter(name)

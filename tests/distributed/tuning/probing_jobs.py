@@ -346,8 +346,9 @@ def resident_growth(layout: str, budget_bytes: int, microbatches: int) -> tuple[
     size = result.size * microbatches
     trainer.fit(module, DataLoader(Rows(3 * size * replicas), batch_size=size, collate_fn=as_it_is))
     strategy: Any = trainer.strategy
-    local = strategy.engine.partition.parameters.local().values()
-    return result, sum(to_local(p).nbytes for p in local), peak.growth
+    with strategy.engine.divided():
+        held = sum(to_local(p).nbytes for p in strategy.engine.partition.parameters.local().values())
+    return result, held, peak.growth
 
 
 def predicted(fit: MemoryFit | None, size: int) -> int:
