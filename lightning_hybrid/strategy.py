@@ -272,6 +272,7 @@ class HybridStrategy(StrategyOfEither):
         engine.optimizers.nonfinite.saw_loss(loss)
         with engine.run.during("backward"), engine.runner.gradients.backward():
             loss = super().backward(loss, optimizer, *args, **kwargs)
+        engine.runner.gradients.separate()
         engine.runner.gradients_complete()
         return loss
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_view(tensor: torch.Tensor) -> bool:
@@ -28,6 +29,11 @@ def after_this_backward(callback: Callable[[], None]) -> None:
 def in_backward() -> bool:
     """Returns True while autograd runs in this thread; a forward pass is then a recomputation."""
     return torch._C._current_graph_task_id() != -1
+
+
+def in_transform() -> bool:
+    """Returns True inside a function that a transform of `torch.func` (`vmap`, `grad`) runs."""
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 import torch.overrides
 from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingModuleSource]
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,6 +38,11 @@ def make_wrapper(cls: type, meta: torch.Tensor, device: torch.device, requires_g
     return torch.Tensor._make_wrapper_subclass(
         cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device, requires_grad=requires_grad
     )
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the local tensor of a DTensor without autograd, and any other tensor unchanged."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def run_on_meta(func: Any, args: tuple, kwargs: dict) -> Any:

@@ -12,19 +12,21 @@ _TORCH, _PACKAGE = Path(torch.__file__).parent, Path(__file__).parent.parent
 _SKIPPED_FOLDERS = (str(_TORCH), str(_PACKAGE))
 _COLLECTIVE_PLACES = tuple(str(p) for p in (_TORCH / "distributed", _TORCH / "_ops.py", _TORCH / "autograd", _PACKAGE))
 _EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
+_STANDARD_LIBRARY = str(Path(threading.__file__).parent)
 _OTHERS_CODE = (
     *_SKIPPED_FOLDERS,
-    str(Path(threading.__file__).parent),
+    _STANDARD_LIBRARY,
     *(str(_TORCH.parent / n) for n in ("lightning", "pytorch_lightning")),
 )
 
 
 def user_location() -> str:
-    """Returns the innermost frame outside torch and this package, as `file.py:12 (function)`."""
+    """Returns the innermost frame outside torch, Python's library and this package, as `file.py:12 (function)`."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_SKIPPED_FOLDERS) and not name.startswith("<"):
+        installed = "-packages" in name  # inside the folder of the standard library
+        if not name.startswith((*_SKIPPED_FOLDERS, "<")) and (installed or not name.startswith(_STANDARD_LIBRARY)):
             return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
     return "unknown location"

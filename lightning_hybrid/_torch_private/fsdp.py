@@ -39,6 +39,15 @@ def scale_sharded_gradients(module: FSDPModule, factor: torch.Tensor) -> None:
                     gradient.mul_(factor)
 
 
+def gathered_parameters(module: FSDPModule) -> list[torch.Tensor]:
+    """Returns the whole parameters of a fully sharded module, which hold gradients that are not reduced yet."""
+    root = fully_shard.state(module)  # type: ignore[attr-defined]
+    if root._is_root is None:
+        return []  # no step has reached the forward pass
+    parameters = (p for s in root._state_ctx.all_states for group in _sharding_groups(s) for p in group.fsdp_params)
+    return [p._unsharded_param for p in parameters if hasattr(p, "_unsharded_param")]
+
+
 def forget_fully_shard(module: FSDPModule) -> None:
     """Restores the class of a fully sharded module; the caller restores parameters and hooks."""
     plain: Any = module

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.parameter import is_lazy
 
 from lightning_hybrid._lightning_private import is_overridden
 from lightning_hybrid.engine.engine import Engine
@@ -18,6 +19,7 @@ from lightning_hybrid.engine.run import Run
 from lightning_hybrid.ghosts.deferred_init import recorded_init
 from lightning_hybrid.launch.agreement import check_parameters
 from lightning_hybrid.metrics.loggers import log_plan, watched_parts
+from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.plan import Plan
 from lightning_hybrid.spec.request import Request
 
@@ -57,6 +59,7 @@ def build_engine(run: Run, request: Request, present: Engine | None) -> Engine:
         earlier.remove()
     deferred_init = root.__dict__.get(DEFERRED_INIT)
     if earlier is None:
+        _check_initialized(root)
         check_parameters(root)
     if deferred_init is None:
         _agree_on_weights(root, run.device)
@@ -68,6 +71,22 @@ def build_engine(run: Run, request: Request, present: Engine | None) -> Engine:
     belong_to(engine)
     _report(run, engine.plan)
     return engine
+
+
+def _check_initialized(root: pl.LightningModule) -> None:
+    """Checks that all weights have a shape.
+
+    Raises:
+        PartitionError: If a lazy module (`nn.LazyLinear`) has not run yet.
+    """
+    for name, module in root.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise PartitionError(
+                f"`{name}` ({type(module).__name__}) of {type(root).__name__} has weights without a shape, which a "
+                "first forward gives them, but the ranks agree on all weights, and divide them, before the first "
+                f"batch. Run {type(root).__name__} once on an example in `__init__` or `setup`, such as "
+                "`with torch.no_grad(): self(example)`, or give the sizes to the modules."
+            )
 
 
 def belong_to(engine: Engine) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_hybrid._torch_private import (
     finish_sharded_backward,
     forget_sharded_step,
+    gathered_parameters,
     gradients_taken_by,
     scale_sharded_gradients,
     user_location,
@@ -29,6 +30,7 @@ from lightning_hybrid.replicas.reducer import (
     refuse_gradients,
     sum_over_holders,
 )
+from lightning_hybrid.replicas.separation import separate_gradients
 from lightning_hybrid.spec.errors import PartitionError
 
 
@@ -132,6 +134,14 @@ class ReplicaGradients:
         """Returns a context for a step that refuses `torch.autograd.grad` if `fsdp` shards weights."""
         layout = self._mesh.layout
         return gradients_taken_by(refuse_gradients(layout)) if layout.fsdp > 1 else nullcontext()
+
+    def separate(self) -> None:
+        """Gives each gradient memory of its own, after the first of several backward passes; see `separation`."""
+        local = self._partition.parameters.local()
+        if self._sharded is None:
+            separate_gradients(local.values())
+        else:  # gradients of shards are results of a collective
+            separate_gradients([*gathered_parameters(self._sharded), *(local[n] for n in self._partition.whole)])
 
     # ---- pipelines, whose schedule runs the backward pass of all microbatches inside the step
 

@@ -81,7 +81,8 @@ class _TimedStage(PipelineStage):
     def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the backward pass of one microbatch."""
         with self._timed():
-            return super().backward_one_chunk(*args, **kwargs)
+            super().backward_one_chunk(*args, **kwargs)
+            self.pipeline.after_backward(self.stage_index)
 
     def _timed(self) -> AbstractContextManager:
         clocks = self.pipeline.clocks
@@ -121,6 +122,8 @@ class Pipeline:
         self._alike: set[Hashable] = set()
         """Forms of batches whose constants do not change the trace."""
         self._running: _Step | None = None
+        self.separate_gradients: Callable[[], None] = lambda: None
+        """Called after the first backward pass of each stage in a step."""
         self.clocks: Clocks | None = None
         """Clocks that time the stages; None: stages are not timed."""
 
@@ -236,6 +239,12 @@ class Pipeline:
             loss = loss * step.weights[index]
         step.losses.append(loss.detach())
         return loss
+
+    def after_backward(self, stage: int) -> None:
+        """Separates the gradients that the first of several backward passes of a stage has made."""
+        if stage not in self._step.separated and self.parts > 1:
+            self._step.separated.add(stage)
+            self.separate_gradients()
 
     def _loss(self, out: Any, step: _Step) -> Tensor:
         loss = out.get("loss") if isinstance(out, dict) else out
@@ -370,6 +379,8 @@ class _Step:
     """Factors on the losses of microbatches; empty: all are equal."""
     extras: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Values that the step returned besides the loss, by microbatch."""
+    separated: set[int] = field(default_factory=set)
+    """Stages that have run a backward pass."""
     losses: list[Tensor] = field(default_factory=list)
     """Losses of microbatches as the user's step returned them, multiplied by `weights`."""
     loss_weights: dict[int, float] = field(default_factory=dict)

@@ -77,6 +77,8 @@ class StepRunner:
             self.stage_outputs = StageOutputs(self.mesh, run.device, self.pipeline.last_rank)
         self.gradients = ReplicaGradients(partition, self.gradients_complete)
         self.loss_weights = LossWeights(self.root, self.mesh, run.device)
+        if self.pipeline is not None:
+            self.pipeline.separate_gradients = self.gradients.separate
 
     def time_computation(self, clocks: Clocks | None) -> None:
         """Measures this rank's computation time with `clocks`; None stops measuring."""

@@ -26,8 +26,15 @@ def map_tensors(function: Callable[[Path, torch.Tensor], Any], tree: Any, path: 
         return mapped if type(tree) is dict else _like_dict(tree, mapped)
     if isinstance(tree, (list, tuple)):
         items = [map_tensors(function, v, (*path, i)) for i, v in enumerate(tree)]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+        return _like_tuple(tree, items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
+
+
+def _like_tuple(tree: Any, items: list) -> Any:
+    try:
+        return type(tree)(*items)
+    except (TypeError, ValueError, AssertionError):  # it checks its fields, as a PackedSequence does
+        return tuple(items)
 
 
 def _like_dict(tree: dict, mapped: dict) -> Any:

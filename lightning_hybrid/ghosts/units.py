@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_hybrid._torch_private import intercepted_call, interception, own_parameters
+from lightning_hybrid._torch_private import in_transform, intercepted_call, interception, own_parameters
 from lightning_hybrid.patching import Patches
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -183,7 +183,7 @@ class CallInterceptor:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             seed = None if self.rng is None else self.rng.enter_unit()
-            if self.active is None:
+            if self.active is None or in_transform():  # inside a transform it is code of the caller
                 out = originals[name](*args, **kwargs)
             else:
                 out = self.active.unit_call(name, originals[name], args, kwargs)

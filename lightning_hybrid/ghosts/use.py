@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from lightning_hybrid._torch_private import tree_flatten
+from lightning_hybrid._torch_private import in_transform, tree_flatten
 from lightning_hybrid.ghosts.trees import sorted_slots, tensors_of
 
 _METADATA = {"size", "dim", "stride", "numel", "ndimension", "element_size", "is_floating_point", "is_contiguous"}
@@ -29,6 +29,8 @@ class StepUse(TorchFunctionMode):
         super().__init__()
         self.called: set[str] = set()
         """Names of the modules whose forward ran."""
+        self.transformed: set[str] = set()
+        """Names of the modules whose forward ran inside a transform of `torch.func`."""
         self.computing: dict[str, set[str]] = {}
         """The innermost modules in whose forward each parameter was used ("" is the root)."""
         self._names = {id(module): name for name, module in root.named_modules()}
@@ -56,6 +58,8 @@ class StepUse(TorchFunctionMode):
         self._running.append(id(module))
         if id(module) in self._names:
             self.called.add(self._names[id(module)])
+            if in_transform():
+                self.transformed.add(self._names[id(module)])
 
     def left(self, module: nn.Module, output: Any) -> None:
         """Records that a module's forward has ended with `output`."""

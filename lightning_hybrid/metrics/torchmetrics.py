@@ -24,6 +24,7 @@ from lightning_hybrid._lightning_private import (
     route_metric_sync,
     set_step_value,
 )
+from lightning_hybrid._torch_private import user_location
 from lightning_hybrid.collectives import share_object, to_device, to_host
 from lightning_hybrid.ghosts.preserve import preserved_module_state
 from lightning_hybrid.ghosts.units import CallInterceptor
@@ -203,7 +204,9 @@ class Metrics:
         reductions = metric_reductions(metric)
         states = {name: getattr(metric, name) for name in reductions}
         owner, layout = self._owners.get(id(metric)), self._mesh.layout
-        if layout.pp > 1 and owner is not None:
+        if layout.replicas > 1 and torch.is_grad_enabled():
+            _check_no_gradient(metric, states)
+        if layout.pp > 1 and owner is not None and not self._inside:  # inside a step only the owner runs this
             states = share_object(states, owner, self._mesh.log_stage_group, metric.device)
         if layout.replicas > 1:
             gathered: list[Any] = [None] * layout.replicas
@@ -212,6 +215,22 @@ class Metrics:
             states = {n: combine([s[n] for s in by_replica], reduction) for n, reduction in reductions.items()}
         for name, value in states.items():
             setattr(metric, name, value)
+
+
+def _check_no_gradient(metric: Metric, states: Mapping[str, Any]) -> None:
+    """Checks that no loss is computed from states that are gathered over the replicas.
+
+    Raises:
+        PartitionError: If a state has a gradient.
+    """
+    tensors = [t for value in states.values() for t in (value if isinstance(value, list) else [value])]
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise PartitionError(
+            f"{user_location()} computes a value with a gradient from the metric {type(metric).__name__}, whose "
+            "states are gathered over the replicas in this step (`dist_sync_on_step=True`), and the gradient would "
+            "be lost. Leave out `dist_sync_on_step`: a loss is computed for the samples of each replica, and averaged. "
+            "Or use a layout without `dp` and `fsdp`."
+        )
 
 
 def _is_mean(reduction: Callable[[Any], Any] | None) -> bool:

@@ -113,6 +113,7 @@ class _Inference:
             self.aliases.setdefault(id(slot.tensor), []).append(slot)
         self.total = sum(slots[0].tensor.numel() for slots in self.aliases.values())
         self.names = {module: name for name, module in root.named_modules()}
+        self.shared_modules = _in_several(root, self.calls)
         self.units: dict[str, UnitPlan] = {}
         self.called: set[str] = set(use.called) if use is not None else set()
         self.repeated: set[str] = set()
@@ -180,6 +181,9 @@ class _Inference:
             for name, _ in module.named_modules()
             if self.overrides.replicated(prefix + name) or prefix + name in gathered
         ]
+        shared = [
+            name for name, m in module.named_modules() if m in self.shared_modules or self._transformed(prefix + name)
+        ]
         elsewhere = []
         for slot in self.slots.values():
             if not slot.name.startswith(prefix):
@@ -190,7 +194,10 @@ class _Inference:
                 elsewhere.append(slot.name.removeprefix(prefix))
         unused = self.use.unused_results(unit) if self.use is not None else set()
         return Constraints(
-            replicated=tuple(replicated), used_elsewhere=tuple(elsewhere), unused_results=tuple(sorted(unused))
+            replicated=tuple(replicated),
+            used_elsewhere=tuple(elsewhere),
+            shared_modules=tuple(shared),
+            unused_results=tuple(sorted(unused)),
         )
 
     # ---- single modules
@@ -249,9 +256,13 @@ class _Inference:
         names = []
         for name in self.slots.keys() - self.parameters.keys():
             unit = self._unit_of(name)
-            if unit is not None and self.use.users(name, unit):
+            shared = self.slots[name].module in self.shared_modules or self._transformed(name.rpartition(".")[0])
+            if unit is not None and (shared or self.use.users(name, unit)):
                 names.append(name)
         return tuple(sorted(names))
+
+    def _transformed(self, module: str) -> bool:
+        return self.use is not None and module in self.use.transformed
 
     def _unit_of(self, name: str) -> str | None:
         return next((u for u in self.calls if name == u or name.startswith(f"{u}.") or not u), None)
@@ -281,6 +292,8 @@ class _Inference:
         try:
             if self.overrides.replicated(name):
                 raise NotDivisible("`tensor_plan` keeps it replicated")
+            if self._transformed(name):
+                raise NotDivisible("a transform of `torch.func` runs it")
             return divide(module, self.size)
         except NotDivisible as error:
             self.reasons[name] = str(error)
@@ -304,6 +317,12 @@ class _Inference:
         for key, sharded in single.parameters.items():
             tensor = self.slots[f"{name}.{key}" if name else key].tensor
             self.parameters |= {slot.name: sharded for slot in self.aliases[id(tensor)]}
+
+
+def _in_several(root: nn.Module, units: Iterable[str]) -> set[nn.Module]:
+    """Returns the modules that are inside of more than one of `units`."""
+    counts = Counter(module for name in units for module in root.get_submodule(name).modules())
+    return {module for module, count in counts.items() if count > 1}
 
 
 def _signature(module: nn.Module, call: RecordedCall) -> Any:

@@ -29,6 +29,8 @@ class Constraints:
     """Linears whose weights must stay replicated."""
     used_elsewhere: Collection[str] = ()
     """Parameters shared with, or used by, modules outside the unit; they stay whole."""
+    shared_modules: Collection[str] = ()
+    """Modules that other blocks contain too, or that run inside a transform; no region uses them."""
     unused_results: Collection[int] = ()
     """Tensors of the unit's result, by position, that nothing consumes."""
 
@@ -138,7 +140,7 @@ def _check_row(name: str, probe: Probe, numbers: Numbers, ranks: int, constraint
         raise Rejection(f"its {width} input channels are not divisible by {ranks}")
     if name in constraints.replicated:
         raise Rejection("`tensor_plan` keeps it replicated")
-    if _weight_name(name) in constraints.used_elsewhere:
+    if name in constraints.shared_modules or _weight_name(name) in constraints.used_elsewhere:
         raise Rejection("its weight is also used outside its block")
     for leaf in probe.whole(name):
         if leaf.kind == "opaque":
@@ -146,6 +148,13 @@ def _check_row(name: str, probe: Probe, numbers: Numbers, ranks: int, constraint
         derived = leaf.kind == "argument" and leaf.name in numbers.derived
         if derived and _reached_outside(leaf, [name], probe) is not None:
             raise Rejection("its input depends on an input of the block that is also used outside the region")
+
+
+def _owner(leaf: Leaf) -> str | None:
+    """Returns the module of a leaf; None for an argument."""
+    if leaf.kind == "argument":
+        return None
+    return str(leaf.name) if leaf.kind in ("linear", "opaque") else str(leaf.name).rpartition(".")[0]
 
 
 def _weight_name(linear: str) -> str:
@@ -157,6 +166,8 @@ def _classify(rows: list[str], probe: Probe, numbers: Numbers, ranks: int, const
     parts = [merge([probe.parts(row, ranks)[rank] for row in rows]) for rank in range(ranks)]
     region = Region(rowwise=rows, colwise={})
     for leaf in sorted(merge(parts), key=str):
+        if _owner(leaf) in constraints.shared_modules:
+            raise Rejection(f"its input depends on `{leaf.name}`, which runs outside this block, too")
         masks = _masks(leaf, parts)
         if leaf.kind == "linear":
             _classify_linear(str(leaf.name), masks, region, constraints)

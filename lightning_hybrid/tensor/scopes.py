@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hybrid._torch_private import flat_weight_names, own_buffers, own_parameters
+from lightning_hybrid._torch_private import flat_weight_names, in_transform, own_buffers, own_parameters
 from lightning_hybrid.ghosts.trees import map_tensors
 from lightning_hybrid.spec.tensor_plan import ShardedParameter, UnitPlan
 from lightning_hybrid.tensor.collectives import copy_to_ranks, select_on_rank
@@ -173,8 +173,12 @@ class Scopes:
             parameter = own_parameters(slot.module).get(slot.key)
             if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
                 continue  # not owned, or still sharded by `fully_shard`
+            present = slot.module.__dict__.get(slot.key, ...)
+            if in_transform() and present is not ...:  # local since the step began
+                self._shadowed.setdefault((slot.module, slot.key), []).append(present)
+                continue
             to_local = parameter.to_local()
-            self._shadowed.setdefault((slot.module, slot.key), []).append(slot.module.__dict__.get(slot.key, ...))
+            self._shadowed.setdefault((slot.module, slot.key), []).append(present)
             slot.module.__dict__[slot.key] = to_local if slot.then is None else slot.then(to_local)
         _refresh_flat_weights(slots)
 

@@ -1,0 +1,117 @@
+"""User code around models equals one process, or is refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tests.distributed.ghosts import modules
+from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.harness import RankError, RankGroup
+from tests.pairwise import quick
+
+
+class Rows(Dataset):
+    """Rows with targets, labels and lengths; batches differ in the number of rows with a positive first value."""
+
+    def __init__(self, count: int = 24) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x, self.y = (
+            torch.randn(count, modules.WIDTH, generator=generator),
+            torch.randn(count, 4, generator=generator),
+        )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": self.x[index], "y": self.y[index], "label": index * 7 % 4, "length": 1 + index % 3}
+
+
+def fit(layout: str | None, kind: str, batch: int = 8, samples: int | None = None, **options: Any) -> dict[str, Any]:
+    """Trains two epochs of three batches, or of `samples`; returns weights and logged values."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    module = getattr(modules, kind)()
+    trainer, replicas = trainer_for(layout, max_epochs=2, **options)
+    trainer.fit(module, DataLoader(Rows(samples or 3 * batch), batch_size=batch // replicas))
+    return {"weights": weights(trainer, module), "logs": {k: float(v) for k, v in trainer.callback_metrics.items()}}
+
+
+def check(ranks: RankGroup, layout: str, kind: str, **options: Any) -> None:
+    """Compares every rank's result with that of one process."""
+    expected = fit(None, kind, **options)
+    found = ranks.call(fit, layout, kind, **options)
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found[0]["weights"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for result in found:
+        assert result["logs"] == pytest.approx(expected["logs"], rel=1e-4)
+
+
+MEASURED = "user code: a metric with `dist_sync_on_step=True`"
+WEIGHTS = "user code: weights of other modules, `torch.func`"
+SEPARATE = "gradients that share memory (batches of one sample)"
+KINDS = {
+    "Retained": MEASURED,
+    "Token": SEPARATE,
+    "TwoParents": WEIGHTS,
+    "Vmapped": WEIGHTS,
+    "Functional": WEIGHTS,
+}
+QUICK = {("TwoParents", "tp2")}
+
+
+def cases(layouts: tuple[str, ...], kinds: Iterable[str]) -> list[Any]:
+    """Returns parameters `kind` and `layout`, marked by feature."""
+    found = []
+    for kind, layout in itertools.product(kinds, layouts):
+        marks = [pytest.mark.feature(KINDS[kind])]
+        found.append(pytest.param(kind, layout, marks=marks if (kind, layout) in QUICK else [*marks, pytest.mark.slow]))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "layout"), cases(("tp2", "pp2"), KINDS))
+def test_equals_one_process(ranks2: RankGroup, layout: str, kind: str) -> None:
+    check(ranks2, layout, kind)
+
+
+@pytest.mark.parametrize(("kind", "layout"), cases(("tp2-pp2",), ["Token", "TwoParents"]))
+def test_equals_one_process_on_four_ranks(ranks4: RankGroup, layout: str, kind: str) -> None:
+    check(ranks4, layout, kind)
+
+
+@pytest.mark.feature(SEPARATE)
+@pytest.mark.parametrize("layout", quick(["tp2", "pp2", "dp2", "fsdp2"], "pp2"))
+def test_accumulated_gradients_of_one_sample_do_not_share_memory(ranks2: RankGroup, layout: str) -> None:
+    expected = fit(None, "Token", batch=4)
+    replicas = 2 if layout in ("dp2", "fsdp2") else 1
+    options: dict[str, Any] = {"batch": replicas, "accumulate_grad_batches": 4 // replicas, "samples": 12}
+    if layout == "pp2":
+        options = {"batch": 4, "strategy_options": {"microbatches": 4}}
+    found = ranks2.call(fit, layout, "Token", **options)
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found[0]["weights"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+LAZY, LOSS = "user code: lazy modules", "user code: a metric with `dist_sync_on_step=True` as the loss"
+UNSHAPED = r"`head` \(LazyLinear\) of Lazy has weights without a shape"
+LOST = r"modules.py:\d+ \(loss_of\) computes a value with a gradient from the metric"
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "message"),
+    [
+        pytest.param("Lazy", "tp2", UNSHAPED, marks=pytest.mark.feature(LAZY, refused=True)),
+        pytest.param("Lazy", "dp2", UNSHAPED, marks=[pytest.mark.slow, pytest.mark.feature(LAZY, refused=True)]),
+        pytest.param("MetricLoss", "dp2", LOST, marks=[pytest.mark.slow, pytest.mark.feature(LOSS, refused=True)]),
+    ],
+)
+def test_is_refused_with_the_users_line(ranks2: RankGroup, kind: str, layout: str, message: str) -> None:
+    with pytest.raises(RankError, match=f"(?s)PartitionError.*{message}"):
+        ranks2.call(fit, layout, kind)
