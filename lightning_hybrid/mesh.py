@@ -59,6 +59,7 @@ class Mesh:
 
     holder_groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     """Groups of pipeline ranks that share weights, created so far (see `holder_group`)."""
+    _step_group: list[dist.ProcessGroup] = field(default_factory=list)
     _tried: set[tuple[int, ...]] = field(default_factory=set)
     _nested: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = field(default_factory=dict)
 
@@ -82,7 +83,7 @@ class Mesh:
         if layout.shards > layout.fsdp:
             flattened(mesh["fsdp", "ep"], "shards")
         by_pipeline = mesh.mesh.flatten(1).T.tolist()
-        by_replicas = mesh.mesh.permute(0, 4, 1, 2, 3).reshape(-1, layout.replicas).tolist()
+        by_replicas = _by_replicas(mesh, layout)
         return cls(
             layout=layout,
             device_mesh=mesh,
@@ -101,6 +102,16 @@ class Mesh:
                 if dist.get_rank() in members:
                     self.holder_groups[ranks] = group  # type: ignore[assignment]
         return self.holder_groups.get(ranks)
+
+    def step_group(self) -> dist.ProcessGroup:
+        """Returns the ranks of `replica_group` for collectives inside steps. Collective over all ranks.
+
+        Replicas that use different weights may reduce gradients earlier or later than such a collective; in one group
+        the two would meet.
+        """
+        if not self._step_group:
+            self._step_group.append(_own_group(_by_replicas(self.device_mesh, self.layout)))
+        return self._step_group[0]
 
     @property
     def neighbors(self) -> int:
@@ -169,6 +180,11 @@ class Mesh:
         """
         axis = "fsdp" if experts or self.layout.shards == self.layout.fsdp else "shards"
         return self.device_mesh["dp", axis] if self.layout.dp > 1 else self.device_mesh[axis]
+
+
+def _by_replicas(mesh: DeviceMesh, layout: Layout) -> list[list[int]]:
+    """Returns lists of the ranks that hold the same weights."""
+    return mesh.mesh.permute(0, 4, 1, 2, 3).reshape(-1, layout.replicas).tolist()
 
 
 def _own_group(all_members: list[list[int]]) -> dist.ProcessGroup:

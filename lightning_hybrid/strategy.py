@@ -30,6 +30,8 @@ from lightning_hybrid.engine.run import Run
 from lightning_hybrid.launch.launcher import HybridLauncher
 from lightning_hybrid.launch.world import World, set_ranks
 from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.patching import patched
+from lightning_hybrid.replicas.gather import gather_replicas
 from lightning_hybrid.reshard.relayout import RelayoutResult, follow_layout, relayout
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from lightning_hybrid.spec.layout import Layout
@@ -113,6 +115,7 @@ class HybridStrategy(StrategyOfEither):
         self._run: Run | None = None
         self._engine: Engine | None = None
         self._failed = False
+        self._plans = self._left_out = False
 
     # ---- parts of the strategy
 
@@ -169,6 +172,32 @@ class HybridStrategy(StrategyOfEither):
         return _there(self.parallel_devices, "root_device")[self.local_rank]
 
     @property
+    @override
+    def world_size(self) -> int:
+        """Number of ranks; in a step the number of replicas, to which `all_gather` and `reduce` refer.
+
+        After a step without loss 1, since Lightning refuses it with more ranks, which might not agree.
+        """
+        if self._left_out:
+            return 1
+        return self.mesh.layout.replicas if self._in_step else super().world_size
+
+    @property
+    @override
+    def global_rank(self) -> int:
+        """This rank; in a step the index of its replica."""
+        return self.mesh.replica if self._in_step else super().global_rank
+
+    @property
+    @override
+    def is_global_zero(self) -> bool:
+        return super().global_rank == 0
+
+    @property
+    def _in_step(self) -> bool:
+        return self._run is not None and self._run.in_step > 0
+
+    @property
     def num_processes(self) -> int:
         """Number of processes on this node."""
         return len(self.parallel_devices or ())
@@ -197,6 +226,20 @@ class HybridStrategy(StrategyOfEither):
         if group is None and self._run is not None:
             group = self.mesh.replica_group
         return self._world.reduce(tensor, group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Returns the tensors of all replicas, stacked: ranks of `tp` and `pp` hold copies of the same value."""
+        if group is not None and group is not torch.distributed.group.WORLD:
+            return super().all_gather(tensor, group, sync_grads)
+        group = self.mesh.replica_group if self._engine is None else self._engine.partition.step_group
+        return gather_replicas(tensor, group, sync_grads=sync_grads, announce=self._announce)
+
+    def _announce(self, collective: str) -> bool:
+        """Announces a collective of the user's code; returns False in a dry run, which must not communicate."""
+        if self._plans or self._world.moving:
+            return False
+        return self._engine is None or self._engine.runner.announce(collective)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -237,7 +280,8 @@ class HybridStrategy(StrategyOfEither):
     @override
     def model_to_device(self) -> None:
         """Partitions the module, which moves this rank's part to the device."""
-        engine = build_engine(_there(self._run, "engine"), self.request, self._engine)
+        with patched(self, _plans=True):
+            engine = build_engine(_there(self._run, "engine"), self.request, self._engine)
         engine.start()
         self._use(engine)
         use_local_averages(engine)
@@ -263,14 +307,17 @@ class HybridStrategy(StrategyOfEither):
             runner.rows_per_sample = (positions_of(args[0]) or 0) // self.sequence_length
             args = (split_sequences(args[0], self.sequence_length), *args[1:])
         self._verifier.before_step(self.engine, args, kwargs)
-        return runner.training_step(*args, **kwargs)
+        out = runner.training_step(*args, **kwargs)
+        self._left_out = out is None  # on all replicas: `CollectiveOrder` has compared
+        return out
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         engine = self.engine
         loss = engine.runner.scaled_for_backward(closure_loss)
         engine.optimizers.nonfinite.saw_loss(loss)
-        with engine.run.during("backward"), engine.runner.gradients.backward():
+        # hooks are outside of the step, also with manual optimization
+        with engine.run.during("backward"), engine.runner.backward(), patched(engine.run, in_step=0):
             loss = super().backward(loss, optimizer, *args, **kwargs)
         engine.runner.gradients.separate()
         engine.runner.gradients_complete()
@@ -306,12 +353,19 @@ class HybridStrategy(StrategyOfEither):
         self.data.finish_predictions()
 
     @override
-    def block_backward_sync(self) -> AbstractContextManager:
-        return self.engine.runner.gradients.local_only()
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        with self.engine.runner.gradients.local_only():
+            yield
+        self._left_out = False
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        return self.engine.optimizers.step(super().optimizer_step, optimizer, closure, model, **kwargs)
+        try:
+            with patched(self.engine.run, in_step=0):
+                return self.engine.optimizers.step(super().optimizer_step, optimizer, closure, model, **kwargs)
+        finally:
+            self._left_out = False
 
     # ---- state
 

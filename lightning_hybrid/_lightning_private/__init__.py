@@ -74,6 +74,7 @@ from lightning_hybrid._lightning_private.trainer import (
     PlaceInEpoch,
     TunerExit,
     after_closure_of,
+    before_stop_is_read,
     detects_anomalies,
     evaluation_batch,
     evaluation_loops,
@@ -92,6 +93,7 @@ from lightning_hybrid._lightning_private.trainer import (
 
 __all__ = [
     "after_closure_of",
+    "before_stop_is_read",
     "default_state",
     "drop_result",
     "fabric_of",

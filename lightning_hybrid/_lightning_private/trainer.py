@@ -78,6 +78,39 @@ def sigterm_routed(
         yield
 
 
+@contextmanager
+def before_stop_is_read(trainer: pl.Trainer, call: Callable[[], None]) -> Iterator[None]:
+    """Calls `call` after every training batch and between epochs, before the loops read `trainer.should_stop`."""
+    connector, fit, epoch = trainer._logger_connector, trainer.fit_loop, trainer.fit_loop.epoch_loop
+    end_batch, advanced = connector.on_batch_end, epoch.on_advance_end
+
+    def on_batch_end() -> None:
+        end_batch()
+        if trainer.training:  # evaluation loops call it, too
+            call()
+
+    def on_advance_end(data_fetcher: Any) -> None:
+        validated = epoch.val_loop.batch_progress.total.ready
+        advanced(data_fetcher)
+        if epoch.val_loop.batch_progress.total.ready != validated:
+            call()
+
+    def followed(method: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            method()
+            call()
+
+        return run
+
+    between = ("setup_data", "on_run_start", "on_advance_start", "on_advance_end")
+    with (
+        patched(connector, on_batch_end=on_batch_end),
+        patched(epoch, on_advance_end=on_advance_end),
+        patched(fit, **{name: followed(getattr(fit, name)) for name in between}),
+    ):
+        yield
+
+
 def set_received_sigterm(trainer: pl.Trainer) -> None:
     """Makes the trainer's loops stop at their next check for a SIGTERM."""
     trainer._signal_connector.received_sigterm = True

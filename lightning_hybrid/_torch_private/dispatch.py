@@ -131,6 +131,14 @@ def norms_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [found[i] for i in range(len(tensors))]
 
 
+def storage_id(tensor: torch.Tensor) -> int:
+    """Returns an id of the memory of `tensor`, equal for its views; 0 for a tensor without memory."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
 @contextmanager
 def storage_resizes_seen(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
     """Calls `seen` after each resize of a storage; FSDP resizes storages without an operator."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 
 _TORCH, _PACKAGE = Path(torch.__file__).parent, Path(__file__).parent.parent
-_SKIPPED_FOLDERS = (str(_TORCH), str(_PACKAGE))
+_SKIPPED_FOLDERS = (
+    str(_TORCH),
+    str(_PACKAGE),
+    *(str(_TORCH.parent / n) for n in ("lightning", "pytorch_lightning")),
+    contextlib.__file__,
+)
 _COLLECTIVE_PLACES = tuple(str(p) for p in (_TORCH / "distributed", _TORCH / "_ops.py", _TORCH / "autograd", _PACKAGE))
 _EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
@@ -30,6 +38,23 @@ def user_location() -> str:
             return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
     return "unknown location"
+
+
+def user_location_in(traceback: TracebackType | None) -> str:
+    """Returns the innermost frame of `traceback` outside torch, Lightning and this package, as `user_location`."""
+    found = "unknown location"
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if not code.co_filename.startswith(_SKIPPED_FOLDERS) and not code.co_filename.startswith("<"):
+            found = f"{code.co_filename}:{traceback.tb_lineno} ({code.co_name})"
+        traceback = traceback.tb_next
+    return found
+
+
+def location_of(function: Any) -> str:
+    """Returns where a user's function or method begins, as `file.py:12 (function)`."""
+    code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
+    return "unknown location" if code is None else f"{code.co_filename}:{code.co_firstlineno} ({code.co_name})"
 
 
 def main_thread_location() -> tuple[str, bool]:

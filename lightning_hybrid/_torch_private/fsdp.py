@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
 
 
@@ -130,6 +131,81 @@ def forget_sharded_step(module: FSDPModule) -> None:
     module.set_is_last_backward(True)
     module.set_reshard_after_backward(True)
     module.set_requires_gradient_sync(True)
+
+
+class _Announced(AllGather, ReduceScatter):
+    """A collective of `fully_shard` that is announced before it runs."""
+
+    def __init__(self, collective: Any, announce: Callable[[], None]) -> None:
+        self._collective, self._announce = collective, announce
+
+    def allocate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._collective.allocate(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._announce()
+        return self._collective(*args, **kwargs)
+
+
+def announce_collectives(module: FSDPModule, gather: Callable[[], None], reduce: Callable[[], None]) -> None:
+    """Calls `gather` before `module` gathers its weights, and `reduce` before it reduces their gradients."""
+    for group in _sharding_groups(fully_shard.state(module)):  # type: ignore[attr-defined]
+        module.set_custom_all_gather(_Announced(group._all_gather_comm, gather))
+        module.set_custom_reduce_scatter(_Announced(group._reduce_scatter_comm, reduce))
+
+
+class UnreducedParameter:
+    """A sharded parameter with the gradient that this rank has computed and not reduced yet."""
+
+    def __init__(self, parameter: Any) -> None:
+        self._parameter = parameter
+
+    @property
+    def sharded(self) -> nn.Parameter:
+        """The parameter that the optimizer has, with the reduced gradient."""
+        return self._parameter.sharded_param
+
+    @property
+    def has_gradient(self) -> bool:
+        """True if this rank has computed a gradient."""
+        unsharded = self._parameter._unsharded_param
+        return unsharded.grad is not None or self._parameter.unsharded_accumulated_grad is not None
+
+    def set_zero(self) -> None:
+        """Sets a zero gradient."""
+        unsharded = self._parameter._unsharded_param
+        unsharded.grad = torch.zeros_like(unsharded)
+
+
+def before_reduction(module: FSDPModule, call: Callable[[list[UnreducedParameter], bool], None]) -> None:
+    """Calls `call` before `module` reduces the gradients of its trained parameters.
+
+    `call` gets the parameters, and True if the backward pass has reached the module.
+    """
+    for group in _sharding_groups(fully_shard.state(module)):  # type: ignore[attr-defined]
+
+        def post_backward(
+            *unused: Any, group: Any = group, original: Callable[..., None] = group.post_backward
+        ) -> None:
+            if group.reduce_grads:
+                gathered = [p for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+                trained = [UnreducedParameter(p) for p in gathered if p._unsharded_param.requires_grad]
+                call(trained, group._training_state.name == "PRE_BACKWARD")
+            original(*unused)
+
+        group.post_backward = post_backward
+
+
+def keep_inputs(module: FSDPModule) -> None:
+    """Makes `module` pass its inputs on unchanged; `fully_shard` moves all tensors to the device of the weights."""
+    state = fully_shard.state(module)  # type: ignore[attr-defined]
+    original = state._root_pre_forward
+
+    def root_pre_forward(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        original(module, (), {})
+        return args, kwargs
+
+    state._root_pre_forward = root_pre_forward
 
 
 def _sharding_groups(state: Any) -> list[Any]:

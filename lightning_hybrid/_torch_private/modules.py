@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 BatchNorm = _BatchNorm
 """The base class of all modules that normalize with the statistics of the batch."""
 NormBase = _NormBase
 """The base class of all modules that keep running statistics, of batches or of instances."""
+
+InstanceNorm = _InstanceNorm
+"""The base class of all modules that normalize each sample, and may keep running statistics."""
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -47,11 +51,6 @@ def mark_as_parameter(tensor: Any, is_parameter: bool) -> None:
 def gradient_hooks_of(tensor: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor | None]]:
     """Returns the hooks that `register_hook` has added to `tensor`."""
     return list((tensor._backward_hooks or {}).values())
-
-
-def check_input_dim(module: BatchNorm, tensor: torch.Tensor) -> None:
-    """Raises a ValueError if `tensor` does not have the number of dims that `module` normalizes."""
-    module._check_input_dim(tensor)
 
 
 def interception(call: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

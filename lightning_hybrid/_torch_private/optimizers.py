@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn import utils
+
+from lightning_hybrid.patching import patched
 
 
 def agree_on_overflow(scaler: Any, reduce: Callable[[torch.Tensor], Any]) -> Callable[[], None]:
@@ -40,6 +44,26 @@ def agree_on_overflow(scaler: Any, reduce: Callable[[torch.Tensor], Any]) -> Cal
 
     scaler.__dict__["_unscale_grads_"] = unscale
     return lambda: scaler.__dict__.pop("_unscale_grads_", None)
+
+
+def clipping_functions() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Returns `get_total_norm`, `clip_grads_with_norm_` and `clip_grad_value_`."""
+    module: Any = utils.clip_grad
+    return module._get_total_norm, module._clip_grads_with_norm_, module.clip_grad_value_
+
+
+@contextmanager
+def replaced_clipping_functions(
+    get_total_norm: Callable[..., Any], clip_with_norm: Callable[..., Any], clip_value: Callable[..., Any]
+) -> Iterator[None]:
+    """Replaces the functions of `clipping_functions`, and with the first two `clip_grad_norm_`, however imported."""
+    private = {"_get_total_norm": get_total_norm, "_clip_grads_with_norm_": clip_with_norm}
+    public = {"get_total_norm": get_total_norm, "clip_grads_with_norm_": clip_with_norm}
+    with (
+        patched(utils.clip_grad, **private, clip_grad_value_=clip_value),
+        patched(utils, **public, clip_grad_value_=clip_value),
+    ):
+        yield
 
 
 def step_without_hooks(optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import lightning.pytorch as pl
 import torch
@@ -65,7 +66,7 @@ def build_engine(run: Run, request: Request, present: Engine | None) -> Engine:
         _agree_on_weights(root, run.device)
     with nullcontext() if trainer.state.fn == TrainerFn.FITTING else _evaluated(root):
         request = request.for_another_module()
-        partition = Engine.plan_partition(run, request, run.data.mesh, lambda: first_step(trainer))
+        partition = Engine.plan_partition(run, request, run.data.mesh, partial(first_step, trainer))
     engine = Engine.build(run, request, partition, deferred_init)
     root.__dict__.pop(DEFERRED_INIT, None)
     belong_to(engine)

@@ -15,6 +15,7 @@ from lightning_hybrid.engine.first_batch import Sample
 from lightning_hybrid.engine.optimizer import OptimizerWrapper
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.engine.user_clipping import clipping_of_parts
 from lightning_hybrid.ghosts.deferred_init import DeferredInit
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.hook_logs import HookLogs
@@ -71,6 +72,7 @@ class Engine:
             partition.tensor.use_rng(self.rng)
         for reader in (partition, self.metrics, self.hook_logs):
             reader.padding = lambda: self.runner.padding
+        partition.alone = lambda: self.runner.predicts
         partition.on_remove = self.runner.gradients.release
         self.whole = WholeModule(partition)
         self.refusals = Refusals(self.root, partition.plan.layout)
@@ -93,7 +95,7 @@ class Engine:
         """
         check_precision(run.precision)
         check_trainer(request.layout, run.trainer)
-        return make_partition(run.module, request, mesh, run.device, run.precision.forward_context, sample)
+        return make_partition(run.module, request, mesh, run.device, run.step_context, sample)
 
     @classmethod
     def build(cls, run: Run, request: Request, partition: Partition, weights: DeferredInit | None) -> Engine:
@@ -139,6 +141,7 @@ class Engine:
         self.is_running = True
         self.runner.gradients.resume()
         self.patches.callback(self.runner.gradients.release)
+        self.patches.enter_context(clipping_of_parts(self.partition, self.device))
         for part in (self.hook_logs, self.metrics, self.optimizers):
             part.install()
             self.patches.callback(part.remove)

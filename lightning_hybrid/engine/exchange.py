@@ -6,24 +6,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_hybrid.launch.preemption import Preemption
+from lightning_hybrid.launch.world import World
 from lightning_hybrid.metrics.reduction import as_numbers
 from lightning_hybrid.metrics.step_logs import StepLogs
+from lightning_hybrid.replicas.missing import MissingGradients
+from lightning_hybrid.replicas.order import CollectiveOrder
 
 
 class StepExchange:
-    """Sums numbers over all ranks: those of the caller, the SIGTERM flag, and pending logs.
+    """Sums numbers over all ranks: those of the caller, flags to stop, missing gradients, and pending logs.
 
     Another all-reduce would make the ranks wait for each other, and another read the host for its device.
 
     Args:
         device: This rank's device.
         logs: The logs of the running step.
-        preemption: This rank's record of a SIGTERM.
+        world: The connected ranks, with this rank's record of a SIGTERM and of `trainer.should_stop`.
+        missing: Gradients of weights that some replicas do not use; None: weights are not sharded.
+        order: The order of collectives.
     """
 
-    def __init__(self, device: torch.device, logs: StepLogs, preemption: Preemption) -> None:
-        self._device, self.logs, self._preemption = device, logs, preemption
+    def __init__(
+        self,
+        device: torch.device,
+        logs: StepLogs,
+        world: World,
+        missing: MissingGradients | None,
+        order: CollectiveOrder,
+    ) -> None:
+        self._device, self.logs, self._missing, self._order = device, logs, missing, order
+        self._preemption, self._stopping = world.preemption, world.stopping
         self.check_follows = False
         """True if logs of the running step can wait for the check of its gradients."""
 
@@ -39,11 +51,16 @@ class StepExchange:
         own = as_numbers([], self._device) if numbers is None else numbers
         if dist.get_world_size() == 1:
             return own.tolist(), own
-        requested = as_numbers([float(self._preemption.requested)], self._device)
-        buffer = torch.cat([requested, own, *self.logs.numbers()])
+        self._order.next("has run a step")
+        missing = self._missing.count if self._missing is not None else 0
+        flags = [float(self._preemption.requested), float(self._stopping.requested), float(missing)]
+        buffer = torch.cat([as_numbers(flags, self._device), own, *self.logs.numbers()])
         dist.all_reduce(buffer)
-        on_host, logs_at = buffer.tolist(), 1 + len(own)
+        on_host, logs_at = buffer.tolist(), len(flags) + len(own)
         self._preemption.hear(on_host[0] > 0)
+        self._stopping.hear(on_host[1] > 0)
+        if self._missing is not None:
+            self._missing.settle() if on_host[2] > 0 else self._missing.forget()
         if self.logs.pending:
             self.logs.take_sums(buffer[logs_at:], on_host[logs_at:])
-        return on_host[1:logs_at], buffer[1:logs_at]
+        return on_host[len(flags) : logs_at], buffer[len(flags) : logs_at]

@@ -11,12 +11,15 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_hybrid._lightning_private import loop_loaders, on_before_batch_transfer, running_prediction
 from lightning_hybrid.batches import tiled_batch
-from lightning_hybrid.dataloader.peek import sample_batch, size_of_batches
+from lightning_hybrid.dataloader.peek import Share, sample_batch, size_of_batches
 from lightning_hybrid.rng.state import preserved_rng
 
-Sample = Callable[[], tuple[str, tuple, int | None]]
+Sample = Callable[[Share | None], tuple[str, tuple, int | None]]
 """Function that returns the name of a step, the step's arguments on the device, the batch first, and the number of
-samples that were read for the batch if it is known."""
+samples that were read for the batch if it is known.
+
+Its argument is the replica whose batch is wanted; None: the first batch of one process.
+"""
 
 _STEPS: dict[Any, str] = {
     TrainerFn.FITTING: "training_step",
@@ -26,23 +29,26 @@ _STEPS: dict[Any, str] = {
 }
 
 
-def first_step(trainer: pl.Trainer) -> tuple[str, tuple, int | None]:
+def first_step(trainer: pl.Trainer, share: Share | None) -> tuple[str, tuple, int | None]:
     """Returns the trainer's first step with a first batch on the device (see `Sample`)."""
     name = _STEPS[trainer.state.fn]
     with preserved_rng():
         loaders = loop_loaders(trainer)
-    batch, extra = sample_batch(loaders, training=name == "training_step")
+    batch, extra = sample_batch(loaders, training=name == "training_step", share=share)
     return name, step_arguments(trainer, name, batch, 0, extra), size_of_batches(loaders)
 
 
-def training_step_like(trainer: pl.Trainer, batch_size: int | None) -> tuple[str, tuple, int | None]:
+def training_step_like(
+    trainer: pl.Trainer, batch_size: int | None, share: Share | None
+) -> tuple[str, tuple, int | None]:
     """Returns `training_step` with a batch of the running training's loaders (see `Sample`).
 
     Args:
         trainer: The trainer.
         batch_size: Number of samples of the batch; None: that of the loader's batch.
+        share: The replica whose batch is wanted; None: the first batch of one process.
     """
-    batch, _ = sample_batch(trainer.train_dataloader, training=True)
+    batch, _ = sample_batch(trainer.train_dataloader, training=True, share=share)
     if batch_size is not None:
         batch = tiled_batch(batch, batch_size)
     size = size_of_batches(trainer.train_dataloader) if batch_size is None else batch_size

@@ -104,6 +104,20 @@ class ReplicaGradients:
             reducer.release()
 
     @property
+    def reduces(self) -> bool:
+        """True if the gradients of the running batch are reduced, not only accumulated."""
+        return self._sync
+
+    @contextmanager
+    def reducing(self) -> Iterator[None]:
+        """Surrounds a backward pass; afterwards gradients are reduced on all replicas, or on none."""
+        for reducer in self._reducers:
+            reducer.begin_backward(overlap=self._mesh.layout.fsdp == 1)
+        yield
+        for reducer in self._reducers:
+            reducer.end_backward()
+
+    @property
     def sent_bytes(self) -> float:
         """Bytes that this rank sends per step to synchronize gradients, without the gathering of sharded weights."""
         layout, total = self._mesh.layout, sum(reducer.sent_bytes for reducer in self._reducers)

@@ -16,7 +16,7 @@ from lightning_hybrid.parallelize.apply import Partition
 PREFIX = "grad_2.0_norm"
 """Prefix of the names that `lightning.pytorch.utilities.grad_norm(module, 2)` gives to norms."""
 
-_AXES = ("pp", "fsdp", "ep", "tp")
+AXES = ("pp", "fsdp", "ep", "tp")
 """Axes that divide the gradients of a model; each replica of `dp` has all gradients."""
 
 
@@ -52,7 +52,7 @@ def local_square(
     counted = [
         norms[id(parameter)].to(device)
         for name, parameter in partition.parameters.local().items()
-        if id(parameter) in norms and _counts(partition, name) and among(name)
+        if id(parameter) in norms and counts(partition, name) and among(name)
     ]
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=device)
@@ -73,14 +73,14 @@ def gradient_norms(partition: Partition, device: torch.device) -> dict[str, Tens
     squares = torch.zeros(len(names), 2, dtype=torch.float64, device=device)  # and 1 if there is a gradient
     for i, name in enumerate(names):
         if name in norms:
-            squares[i, 0] = norms[name].double().square() * _counts(partition, name)
+            squares[i, 0] = norms[name].double().square() * counts(partition, name)
             squares[i, 1] = 1
     there = _sum_over_model(partition, squares)[:, 1].tolist()
     found = {f"{PREFIX}/{n}": squares[i, 0].sqrt().float() for i, n in enumerate(names) if there[i]}
     return found | ({f"{PREFIX}_total": squares[:, 0].sum().sqrt().float()} if found else {})
 
 
-def _counts(partition: Partition, name: str) -> bool:
+def counts(partition: Partition, name: str) -> bool:
     """Returns True if this rank counts its part of `name`: one of the ranks of a `dp` replica with the same part."""
     place, layout = partition.mesh.place, partition.plan.layout
     sharded = layout.fsdp > 1 and name not in partition.whole
@@ -96,7 +96,7 @@ def _counts(partition: Partition, name: str) -> bool:
 
 def _sum_over_model(partition: Partition, values: Tensor) -> Tensor:
     """Sums `values` in place over the ranks of this rank's replica of `dp`."""
-    for axis in _AXES:
+    for axis in AXES:
         if getattr(partition.plan.layout, axis) > 1:
             dist.all_reduce(values, group=partition.mesh.group(axis))
     return values

@@ -19,6 +19,7 @@ from lightning_hybrid.engine.clipping import clip_by_norm, clip_by_value
 from lightning_hybrid.engine.nonfinite import NonFiniteCheck, SkipStep
 from lightning_hybrid.engine.norms import global_norm
 from lightning_hybrid.engine.step import StepRunner
+from lightning_hybrid.parallelize.optimizers import check_membership, replace_parameters
 from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
@@ -74,8 +75,12 @@ class OptimizerWrapper:
         """Shows all parameters to `configure_optimizers`; afterwards optimizers hold this rank's parameters only."""
         parameters = self.runner.partition.parameters
         with parameters.all_visible() as ghosts:
-            names = {id(parameters.visible(n)): n for n in parameters.names}
+            visible = {n: parameters.visible(n) for n in parameters.names}
+            names = {id(p): n for n, p in visible.items()}
             yield
+            replace_parameters(strategy.optimizers, self.runner.partition.originals, visible)
+            root, layout = self.runner.root, self.runner.mesh.layout
+            check_membership(strategy.optimizers, visible.values(), root, layout)
         self.names = {}
         for optimizer in strategy.optimizers:
             self.names[id(optimizer)] = [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -44,8 +44,21 @@ class Run:
         world.limit_waiting()
         agree([])  # so that samplers and initial weights are the same on all ranks
         self.data = ReplicaData(trainer, mesh, device, split=injects_sampler(trainer), run_padding=padding_step)
+        self.in_step = 0
+        """Larger than 0 in a step."""
         self.patches = ExitStack()
         """Stack of patches on the trainer, its loops and loggers; closed when the run ends, also after an error."""
+
+    @contextmanager
+    def step_context(self, training: bool = False) -> Iterator[None]:
+        """Surrounds a step: with the precision of a step, and with rank and world size those of replicas."""
+        context = self.precision.train_step_context() if training else self.precision.forward_context()
+        self.in_step += 1
+        try:
+            with context:
+                yield
+        finally:
+            self.in_step -= 1
 
     @property
     def module(self) -> pl.LightningModule:
@@ -64,6 +77,7 @@ class Run:
         self.patches.enter_context(ignored_warning(r".*WeightAveraging doesn't support sharding model layers.*"))
         if torch.distributed.get_world_size() > 1:
             self.patches.enter_context(self.world.preemption.installed(self.trainer))
+            self.patches.enter_context(self.world.stopping.installed(self.trainer))
 
     def during(self, operation: str) -> AbstractContextManager:
         """Records `operation` and the training batch for the failure monitor."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import evaluation_batch, training_batch
+from lightning_hybrid._torch_private import location_of
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.engine.clocks import Clocks
@@ -21,8 +22,10 @@ from lightning_hybrid.engine.first_batch import prediction_arguments
 from lightning_hybrid.engine.gradient_noise import GradientNoise
 from lightning_hybrid.engine.gradients import ReplicaGradients
 from lightning_hybrid.engine.loss_weights import BY_MICROBATCH, LossWeights, check_weights, weight_of
+from lightning_hybrid.engine.order import collective_order
 from lightning_hybrid.engine.pipeline import Pipeline
 from lightning_hybrid.engine.run import Run
+from lightning_hybrid.ghosts.trace import Tracer
 from lightning_hybrid.metrics.logs import LogRecorder, leave_out
 from lightning_hybrid.metrics.stages import StageOutputs
 from lightning_hybrid.metrics.step_logs import StepLogs
@@ -30,6 +33,7 @@ from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.replicas.batch_norm import has_batch_norm
 from lightning_hybrid.replicas.reducer import DeliverGradients
+from lightning_hybrid.replicas.written import check_equal
 from lightning_hybrid.rng.step import StepRNG
 from lightning_hybrid.spec.stages import choose_microbatches
 
@@ -66,14 +70,16 @@ class StepRunner:
         """Clocks that measure this rank's computation time; None: not measured."""
         self.context: StepContext | None = None
         """Context of the running step, or else of the last step."""
+        self._steps = 0
         self.rng, self.metrics = rng, metrics
         logs = StepLogs(self.root, self.mesh, run.device, metrics)
-        self.exchange = StepExchange(run.device, logs, run.world.preemption)
+        self.order = collective_order(partition, run.world)
+        self.exchange = StepExchange(run.device, logs, run.world, partition.missing, self.order)
         self.stage_outputs: StageOutputs | None = None
         self.pipeline: Pipeline | None = None
         if partition.plan.layout.pp > 1:
-            forward = run.precision.forward_context
-            self.pipeline = Pipeline(self.root, partition, self.mesh, run.device, forward, metrics, rng)
+            step_context = lambda: self.run.step_context()  # noqa: E731 -- of the present run
+            self.pipeline = Pipeline(self.root, partition, self.mesh, run.device, step_context, metrics, rng)
             self.stage_outputs = StageOutputs(self.mesh, run.device, self.pipeline.last_rank)
         self.gradients = ReplicaGradients(partition, self.gradients_complete)
         self.loss_weights = LossWeights(self.root, self.mesh, run.device)
@@ -89,6 +95,21 @@ class StepRunner:
             clocks.time_calls(self.partition.sharded_blocks())
         if self.pipeline is not None:
             self.pipeline.clocks = clocks
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Surrounds a backward pass."""
+        self.order.next("runs a backward pass")
+        with self.gradients.reducing(), self.gradients.backward():
+            yield
+        self.order.next("has run a backward pass")
+
+    def announce(self, collective: str) -> bool:
+        """Announces a collective of the user's code; returns False in a dry run."""
+        if isinstance(self.partition.interceptor.active, Tracer):
+            return False
+        self.order.next(collective)
+        return True
 
     def gradients_complete(self) -> None:
         """Ends the batch on the clocks; called when this rank has computed its gradients, before waits for others."""
@@ -108,6 +129,11 @@ class StepRunner:
     def padding(self) -> bool:
         """True if the samples of the running step, or else of the last step, are padding on this replica."""
         return self.context is not None and self.context.padding
+
+    @property
+    def predicts(self) -> bool:
+        """True if the running step, or else the last step, is one of prediction, which replicas run independently."""
+        return self.context is not None and self.context.name == "predict_step"
 
     def _begin(
         self, name: str, weights: BatchWeights | None, share: float = 1.0, weight_unit: float = 1.0
@@ -136,6 +162,7 @@ class StepRunner:
             weight_unit=weight_unit,
         )
         self.metrics.begin_step()
+        self.order.begin(name if self.gradients.reduces else f"{name}: accumulates")
         return self.context
 
     # ---- training
@@ -188,8 +215,13 @@ class StepRunner:
     def _whole_step(self, context: StepContext, *args: Any, **kwargs: Any) -> Any:
         recording = context.recorder.recording(count_samples(args[0]))
         watched, refused = self.metrics.watching(self.partition.interceptor), self.gradients.refused_inside_step()
-        with self.precision.train_step_context(), recording, watched, refused:
+        with self.run.step_context(training=True), recording, watched, refused:
             out = self.partition.step_module(self.root.training_step, *args, **kwargs)
+        self._check_written()
+        if self.root.automatic_optimization:
+            self.order.next(
+                "returns a loss" if out is not None else "returns no loss", location_of(self.root.training_step)
+            )
         context = self._weighted(context, weight_of(out))
         self._log(context)
         self._note_parts(context, args[0], 1)
@@ -206,6 +238,24 @@ class StepRunner:
             check_weights(self.root, diloco=diloco, noise=noise)
         self.context = context.weighted(found)
         return self.context
+
+    def _check_written(self) -> None:
+        """Refuses a step that has given parameters other values on each replica.
+
+        Without a dry run, as under `dp`, it is not known which parameters a step writes: all that are not trained are
+        compared in steps 1, 2, 4, 8 and so on.
+        """
+        if self.mesh.layout.replicas == 1:
+            return
+        self._steps += 1
+        local, lines = self.partition.parameters.local(), self.partition.written
+        if self.mesh.layout.fsdp == 1 and self._steps & (self._steps - 1) == 0:
+            lines = dict.fromkeys(
+                (n for n, p in local.items() if not p.requires_grad), f"{location_of(self.root.training_step)}"
+            )
+        written = {name: (local[name], lines[name]) for name in local if name in lines}
+        if written:
+            check_equal(written, self.mesh.replica_group, self.mesh.layout)
 
     def _note_parts(self, context: StepContext, batch: Any, parts: int) -> None:
         if self.noise is not None:
@@ -279,6 +329,13 @@ class StepRunner:
             The result of the step, on every rank.
         """
         step: Callable[..., Any] = getattr(self.root, name)
+        sharded = self.mesh.layout.fsdp > 1
+        with nullcontext() if sharded else self.order.paused():  # without shards, replicas evaluate independently
+            return self._evaluated(name, step, weights, *args, **kwargs)
+
+    def _evaluated(
+        self, name: str, step: Callable[..., Any], weights: BatchWeights | None, *args: Any, **kwargs: Any
+    ) -> Any:
         context = self._begin(name, weights)
         with self.rng.evaluation(name, evaluation_batch(self.root.trainer)):
             if self.pipeline is not None:
@@ -286,7 +343,7 @@ class StepRunner:
             else:
                 self.rng.begin(0)
                 watched = self.metrics.watching(self.partition.interceptor)
-                with self.precision.forward_context(), context.recorder.recording(count_samples(args[0])), watched:
+                with self.run.step_context(), context.recorder.recording(count_samples(args[0])), watched:
                     out = self.partition.step_module(step, *args, **kwargs)
         if name != "predict_step":
             context = self._weighted(context, weight_of(out))

@@ -17,6 +17,7 @@ from lightning_hybrid.collectives import to_local
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.ghosts.preserve import preserved_module_state, preserved_objects
+from lightning_hybrid.replicas.order import CollectiveOrder
 from lightning_hybrid.rng.state import preserved_rng
 
 _PACKAGE = __name__.partition(".")[0]
@@ -117,7 +118,8 @@ def _objects_of(start: Any) -> list[Any]:
 
 
 def _is_ours(value: Any) -> bool:
-    # a `Run` leads to the failure monitor, which has a thread, and to the data, which a trial does not read
-    if isinstance(value, type | Tensor | nn.Module | Run) or not hasattr(value, "__dict__"):
+    # a `Run` and a `CollectiveOrder` lead to the failure monitor, which has a thread; a `Run` also to the data, which a
+    # trial does not read
+    if isinstance(value, type | Tensor | nn.Module | Run | CollectiveOrder) or not hasattr(value, "__dict__"):
         return False
     return type(value).__module__.partition(".")[0] == _PACKAGE

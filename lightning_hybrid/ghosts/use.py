@@ -16,10 +16,15 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from lightning_hybrid._torch_private import in_transform, tree_flatten
+from lightning_hybrid._torch_private import in_transform, storage_id, tree_flatten, user_location
+from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.trees import sorted_slots, tensors_of
 
 _METADATA = {"size", "dim", "stride", "numel", "ndimension", "element_size", "is_floating_point", "is_contiguous"}
+_NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
+_IN_PLACE = {"__setitem__"} | {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
 
 
 class StepUse(TorchFunctionMode):
@@ -33,6 +38,8 @@ class StepUse(TorchFunctionMode):
         """Names of the modules whose forward ran inside a transform of `torch.func`."""
         self.computing: dict[str, set[str]] = {}
         """The innermost modules in whose forward each parameter was used ("" is the root)."""
+        self.written: dict[str, str] = {}
+        """The line that wrote each parameter in place, by name."""
         self._names = {id(module): name for name, module in root.named_modules()}
         self._units = {id(root.get_submodule(name)): name for name in units}
         self._results: dict[int, tuple[str, int, torch.Tensor]] = {}
@@ -40,8 +47,10 @@ class StepUse(TorchFunctionMode):
         self._counts: dict[str, int] = {}
         self._running: list[int] = []
         self._parameters: dict[int, tuple[torch.Tensor, list[str]]] = {}
+        self._storages: dict[int, list[str]] = {}
         for slot in sorted_slots(root):
             self._parameters.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(slot.name)
+            self._storages.setdefault(_storage(slot.tensor), []).append(slot.name)
 
     def unused_results(self, unit: str) -> set[int]:
         """Returns the positions of the tensors in the result of `unit` that nothing consumed."""
@@ -77,6 +86,9 @@ class StepUse(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        for target in tensors_of(_written(func, args, kwargs)):
+            for name in self._storages.get(_storage(target), ()):
+                self.written.setdefault(name, user_location())
         if _is_metadata(func, out):
             return out
         current = self._running[-1] if self._running else None
@@ -92,9 +104,26 @@ class StepUse(TorchFunctionMode):
         return out
 
 
+def _storage(tensor: torch.Tensor) -> int:
+    """Returns the id of a tensor's memory, which its views share; for a ghost that of its meta tensor."""
+    return storage_id(tensor.meta if isinstance(tensor, Ghost) else tensor)
+
+
+def _written(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Returns the arguments that `func` writes in place."""
+    name = getattr(func, "__name__", "")
+    if name == "__set__":
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        return args[:1] if attribute in ("data", "real", "imag") else None
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES
+    if in_place or name in _IN_PLACE:
+        return args[:1]
+    return kwargs.get("out")
+
+
 def _is_metadata(func: Any, out: Any) -> bool:
     name = getattr(func, "__name__", "")
-    return name in _METADATA or (name == "__get__" and not isinstance(out, torch.Tensor))
+    return name in _METADATA or name in _NO_WRITES or (name == "__get__" and not isinstance(out, torch.Tensor))
 
 
 @contextmanager

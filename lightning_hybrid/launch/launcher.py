@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_hybrid._lightning_private import SubprocessScriptLauncher, TunerExit, last_found_by, share_cores, twins
+from lightning_hybrid.launch.explain import explained
 from lightning_hybrid.launch.monitor import FailureMonitor
 from lightning_hybrid.spec.layout import Layout
 
@@ -81,13 +82,16 @@ class HybridLauncher(SubprocessScriptLauncher):
         except twins(SIGTERMException, TunerExit):
             self._watch.interrupted()
             raise
-        except BaseException as error:
+        except BaseException as raised:
+            error = explained(raised)
             replacement = self._watch.failed(error)
             if not self._watch.connected:
                 atexit.register(self._reap)  # connected ranks end themselves, and may run callbacks first
-            if replacement is None:
+            if replacement is not None:
+                raise replacement from None
+            if error is raised:
                 raise
-            raise replacement from None
+            raise error from raised
         failure = self._watch.finish()
         if failure is not None:
             raise failure

@@ -103,6 +103,16 @@ class FailureMonitor:
         return self._peers is not None
 
     @property
+    def peers(self) -> PeerMonitor | None:
+        """The connection to the other ranks, once all ranks have met."""
+        return self._peers
+
+    @property
+    def cause(self) -> Cause | None:
+        """The cause of the failure of any rank; None while all ranks run."""
+        return self._decision.cause
+
+    @property
     def failing(self) -> bool:
         """True if the ranks can no longer run collectives together."""
         return self._raising and self._decision.cause is not None

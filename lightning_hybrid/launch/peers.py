@@ -30,6 +30,9 @@ class PeerMonitor:
     def __init__(self, group: RankGroup, children: Sequence[Popen], operation: Callable[[], str]) -> None:
         self.group, self._children, self._operation = group, children, operation
         self.store = FailureStore(group.store, group.rank)
+        self.progress = ""
+        """How far the main thread has come, for ranks that wait for this one outside of a collective."""
+        self._published = ""
         self.failures: list[Failure] = []
         self.first_seen = 0.0
         self.outbox: list[Failure] = []
@@ -78,6 +81,9 @@ class PeerMonitor:
     def _exchange(self, states: dict[int, State]) -> None:
         store, before = self.store, bool(self.failures)
         store.beat(self._operation())
+        if self.progress != self._published:
+            self._published = self.progress
+            store.note_progress(self._published)
         self._note(store.new_failures())  # first: a rank that has posted its failure is not missing
         self._check_processes(states)
         self._check_remote()

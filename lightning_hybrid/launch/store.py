@@ -32,6 +32,42 @@ class FailureStore:
         key = f"beat/{rank}"
         return self._store.get(key).decode() if self._store.check([key]) else None
 
+    def note_progress(self, progress: str) -> None:
+        """Publishes how far this rank has come, for ranks that wait for it in `propose`."""
+        self._store.set(f"progress/{self._rank}", progress)
+
+    def progress_of(self, rank: int) -> str | None:
+        """Returns what `rank` has published last by `note_progress`; None before."""
+        key = f"progress/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def propose(self, question: str, text: str) -> tuple[int, str]:
+        """Returns the first rank that has answered `question`, and its answer; `text` is that of this rank."""
+        first = self._store.compare_set(f"proposal/{question}", "", f"{self._rank}:{text}").decode()
+        rank, _, answer = first.partition(":")
+        return int(rank), answer
+
+    def object(self, question: str, text: str) -> None:
+        """Notifies the other ranks that this rank's answer to `question` is `text`, not that of the first rank."""
+        self._store.set(f"objection/{question}", f"{self._rank}:{text}")
+
+    def objection(self, question: str) -> tuple[int, str] | None:
+        """Returns a rank with another answer to `question` than the first rank's, and its answer; None without one."""
+        key = f"objection/{question}"
+        if not self._store.check([key]):
+            return None
+        rank, _, answer = self._store.get(key).decode().partition(":")
+        return int(rank), answer
+
+    def agree(self, question: str, ranks: int) -> int:
+        """Adds `ranks` to the number of ranks with the first rank's answer to `question`, and returns the number."""
+        return self._store.add(f"agreed/{question}", ranks)
+
+    def forget(self, question: str) -> None:
+        """Removes a question that all ranks have answered."""
+        for kind in ("proposal", "agreed"):
+            self._store.delete_key(f"{kind}/{question}")
+
     def leave(self) -> None:
         """Marks this rank's run as over, so that the rank may end."""
         self._store.set(f"left/{self._rank}", "")

@@ -20,6 +20,7 @@ from lightning_hybrid.launch import agreement
 from lightning_hybrid.launch.monitor import FailureMonitor
 from lightning_hybrid.launch.preemption import Preemption
 from lightning_hybrid.launch.processes import DEFAULT_TIMEOUT, meet
+from lightning_hybrid.launch.stopping import Stopping
 
 
 class World:
@@ -37,6 +38,7 @@ class World:
         self._device: torch.device | None = None
         self.monitor = FailureMonitor(timeout or DEFAULT_TIMEOUT)
         self.preemption = Preemption(self.any_rank)
+        self.stopping = Stopping(self.any_rank)
         self.moving = False
         """True while weights move to another layout."""
 
@@ -64,6 +66,11 @@ class World:
     def limit_waiting(self) -> None:
         """Sets the timeout of all process groups that exist now."""
         limit_waiting(self._timeout or DEFAULT_TIMEOUT)
+
+    @property
+    def timeout(self) -> timedelta:
+        """The longest wait of one rank for another."""
+        return self._timeout or DEFAULT_TIMEOUT
 
     @property
     def unsavable(self) -> bool:

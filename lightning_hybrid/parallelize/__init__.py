@@ -2,6 +2,8 @@
 
 plan: decides how a module is partitioned, from a dry run.
 apply: applies the plan to the module, and removes it (`Partition`).
+observe: the calls of units on this replica's own first batch.
+optimizers: optimizers that were made before the module was partitioned.
 recompute: activation checkpointing of blocks.
 placement: the part of each parameter that a rank holds, and the ranks with the same part.
 """

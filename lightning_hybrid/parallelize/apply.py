@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_hybrid._torch_private import (
-    BatchNorm,
     forget_fully_shard,
     forget_sharded_step,
     forget_sharding_marks,
     hook_tables,
+    keep_inputs,
     sharding_hidden,
 )
+from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.experts.parallel import ExpertParallel
 from lightning_hybrid.ghosts.deferred_init import DeferredInit
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.mesh import Mesh
+from lightning_hybrid.parallelize.optimizers import OriginalParameters
 from lightning_hybrid.parallelize.recompute import recomputed
 from lightning_hybrid.patching import Patches
-from lightning_hybrid.replicas.batch_norm import global_batch_norm
+from lightning_hybrid.replicas.batch_norm import BatchStatistics, has_batch_norm
+from lightning_hybrid.replicas.calls import StepCalls, alike_on_all, problem_of
 from lightning_hybrid.replicas.fsdp import shard_replicas
 from lightning_hybrid.replicas.gradient_hooks import GradientHooks
+from lightning_hybrid.replicas.missing import MissingGradients
 from lightning_hybrid.replicas.reduction import (
     Exact,
     Hierarchical,
@@ -52,13 +57,14 @@ class StepModule(nn.Module):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self.root = root
-        self.tensor: TensorParallel | None = None
+        self.contexts: list[Callable[[], AbstractContextManager]] = []
+        """Entered around every step."""
 
     def forward(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns `step(*args, **kwargs)`, where `step` is a bound method of the LightningModule."""
-        if self.tensor is None:
-            return step(*args, **kwargs)
-        with self.tensor.root_context():
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
             return step(*args, **kwargs)
 
 
@@ -75,18 +81,35 @@ class Partition:
     tensor: TensorParallel | None = None
     experts: ExpertParallel | None = None
     whole: set[str] = field(default_factory=set)
-    """Parameters that `fsdp` does not shard (scalars)."""
+    """Parameters that `fsdp` does not shard: scalars, and those that the step writes."""
+    written: dict[str, str] = field(default_factory=dict)
+    """The line that writes each parameter which the step writes, by name, under `fsdp`."""
+    calls: StepCalls = StepCalls()
+    """The calls of units on this replica's own first batch, under `fsdp`."""
+    missing: MissingGradients | None = None
+    """Completes the gradients of weights that some replicas do not use, under `fsdp`."""
     tied_weight_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     """The group of holders of each weight that several pipeline ranks hold, this rank included."""
     padding: Callable[[], bool] = lambda: False
     """Returns True if the samples of the running step count for nothing (see `engine.context.StepContext`)."""
+    alone: Callable[[], bool] = lambda: False
+    """Returns True while replicas run different numbers of steps."""
     gradient_hooks: GradientHooks | None = None
     on_remove: Callable[[], None] | None = None
     """Called first when the partition is removed."""
     _overrides: list[tuple[nn.Module, Callable]] = field(default_factory=list)
     _batch_norms: Patches = field(default_factory=Patches)
-    """Of the forward of modules whose statistics are those of the global batch."""
+    """Of torch's functions whose statistics are those of the global batch."""
+    sync_norms: Patches = field(default_factory=Patches)
+    """Of the forward of `SyncBatchNorm`, applied also in dry runs."""
     _hooks: dict[nn.Module, list[set]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.step_group = self.mesh.replica_group
+        """One rank of each replica, for collectives inside steps."""
+        self._statistics: BatchStatistics | None = None
+        self.originals = OriginalParameters(self.parameters)
+        """The user's parameters, which an optimizer may have that was made with the module."""
 
     def apply(self, device: torch.device, deferred_init: DeferredInit | None) -> None:
         """Applies the plan to the module. The wrapping order is defined here only.
@@ -118,7 +141,7 @@ class Partition:
             self.tensor = apply_tensor_plan(
                 self.root, plan.tensor_plan, mesh, local.__contains__, deferred_init is not None
             )
-            self.step_module.tensor = self.tensor
+            self.step_module.contexts.append(self.tensor.root_context)
         if layout.replicas > 1:
             self._share_batch_statistics()
         units = self.interceptor.units
@@ -146,9 +169,13 @@ class Partition:
         if not getattr(self.root, "automatic_optimization", True):
             # weights change within a step, so none may stay gathered: shard every unit
             step_module, blocks = None, [u for u in self.interceptor.units.names if local & self.parameters.inside(u)]
+        found = gather_objects(self.calls)
+        blocks = self._called_alike(found, blocks)
+        for calls in found:
+            self.written |= calls.written
         experts = [] if self.experts is None else self.experts.modules()
         self.whole, overrides = shard_replicas(
-            self.root, step_module, blocks, experts, self.parameters, local, self.mesh, make_real
+            self.root, step_module, blocks, experts, self.parameters, local, self.written, self.mesh, make_real
         )
         self._overrides += overrides
         sync = self.plan.gradient_sync
@@ -157,6 +184,22 @@ class Partition:
             for module in [self.step_module, *self.root.modules()]:
                 if isinstance(module, FSDPModule):
                     module.set_custom_reduce_scatter(reduce_scatter)
+        modules = [self.step_module, *self.root.modules()]
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                keep_inputs(module)
+        self.missing = MissingGradients(self.step_module, modules, self.mesh.replica_group)
+
+    def _called_alike(self, found: list[StepCalls], blocks: list[str]) -> list[str]:
+        """Returns the blocks that all replicas call alike, by the calls of all ranks."""
+        problem = problem_of(found)
+        if problem is not None:
+            rank_zero_warn(
+                f"`layout='{self.plan.layout}'`: a trial run of the step without weights has failed, so it is not "
+                "known which modules the replicas call, and all weights are gathered together instead of block by "
+                f"block, which needs more memory. The error: {problem}"
+            )
+        return alike_on_all(found, blocks, self.plan.model.units)
 
     def reduction(self) -> Reduction:
         """Returns the reduction of whole gradients over replicas. Collective."""
@@ -234,12 +277,14 @@ class Partition:
         """Lets the user call the module within a run, between two steps, until `resume`."""
         self.reshard()
         self._batch_norms.restore()
+        self.sync_norms.restore()
         self.interceptor.suspend()
 
     def resume(self) -> None:
         """Routes calls of units, metrics and BatchNorm through this partition again after `suspend`."""
         self.interceptor.resume()
         self._batch_norms.apply()
+        self.sync_norms.apply()
 
     def suspend(self) -> None:
         """Lets the user call the module outside of a run, as far as a rank alone can; weights stay divided."""
@@ -256,6 +301,8 @@ class Partition:
                 forget_fully_shard(module)
         if self.experts is not None:
             self.experts.remove()
+        self._batch_norms.restore()
+        self.sync_norms.restore()
         self.interceptor.remove()
 
     def _begin_removal(self) -> GradientHooks | None:
@@ -277,6 +324,7 @@ class Partition:
                 for key in ids:
                     table.pop(key, None)
         self._batch_norms.restore()
+        self.sync_norms.restore()
         for module, _ in self._overrides:
             del module.__dict__["forward"]
         if self.experts is not None:
@@ -355,10 +403,11 @@ class Partition:
         return {n for n in self.parameters.names if rank in self.plan.ranks_of(n)}
 
     def _share_batch_statistics(self) -> None:
-        for module in self.root.modules():
-            if isinstance(module, BatchNorm):
-                forward = global_batch_norm(module, self.mesh.replica_group, lambda: self.padding())
-                self._batch_norms.add(module, forward=forward)
+        if has_batch_norm(self.root):
+            self.step_group = self.mesh.step_group()
+        statistics = self._statistics = BatchStatistics(self.step_group, lambda: self.padding(), lambda: self.alone())
+        statistics.patch(self._batch_norms)
+        self.step_module.contexts.append(statistics.in_step)
         self._batch_norms.apply()
 
     def _create_tied_weight_groups(self) -> None:
@@ -395,6 +444,8 @@ class Partition:
                     _replace(table, {k: v for k, v in kept.items() if k not in ids})
             if not batch_statistics:
                 stack.enter_context(self._batch_norms.restored())
+            elif self._statistics is not None:
+                stack.enter_context(self._statistics.in_step())
             for module, forward in self._overrides:
                 del module.__dict__["forward"]
                 stack.callback(module.__dict__.__setitem__, "forward", forward)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from lightning.pytorch.plugins.precision import (
 from lightning_hybrid._lightning_private import detects_anomalies, twins
 from lightning_hybrid._torch_private import own_buffers
 from lightning_hybrid.batches import copied_batch, find_samples, split_batch
+from lightning_hybrid.dataloader.peek import Share
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.record import Trace
@@ -30,7 +32,9 @@ from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import silent
 from lightning_hybrid.parallelize.apply import Partition, StepModule
 from lightning_hybrid.parallelize.describe import describe, divided_attributes, with_calls
-from lightning_hybrid.replicas.batch_norm import has_batch_norm
+from lightning_hybrid.parallelize.observe import observe_calls
+from lightning_hybrid.patching import Patches
+from lightning_hybrid.replicas.batch_norm import has_batch_norm, plain_sync_batch_norms
 from lightning_hybrid.replicas.reducer import refusal_of_gradients
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.expert_plan import ExpertPlan
@@ -49,9 +53,9 @@ def make_partition(
     mesh: Mesh,
     device: torch.device,
     precision: Callable[[], AbstractContextManager],
-    sample: Callable[[], tuple[str, tuple, int | None]],
+    sample: Callable[[Share | None], tuple[str, tuple, int | None]],
 ) -> Partition:
-    """Plans the partition, which is returned ready to be applied; with `pp`, `tp` or `ep` > 1 traces a step on ghosts.
+    """Plans the partition, which is returned ready to be applied; unless `dp` is the only axis, runs a step on ghosts.
 
     Args:
         root: The LightningModule.
@@ -59,8 +63,8 @@ def make_partition(
         mesh: The device mesh.
         device: This rank's device.
         precision: Returns a context with the precision of a step.
-        sample: Returns the name of the step function to plan with, the step's arguments, the first batch first, and
-            the number of samples that were read for the batch if it is known.
+        sample: Returns the name of the step function to plan with, the step's arguments, the first batch first, of a
+            replica or with None of one process, and the number of samples that were read for it if it is known.
 
     Raises:
         PartitionError: If the layout does not suit the module.
@@ -75,7 +79,10 @@ def make_partition(
     interceptor = CallInterceptor(root, units)
     parameters = Parameters(root)
     interceptor.install()
+    sync_norms = Patches()
     try:
+        sync_norms = plain_sync_batch_norms(root)
+        sync_norms.apply()
         model = describe(root, units, parameters)
         if request.plan is not None:
             _check_model(root, request.plan, model)
@@ -83,8 +90,13 @@ def make_partition(
         plan = (
             _decide(run, model, parameters) if request.plan is None else _follow(run, request.plan, model, parameters)
         )
-        return Partition(root, mesh, plan, interceptor, parameters, StepModule(root))
+        partition = Partition(root, mesh, plan, interceptor, parameters, StepModule(root), sync_norms=sync_norms)
+        if plan.layout.fsdp > 1:
+            share = Share(mesh.replica, plan.layout.replicas)
+            partition.calls = observe_calls(partial(run.trace_own, share), parameters, units.names)
+        return partition
     except BaseException:
+        sync_norms.restore()
         interceptor.remove()
         raise
 
@@ -97,7 +109,7 @@ class _DryRun:
     request: Request
     device: torch.device
     precision: Callable[[], AbstractContextManager]
-    sample: Callable[[], tuple[str, tuple, int | None]]
+    sample: Callable[[Share | None], tuple[str, tuple, int | None]]
     interceptor: CallInterceptor
     step: str = ""
     microbatches: int = 1
@@ -105,23 +117,41 @@ class _DryRun:
 
     def prepare(self) -> tuple:
         """Returns the arguments of the step, the first batch first."""
-        self.step, args, self.samples = self.sample()
+        self.step, args, self.samples = self.sample(None)
         _check_pipeline(self.root, self.request, self.step)
         self.microbatches = microbatches_for(self.root, self.request, args[0], self.samples)
         return args
 
     def trace(self, args: tuple, watched: Collection[str] | None = None) -> Trace:
         """Runs the step on the first microbatch, and returns the trace."""
-        _move_buffers(self.root, self.device)
         part = split_batch(args[0], self.microbatches, self.samples)[0]
         arguments = copied_batch((part, *args[1:]))  # a step may change its batch
-        step = getattr(self.root, self.step)
-        trace = trace_step(
-            self.root, self.interceptor, step, arguments, device=self.device, context=self.precision, use_of=watched
-        )
+        trace = self._traced(getattr(self.root, self.step), arguments, watched)
         if trace.takes_gradients and self.request.layout.pp > 1:
             raise PartitionError(refusal_of_gradients(self.request.layout))
         return trace
+
+    def trace_own(self, share: Share, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Trace:
+        """Runs the step on a batch of the replica `share`, with all weights visible in `parameters()`.
+
+        Args:
+            share: The replica.
+            changed: Returns a replacement of the step function.
+        """
+        name, args, _ = self.sample(share)
+        step, root = changed(getattr(self.root, name)), self.root
+
+        def run(*args: Any) -> Any:
+            with Parameters(root).all_visible():
+                return step(*args)
+
+        return self._traced(run, copied_batch(args), self.interceptor.units.names)
+
+    def _traced(self, step: Callable[..., Any], args: tuple, watched: Collection[str] | None) -> Trace:
+        _move_buffers(self.root, self.device)
+        return trace_step(
+            self.root, self.interceptor, step, args, device=self.device, context=self.precision, use_of=watched
+        )
 
 
 def _decide(run: _DryRun, model: ModelSpec, parameters: Parameters) -> Plan:
@@ -283,8 +313,9 @@ def microbatches_for(root: pl.LightningModule, request: Request, batch: Any, kno
         return 1
     if normalized:
         raise PartitionError(
-            f"`microbatches={asked}` cannot give the result of one process for a model with BatchNorm, whose "
-            "statistics are those of the whole batch. Use `microbatches=1` or 'auto', or GroupNorm in the model."
+            f"`microbatches={asked}` cannot give the result of one process for a model with BatchNorm, or whose step "
+            "calls `all_gather`: the result is one of the whole batch. Use `microbatches=1` or 'auto', or GroupNorm in "
+            "the model."
         )
     samples = find_samples(batch, known)
     size = samples.count

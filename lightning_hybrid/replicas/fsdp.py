@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,6 +22,7 @@ def shard_replicas(
     experts: Iterable[nn.Module],
     parameters: Parameters,
     local: Collection[str],
+    written: Collection[str],
     mesh: Mesh,
     make_real: Callable[[Collection[str]], None] | None,
 ) -> tuple[set[str], list[tuple[nn.Module, Callable]]]:
@@ -34,18 +37,20 @@ def shard_replicas(
         experts: The modules of experts divided over `ep`.
         parameters: The parameters of `root`.
         local: Names of the parameters that this rank holds.
+        written: Names of parameters that the step writes, which stay whole: a write to gathered weights would be lost.
         mesh: The device mesh.
         make_real: Makes named parameters real that are still ghosts; called just before each block is sharded, so that
             at most one block is whole at a time.
 
     Returns:
-        Names of parameters that stay whole (scalars cannot be sharded), and modules with their new `forward`.
+        Names of parameters that stay whole (as scalars, which cannot be sharded), and modules with their new `forward`.
     """
     overrides: list[tuple[nn.Module, Callable]] = []
-    scalars = {name for name in local if parameters[name].ndim == 0}
+    sharded: set[str] = set()
+    whole = {name for name in local if parameters[name].ndim == 0 or name in written}
     if make_real is not None:
-        make_real(scalars)
-    ignored: set[Any] = {parameters[name] for name in scalars}
+        make_real(whole)
+    ignored: set[Any] = {parameters[name] for name in whole}
     for module in experts:
         if make_real is not None:
             make_real({name for name in local if any(slot.module is module for slot in parameters.slots[name])})
@@ -56,9 +61,13 @@ def shard_replicas(
     for block in blocks:
         inside = parameters.inside(block) & set(local)
         alone = all(slot.name.startswith(f"{block}.") for name in inside for slot in parameters.slots[name])
-        if inside - scalars and alone:  # a weight shared with another block is gathered with the step module
+        if inside - whole and alone:  # a weight shared with another block is gathered with the step module
             if make_real is not None:
                 make_real(inside)
+            others = _of_other_dtypes(inside - whole, parameters)
+            whole |= others
+            ignored |= {parameters[name] for name in others}
+            sharded |= inside - whole
             module = root.get_submodule(block)
             fully_shard(module, mesh=mesh.sharding(experts=False), ignored_params=ignored)
             overrides.append((module, _call_instead_of_forward(module)))
@@ -66,9 +75,24 @@ def shard_replicas(
         make_real(local)
     if step_module is None:
         return {name for name in local if not isinstance(parameters[name], DTensor)}, overrides
-    if len(scalars) < len(local):
+    others = _of_other_dtypes(
+        {n for n in set(local) - whole - sharded if not isinstance(parameters[n], DTensor)}, parameters
+    )
+    whole |= others
+    ignored |= {parameters[name] for name in others}
+    if len(whole) < len(local):
         fully_shard(step_module, mesh=mesh.sharding(experts=False), ignored_params=ignored)
-    return scalars, overrides
+    return whole, overrides
+
+
+def _of_other_dtypes(names: Collection[str], parameters: Parameters) -> set[str]:
+    """Returns the trained parameters whose dtype is not that of most: `fully_shard` reduces one dtype per module."""
+    sizes: Counter[torch.dtype] = Counter()
+    trained = [name for name in names if parameters.requires_grad[name]]
+    for name in trained:
+        sizes[parameters[name].dtype] += parameters[name].numel()
+    most = max(sizes, key=lambda dtype: (sizes[dtype], str(dtype)), default=None)
+    return {name for name in trained if parameters[name].dtype != most}
 
 
 def _call_instead_of_forward(block: nn.Module) -> Callable:

@@ -102,7 +102,7 @@ class ReplicaReducer:
         self._buckets = [_Bucket(chunk) for chunk in _chunks(list(parameters)[::-1])]
         self._bucket_of = {p: b for b in self._buckets for p in b.parameters}
         self._next = 0
-        self._queued = False
+        self._queued = self._finished = self._waits = False
         self._hooks: list[RemovableHandle] = []
 
     def overlap(self) -> None:
@@ -121,8 +121,23 @@ class ReplicaReducer:
             hook.remove()
         self._hooks = []
 
+    def begin_backward(self, overlap: bool) -> None:
+        """Called before a backward pass.
+
+        Args:
+            overlap: False to reduce only afterwards: other collectives of the backward pass, as those of `fully_shard`,
+                could meet these where replicas use different parameters.
+        """
+        self._finished, self._waits = False, not overlap
+
+    def end_backward(self) -> None:
+        """Reduces after a backward pass that has reached no parameter on this replica: others may have gradients."""
+        self._waits = False
+        if not self._finished:
+            self.finish()
+
     def _on_gradient(self, parameter: Tensor) -> None:
-        if not self.enabled:
+        if not self.enabled or self._waits:
             return
         if not self._queued:
             self._queued = True
@@ -142,7 +157,7 @@ class ReplicaReducer:
         self.on_complete()
         for bucket in self._buckets[self._next :]:
             bucket.launch(self.group, self._scale, self._reduction)
-        self._next, self._queued = 0, False
+        self._next, self._queued, self._finished = 0, False, True
         for bucket in self._buckets:
             bucket.collect()
 

@@ -178,7 +178,7 @@ class _Move:
 
         def plan() -> Partition:
             self._partition = Engine.plan_partition(
-                run, request, mesh, lambda: training_step_like(run.trainer, batch_size)
+                run, request, mesh, lambda share: training_step_like(run.trainer, batch_size, share)
             )
             return self._partition
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_hybrid._lightning_private import training_batch
 from lightning_hybrid._torch_private import BatchNorm
 from lightning_hybrid.batches import copied_batch
+from lightning_hybrid.collectives import to_local
 from lightning_hybrid.engine.loss_weights import weight_of
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.engine.trials import step_undone
@@ -70,7 +71,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
 
     def backward(loss: Tensor, *_: Any, **__: Any) -> None:
         losses.append((loss.detach(), 1.0))
-        with runner.gradients.backward():
+        with runner.backward():
             runner.precision.backward(runner.scaled_for_backward(loss), root, None)
         runner.gradients_complete()
 
@@ -78,6 +79,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
         stack.enter_context(runner.gradients.synchronized())
         stack.enter_context(step_undone(runner))
         stack.enter_context(_own_gradients(local.values()))
+        stack.enter_context(_kept_values(local.values()))
         outputs = stack.enter_context(_conditions(runner, how))
         if runner.noise is not None:
             runner.noise.measures = False
@@ -92,6 +94,8 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
                 runner.loss_weights.take(runner.context, runner.run.world.any_rank)
             if loss is not None and not manual:
                 backward(loss)
+        if runner.partition.missing is not None:
+            runner.partition.missing.settle()
         gradients = {name: None if p.grad is None else p.grad.clone() for name, p in local.items()}
         parts = 1 if runner.pipeline is None else runner.pipeline.parts
         weights = None if runner.context is None else runner.context.loss_weights
@@ -148,6 +152,7 @@ def losses_in_one_process(
     """
     found: list[tuple[Tensor, float]] = []
     with whole_module(runner.partition, weights), _conditions(runner, how), torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(patched(runner.partition, alone=lambda: True))  # replicas may have other numbers of parts
         for module in runner.root.modules():
             if isinstance(module, BatchNorm):
                 stack.enter_context(patched(module, training=False))
@@ -168,7 +173,7 @@ def _undone(runner: StepRunner) -> Iterator[None]:
 def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, float | None]:
     """Runs the user's step with the whole module, and returns the loss and its weight."""
     root = runner.root
-    with runner.rng.training(training_batch(root.trainer)), runner.precision.train_step_context():
+    with runner.rng.training(training_batch(root.trainer)), runner.run.step_context(training=True):
         runner.rng.begin(0)
         out = root.training_step(*copied_batch(args), **copied_batch(kwargs))
     return _loss_of(out), weight_of(out)
@@ -219,6 +224,17 @@ def mean_loss(found: Sequence[tuple[Tensor, float]]) -> Tensor | None:
     if not found or not total:
         return None
     return torch.stack([loss.reshape(()).double() * weight for loss, weight in found if weight]).sum() / total
+
+
+@contextmanager
+def _kept_values(parameters: Any) -> Iterator[None]:
+    """Restores the values of `parameters`, which a step may write, at the end."""
+    before = [(to_local(p.detach()), to_local(p.detach()).clone()) for p in parameters]
+    try:
+        yield
+    finally:
+        for parameter, value in before:
+            parameter.copy_(value)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from lightning_hybrid.engine.loss_weights import place_of
 from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.patching import patched
-from lightning_hybrid.replicas.batch_norm import has_batch_norm
+from lightning_hybrid.replicas.batch_norm import has_batch_norm, normalizes_by_batch_only
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.spec.verify import Verify
@@ -345,6 +345,8 @@ class _Comparison:
         return whole, losses
 
     def _equal_parts(self) -> tuple[list[tuple], str | None]:
+        if normalizes_by_batch_only(self.runner.root):
+            return [], "the step normalizes by statistics of its batch"
         known = self.runner.known_samples()
         size = find_samples(self.args[0], known).count
         if size is None:

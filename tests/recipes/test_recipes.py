@@ -91,7 +91,7 @@ def plan(recipe: str) -> Partition:
     sample = ("training_step", ((tokens, tokens), 0), len(tokens))
     context = strategy.precision_plugin.forward_context
     return make_partition(
-        module, strategy.request, Mesh.create(layout, "cpu"), torch.device("cpu"), context, lambda: sample
+        module, strategy.request, Mesh.create(layout, "cpu"), torch.device("cpu"), context, lambda share: sample
     )
 
 

@@ -251,6 +251,7 @@ class MemoryProbe:
                 if tracker is not None:
                     stack.enter_context(tracker)
                 stack.enter_context(without_peers())
+                stack.enter_context(self._runner.order.paused())
                 self._step(size)
             return True
         except (RuntimeError, MemoryError) as error:

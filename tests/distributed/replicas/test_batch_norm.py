@@ -1,14 +1,30 @@
-"""Sums of statistics over replicas have gradients, and gradients of gradients, as in one process."""
+"""Batch statistics are those of all replicas, with gradients and gradients of gradients as in one process."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from lightning_hybrid._torch_private import default_group
-from lightning_hybrid.replicas.batch_norm import global_batch_norm
+from lightning_hybrid.patching import Patches
+from lightning_hybrid.replicas.batch_norm import BatchStatistics
 from tests.harness import RankGroup
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    patches, statistics = Patches(), BatchStatistics(default_group())
+    statistics.patch(patches)
+    patches.apply()
+    try:
+        with statistics.in_step():
+            yield
+    finally:
+        patches.restore()
 
 
 def penalised(replicas: int = 1, rank: int = 0) -> list[torch.Tensor]:
@@ -17,8 +33,10 @@ def penalised(replicas: int = 1, rank: int = 0) -> list[torch.Tensor]:
     norm, x_NC = nn.BatchNorm1d(3), torch.randn(8, 3)
     x_NC = x_NC[rank::replicas].clone().requires_grad_()
     if replicas > 1:
-        norm.__dict__["forward"] = global_batch_norm(norm, default_group())
-    out = norm(x_NC)
+        with shared():
+            out = norm(x_NC)
+    else:
+        out = norm(x_NC)
     (slope_NC,) = torch.autograd.grad(out.pow(3).sum(), x_NC, create_graph=True)
     (out.sin().sum() + slope_NC.square().sum()).backward()
     assert x_NC.grad is not None

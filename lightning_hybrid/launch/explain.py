@@ -1,0 +1,20 @@
+"""Errors of torch that user code causes by computing with divided weights, in the words of this package."""
+
+from __future__ import annotations
+
+from lightning_hybrid._torch_private import user_location_in
+from lightning_hybrid.spec.errors import PartitionError
+
+_MIXED = "got mixed torch.Tensor and DTensor"
+
+
+def explained(error: BaseException) -> BaseException:
+    """Returns a `PartitionError` with the line of the user's code in place of torch's error; other errors unchanged."""
+    if isinstance(error, PartitionError) or _MIXED not in str(error):
+        return error
+    return PartitionError(
+        f"`layout`: {user_location_in(error.__traceback__)} computes with weights of which each rank has a part, and "
+        "with others that each rank has whole. In a hook, `parameter.full_tensor()` returns a whole weight, on every "
+        "rank, and `trainer.strategy.full_state_dict()` returns all of them on rank 0. Or compute in the step, where "
+        "weights are whole under `fsdp`, or use a layout of `dp`."
+    )
