@@ -68,5 +68,6 @@ def preserved_module_state(root: nn.Module) -> Iterator[None]:
         state.restore(copies)
         with torch.no_grad():
             for tensor, version, saved in tensors.values():
-                if version_of(tensor) != version:
+                # BatchNorm writes its running statistics without counting a version
+                if version_of(tensor) != version or not torch.equal(tensor, saved):
                     tensor.copy_(saved)

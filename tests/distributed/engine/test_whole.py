@@ -109,7 +109,7 @@ def check(found: Any, expected: Any, where: str = "") -> None:
 @pytest.mark.feature("the module after a run: called, copied, saved, changed, trained again")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_module_is_whole_after_a_run(ranks2: RankGroup, layout: str) -> None:
-    kind = Mixed if layout in ("dp2", "fsdp2") else Classifier
+    kind = Classifier if layout == "tp2" else Mixed
     expected = after_fit(None, kind)
     for found in ranks2.call(after_fit, layout, kind):
         check(found, expected)

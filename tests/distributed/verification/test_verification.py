@@ -24,17 +24,18 @@ from tests.harness import RankError, RankGroup
 
 
 class Random(Classifier):
-    """With dropout in blocks, noise in the step, and state that the step changes."""
+    """With dropout, noise, running statistics, and other state that the step changes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dropout = nn.Dropout(0.3)
+        self.norm = nn.BatchNorm1d(16)
         self.counted = 0
 
     def training_step(self, batch, batch_idx):
         self.counted += 1
         x = batch.pop("x")
-        batch["x"] = self.dropout(x) + 0.1 * torch.randn_like(x)
+        batch["x"] = self.norm(self.dropout(x)) + 0.1 * torch.randn_like(x)
         return super().training_step(batch, batch_idx)
 
 
