@@ -204,11 +204,13 @@ class Tracer(GhostObserver):
         back = {id(t): g for g in flat if isinstance(g, Ghost) for t in [real[id(g)]]}
         with ExitStack() as stack:
             for m in module.modules():
-                for key, value in list(m.__dict__.items()):
-                    if isinstance(value, Ghost):
-                        self.consume(value)
-                        m.__dict__.update({key: _random_like(value)})
-                        stack.callback(m.__dict__.__setitem__, key, value)
+                tables: list[Any] = [m.__dict__, own_parameters(m)]  # ghosts may be visible as parameters
+                for table in tables:
+                    for key, value in list(table.items()):
+                        if isinstance(value, Ghost):
+                            self.consume(value)
+                            table[key] = _random_like(value)
+                            stack.callback(table.__setitem__, key, value)
             args, kwargs = tree_map(lambda x: real[id(x)] if isinstance(x, Ghost) else x, (args, kwargs))
             for ghost in flat:
                 if isinstance(ghost, Ghost):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -129,8 +130,10 @@ class CausalLM(LightningModule):
         if not routers:
             return
         loads_LE = torch.stack([router.load for router in routers])
-        # ranks of `tp` count the same tokens, which does not change the relative loads
-        loads_LE = torch.as_tensor(self.all_gather(loads_LE)).view(-1, *loads_LE.shape).sum(dim=0)
+        if dist.is_available() and dist.is_initialized():
+            # over all ranks: a stage of a pipeline counts the loads of its own routers only; ranks of `tp` count the
+            # same tokens, which does not change the relative loads
+            dist.all_reduce(loads_LE)
         config = routers[0].config
         moving = self.trainer.global_step < config.bias_share * self._total_steps
         for router, load_E in zip(routers, loads_LE, strict=True):

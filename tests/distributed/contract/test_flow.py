@@ -38,7 +38,7 @@ def test_options(request: pytest.FixtureRequest, ranks2: RankGroup, one_process:
     for result in results:
         assert_equal(result["seen"], one_process[name]["seen"], name)
         # under `tp` and `pp` the loader is asked for once more, for a first batch to plan with
-        assert result["asked"] == one_process[name]["asked"] + (layout in ("tp2", "pp2"))
+        assert result["asked"] == one_process[name]["asked"] + (layout != "dp2")
 
 
 @pytest.mark.feature("fit, validate, test, predict, fit again")

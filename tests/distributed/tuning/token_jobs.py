@@ -66,7 +66,7 @@ class Tagger(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         size = batch["tokens"].numel()
-        if self.fits is not None and self.starts and size > self.fits[self.trainer.global_rank]:
+        if self.fits is not None and self.starts and size > self.fits[torch.distributed.get_rank()]:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return self.loss(batch)
 
