@@ -51,6 +51,11 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def first_problem(problem: str | None) -> str | None:
+    """Returns the first `problem` of any rank that is not None, on all ranks; None if there is none. Collective."""
+    return next((p for p in gather_objects(problem) if p is not None), None)
+
+
 def on_all_ranks(step: Callable[[], T]) -> T:
     """Runs `step`; if it raises on any rank, raises on all ranks. Collective.
 
@@ -62,7 +67,7 @@ def on_all_ranks(step: Callable[[], T]) -> T:
         out = step()
     except Exception as error:  # noqa: BLE001 -- raised on all ranks below
         problem = error_message(error)
-    problem = next((p for p in gather_objects(problem) if p is not None), None)
+    problem = first_problem(problem)
     if problem is not None:
         raise PartitionError(problem)
     return out  # type: ignore[return-value] -- there was no error

@@ -11,8 +11,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hybrid.adapt.division import BatchDivision, microbatch_sizes
+from lightning_hybrid.device_memory import share_of_memory
 from lightning_hybrid.tuning.batch_size import BatchSizeController
-from lightning_hybrid.tuning.device_memory import share_of_memory
 
 LADDER = 64
 """Upper limit of the search, as a multiple of the first size, where nothing else limits it. Empirical."""

@@ -166,7 +166,7 @@ class Engine:
         """
         if not self.divides_weights or self.whole.is_shown or self.is_removed:
             return
-        if failed or self.run.world.any_rank(not self.whole.fits(self.device)):
+        if failed or self.run.world.any_rank(not self.whole.fits(self.device, self.run.trainer.num_devices)):
             self.refusals.install()
         else:
             self.whole.show()

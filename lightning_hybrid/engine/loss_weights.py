@@ -37,6 +37,11 @@ BY_MICROBATCH = "_hybrid_weights"
 """Key of the weights of microbatches in what the last stage sends to the other stages."""
 
 
+def loss_of(out: Any) -> Any:
+    """Returns the loss in what a step has returned; None if it has returned none."""
+    return out.get("loss") if isinstance(out, Mapping) else out
+
+
 def weight_of(out: Any) -> float | None:
     """Returns the weight that a step has returned; None if it has returned no single number under that key.
 

@@ -22,7 +22,7 @@ from lightning_hybrid.collectives import share_object
 from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.context import StepContext
-from lightning_hybrid.engine.loss_weights import mean_loss, weight_of, weights_of_parts, with_weights
+from lightning_hybrid.engine.loss_weights import loss_of, mean_loss, weight_of, weights_of_parts, with_weights
 from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.engine.stage_bounds import stage_bounds
 from lightning_hybrid.ghosts.record import CrossingValue, Trace
@@ -247,7 +247,7 @@ class Pipeline:
             self.separate_gradients()
 
     def _loss(self, out: Any, step: _Step) -> Tensor:
-        loss = out.get("loss") if isinstance(out, dict) else out
+        loss = loss_of(out)
         if not isinstance(loss, Tensor):
             raise PartitionError(
                 f"`training_step` must return a loss under a layout with `pp`. Got {type(loss).__name__}. To skip a "

@@ -419,10 +419,14 @@ class Partition:
     # ---- the module as the user wrote it
 
     @contextmanager
-    def as_written(self) -> Iterator[None]:
-        """Disables everything installed on the module, and restores classes; the caller makes the weights whole."""
+    def as_written(self, *, batch_statistics: bool = False) -> Iterator[None]:
+        """Disables everything installed on the module, and restores classes; the caller makes the weights whole.
+
+        Args:
+            batch_statistics: True to keep the statistics of BatchNorm over all replicas.
+        """
         with ExitStack() as stack:
-            stack.enter_context(self.bare())
+            stack.enter_context(self.bare(batch_statistics=batch_statistics))
             if self.plan.layout.fsdp > 1:
                 stack.enter_context(sharding_hidden(self.root))
             if self.experts is not None:

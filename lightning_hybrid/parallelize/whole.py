@@ -7,16 +7,16 @@ shown whole outside of a run, `Refusals` raise for every use that would need the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hybrid.collectives import to_local
+from lightning_hybrid.device_memory import free_bytes
 from lightning_hybrid.ghosts.ghost import parameter_slots
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.placement import index_of, selected
@@ -26,6 +26,26 @@ from lightning_hybrid.spec.layout import Layout
 
 SHARE_OF_FREE_MEMORY = 0.25
 """Whole weights are shown after a run if they need at most this share of each rank's free memory. Empirical."""
+
+
+class Weights(NamedTuple):
+    """The whole weights of a module on one rank."""
+
+    values: dict[str, Tensor]
+    trained: dict[str, bool]
+    """`requires_grad` of each parameter on the ranks that hold it."""
+
+    @classmethod
+    def gather(cls, partition: Partition) -> Weights:
+        """Gathers copies of all weights on every rank. Collective over all ranks."""
+        partition.reshard()
+        parameters, local = partition.parameters, partition.parameters.local()
+        names = parameters.names
+        own = [float(n in local and local[n].requires_grad) for n in names]
+        flags = torch.tensor(own, device=parameters[names[0]].device if names else None)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        trained = dict(zip(names, map(bool, flags.tolist()), strict=True))
+        return cls({name: partition.whole_parameter(name) for name in names}, trained)
 
 
 class WholeModule:
@@ -49,30 +69,24 @@ class WholeModule:
 
     # ---- memory
 
-    def fits(self, device: torch.device) -> bool:
-        """Returns True if the whole weights need at most `SHARE_OF_FREE_MEMORY` of this rank's free memory."""
+    def fits(self, device: torch.device, ranks: int) -> bool:
+        """Returns True if the whole weights need at most `SHARE_OF_FREE_MEMORY` of this rank's free memory.
+
+        Args:
+            device: This rank's device.
+            ranks: Number of ranks on this machine.
+        """
         shapes = {n: self._partition.shape_of(n) for n in self._parameters.names}
         needed = sum(shape.numel() * self._parameters[n].element_size() for n, shape in shapes.items())
-        return needed <= SHARE_OF_FREE_MEMORY * free_bytes(device)
+        return needed <= SHARE_OF_FREE_MEMORY * (free_bytes(device, ranks) or 0)
 
     # ---- changes
 
     def show(self) -> None:
         """Gathers the weights, and shows the module whole. Collective over all ranks."""
-        partition = self._partition
-        partition.reshard()
-        wholes = {name: partition.whole_parameter(name) for name in self._parameters.names}
-        partition.share_buffers()
-        trained = dict(zip(wholes, self._trained(), strict=True))
-        self._put_whole({name: self._shown(name, whole, trained[name]) for name, whole in wholes.items()})
-
-    def _trained(self) -> list[bool]:
-        """Returns `requires_grad` of each parameter on the ranks that hold it. Collective over all ranks."""
-        local = self._parameters.local()
-        own = [float(n in local and local[n].requires_grad) for n in self._parameters.names]
-        flags = torch.tensor(own, device=self._parameters[self._parameters.names[0]].device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in flags.tolist()]
+        weights = Weights.gather(self._partition)
+        self._partition.share_buffers()
+        self._put_whole({n: self._shown(n, whole, weights.trained[n]) for n, whole in weights.values.items()})
 
     def _shown(self, name: str, whole: Tensor, trained: bool) -> Tensor:
         shown = self._emptied.pop(name, None)
@@ -179,20 +193,6 @@ def same_weights(wholes: Sequence[Tensor], device: torch.device) -> None:
             sent = whole.detach().to(device).contiguous()
             dist.broadcast(sent, 0)
             whole.copy_(sent)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Returns the free memory of a rank: of its accelerator, or its share of this machine's memory; 0 if not known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        available = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 0
-    return available // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
 
 
 # ---- where weights are not whole

@@ -14,13 +14,13 @@ from lightning_hybrid.adapt.division import BatchDivision, DivisionLimits
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.dataloader.map_shard import MapShard
 from lightning_hybrid.dataloader.peek import sample_batch
+from lightning_hybrid.device_memory import allocation_retries, device_name
 from lightning_hybrid.engine.engine import Engine, Listener
 from lightning_hybrid.engine.gradient_noise import GradientNoise
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.request import Request
 from lightning_hybrid.spec.stages import choose_microbatches, divides_into
-from lightning_hybrid.tuning.device_memory import allocation_retries, device_name
 from lightning_hybrid.tuning.memory_probe.probe import MemoryProbe, ProbeResult
 from lightning_hybrid.tuning.token_budget import TokenBudget
 

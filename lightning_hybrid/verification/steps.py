@@ -13,10 +13,9 @@ from torch import Tensor
 from lightning_hybrid._lightning_private import training_batch
 from lightning_hybrid._torch_private import BatchNorm
 from lightning_hybrid.batches import copied_batch
-from lightning_hybrid.collectives import to_local
-from lightning_hybrid.engine.loss_weights import weight_of
+from lightning_hybrid.engine.loss_weights import loss_of, mean_loss, weight_of
 from lightning_hybrid.engine.step import StepRunner
-from lightning_hybrid.engine.trials import step_undone
+from lightning_hybrid.engine.trials import preserved_training_state, step_undone
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.manual import IdleOptimizer, optimize_idly
 from lightning_hybrid.ghosts.preserve import preserved_module_state
@@ -78,8 +77,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
     with ExitStack() as stack:
         stack.enter_context(runner.gradients.synchronized())
         stack.enter_context(step_undone(runner))
-        stack.enter_context(_own_gradients(local.values()))
-        stack.enter_context(_kept_values(local.values()))
+        stack.enter_context(preserved_training_state(list(local.values()), []))
         outputs = stack.enter_context(_conditions(runner, how))
         if runner.noise is not None:
             runner.noise.measures = False
@@ -102,7 +100,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
         weight = None if weights is None else sum(weights)
         made = dict(programs)
     programs.update(made)  # the real step runs the same ones
-    return Outcome(loss=mean_loss(losses), gradients=gradients, weight=weight, parts=parts, outputs=outputs)
+    return Outcome(loss=mean_of(losses), gradients=gradients, weight=weight, parts=parts, outputs=outputs)
 
 
 def run_in_one_process(
@@ -140,7 +138,7 @@ def run_in_one_process(
         total = sum(weight for _, weight in found)
         divisor = total if weighted else len(parts)
         gradients = {n: None if p.grad is None else p.grad / (divisor or 1.0) for n, p in whole.items()}
-    return Outcome(loss=mean_loss(found), gradients=gradients, weight=total if weighted else None, outputs=outputs)
+    return Outcome(loss=mean_of(found), gradients=gradients, weight=total if weighted else None, outputs=outputs)
 
 
 def losses_in_one_process(
@@ -214,37 +212,10 @@ def _optimizes_manually(runner: StepRunner, backward: Callable[..., None]) -> bo
 
 
 def _loss_of(out: Any) -> Tensor | None:
-    loss = out.get("loss") if isinstance(out, Mapping) else out
+    loss = loss_of(out)
     return loss if isinstance(loss, Tensor) else None
 
 
-def mean_loss(found: Sequence[tuple[Tensor, float]]) -> Tensor | None:
-    """Returns the mean of losses by weight; None if there are none."""
-    total = sum(weight for _, weight in found)
-    if not found or not total:
-        return None
-    return torch.stack([loss.reshape(()).double() * weight for loss, weight in found if weight]).sum() / total
-
-
-@contextmanager
-def _kept_values(parameters: Any) -> Iterator[None]:
-    """Restores the values of `parameters`, which a step may write, at the end."""
-    before = [(to_local(p.detach()), to_local(p.detach()).clone()) for p in parameters]
-    try:
-        yield
-    finally:
-        for parameter, value in before:
-            parameter.copy_(value)
-
-
-@contextmanager
-def _own_gradients(parameters: Any) -> Iterator[None]:
-    """Removes the gradients of `parameters` for the duration of the context."""
-    before = [(p, p.grad) for p in parameters]
-    for parameter, _ in before:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in before:
-            parameter.grad = gradient
+def mean_of(found: Sequence[tuple[Tensor, float]]) -> Tensor | None:
+    """Returns the mean of losses by their weights; None if there are none."""
+    return mean_loss(*zip(*found, strict=True)) if found else None

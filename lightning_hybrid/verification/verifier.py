@@ -14,28 +14,28 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hybrid.batches import find_samples, split_batch
-from lightning_hybrid.collectives import error_message, gather_objects
+from lightning_hybrid.collectives import error_message, first_problem, gather_objects
+from lightning_hybrid.device_memory import free_bytes
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.loss_weights import place_of
 from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.batch_norm import has_batch_norm, normalizes_by_batch_only
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.spec.verify import Verify
-from lightning_hybrid.tuning.device_memory import available_bytes
 from lightning_hybrid.verification.compare import Differences, bound_of, differences, relative
 from lightning_hybrid.verification.fingerprint import fingerprint
 from lightning_hybrid.verification.steps import (
     Conditions,
     Outcome,
     losses_in_one_process,
-    mean_loss,
+    mean_of,
     run_in_one_process,
     run_under_layout,
 )
-from lightning_hybrid.verification.whole import Weights
 
 _MEAN_BOUND = 1e-4
 """Bound of the relative difference of a loss from the mean over parts of its batch, in single precision; empirical."""
@@ -128,11 +128,11 @@ class _Comparison:
     def _obstacle(self) -> str | None:
         """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
         needed = _COPIES * sum(p.elements for p in self.engine.plan.model.parameters.values()) * 4
-        available = available_bytes(self.engine.device, self.runner.root.trainer.num_devices)
+        available = free_bytes(self.engine.device, self.runner.root.trainer.num_devices)
         if available is None or needed <= available:
-            return _agreed(None)
+            return first_problem(None)
         problem = f"the whole model needs {needed / 2**30:.1f} GiB, a rank has {available / 2**30:.1f} GiB"
-        return _agreed(problem)
+        return first_problem(problem)
 
     # ---- one process
 
@@ -164,7 +164,7 @@ class _Comparison:
             outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs, self.how), None
         except Exception as error:  # noqa: BLE001 -- of the user's step, or memory is too short
             outcome, problem = None, error_message(error)
-        problem = _agreed(problem)
+        problem = first_problem(problem)
         return (outcome, None) if problem is None else (None, problem)
 
     def _differences(self, under: Outcome, whole: Outcome) -> Differences:
@@ -303,7 +303,7 @@ class _Comparison:
         """Checks that the loss is the mean over samples: the mean of the losses of equal parts of the batch."""
         what = "loss as a mean over samples"
         parts, problem = self._equal_parts()
-        problem = _agreed(problem)
+        problem = first_problem(problem)
         if problem is not None:
             self.rows.append((what, f"not checked: {problem}"))
             return
@@ -314,11 +314,11 @@ class _Comparison:
             problem = "the step gathers values of other replicas itself"
         except Exception as error:  # noqa: BLE001 -- of the user's step with a part of the batch
             problem = error_message(error)
-        problem = _agreed(problem)
+        problem = first_problem(problem)
         if problem is not None:
             self.rows.append((what, f"not checked: {problem}"))
             return
-        difference = self._worst(mean_loss(losses), whole, {}).loss
+        difference = self._worst(mean_of(losses), whole, {}).loss
         bound = max(_MEAN_BOUND, self.bound if self.bound > bound_of(torch.float32) else 0.0)
         if difference <= bound:
             self.rows.append((what, f"relative difference {difference:.1e} (bound {bound:.0e})"))
@@ -359,11 +359,6 @@ class _Comparison:
 
 def _refused_gather(*_: Any, **__: Any) -> None:
     raise _Gathers
-
-
-def _agreed(problem: str | None) -> str | None:
-    """Returns the first problem of any rank, on all ranks. Collective."""
-    return next((p for p in gather_objects(problem) if p is not None), None)
 
 
 def _has(gradients: Mapping[str, Tensor | None], name: str) -> bool:

@@ -20,6 +20,7 @@ from lightning_hybrid._torch_private import step_without_hooks
 from lightning_hybrid.adapt.memory import MemoryFit, fit_profiles, search_largest
 from lightning_hybrid.batches import tiled_batch
 from lightning_hybrid.collectives import to_local
+from lightning_hybrid.engine.loss_weights import loss_of
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.engine.trials import (
     drop_gradients,
@@ -283,7 +284,7 @@ class MemoryProbe:
         out = runner.weighted_step(None, 1.0, batch, *index)
         if first:
             drop_gradients(self._parameters)
-        loss = out.get("loss") if isinstance(out, dict) else out
+        loss = loss_of(out)
         if isinstance(loss, Tensor):
             runner.precision.backward(loss, root, None)
 

@@ -36,8 +36,8 @@ def share_of_memory(device: torch.device, share: float) -> int:
     return int(share * torch.cuda.get_device_properties(device).total_memory)
 
 
-def available_bytes(device: torch.device, ranks: int) -> int | None:
-    """Returns the bytes that this rank can still allocate; None if they are unknown.
+def free_bytes(device: torch.device, ranks: int) -> int | None:
+    """Returns the free memory of a rank: of its accelerator, or its share of the host's memory; None if it is unknown.
 
     Args:
         device: This rank's device.
