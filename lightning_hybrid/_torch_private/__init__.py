@@ -65,7 +65,6 @@ from lightning_hybrid._torch_private.loaders import replace_parts
 from lightning_hybrid._torch_private.modules import (
     BatchNorm,
     InstanceNorm,
-    NormBase,
     flat_weight_names,
     gradient_hooks_of,
     hook_tables,
@@ -90,7 +89,6 @@ __all__ = [
     "announce_collectives",
     "ATTENTION",
     "BatchNorm",
-    "NormBase",
     "TESTED_TORCH",
     "warn_if_untested",
     "DispatchMode",

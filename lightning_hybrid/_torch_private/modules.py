@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 BatchNorm = _BatchNorm
 """The base class of all modules that normalize with the statistics of the batch."""
-NormBase = _NormBase
-"""The base class of all modules that keep running statistics, of batches or of instances."""
 
 InstanceNorm = _InstanceNorm
 """The base class of all modules that normalize each sample, and may keep running statistics."""

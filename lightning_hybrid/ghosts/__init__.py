@@ -9,8 +9,7 @@ record: the record of a dry run.
 use: records how a step uses weights and results of units.
 manual: optimizers that do nothing, for a dry run of manual optimization.
 preserve: restores module state after a dry run.
-objects: copies of Python objects, and differences between two copies.
+objects: copies the content of Python objects, to compare and restore it.
 state: the state of the user's code in a module.
-contract: which state a step changes.
 trees: tensors in nested arguments.
 """

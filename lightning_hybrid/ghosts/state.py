@@ -1,22 +1,29 @@
-"""The state of the user's code in a module: where it is, how to copy it, and what a step has changed."""
+"""The state of the user's code in a module: where it is, and how to copy and restore it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_hybrid._torch_private import NormBase, own_buffers
-from lightning_hybrid.ghosts.contract import StatePlace
+from lightning_hybrid._torch_private import own_buffers
 from lightning_hybrid.ghosts.objects import Copy
 
 _OTHERS = ("lightning_hybrid.", "torch.", "lightning.", "torchmetrics.")
 """Packages whose classes have no attributes of the user."""
+
+
+class StatePlace(NamedTuple):
+    """A place that holds state: an attribute or a buffer of a module, or an attribute of a class."""
+
+    owner: str
+    """Name of the module; `class NAME` for an attribute of a class of the user."""
+    key: str
 
 
 class ModuleState:
@@ -86,30 +93,8 @@ class ModuleState:
             if place not in copies:
                 self.set(place, MISSING)
 
-    def changed(self, before: dict[StatePlace, Copy]) -> list[StatePlace]:
-        """Returns the places whose content is not that of `before`."""
-        found = [p for p, c in self.copies().items() if p not in before or not before[p].same_as(c)]
-        found += [p for p in before if self.get(p) is MISSING]
-        return found + [p for p in self._statistics(found) if p not in found]
 
-    def _statistics(self, changed: list[StatePlace]) -> list[StatePlace]:
-        """Returns the statistics of normalizations among `changed`, whose updates on ghosts leave no trace."""
-        owners = {p.owner for p in changed if p.key == "num_batches_tracked"}
-        norms = [(n, self._holders[n]) for n in owners if isinstance(self._holders.get(n), NormBase)]
-        return [
-            StatePlace(n, key) for n, m in norms for key in ("running_mean", "running_var") if key in own_buffers(m)
-        ]
-
-
-class _Missing:
-    def __repr__(self) -> str:
-        return "MISSING"
-
-    def __reduce__(self) -> str:
-        return "MISSING"
-
-
-MISSING: Any = _Missing()
+MISSING: Any = object()
 """Stands for an attribute that does not exist."""
 _CLASS_STATE = (int, float, str, bool, list, dict, set, torch.Tensor)
 

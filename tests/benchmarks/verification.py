@@ -13,11 +13,11 @@ import time
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 
-from lightning_hybrid import HybridStrategy, Layout
+from lightning_hybrid import Layout
 from lightning_hybrid.data import StdlibText
 from lightning_hybrid.models import CausalLM, TransformerConfig
+from tests.distributed.jobs import quiet, trainer_for
 from tests.harness import RankGroup
 
 SIZES = {"quickstart": (128, 4, 4), "50M": (640, 10, 10)}
@@ -37,22 +37,13 @@ class _Times(L.Callback):
 
 def run(size: str, layout: str, verify: str, batch: int, steps: int) -> tuple[list[float], int]:
     """Seconds of each training batch, and the number of parameters."""
-    torch.set_num_threads(1)
+    quiet()
     L.seed_everything(0, verbose=False)
     width, blocks, heads = SIZES[size]
     module = CausalLM(TransformerConfig(width=width, blocks=blocks, heads=heads, context_length=128))
     count, times = sum(p.numel() for p in module.parameters()), _Times()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=Layout.parse(layout).devices,
-        strategy=HybridStrategy(layout, verify=verify),
-        max_steps=steps,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[times],
+    trainer, _ = trainer_for(
+        layout, strategy_options={"verify": verify}, max_steps=steps, limit_val_batches=0, callbacks=[times]
     )
     trainer.fit(module, StdlibText(batch_size=batch, context_length=128))
     return times.steps, count

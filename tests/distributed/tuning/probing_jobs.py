@@ -174,7 +174,7 @@ def snapshot(trainer: Any, module: Any) -> dict[str, Any]:
     found["metrics"] = {k: float(v) for k, v in trainer.logged_metrics.items()}
     found["progress"] = str(trainer.fit_loop.epoch_loop.state_dict())
     if runner.pipeline is not None:
-        found["shapes"] = len(runner.pipeline._prepared)
+        found["shapes"] = len(runner.pipeline.prepared)
     if runner.partition.experts is not None:
         found["loads"] = sorted(runner.partition.experts.collect_loads())
     return found
