@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_hybrid._lightning_private import is_overridden
 from lightning_hybrid.engine.first_batch import Sample
 from lightning_hybrid.engine.optimizer import OptimizerWrapper
 from lightning_hybrid.engine.run import Run
