@@ -72,6 +72,7 @@ class Engine:
             partition.tensor.use_rng(self.rng)
         for reader in (partition, self.metrics, self.hook_logs):
             reader.padding = lambda: self.runner.padding
+        self.metrics.in_step = lambda: run.in_step > 0
         partition.alone = lambda: self.runner.predicts
         partition.on_remove = self.runner.gradients.release
         self.whole = WholeModule(partition)

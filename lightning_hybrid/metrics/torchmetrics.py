@@ -55,6 +55,8 @@ class Metrics:
         self._inside = False
         self.padding: Callable[[], bool] = lambda: False
         """Returns True if this replica's samples of the running step are padding."""
+        self.in_step: Callable[[], bool] = lambda: False
+        """Returns True while a step of the user runs."""
         self._undo: Callable[[], None] | None = None
 
     def install(self) -> None:
@@ -204,7 +206,7 @@ class Metrics:
         reductions = metric_reductions(metric)
         states = {name: getattr(metric, name) for name in reductions}
         owner, layout = self._owners.get(id(metric)), self._mesh.layout
-        if layout.replicas > 1 and torch.is_grad_enabled():
+        if layout.replicas > 1 and self.in_step() and torch.is_grad_enabled():
             _check_no_gradient(metric, states)
         if layout.pp > 1 and owner is not None and not self._inside:  # inside a step only the owner runs this
             states = share_object(states, owner, self._mesh.log_stage_group, metric.device)

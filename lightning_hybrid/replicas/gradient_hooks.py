@@ -57,7 +57,8 @@ class GradientHooks:
                     setattr(parameter, key, table)
 
     def copy_to(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Registers the user's hooks on other parameters, without those of this package in the same tables."""
+        """Registers the user's present hooks on other parameters, without those of this package in the same tables."""
+        self.collect()
         for name, tables in self._tables.items():
             for key, table in tables.items():
                 users = OrderedDict((i, hook) for i, hook in table.items() if not _is_ours(hook))

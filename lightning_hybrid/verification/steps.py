@@ -142,11 +142,24 @@ def run_in_one_process(
 
 
 def losses_in_one_process(
-    runner: StepRunner, weights: Weights, batches: Sequence[tuple], kwargs: dict[str, Any], how: Conditions
+    runner: StepRunner,
+    weights: Weights,
+    batches: Sequence[tuple],
+    kwargs: dict[str, Any],
+    how: Conditions,
+    shares: Sequence[float],
 ) -> list[tuple[Tensor, float]]:
-    """Returns the loss of the whole module, and its weight, for each of `batches`, the arguments of a training step.
+    """Returns the loss of the whole module, and its weight, for each of `batches`.
 
     BatchNorm uses its running statistics: its batch is the global one, whatever the samples of this rank.
+
+    Args:
+        runner: Runs the steps of the partitioned module.
+        weights: The whole weights.
+        batches: The arguments of each training step.
+        kwargs: Keyword arguments of `training_step`.
+        how: The conditions of the compared steps.
+        shares: The weight of each loss whose step returns no weight.
     """
     found: list[tuple[Tensor, float]] = []
     with whole_module(runner.partition, weights), _conditions(runner, how), torch.no_grad(), ExitStack() as stack:
@@ -154,11 +167,11 @@ def losses_in_one_process(
         for module in runner.root.modules():
             if isinstance(module, BatchNorm):
                 stack.enter_context(patched(module, training=False))
-        for args in batches:
+        for args, share in zip(batches, shares, strict=True):
             with _undone(runner):
                 loss, weight = _forward(runner, args, kwargs)
                 if loss is not None:
-                    found.append((loss, 1.0 if weight is None else weight))
+                    found.append((loss, share if weight is None else weight))
     return found
 
 

@@ -13,7 +13,8 @@ from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_hybrid.batches import find_samples, split_batch
+from lightning_hybrid._lightning_private import hands_out_its_iterator
+from lightning_hybrid.batches import split_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.device_memory import free_bytes
 from lightning_hybrid.engine.engine import Engine
@@ -21,32 +22,23 @@ from lightning_hybrid.engine.loss_weights import place_of
 from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.parallelize.whole import Weights
-from lightning_hybrid.patching import patched
-from lightning_hybrid.replicas.batch_norm import has_batch_norm, normalizes_by_batch_only
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.spec.verify import Verify
 from lightning_hybrid.verification.compare import Differences, bound_of, differences, relative
 from lightning_hybrid.verification.fingerprint import fingerprint
+from lightning_hybrid.verification.mean import MeanCheck
 from lightning_hybrid.verification.steps import (
     Conditions,
     Outcome,
-    losses_in_one_process,
-    mean_of,
     run_in_one_process,
     run_under_layout,
 )
 
-_MEAN_BOUND = 1e-4
-"""Bound of the relative difference of a loss from the mean over parts of its batch, in single precision; empirical."""
 _FLOAT8_BOUND = 0.25
 """Bound of relative differences where matmuls compute in 8 bits; empirical."""
 _COPIES = 3
 """Memory that a step of one process needs, in sizes of the model: weights, gradients, and activations; empirical."""
-
-
-class _Gathers(Exception):  # noqa: N818 -- not an error
-    """Raised where the user's step gathers values of other replicas."""
 
 
 class Verifier:
@@ -117,7 +109,13 @@ class _Comparison:
             weights = Weights.gather(self.partition)
             problem = self._compare(weights)
             if problem is None and self.layout.replicas > 1:
-                self._check_mean(weights)
+                check = MeanCheck(self.engine, weights, self.args, self.kwargs, self.how)
+                result, message = check.run(self.loss, self.bound, counts=self.weight > 0)
+                if message is not None and self.verify.strict:
+                    raise PartitionError(f"`verify='strict'`: {message}")
+                self.rows.append(("loss as a mean over samples", result))
+                if message is not None:
+                    rank_zero_warn(message)
         if problem is not None:
             self.rows.append(("loss and gradients", f"not compared with one process: {problem}"))
         if dist.get_rank() == 0:
@@ -127,6 +125,8 @@ class _Comparison:
 
     def _obstacle(self) -> str | None:
         """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
+        if hands_out_its_iterator(self.runner.root.trainer):
+            return "the step reads its batches itself (`dataloader_iter`)"
         needed = _COPIES * sum(p.elements for p in self.engine.plan.model.parameters.values()) * 4
         available = free_bytes(self.engine.device, self.runner.root.trainer.num_devices)
         if available is None or needed <= available:
@@ -296,69 +296,6 @@ class _Comparison:
         )
         sentences = gather_objects(own)
         return next((s for s in sentences if s is not None), "The outputs of all modules are equal.")
-
-    # ---- the loss
-
-    def _check_mean(self, weights: Weights) -> None:
-        """Checks that the loss is the mean over samples: the mean of the losses of equal parts of the batch."""
-        what = "loss as a mean over samples"
-        parts, problem = self._equal_parts()
-        problem = first_problem(problem)
-        if problem is not None:
-            self.rows.append((what, f"not checked: {problem}"))
-            return
-        try:
-            with patched(self.runner.root.trainer.strategy, all_gather=_refused_gather):
-                whole, losses = self._losses(weights, parts)
-        except _Gathers:
-            problem = "the step gathers values of other replicas itself"
-        except Exception as error:  # noqa: BLE001 -- of the user's step with a part of the batch
-            problem = error_message(error)
-        problem = first_problem(problem)
-        if problem is not None:
-            self.rows.append((what, f"not checked: {problem}"))
-            return
-        difference = self._worst(mean_of(losses), whole, {}).loss
-        bound = max(_MEAN_BOUND, self.bound if self.bound > bound_of(torch.float32) else 0.0)
-        if difference <= bound:
-            self.rows.append((what, f"relative difference {difference:.1e} (bound {bound:.0e})"))
-            return
-        message = (
-            f"{place_of(self.runner.root)} computes a loss that is not the mean over the samples of "
-            f"its batch: on {len(parts)} parts of the first batch it is off by {difference:.1%}. Under "
-            f"`layout='{self.layout}'` each replica computes it on its own samples, as under DistributedDataParallel, "
-            'which differs from one process by about as much. Return `{"loss": ..., "weight": number_of_tokens}` for a '
-            "mean over tokens, gather the embeddings of a contrastive loss by `self.all_gather(..., sync_grads=True)`, "
-            "or use a layout of `tp` and `pp`."
-        )
-        if self.verify.strict:
-            raise PartitionError(f"`verify='strict'`: {message}")
-        self.rows.append((what, f"differs by {difference:.1%}, see the warning"))
-        rank_zero_warn(message)
-
-    def _losses(self, weights: Weights, parts: list[tuple]) -> tuple[Tensor | None, list[tuple[Tensor, float]]]:
-        """Returns the loss of this replica's batch, and those of its parts with their weights."""
-        if not has_batch_norm(self.runner.root):
-            return self.loss, losses_in_one_process(self.runner, weights, parts, self.kwargs, self.how)
-        # the parts are compared without statistics of the batch, so the whole has to be, too
-        (whole, _), *losses = losses_in_one_process(self.runner, weights, [self.args, *parts], self.kwargs, self.how)
-        return whole, losses
-
-    def _equal_parts(self) -> tuple[list[tuple], str | None]:
-        if normalizes_by_batch_only(self.runner.root):
-            return [], "the step normalizes by statistics of its batch"
-        known = self.runner.known_samples()
-        size = find_samples(self.args[0], known).count
-        if size is None:
-            return [], "the batch cannot be split by samples"
-        count = next((n for n in range(2, size + 1) if size % n == 0), 0)
-        if not count:
-            return [], "a replica has one sample"
-        return [(part, *self.args[1:]) for part in split_batch(self.args[0], count, known)], None
-
-
-def _refused_gather(*_: Any, **__: Any) -> None:
-    raise _Gathers
 
 
 def _has(gradients: Mapping[str, Tensor | None], name: str) -> bool:

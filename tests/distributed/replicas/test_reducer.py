@@ -90,8 +90,9 @@ def log(keys: dict[int, list[str]], count: int = 1) -> dict[str, float]:
                 recorder.root.log(f"{key}{i}", float(rank))
                 recorder.root.log(f"{key}{i} max", float(rank), reduce_fx="max")
                 recorder.root.log(f"{key}{i} sum", 1.0, reduce_fx="sum")
-    reduce_over_replicas(recorder.entries, mesh, torch.device("cpu"))
-    return {e.name: float(e.value) / (e.weight if e.reduction == "mean" else 1) for e in recorder.entries}
+    entries = recorder.reduced()
+    reduce_over_replicas(entries, mesh, torch.device("cpu"))
+    return {e.name: float(e.value) / (e.weight if e.reduction == "mean" else 1) for e in entries}
 
 
 @pytest.mark.parametrize("count", [1, 40])

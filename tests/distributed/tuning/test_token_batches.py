@@ -48,6 +48,11 @@ def test_a_step_is_on_the_mean_over_its_tokens(
     close(results[0], expected)
 
 
+def test_a_mean_over_samples_is_weighted_by_tokens_with_a_warning(ranks2: RankGroup) -> None:
+    with pytest.raises(RankError, match=r"UserWarning: .*a loss that is not the mean over the tokens of its batch"):
+        ranks2.call(jobs.train, "dp2", over="samples")
+
+
 @pytest.mark.parametrize("workers", [0, slow(2)])
 def test_accumulation_and_replicas_are_the_same(ranks2: RankGroup, workers: int) -> None:
     """Shuffled, with another order in each epoch."""
@@ -116,6 +121,7 @@ def test_samples_are_divided_by_their_lengths(request: pytest.FixtureRequest, la
     found = ranks.call(jobs.by_length, layout, True, **options)
     close(found[0], jobs.of_whole_batches(16))
     if layout != "pp2":
+        options["strategy_options"] = {"verify": "off"}  # which says that this run is not on the mean over tokens
         in_turn = ranks.call(jobs.by_length, layout, False, **options)
         spread = [
             [max(c) / (sum(c) / len(c)) for c in zip(*(r["tokens"][:7] for r in x), strict=True)]

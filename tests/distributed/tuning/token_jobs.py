@@ -44,13 +44,14 @@ def padded(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.
 
 
 class Tagger(L.LightningModule):
-    """Classes of tokens; the loss is the mean over the tokens of its batch."""
+    """Classes of tokens; the loss is the mean over the tokens of its batch, or over its samples."""
 
-    def __init__(self, fits: dict[int, int] | None = None) -> None:
+    def __init__(self, fits: dict[int, int] | None = None, over: str = "tokens") -> None:
         super().__init__()
         self.embedding = nn.Embedding(32, 16)
         self.blocks = nn.ModuleList(Block(16) for _ in range(4))
         self.head = nn.Linear(16, 8)
+        self.over = over
         self.fits, self.starts = fits, False
         """By rank: elements of a microbatch that its memory has room for; once the module is partitioned."""
         self.shapes: list[tuple[int, ...]] = []
@@ -72,6 +73,9 @@ class Tagger(L.LightningModule):
 
     def loss(self, batch):
         logits = self(batch["tokens"])
+        if self.over == "samples":
+            losses = nn.functional.cross_entropy(logits.mT, batch["classes"], ignore_index=PADDING, reduction="none")
+            return (losses.sum(1) / (batch["classes"] != PADDING).sum(1)).mean()
         return nn.functional.cross_entropy(logits.flatten(0, 1), batch["classes"].flatten(), ignore_index=PADDING)
 
     def configure_optimizers(self):
@@ -105,12 +109,13 @@ def train(
     ckpt_path: str | None = None,
     short_of_memory_at: tuple[int, ...] = (),
     workers: int = 0,
+    over: str = "tokens",
     **options: Any,
 ) -> dict[str, Any]:
     """A run's weights, and the shapes of its batches."""
     quiet()
     L.seed_everything(7, verbose=False)
-    module, data = Tagger(fits), Sequences()
+    module, data = Tagger(fits, over), Sequences()
     sampler = TokenBatchSampler(data.lengths, max_tokens, shuffle=shuffle, multiple_of=multiple_of)
     seen = Seen(sampler)
     callbacks: list[L.Callback] = [seen]
