@@ -28,17 +28,19 @@ def mentions(objects: Iterable[Any], name: str) -> bool:
 
 
 def _functions_of(obj: Any) -> list[Any]:
-    """Returns the functions of an object's classes, and those among its attributes."""
+    """Returns the functions of an object's classes by the user, and those among its attributes."""
     found: list[Any] = []
     for cls in type(obj).__mro__:
+        if _is_ours(cls):
+            continue
         for value in vars(cls).values():
             found += [value.fget] if isinstance(value, property) else [getattr(value, "__func__", value)]
     found += [getattr(value, "__func__", value) for value in vars(obj).values() if callable(value)]
     return [getattr(f, "__wrapped__", f) for f in found]
 
 
-def _is_ours(function: Any) -> bool:
-    return str(getattr(function, "__module__", "")).startswith(_OWN_PACKAGES)
+def _is_ours(definition: Any) -> bool:
+    return str(getattr(definition, "__module__", "")).startswith(_OWN_PACKAGES)
 
 
 def _names(code: CodeType) -> set[str]:

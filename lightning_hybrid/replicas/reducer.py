@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +22,8 @@ from lightning_hybrid.spec.layout import Layout
 
 BUCKET_BYTES = 25 * 1024 * 1024
 """The bucket size of DistributedDataParallel (Li et al., 2020, section 4.2: 25 MB is robust across models)."""
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 class _Bucket:
@@ -99,7 +101,7 @@ class ReplicaReducer:
         self.on_complete: Callable[[], None] = lambda: None
         """Called when this rank has all gradients, before the wait for other ranks."""
         self._scale = 1.0 / replicas
-        self._buckets = [_Bucket(chunk) for chunk in _chunks(list(parameters)[::-1])]
+        self._buckets = [_Bucket(chunk) for chunk in in_buckets(list(parameters)[::-1])]
         self._bucket_of = {p: b for b in self._buckets for p in b.parameters}
         self._next = 0
         self._queued = self._finished = self._waits = False
@@ -162,19 +164,20 @@ class ReplicaReducer:
             bucket.collect()
 
 
-def _chunks(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    chunks: list[list[nn.Parameter]] = []
+def in_buckets(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
+    """Returns `tensors` in lists of one dtype and device, with at most `BUCKET_BYTES` each or one tensor."""
+    buckets: list[list[AnyTensor]] = []
     sizes: dict[tuple, int] = {}
-    open_chunk: dict[tuple, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        kind = (parameter.dtype, parameter.device)
-        size = parameter.numel() * parameter.element_size()
-        if kind not in open_chunk or sizes[kind] + size > BUCKET_BYTES:
-            open_chunk[kind], sizes[kind] = [], 0
-            chunks.append(open_chunk[kind])
-        open_chunk[kind].append(parameter)
+    open_bucket: dict[tuple, list[AnyTensor]] = {}
+    for tensor in tensors:
+        kind = (tensor.dtype, tensor.device)
+        size = tensor.numel() * tensor.element_size()
+        if kind not in open_bucket or sizes[kind] + size > BUCKET_BYTES:
+            open_bucket[kind], sizes[kind] = [], 0
+            buckets.append(open_bucket[kind])
+        open_bucket[kind].append(tensor)
         sizes[kind] += size
-    return chunks
+    return buckets
 
 
 def sum_over_holders(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from lightning_hybrid.replicas.reducer import in_buckets
 
 _EXACT_BOUND = 1e-3
 """Bound of relative differences in single precision. Sums in another order differ by about 1e-6 to 1e-5; empirical."""
@@ -56,15 +59,29 @@ def relative(found: float, expected: float) -> float:
     return abs(found - expected) / max(abs(expected), 1e-6)
 
 
-def differences(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> dict[str, float]:
-    """Returns the norm of the difference of each gradient, relative to the norm of the expected one.
+def differences(
+    found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], names: Iterable[str]
+) -> dict[str, float]:
+    """Returns the norm of the difference of each gradient in `names`, relative to the norm of the expected one.
 
     A gradient that is missing on one side counts as zero. The norm of a negligible gradient is replaced by a small
     part of the norm of all gradients, since rounding errors of the whole step reach it.
     """
     norms = {n: 0.0 if g is None else float(_norm(g)) for n, g in expected.items()}
     floor = _NEGLIGIBLE * math.sqrt(sum(x * x for x in norms.values()))
-    return {n: _difference(found.get(n), g, max(norms[n], floor)) for n, g in expected.items()}
+    return {n: _difference(found.get(n), expected.get(n), max(norms.get(n, 0.0), floor)) for n in names}
+
+
+def mean_over(group: dist.ProcessGroup, tensors: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Returns the sums of `share` x tensor over the ranks of `group`, by name. Collective."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    means: dict[str, Tensor] = {}
+    for bucket in in_buckets(tensors.values()):
+        flat = torch.cat([t.reshape(-1) for t in bucket]) * share
+        dist.all_reduce(torch.view_as_real(flat) if flat.is_complex() else flat, group=group)
+        parts = flat.split([t.numel() for t in bucket])
+        means |= {names[id(t)]: part.view(t.shape) for t, part in zip(bucket, parts, strict=True)}
+    return means
 
 
 def _difference(found: Tensor | None, expected: Tensor | None, scale: float) -> float:

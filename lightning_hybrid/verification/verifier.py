@@ -20,12 +20,11 @@ from lightning_hybrid.device_memory import free_bytes
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.loss_weights import place_of
 from lightning_hybrid.float8 import Float8Precision
-from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.spec.verify import Verify
-from lightning_hybrid.verification.compare import Differences, bound_of, differences, relative
+from lightning_hybrid.verification.compare import Differences, bound_of, differences, mean_over, relative
 from lightning_hybrid.verification.fingerprint import fingerprint
 from lightning_hybrid.verification.mean import MeanCheck
 from lightning_hybrid.verification.steps import (
@@ -147,7 +146,7 @@ class _Comparison:
             self.how = replace(self.how, equal_rows=True)
             return self._compare(weights)
         self.loss = whole.loss
-        found = self._differences(under, whole)
+        found = self._differences(under, whole, weights)
         if not found.within(self.bound):
             repeated, _ = self._in_one_process(weights, [self.args])
             if repeated is None or not self._differences_of_processes(whole, repeated).within(self.bound):
@@ -167,7 +166,7 @@ class _Comparison:
         problem = first_problem(problem)
         return (outcome, None) if problem is None else (None, problem)
 
-    def _differences(self, under: Outcome, whole: Outcome) -> Differences:
+    def _differences(self, under: Outcome, whole: Outcome, weights: Weights) -> Differences:
         """Compares the step under the layout with the mean of the replicas' steps in one process. Collective."""
         partition, group = self.partition, self.engine.mesh.replica_group
         names = partition.parameters.names
@@ -180,32 +179,23 @@ class _Comparison:
         flags = torch.tensor([[_has(o.gradients, n) for n in names] for o in (under, whole)], dtype=torch.float32)
         flags = flags.to(self.engine.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        present = flags.tolist()
-        gradients: dict[str, float] = {}
-        found: dict[str, Tensor | None] = {}
-        expected: dict[str, Tensor | None] = {}
-        for name, made, wanted in zip(names, *present, strict=True):
-            parameter: Any = partition.parameters[name]
-            if made:
-                part = under.gradients.get(name)
-                if part is None and not isinstance(parameter, Ghost):
-                    part = torch.zeros_like(parameter)
-                found[name] = partition.whole_of(name, part) * scale
-            if wanted:
-                total = whole.gradients[name]
-                total = torch.zeros(partition.shape_of(name), device=self.engine.device) if total is None else total
-                if self.engine.diloco is None:  # else replicas keep their own gradients
-                    total = total * own
-                    dist.all_reduce(total, group=group)
-                    total = total / (float(weight) or 1.0)
-                expected[name] = total
-        gradients = differences(
-            found, {n: expected.get(n) for n in (*expected, *(n for n in found if n not in expected))}
-        )
+        made, wanted = ([n for n, has in zip(names, row, strict=True) if has] for row in flags.tolist())
+        stage = self.engine.mesh.rank("pp")
+        found = {n: self._found(n, under) * scale for n in made if partition.plan.ranks_of(n)[0] == stage}
+        expected = {n: _or_zero(whole.gradients[n], weights.values[n]) for n in wanted}
+        if self.engine.diloco is None:  # else replicas keep their own gradients
+            expected = mean_over(group, expected, own / (float(weight) or 1.0))
+        here = [n for n in wanted if n not in made] + list(found)
+        gradients = dict.fromkeys([*made, *wanted], 0.0) | differences(found, expected, here)
         return self._worst(under.loss, whole.loss, gradients)
 
+    def _found(self, name: str, under: Outcome) -> Tensor:
+        """Returns the whole gradient of a parameter of this rank's stage. Collective over the ranks that hold it."""
+        parameter = self.partition.parameters[name]
+        return self.partition.gathered(name, _or_zero(under.gradients.get(name), parameter))
+
     def _differences_of_processes(self, one: Outcome, other: Outcome) -> Differences:
-        return self._worst(one.loss, other.loss, differences(one.gradients, other.gradients))
+        return self._worst(one.loss, other.loss, differences(one.gradients, other.gradients, other.gradients))
 
     def _worst(self, found: Tensor | None, expected: Tensor | None, gradients: dict[str, float]) -> Differences:
         """Returns the largest of each difference over all ranks. Collective."""
@@ -296,6 +286,10 @@ class _Comparison:
         )
         sentences = gather_objects(own)
         return next((s for s in sentences if s is not None), "The outputs of all modules are equal.")
+
+
+def _or_zero(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if gradient is None else gradient
 
 
 def _has(gradients: Mapping[str, Tensor | None], name: str) -> bool:
