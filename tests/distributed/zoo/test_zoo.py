@@ -1,8 +1,8 @@
 """Every architecture of the zoo under every layout: exact, or refused as the table says; never wrong, crashed or hung.
 
 By default each case runs on two ranks under one axis that divides the data and one that divides the model; the other
-schedules and the products of axes run for cases that differ in what they ask of the mechanism. Everything else is marked
-slow: `pytest -m slow tests/distributed`, or the same with a table as its result: `python -m tests.zoo.report`.
+schedules and the products of axes run for cases that differ in what they ask of the mechanism. Everything else is
+marked slow: `pytest -m slow tests/distributed`, or the same with a table as its result: `python -m tests.zoo.report`.
 """
 
 from __future__ import annotations
