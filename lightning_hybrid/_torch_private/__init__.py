@@ -46,7 +46,13 @@ from lightning_hybrid._torch_private.dispatch import (
     wrap_others,
     written_arguments,
 )
-from lightning_hybrid._torch_private.frames import location_of, main_thread_location, user_location, user_location_in
+from lightning_hybrid._torch_private.frames import (
+    is_users_collective,
+    location_of,
+    main_thread_location,
+    user_location,
+    user_location_in,
+)
 from lightning_hybrid._torch_private.fsdp import (
     ReduceScatter,
     UnreducedParameter,
@@ -134,6 +140,7 @@ __all__ = [
     "keep_inputs",
     "limit_waiting",
     "local_part",
+    "is_users_collective",
     "location_of",
     "main_thread_location",
     "make_wrapper",

@@ -19,6 +19,16 @@ _SKIPPED_FOLDERS = (
     contextlib.__file__,
 )
 _COLLECTIVE_PLACES = tuple(str(p) for p in (_TORCH / "distributed", _TORCH / "_ops.py", _TORCH / "autograd", _PACKAGE))
+_COLLECTIVES = tuple(
+    str(_TORCH / name)
+    for name in (
+        "distributed/distributed_c10d.py",
+        "distributed/c10d_logger.py",
+        "distributed/nn/functional.py",
+        "overrides.py",
+    )
+)
+_TORCHMETRICS = str(_TORCH.parent / "torchmetrics")
 _EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
 _OTHERS_CODE = (
@@ -49,6 +59,16 @@ def user_location_in(traceback: TracebackType | None) -> str:
             found = f"{code.co_filename}:{traceback.tb_lineno} ({code.co_name})"
         traceback = traceback.tb_next
     return found
+
+
+def is_users_collective() -> bool:
+    """Returns True if the user's code has called the collective of torch that calls the caller of this function."""
+    frame = sys._getframe(2)
+    while frame is not None and (
+        frame.f_code.co_filename.startswith(_COLLECTIVES) or frame.f_code.co_name.endswith("__torch_function__")
+    ):
+        frame = frame.f_back
+    return frame is not None and not frame.f_code.co_filename.startswith((*_SKIPPED_FOLDERS, _TORCHMETRICS))
 
 
 def location_of(function: Any) -> str:

@@ -15,6 +15,7 @@ from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.launch.world import World
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.patching import ignored_warning, patched
+from lightning_hybrid.replicas.users_collectives import refused_collectives
 from lightning_hybrid.rng.state import agree
 from lightning_hybrid.spec.layout import Layout
 
@@ -76,6 +77,8 @@ class Run:
         # `compat.averaging` keeps averages of parts
         self.patches.enter_context(ignored_warning(r".*WeightAveraging doesn't support sharding model layers.*"))
         if torch.distributed.get_world_size() > 1:
+            layout, in_step = lambda: self.data.mesh.layout, lambda: self.in_step > 0
+            self.patches.enter_context(refused_collectives(layout, in_step))
             self.patches.enter_context(self.world.preemption.installed(self.trainer))
             self.patches.enter_context(self.world.stopping.installed(self.trainer))
 
