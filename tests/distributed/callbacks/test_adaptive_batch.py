@@ -28,11 +28,11 @@ def group_of(request: pytest.FixtureRequest, layout: str) -> RankGroup:
         ("fsdp2", 2, "1F1B", 1),
         ("tp2", 1, "1F1B", 1),
         ("pp2", 1, "1F1B", 4),
-        ("pp2", 1, "GPipe", 4),
+        slow("pp2", 1, "GPipe", 4),
         ("pp2", 1, "Interleaved1F1B", 4),
         ("pp2", 1, "ZBVZeroBubble", 4),
-        ("pp2", 1, "DualPipeV", 4),
-        ("fsdp2-pp2", 2, "1F1B", 2),
+        slow("pp2", 1, "DualPipeV", 4),
+        slow("fsdp2-pp2", 2, "1F1B", 2),
         slow("dp2-tp2", 2, "1F1B", 1),
         slow("tp2-pp2", 1, "1F1B", 4),
     ],
@@ -49,7 +49,7 @@ def test_noise_equals_that_of_single_parts(
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize(("layout", "replicas", "group"), [("ep2", 2, 2), ("fsdp2-ep2", 4, 2)])
+@pytest.mark.parametrize(("layout", "replicas", "group"), [("ep2", 2, 2), slow("fsdp2-ep2", 4, 2)])
 def test_noise_with_divided_experts(request: pytest.FixtureRequest, layout: str, replicas: int, group: int) -> None:
     results = group_of(request, layout).call(jobs.noise, layout, "Mixture")
     expected = jobs.noise_of_parts(replicas, 1, "Mixture", group=group)
@@ -86,7 +86,7 @@ def check_steps(found: dict[str, Any], expected: dict[str, Any]) -> None:
     ("layout", "batch", "microbatches"),
     [
         slow("dp2", 2, 1),
-        ("pp2", 4, 2),
+        slow("pp2", 4, 2),
         slow("fsdp2", 2, 1),
         slow("fsdp2-pp2", 2, 2),
     ],
@@ -101,7 +101,7 @@ def test_every_change_of_accumulation(
 
 
 @pytest.mark.parametrize("workers", [0, 2, -2], ids=["no workers", "workers", "workers that persist"])
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
+@pytest.mark.parametrize("layout", ["dp2", slow("fsdp2")])
 def test_loader_of_other_batches(ranks2: RankGroup, layout: str, workers: int) -> None:
     divisions = [(2, 1, 1), (4, 2, 1), (1, 3, 1), (8, 1, 1), (2, 2, 1), (6, 1, 1)]
     steps = [2 * batch * batches for batch, batches, _ in divisions]
@@ -130,7 +130,7 @@ def test_pipeline_of_other_microbatches(ranks2: RankGroup, schedule: str) -> Non
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("layout", ["dp2", slow("fsdp2"), "tp2", "pp2", slow("fsdp2-pp2")])
+@pytest.mark.parametrize("layout", ["dp2", *map(slow, ("fsdp2", "tp2", "pp2", "fsdp2-pp2"))])
 def test_run_is_that_of_a_plain_loop(request: pytest.FixtureRequest, layout: str) -> None:
     found = group_of(request, layout).call(jobs.adapt, layout, samples=3200)
     assert len(found[0]["events"]) >= 2
@@ -145,7 +145,7 @@ def test_run_is_that_of_a_plain_loop(request: pytest.FixtureRequest, layout: str
 @pytest.mark.parametrize(
     ("layouts", "options"),
     [
-        ({20: "tp2-pp2"}, {}),
+        slow({20: "tp2-pp2"}, {}),
         slow({10: "tp2-pp2", 40: "fsdp4", 60: "dp2-pp2"}, {}),
         pytest.param(
             {10: "pp4", 20: "dp2-fsdp2"},
@@ -314,7 +314,7 @@ def test_batch_that_replicas_cannot_share(ranks2: RankGroup) -> None:
 
 
 @pytest.mark.feature("`AdaptiveBatchSize(memory=...)`")
-@pytest.mark.parametrize("layout", [slow("dp2"), "fsdp2", slow("tp2"), "pp2"])
+@pytest.mark.parametrize("layout", [*map(slow, ("dp2", "fsdp2", "tp2")), "pp2"])
 def test_microbatch_that_fits_on_all_ranks(ranks2: RankGroup, layout: str) -> None:
     options: dict[str, Any] = {"options": {"memory": "device"}, "fits": {0: 300, 1: 37}}
     found = ranks2.call(jobs.adapt, layout, samples=1600, batch=64, **options)

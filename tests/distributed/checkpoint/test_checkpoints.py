@@ -39,7 +39,7 @@ def assert_goes_on(resumed: list[dict], whole: list[dict], step: int) -> None:
 
 
 @pytest.mark.feature("resuming within an epoch, bit-identical")
-@pytest.mark.parametrize("layout", quick(TWO, "fsdp2", "tp2", "pp2"))
+@pytest.mark.parametrize("layout", quick(TWO, "fsdp2", "pp2"))
 def test_the_same_layout_goes_on_bit_for_bit(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = ranks2.call(jobs.run, layout, str(tmp_path))
     for step in (3, jobs.STEPS_PER_EPOCH, 7):  # in the first epoch, between the two, and in the second
@@ -93,7 +93,7 @@ def test_to_another_layout_in_mid_epoch(ranks2: RankGroup, tmp_path: Path, saved
 
 
 @pytest.mark.feature("checkpoints: consolidated into one plain file")
-@pytest.mark.parametrize("layout", [slow("fsdp2"), "tp2", "pp2"])
+@pytest.mark.parametrize("layout", [slow("fsdp2"), slow("tp2"), "pp2"])
 def test_one_plain_file(ranks2: RankGroup, tmp_path: Path, layout: str):
     """What Lightning loads in one process, goes on from there, and what any program reads."""
     whole = ranks2.call(jobs.run, layout, str(tmp_path), dropout=0.0, every=3)[0]
@@ -236,7 +236,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [slow(False), True])
 def test_a_full_disk_costs_the_new_checkpoint_only(ranks2: RankGroup, small_disk: Path, asynchronous: bool):
     expected = ranks2.call(jobs.run, "fsdp2")[0]
     result = ranks2.call(jobs.run, "fsdp2", str(small_disk), checkpoints={"asynchronous": asynchronous})[0]

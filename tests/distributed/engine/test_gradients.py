@@ -11,7 +11,7 @@ import torch
 from tests.distributed.engine import gradient_jobs as jobs
 from tests.distributed.reference import reference
 from tests.harness import RankGroup
-from tests.pairwise import pairwise
+from tests.pairwise import pairwise, quick, slow
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 FEATURE = "`param.grad` in `on_after_backward` and `on_before_optimizer_step`"
@@ -38,7 +38,7 @@ def check_gradients(results: list[dict], expected: list[tuple[str, dict[str, tor
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize(("layout", "accumulate"), pairwise([*TWO, "dp2-pp2", "fsdp2-pp2"], [1, 3]))
+@pytest.mark.parametrize(("layout", "accumulate"), [*pairwise([*TWO, "fsdp2-pp2"], [1, 3]), slow("dp2-pp2", 3)])
 def test_reading_gradients(request, layout, accumulate):
     options: dict[str, Any] = {"gradient_clip_val": 0.05, "accumulate_grad_batches": accumulate}
     expected = reference(jobs.with_gradients, None, {}, **options)
@@ -50,7 +50,10 @@ def test_reading_gradients(request, layout, accumulate):
 @pytest.mark.feature(FEATURE)
 @pytest.mark.parametrize(
     ("layout", "accumulate", "where"),
-    pairwise([*TWO, "dp2-pp2", "fsdp2-pp2"], [1, 3], ["on_after_backward", "on_before_optimizer_step"]),
+    [
+        *pairwise([*TWO, "fsdp2-pp2"], [1, 3], ["on_after_backward", "on_before_optimizer_step"]),
+        slow("dp2-pp2", 3, "on_after_backward"),
+    ],
 )
 def test_changing_gradients(request, layout, accumulate, where):
     change = {"factor": 0.5, "where": where}
@@ -62,7 +65,7 @@ def test_changing_gradients(request, layout, accumulate, where):
 
 
 @pytest.mark.parametrize("tied", ["trained", "frozen"])
-@pytest.mark.parametrize("layout", ["pp2", "fsdp2-pp2"])
+@pytest.mark.parametrize("layout", ["pp2", slow("fsdp2-pp2")])
 def test_a_weight_of_several_stages(request, layout, tied):
     change: dict[str, Any] = {"factor": 0.5, "where": "on_after_backward"}
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "tied": tied}
@@ -84,7 +87,11 @@ def test_a_callback_of_one_rank(ranks2: RankGroup, layout):
     ("layout", "optimizer"),
     [
         *itertools.product(TWO, ["sgd", "head"]),
-        *pairwise(["dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"], ["sgd", "head"]),
+        *quick(
+            itertools.product(["dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"], ["sgd", "head"]),
+            ("fsdp2-pp2", "head"),
+            ("tp2-pp2", "sgd"),
+        ),
     ],
 )
 def test_norms_of_gradients(request, layout, optimizer):
