@@ -9,10 +9,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.reshard.relayout import RelayoutResult
 from lightning_hybrid.spec.errors import PartitionError
 from tests.distributed.experts.expert_jobs import Counting, Mixture
@@ -45,14 +45,10 @@ def _whole_state(strategy: Any) -> dict[str, torch.Tensor]:
         local = partition.parameters.local()
         for name in partition.parameters.names:
             entry = optimizer.state.get(local[name], {}) if name in local else {}
-            kinds: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(
-                kinds, sorted(k for k, v in entry.items() if v.ndim and v.shape == local[name].shape)
-            )
+            kinds = gather_objects(sorted(k for k, v in entry.items() if v.ndim and v.shape == local[name].shape))
             for kind in sorted(set().union(*kinds)):
                 found[f"{number}/{kind}/{name}"] = partition.whole_of(name, entry.get(kind))
-            steps: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(steps, float(entry["step"]) if "step" in entry else None)
+            steps = gather_objects(float(entry["step"]) if "step" in entry else None)
             assert len({s for s in steps if s is not None}) < 2
             found[f"{number}/step/{name}"] = torch.tensor([s for s in steps if s is not None][:1])
     return {k: v.clone() for k, v in found.items()}
