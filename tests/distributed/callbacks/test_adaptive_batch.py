@@ -237,7 +237,7 @@ def test_resumed_run_decides_as_the_whole(ranks2: RankGroup, layout: str, tmp_pa
     assert len(changes) >= 2
     epoch_end = next(i for i in range(len(whole["steps"])) if i and whole["epochs"][i] == 1)
     places = (changes[0], changes[0] + 1, changes[1] - 1, changes[1], epoch_end)
-    for step in (changes[0], epoch_end) if layout == "dp2" else places:
+    for step in (epoch_end,) if layout == "dp2" else places:
         path = str(tmp_path / f"{step}.ckpt")
         ranks2.call(jobs.adapt, layout, save=path, save_at=step, **options)
         found = ranks2.call(jobs.adapt, layout, ckpt_path=path, **options)[0]

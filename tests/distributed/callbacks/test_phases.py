@@ -19,6 +19,7 @@ def close(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_layouts_by_steps_samples_and_tokens(ranks4: RankGroup) -> None:
     """16 numbers in a sample are its tokens."""
     phases = [

@@ -74,6 +74,7 @@ def test_hot_experts_are_separated(ranks4: RankGroup) -> None:
     check(found, ranks4.call(jobs.train, "dp2-ep2", False, experts=True, steps=24)[0])
 
 
+@pytest.mark.slow
 def test_hot_experts_get_copies(ranks4: RankGroup) -> None:
     """All tokens go to one expert: no placement without copies helps."""
     options: dict[str, Any] = {"experts": True, "steps": 24, "module_options": {"chosen": 1}}

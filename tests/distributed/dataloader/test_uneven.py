@@ -82,7 +82,7 @@ def test_two_ranks(ranks2: RankGroup, layout, case):
 
 
 @pytest.mark.feature(by="case", prefix="data: ", layout=FOUR)
-@pytest.mark.parametrize("case", quick(FIRST, "accumulation", "fewer samples than replicas"))
+@pytest.mark.parametrize("case", quick(FIRST, "fewer samples than replicas"))
 def test_four_ranks(ranks4: RankGroup, case):
     assert_like_one_process(
         ranks4.call(data_jobs.train, FOUR, **CASES[case]), reference(data_jobs.train, None, **CASES[case]), FOUR

@@ -59,7 +59,6 @@ def test_two_ranks(ranks2: RankGroup, references, layout, setting):
         itertools.product(FOUR, ["accumulate and clip", "adamw with groups and a scheduler"]),
         ("tp2-pp2", "accumulate and clip"),
         ("fsdp2-tp2", "adamw with groups and a scheduler"),
-        ("fsdp2-pp2", "adamw with groups and a scheduler"),
     ),
 )
 def test_four_ranks(ranks4: RankGroup, references, layout, setting):
@@ -122,7 +121,7 @@ def test_a_consolidated_checkpoint_is_one_that_lightning_reads(ranks2: RankGroup
 
 
 @pytest.mark.feature("a model built in `configure_model` is never materialized in full on a rank")
-@pytest.mark.parametrize("layout", quick(TWO[1:], "fsdp2", "pp2"))
+@pytest.mark.parametrize("layout", quick(TWO[1:], "pp2"))
 def test_a_model_built_in_configure_model_never_exists_whole_on_a_rank(ranks2: RankGroup, layout):
     for peak, size in ranks2.call(jobs.peak_of_build, layout, 1024):
         assert size > 60

@@ -33,7 +33,7 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
     [
         ("ep2", {}),
         slow("ep2", {"strategy_options": {"recompute": "full"}}),
-        ("fsdp2-ep2", {}),
+        slow("fsdp2-ep2", {}),
         slow("dp2-ep2", {"accumulate_grad_batches": 2}),
         ("ep2-pp2", {}),
         slow("ep2-pp2", {"strategy_options": {"schedule": "ZBVZeroBubble"}}),

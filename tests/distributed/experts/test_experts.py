@@ -129,9 +129,7 @@ def test_checkpoint_of_whole_experts_goes_on_divided(ranks2: RankGroup, tmp_path
 
 @pytest.mark.parametrize(
     "layouts",
-    quick(
-        ["ep2, dp2", "dp2, ep2", "ep2, tp2", "fsdp2-ep2, ep2-tp2", "ep2-tp2, fsdp4"], "ep2, dp2", "fsdp2-ep2, ep2-tp2"
-    ),
+    quick(["ep2, dp2", "dp2, ep2", "ep2, tp2", "fsdp2-ep2, ep2-tp2", "ep2-tp2, fsdp4"], "ep2, dp2"),
 )
 def test_taken_off_again(request: pytest.FixtureRequest, layouts: str) -> None:
     results = group_of(request, layouts).call(jobs.fit, layouts)

@@ -45,6 +45,7 @@ def _check(results: list[dict[str, Any]], times: int = 1) -> None:
         assert {"train_loss", "val_bits"} <= set(result["metrics"][0])
 
 
+@pytest.mark.slow
 def test_lightning_launcher(tmp_path: Path) -> None:
     code, output = _run(str(SCRIPT), "--layout", "pp2", "--out", str(tmp_path))
     _check(_results(tmp_path, code, output))

@@ -10,6 +10,7 @@ import torch
 
 from tests.distributed.reshard import relayout_jobs as jobs
 from tests.harness import RankError, RankGroup
+from tests.pairwise import slow
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_random_layouts_are_one_run(ranks4: RankGroup, plain: dict[str, Any], se
     check(found, plain)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [slow(0), slow(1), slow(2)])
 def test_experts_move(ranks4: RankGroup, seed: int) -> None:
     layouts = jobs.random_layouts(seed, 30, experts=True)
     assert any("ep" in layout for layout in layouts.values())

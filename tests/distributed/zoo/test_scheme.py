@@ -23,7 +23,7 @@ def ranks_of(request: pytest.FixtureRequest, layout: str) -> RankGroup:
 
 
 @pytest.mark.feature("Muon combined with AdamW (`models.Muon`)")
-@pytest.mark.parametrize("layout", quick([*TWO, *FOUR], "fsdp2", "ep2", "tp2"))
+@pytest.mark.parametrize("layout", quick([*TWO, *FOUR], "fsdp2", "ep2"))
 def test_muon(request: pytest.FixtureRequest, layout: str) -> None:
     optimizer = {"name": "muon"}
     results = ranks_of(request, layout).call(jobs.fit, layout, optimizer=optimizer)
