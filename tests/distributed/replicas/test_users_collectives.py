@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
+from tests.support import refused
 
 
 class Communicates(Classifier):
@@ -60,12 +61,15 @@ def fit(layout: str, where: str, what: str) -> list[float]:
 @pytest.mark.feature("user code: collectives of its own, in hooks")
 @pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2", "pp2"], "dp2", "tp2", "pp2"))
 @pytest.mark.parametrize("what", quick(["all_reduce", "all_gather_object"], "all_reduce"))
-def test_sums_over_copies_are_refused(ranks2: RankGroup, layout: str, what: str) -> None:
+def test_sums_over_copies_are_refused(
+    request: pytest.FixtureRequest, ranks2: RankGroup, layout: str, what: str
+) -> None:
     if layout in ("dp2", "fsdp2"):
         assert ranks2.call(fit, layout, "hook", what) == [[48.0]] * 2
         return
     with pytest.raises(RankError, match=rf"test_users_collectives.py:\d+ \(_communicate\).*`layout='{layout}'`"):
         ranks2.call(fit, layout, "hook", what)
+    refused(request)
 
 
 @pytest.mark.parametrize("layout", quick(["tp2", "pp2"], "pp2"))
@@ -75,7 +79,8 @@ def test_what_is_right_for_copies_runs(ranks2: RankGroup, layout: str) -> None:
 
 @pytest.mark.feature("user code: collectives of its own, in the step")
 @pytest.mark.parametrize("layout", quick(["tp2", "pp2"], "pp2"))
-def test_in_the_step(ranks2: RankGroup, layout: str) -> None:
+def test_in_the_step(request: pytest.FixtureRequest, ranks2: RankGroup, layout: str) -> None:
     for what in ("all_reduce",) if layout == "tp2" else ("all_reduce", "broadcast"):
         with pytest.raises(RankError, match=rf"PartitionError: .*\(_communicate\).*`layout='{layout}'`"):
             ranks2.call(fit, layout, "training_step", what)
+    refused(request)

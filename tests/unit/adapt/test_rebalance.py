@@ -59,9 +59,9 @@ def test_too_few_places() -> None:
 def test_cuts_of_a_deep_model_are_found_at_once() -> None:
     rng = random.Random(1)
     costs = [rng.uniform(0.5, 2) for _ in range(128)]
-    began = time.perf_counter()
+    began = time.process_time()
     best_cuts(costs, [rng.uniform(0.8, 2) for _ in range(16)], 32, range(1, 128))
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_slow_stage_is_a_slow_rank_until_times_contradict() -> None:
@@ -102,10 +102,10 @@ def test_experts_of_58_layers_are_placed_at_once() -> None:
         loads = [1 / (i + 1) for i in range(256)]
         rng.shuffle(loads)
         layers.append(loads)
-    began = time.perf_counter()
+    began = time.process_time()
     for loads in layers:
         place_experts(loads, 32, 32)
-    assert time.perf_counter() - began < 0.5, "0.05 s on a machine that does nothing else"
+    assert time.process_time() - began < 0.5, "0.05 s on a machine that does nothing else"
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -173,9 +173,9 @@ def test_one_of_four_ranks_is_half_as_fast() -> None:
 def test_sequences_are_packed_close_to_the_bound() -> None:
     rng = random.Random(2)
     costs = [sequence_cost(int(min(8192, 64 * rng.paretovariate(1.2))), 1024) for _ in range(1024)]
-    began = time.perf_counter()
+    began = time.process_time()
     found = pack(costs, 64)
-    assert time.perf_counter() - began < 0.05
+    assert time.process_time() - began < 0.05
     assert sorted(i for b in found for i in b) == list(range(1024))
     totals = [sum(costs[i] for i in b) for b in found]
     assert max(totals) <= 1.01 * max(sum(costs) / 64, max(costs))
