@@ -10,6 +10,7 @@ from lightning_hybrid._lightning_private.accumulation import (
     end_windows,
     steps_after_batch,
 )
+from lightning_hybrid._lightning_private.begun import fresh_optimizers_set, training_loaders_set
 from lightning_hybrid._lightning_private.callbacks import (
     average_of,
     average_options,
@@ -140,6 +141,7 @@ __all__ = [
     "evaluation_batch",
     "forget_schedulers_before_averaging",
     "fresh_optimizers",
+    "fresh_optimizers_set",
     "hands_out_its_iterator",
     "reload_validation",
     "loaders_of_running_batch",
@@ -166,5 +168,6 @@ __all__ = [
     "steps_after_batch",
     "training_batch",
     "training_loaders",
+    "training_loaders_set",
     "watch_parts",
 ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import sys
 import threading
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ _TORCH, _PACKAGE = Path(torch.__file__).parent, Path(__file__).parent.parent
 _SKIPPED_FOLDERS = (
     str(_TORCH),
     str(_PACKAGE),
-    *(str(_TORCH.parent / n) for n in ("lightning", "pytorch_lightning")),
+    *(str(_TORCH.parent / n) for n in ("lightning", "pytorch_lightning", "torchmetrics")),
     contextlib.__file__,
 )
 _COLLECTIVE_PLACES = tuple(str(p) for p in (_TORCH / "distributed", _TORCH / "_ops.py", _TORCH / "autograd", _PACKAGE))
@@ -28,7 +29,6 @@ _COLLECTIVES = tuple(
         "overrides.py",
     )
 )
-_TORCHMETRICS = str(_TORCH.parent / "torchmetrics")
 _EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
 _OTHERS_CODE = (
@@ -43,19 +43,18 @@ def user_location() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        installed = "-packages" in name  # inside the folder of the standard library
-        if not name.startswith((*_SKIPPED_FOLDERS, "<")) and (installed or not name.startswith(_STANDARD_LIBRARY)):
+        if _is_of_user(name):
             return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
     return "unknown location"
 
 
 def user_location_in(traceback: TracebackType | None) -> str:
-    """Returns the innermost frame of `traceback` outside torch, Lightning and this package, as `user_location`."""
+    """Returns the innermost frame of `traceback` in the user's code, as `user_location` does."""
     found = "unknown location"
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if not code.co_filename.startswith(_SKIPPED_FOLDERS) and not code.co_filename.startswith("<"):
+        if _is_of_user(code.co_filename):
             found = f"{code.co_filename}:{traceback.tb_lineno} ({code.co_name})"
         traceback = traceback.tb_next
     return found
@@ -68,13 +67,41 @@ def is_users_collective() -> bool:
         frame.f_code.co_filename.startswith(_COLLECTIVES) or frame.f_code.co_name.endswith("__torch_function__")
     ):
         frame = frame.f_back
-    return frame is not None and not frame.f_code.co_filename.startswith((*_SKIPPED_FOLDERS, _TORCHMETRICS))
+    return frame is not None and not frame.f_code.co_filename.startswith(_SKIPPED_FOLDERS)
+
+
+def _is_of_user(name: str) -> bool:
+    installed = "-packages" in name  # inside the folder of the standard library
+    return not name.startswith((*_SKIPPED_FOLDERS, "<")) and (installed or not name.startswith(_STANDARD_LIBRARY))
 
 
 def location_of(function: Any) -> str:
     """Returns where a user's function or method begins, as `file.py:12 (function)`."""
     code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
     return "unknown location" if code is None else f"{code.co_filename}:{code.co_firstlineno} ({code.co_name})"
+
+
+def read_site() -> str:
+    """Returns a key of the place in the code that reads a value: equal whenever the same instruction reads.
+
+    The place is the innermost instruction outside this package, for example in `torch.distributions`, and the line of
+    the user's code that leads to it.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(str(_PACKAGE)):
+        frame = frame.f_back
+    inner = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}:{frame.f_lasti}"
+    return f"{inner} {user_location()}"
+
+
+def explicitly_raised(error: BaseException) -> bool:
+    """Returns True if a `raise` or `assert` statement has raised `error`, not an operation that has failed."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    return dis.opname[traceback.tb_frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
 
 
 def main_thread_location() -> tuple[str, bool]:

@@ -25,8 +25,8 @@ from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.loss_weights import loss_of, mean_loss, weight_of, weights_of_parts, with_weights
 from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.engine.stage_bounds import stage_bounds
+from lightning_hybrid.ghosts.dry_run import trace_step
 from lightning_hybrid.ghosts.record import CrossingValue, Trace
-from lightning_hybrid.ghosts.trace import trace_step
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.outputs import extras, join
 from lightning_hybrid.metrics.torchmetrics import Metrics
@@ -211,7 +211,7 @@ class Pipeline:
     def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
         """Runs one stage on microbatch `index`; returns the tensors to send, or the result of the last stage."""
         step, name = self._step, self._step.context.name
-        run = StageRun(program, inputs, self.device, self._metrics)
+        run = StageRun(program, inputs, self.device, self._metrics, self.partition.parameters.observer)
         self._rng.begin(index)
         method = getattr(self.root, name)
         interceptor = self.partition.interceptor

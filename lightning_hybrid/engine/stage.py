@@ -14,10 +14,18 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_hybrid._torch_private import is_plain, is_view, tree_flatten, tree_map, tree_unflatten
+from lightning_hybrid._torch_private import (
+    is_plain,
+    is_view,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from lightning_hybrid.ghosts.free_code import FreeCall, FreeCalls
 from lightning_hybrid.ghosts.ghost import Ghost, ghost_like, unit_of_other_stage
-from lightning_hybrid.ghosts.record import CrossingValue, Trace
+from lightning_hybrid.ghosts.reads import AnsweredReads
+from lightning_hybrid.ghosts.record import CrossingValue, Trace, UnitCall, shapes_of
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -67,6 +75,8 @@ class StageRun:
     inputs: Sequence[torch.Tensor]
     device: torch.device
     metrics: Metrics
+    observer: AnsweredReads = field(default_factory=AnsweredReads)
+    """Observes the ghosts of this rank; answers reads in code that earlier stages run with values."""
     calls: int = 0
     own: bool = False
     """True from the entry of the stage's first unit on; code of the user then belongs to this stage."""
@@ -74,6 +84,7 @@ class StageRun:
 
     def __post_init__(self) -> None:
         program = self.program
+        self.observer.answers = program.trace.answers
         self.own, self._grad = program.first == 0, torch.is_grad_enabled()
         sources = [v.source for v in (*program.sent, *program.received)]
         self._wanted = {call for kind, call, _ in sources if kind == "out"}
@@ -91,7 +102,7 @@ class StageRun:
             return out
         leaves, spec = tree_flatten(out)
         if call in self._ghosts:
-            leaves = [ghost_like(x) if is_plain(x) else x for x in leaves]
+            leaves = [ghost_like(x, self.observer) if is_plain(x) else x for x in leaves]
             out = tree_unflatten(leaves, spec)
         for i, leaf in enumerate(leaves):
             self._outputs["free", call, i] = leaf
@@ -104,7 +115,7 @@ class StageRun:
         with self.paused():
             if self.own:
                 return self.metrics.call(metric, kind, call, args, kwargs)
-            return Ghost(torch.empty((), device="meta"), torch.device("cpu"))
+            return Ghost(torch.empty((), device="meta"), torch.device("cpu"), self.observer)
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Skips the call, runs it, or aborts the step, depending on the index of the call."""
@@ -130,15 +141,32 @@ class StageRun:
             args, kwargs = tree_map(_received, (args, kwargs))
         if index >= program.first:
             out = call(*args, **kwargs)
-        elif recorded[index].skippable:
+        elif self._is_like(recorded[index], args, kwargs):
             out = self._skip(index, args, kwargs)
         else:
             with unit_of_other_stage():
-                out = call(*args, **kwargs)
+                out = self._as_recorded(recorded[index], call(*args, **kwargs))
         if index in self._wanted:
             for i, leaf in enumerate(tree_flatten(out)[0]):
                 self._outputs["out", index, i] = leaf
         return out
+
+    def _is_like(self, record: UnitCall, args: tuple, kwargs: dict) -> bool:
+        """Returns True if the results of a call on an earlier stage have the shapes of the dry run."""
+        return record.skippable and shapes_of(tree_leaves((args, kwargs))) == record.shapes
+
+    def _as_recorded(self, record: UnitCall, out: Any) -> Any:
+        """Returns what a unit of another stage has returned, with ghosts for tensors that it could not fill."""
+        leaves, spec = tree_flatten(out)
+        if len(leaves) != len(record.leaves):
+            return out
+        kinds = [kind for kind, _ in record.leaves]
+        ghosts = [kind == "ghost" and is_plain(x) for x, kind in zip(leaves, kinds, strict=True)]
+        if not any(ghosts):
+            return out
+        return tree_unflatten(
+            [ghost_like(x, self.observer) if g else x for x, g in zip(leaves, ghosts, strict=True)], spec
+        )
 
     def _skip(self, index: int, args: tuple, kwargs: dict) -> Any:
         record = self.program.trace.calls[index]
@@ -146,7 +174,7 @@ class StageRun:
         leaves: list[Any] = []
         for kind, value in record.leaves:
             if kind == "ghost":
-                leaves.append(Ghost(value, self.device))
+                leaves.append(Ghost(value, self.device, self.observer))
             else:
                 leaves.append(flat[value] if kind == "in" else value)
         return tree_unflatten(leaves, record.spec)  # type: ignore[arg-type]
@@ -210,7 +238,9 @@ class StageRun:
                 raise PartitionError(
                     f"A pipeline needs equal shapes in every microbatch of a step. The tensor before "
                     f"`{self.program.trace.calls[self.program.stop or 0].name}` had shape {value.shape} in the dry "
-                    f"run and is {got} now."
+                    f"run and is {got} now. If its size depends on values of the batch, such as those of a mask, "
+                    "select after the last block, keep all elements and multiply by the mask, or use a layout "
+                    "without `pp`."
                 )
             values.append(_to_send(tensor))
         if torch.is_grad_enabled() and self.program.sends_token:

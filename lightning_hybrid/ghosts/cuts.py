@@ -43,7 +43,9 @@ class ValueFlow:
     arguments: Sequence[Mapping[int, int]]
     """For each call, the leaf of its arguments that each value is, by uid."""
     reads: Sequence[tuple[int, str]]
-    """Intervals and places that read the value of a tensor."""
+    """Intervals and places that read the value of a tensor, where it decides what the step computes."""
+    writes: Sequence[tuple[int, str]]
+    """Intervals and places that write values into tensors that the step has not created."""
     told: Mapping[int, str]
     """Calls of units that have read values of tensors and told later code more than tensors, with the unit's name."""
 
@@ -83,6 +85,11 @@ def _cut(flow: ValueFlow, c: int, written: Mapping[int, int]) -> Cut:
 
 
 def _early_refusal(flow: ValueFlow, c: int) -> str | None:
+    where = next((where for interval, where in flow.writes if interval < c), None)
+    if where is not None:
+        return (
+            f"{where} writes a value that is computed before this point into another tensor, which later stages cannot"
+        )
     where = next((where for interval, where in flow.reads if interval < c), None)
     if where is not None:
         return f"{where} reads the value of a tensor before this point, which later stages cannot"

@@ -26,13 +26,14 @@ from lightning_hybrid._torch_private import (
     make_wrapper,
     mark_as_parameter,
     own_parameters,
-    run_on_meta,
     tree_flatten,
+    tree_leaves,
     tree_map_only,
     tree_unflatten,
     user_location,
     written_arguments,
 )
+from lightning_hybrid.ghosts.shapes import shapes_of_result
 
 _aten = torch.ops.aten
 _WHOLE_READS = ("tolist", "numpy", "__array__")
@@ -80,6 +81,10 @@ class GhostObserver:
             "pipeline stage."
         )
 
+    def shaped_by(self, ghost: Ghost) -> None:
+        """Called when the shape of a result depends on the values of `ghost`; raises, or lets an example decide."""
+        self.read(ghost)
+
     def written(self, func: Any, target: torch.Tensor) -> None:
         """Called when a real tensor `target` is written in place with the value of a ghost."""
         if _elsewhere.get():
@@ -98,6 +103,8 @@ class Ghost(torch.Tensor):
     observer: GhostObserver
     uid: int
     """Id set by the observer; -1 if none is set."""
+    made_by: Any
+    """The operator that has made this ghost; None for a ghost that was made otherwise."""
     wants_grad: bool
     """For a ghost of a parameter: True if the parameter is trained."""
     gradient_hooks: dict[str, OrderedDict]
@@ -114,7 +121,7 @@ class Ghost(torch.Tensor):
         self = make_wrapper(cls, meta, device, requires_grad)
         self.meta, self.received, self.uid, self.wants_grad = meta, None, -1, requires_grad
         self.observer = observer if observer is not None else GhostObserver()
-        self.gradient_hooks = {}
+        self.gradient_hooks, self.made_by = {}, None
         return self
 
     def register_hook(self, hook: Any) -> RemovableHandle:
@@ -138,6 +145,11 @@ class Ghost(torch.Tensor):
     def __deepcopy__(self, memo: dict) -> Ghost:
         return self
 
+    def __format__(self, spec: str) -> str:
+        if self.received is not None:
+            return format(self.received, spec)
+        return format(self.item(), spec) if spec and not self.ndim else repr(self)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Ghost(shape={tuple(self.meta.shape)}, dtype={self.meta.dtype})"
 
@@ -157,25 +169,33 @@ class Ghost(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        flat, spec = tree_flatten((args, kwargs or {}))
-        ghosts = [x for x in flat if isinstance(x, Ghost)]
+        if torch.is_inference_mode_enabled():  # ghosts of inference could not become views of others
+            with torch.inference_mode(False), torch.no_grad():
+                return cls.__torch_dispatch__(func, types, args, kwargs)
+        ghosts = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Ghost)]
         observer, device = ghosts[0].observer, ghosts[0].device
         packet = func.overloadpacket
-        if packet in _VALUE_READS:
-            return observer.read(ghosts[0])
         observer.used(func, ghosts)
-        _check_real_writes(func, args, observer)
+        if packet in _VALUE_READS:
+            return observer.read(_truth_of(func, ghosts[0]) if packet is _aten.equal else ghosts[0])
+        _check_real_writes(func, args, kwargs or {}, observer)
         if packet is TO_COPY:
             device = (kwargs or {}).get("device") or device
-        meta_args, meta_kwargs = tree_unflatten([_to_meta(x) for x in flat], spec)
-        out = run_on_meta(func, meta_args, meta_kwargs)
-        known = {id(g.meta): g for g in ghosts}
+        out, meta_args, meta_kwargs = shapes_of_result(
+            func, args, kwargs or {}, Ghost, lambda: observer.shaped_by(ghosts[0])
+        )
+        known: dict[int, Any] = {id(g.meta): g for g in ghosts}
+        if is_mutable(func):  # it returns what it writes, which may be real
+            known |= {id(meta): real for real, meta in zip(args, meta_args, strict=True)}
         new: list[Ghost] = []
 
-        def wrap(tensor: torch.Tensor) -> Ghost:
+        def wrap(tensor: torch.Tensor) -> torch.Tensor:
             if id(tensor) in known:
                 return known[id(tensor)]  # an in-place operation returns its own argument
+            if tensor.device.type != "meta":
+                return tensor
             ghost = Ghost(tensor, device, observer)
+            ghost.made_by = packet
             new.append(ghost)
             return ghost
 
@@ -185,21 +205,19 @@ class Ghost(torch.Tensor):
         return wrapped
 
 
-def _to_meta(x: Any) -> Any:
-    if isinstance(x, Ghost):
-        return x.meta
-    if isinstance(x, torch.device):
-        return torch.device("meta")
-    if isinstance(x, torch.Tensor) and x.layout != torch.strided:  # torch has no meta kernels of sparse tensors
-        return torch.empty(x.shape, dtype=x.dtype, device="meta")
-    return x.to("meta") if isinstance(x, torch.Tensor) else x
+def _truth_of(func: Any, ghost: Ghost) -> Ghost:
+    """Returns the truth value that `func` finds as a ghost."""
+    truth = Ghost(torch.empty((), dtype=torch.bool, device="meta"), ghost.device, ghost.observer)
+    truth.made_by = func.overloadpacket
+    return truth
 
 
-def _check_real_writes(func: Any, args: tuple, observer: GhostObserver) -> None:
+def _check_real_writes(func: Any, args: tuple, kwargs: dict, observer: GhostObserver) -> None:
     if not is_mutable(func):
         return
-    for written, value in zip(written_arguments(func), args, strict=False):
-        if written and isinstance(value, torch.Tensor) and not isinstance(value, Ghost):
+    written = [*zip(written_arguments(func), args, strict=False), *((key == "out", kwargs[key]) for key in kwargs)]
+    for value in tree_leaves([value for is_written, value in written if is_written]):
+        if isinstance(value, torch.Tensor) and not isinstance(value, Ghost):
             observer.written(func, value)
 
 

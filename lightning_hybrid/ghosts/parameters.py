@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_hybrid._torch_private import own_parameters, refresh_flat_weights
 from lightning_hybrid.ghosts.ghost import Ghost, Slot, ghost_like, parameter_slots
+from lightning_hybrid.ghosts.reads import AnsweredReads
 
 
 class Place(NamedTuple):
@@ -29,6 +30,8 @@ class Parameters:
     """
 
     def __init__(self, root: nn.Module) -> None:
+        self.observer = AnsweredReads()
+        """Answers reads of the values of parameters that this rank does not hold."""
         shared: dict[int, list[Slot]] = defaultdict(list)
         for slot in parameter_slots(root):
             shared[id(slot.tensor)].append(slot)
@@ -93,7 +96,7 @@ class Parameters:
     def release(self, names: Collection[str], device: torch.device) -> None:
         """Replaces the parameters `names` by ghosts on `device`, which frees their memory."""
         for name in names:
-            ghost = ghost_like(self[name], device=device)
+            ghost = ghost_like(self[name], self.observer, device)
             ghost.requires_grad_(False)
             ghost.wants_grad = self.requires_grad[name]
             self.put(name, ghost)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,11 +59,17 @@ class UnitCall:
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
     spec: TreeSpec | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of the tensors among the arguments."""
     leaves: list[Any] = field(default_factory=list)
     """How to rebuild the output without running the unit: `("in", i)`, `("ghost", meta)` or `("value", x)`."""
     skippable: bool = True
     """False if the unit returns, or leaves in attributes, values that are neither None nor ghosts: numbers, or tensors
     computed from the batch. Stages without the unit run it on ghosts."""
+    selects: bool = False
+    """True if the shapes of results may depend on values of the arguments, such as those of a mask."""
+    reads: bool = False
+    """True if the unit reads values of tensors."""
     concrete: bool = False
     """True if the unit ran on random values instead of ghosts, since its control flow depends on values (routing)."""
 
@@ -81,6 +87,10 @@ class Trace:
     """Forward FLOPs of interval -1 and of each call's interval, for this microbatch; length len(calls) + 1."""
     takes_gradients: bool = False
     """True if the step calls `torch.autograd.grad`."""
+    depends_on_values: bool = False
+    """True if shapes or Python numbers depend on values of the batch, such as those of a mask."""
+    answers: dict[str, Any] = field(default_factory=dict)
+    """What reads of values that decide nothing return where there is no value, by place (see `reads`)."""
     use: StepUse | None = None
     """How weights and results of units are used; None if not recorded."""
     free_counts: Mapping[tuple[int, str], int] = field(default_factory=dict)
@@ -93,8 +103,24 @@ class Trace:
         calls = tuple((c.name, c.skippable, tuple(kind for kind, _ in c.leaves)) for c in self.calls)
         return calls, tuple(self.cuts.items()), tuple(self.parameter_uses.items())
 
+    def refuse_different_cuts(self, first: Trace, other: Trace) -> None:
+        """Refuses the cuts at which `first` and `other`, traces of equally large batches, have other shapes."""
+        for c in self.cuts.keys() & first.cuts.keys() & other.cuts.keys():
+            shapes = [[value.shape for value in trace.cuts[c].values] for trace in (first, other)]
+            if self.cuts[c].refusal is None and shapes[0] != shapes[1]:
+                different = next((pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]), ("", ""))
+                refusal = (
+                    "the shape of a tensor depends on values of the batch, such as those of a mask, at this point: "
+                )
+                self.cuts[c] = Cut(refusal=f"{refusal}{different[0]} for one microbatch and {different[1]} for another")
+
     def release(self) -> None:
         """Frees the ghosts and copies of the dry run, after planning."""
         for call in self.calls:
             call.args, call.kwargs = (), {}
         self.use = None
+
+
+def shapes_of(values: Iterable[Any]) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes of the tensors among `values`."""
+    return tuple(tuple(x.shape) for x in values if isinstance(x, torch.Tensor))

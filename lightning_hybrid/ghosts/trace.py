@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from lightning_hybrid._torch_private import (
     FLASH_ATTENTION_CPU,
     GROUPED_MM,
-    gradients_taken_by,
     is_mutable,
     is_plain,
     own_parameters,
+    read_site,
     storage_key,
     tree_flatten,
     tree_map,
@@ -32,25 +32,12 @@ from lightning_hybrid._torch_private import (
 )
 from lightning_hybrid.ghosts.cuts import Source, Value, ValueFlow, find_cuts
 from lightning_hybrid.ghosts.free_code import FreeCall, FreeCalls
-from lightning_hybrid.ghosts.ghost import (
-    Ghost,
-    GhostObserver,
-    GhostWriteError,
-    ghost_like,
-    is_differentiable,
-    parameter_slots,
-)
-from lightning_hybrid.ghosts.manual import idle_optimizers, optimize_idly
-from lightning_hybrid.ghosts.preserve import preserved_module_state
-from lightning_hybrid.ghosts.record import Trace, UnitCall
+from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver, ghost_like, is_differentiable
+from lightning_hybrid.ghosts.reads import Reads, Summary
+from lightning_hybrid.ghosts.real import RealTensors
+from lightning_hybrid.ghosts.record import Trace, UnitCall, shapes_of
 from lightning_hybrid.ghosts.side_effects import SideEffects, modules_outside
-from lightning_hybrid.ghosts.units import CallInterceptor
-from lightning_hybrid.ghosts.use import record_use
-from lightning_hybrid.rng.state import preserved_rng
-from lightning_hybrid.spec.errors import PartitionError
 
-_RESTARTS = 64
-"""Largest number of tensors, created by the step, into which units write; empirical."""
 _CONSTANTS = (str, bytes, int, float, complex, type(None))
 _DATA_DEPENDENT = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError)
 
@@ -64,10 +51,18 @@ class WrittenByUnits(BaseException):
 
 
 class Tracer(GhostObserver):
-    """Records one step; see `trace_step`."""
+    """Records one step; see `trace_step`.
 
-    def __init__(self, root: nn.Module, units: Collection[str], written: frozenset[FreeCall]) -> None:
-        self.root = root
+    Args:
+        root: The module.
+        units: Names of its units.
+        reads: What reads of values return.
+        written: Calls outside units that create tensors into which units write.
+    """
+
+    def __init__(self, root: nn.Module, units: Collection[str], reads: Reads, written: frozenset[FreeCall]) -> None:
+        self.root, self.reads, self.summary = root, reads, Summary()
+        self.real = RealTensors(root, self._ghost_of, self._depends_on_values)
         self.calls: list[UnitCall] = []
         self.values: dict[int, Value] = {}
         self.names: dict[int, Source] = {}
@@ -75,7 +70,10 @@ class Tracer(GhostObserver):
         self.parameters: dict[int, str] = {}
         self.uses: dict[str, set[int]] = defaultdict(set)
         self.flops: dict[int, float] = defaultdict(float)
-        self.reads: list[tuple[int, str]] = []
+        self.reads_at: list[tuple[int, str]] = []
+        """The intervals of reads outside units, and their places in the code."""
+        self.writes: list[tuple[int, str]] = []
+        """The intervals of writes of ghosts into real tensors, and their locations."""
         self.ghosts: list[Ghost] = []
         """The ghosts of parameters, kept alive so that their ids stay unique."""
         self.free = FreeCalls(lambda: self.interval, self._name_results)
@@ -83,7 +81,9 @@ class Tracer(GhostObserver):
         """By storage: the call outside units that has created a real tensor; None for tensors from before the step."""
         self.to_ghosts = written
         self._outside = modules_outside(root, units)
-        self.inside = self.takes_gradients = False
+        self.inside = self.takes_gradients = self.depends_on_values = False
+        self.concrete = self.answering = False
+        """How the present unit runs again, since it reads values; see `_run_unit`."""
 
     @property
     def interval(self) -> int:
@@ -114,20 +114,42 @@ class Tracer(GhostObserver):
             query, key = args[0], args[1]
             self.flops[self.interval] += 4 * query.numel() * key.shape[-2]
 
+    def ran(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:  # noqa: D102
+        if self.reads.order:
+            self.summary.add(func, args, kwargs)
+
     def read(self, ghost: Ghost) -> Any:  # noqa: D102
         self.consume(ghost)
-        if self.inside:
+        if self.inside and not self.answering:
             raise RuntimeError("data-dependent control flow inside a unit")
-        self.reads.append((self.interval, user_location()))
-        return False if ghost.dtype == torch.bool else 1.0 if ghost.dtype.is_floating_point else 1
+        place, value = self.reads.value(ghost)
+        if not self.inside:
+            self.reads_at.append((self.interval, place))
+        return value
+
+    def shaped_by(self, ghost: Ghost) -> None:  # noqa: D102
+        self.read(ghost)
+        self.reads.deciding.add(read_site())
 
     def written(self, func: Any, target: torch.Tensor) -> None:  # noqa: D102
-        if self.inside:
-            return  # a buffer (running statistics), kept by the stage of the unit
+        if self.inside and self.real.is_state(target):
+            return  # such as running statistics, kept by the stage of the unit
         call, _ = self.fresh.get(storage_key(target), (None, None))
         if call is not None:
             raise WrittenByUnits(call)
-        super().written(func, target)
+        if not self.real.made_in_unit(target):
+            self.writes.append((self.interval, user_location()))
+        self.real.overwrite(target)
+
+    def _ghost_of(self, tensor: torch.Tensor) -> Ghost:
+        ghost = ghost_like(tensor.detach(), self)
+        self.register(ghost, user_location())
+        return ghost
+
+    def _depends_on_values(self) -> None:
+        self.depends_on_values |= not self.concrete
+        if self.inside and not self.concrete:
+            self.calls[-1].selects = True
 
     # ---- bookkeeping
 
@@ -145,7 +167,7 @@ class Tracer(GhostObserver):
 
     def consume_all(self, tree: Any) -> None:
         """Records that every ghost in `tree` is used (logged, returned, passed to a metric)."""
-        tree_map(lambda x: self.consume(x) if isinstance(x, Ghost) else None, tree)
+        tree_map(lambda x: self.consume(x) if isinstance(x, Ghost) else None, self.real.replaced(tree))
 
     def gradients(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Ghost, ...]:
         """Returns a ghost for every gradient; replaces `torch.autograd.grad`."""
@@ -175,8 +197,11 @@ class Tracer(GhostObserver):
             return self._outer_call(name, call, args, kwargs)
 
     def _outer_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        args, kwargs = self.real.replaced((args, kwargs))
+        if self.reads.order:
+            self.summary.add(name, args, kwargs)
         flat, _ = tree_flatten((args, kwargs))
-        record = UnitCall(name=name, args=args, kwargs=kwargs)
+        record = UnitCall(name=name, args=args, kwargs=kwargs, shapes=shapes_of(flat))
         self.calls.append(record)
         self.arg_leaves.append({x.uid: i for i, x in reversed(list(enumerate(flat))) if isinstance(x, Ghost)})
         pristine = _copy_objects((args, kwargs))
@@ -185,20 +210,39 @@ class Tracer(GhostObserver):
         effects = SideEffects(modules, (args, kwargs))
         self.inside = True
         try:
-            try:
-                out = call(*args, **kwargs)
-            except _DATA_DEPENDENT:
-                copied = _copy_objects(pristine)
-                out = self._run_concrete(record, call, copied[0], copied[1], flat)
+            out = self.real.replaced(self._run_unit(record, call, args, kwargs, flat))
         finally:
             self.inside = False
         self._remember_output(record, len(self.calls) - 1, flat, out)
         record.skippable &= not effects.any(tensors=not record.concrete)
         return out
 
+    def _run_unit(self, record: UnitCall, call: Callable[..., Any], args: tuple, kwargs: dict, flat: list) -> Any:
+        """Runs a unit on ghosts; if it reads values, on random values; if these fail its checks, on passing answers."""
+        pristine = record.args, record.kwargs
+        try:
+            with self.real.in_unit():
+                return call(*args, **kwargs)
+        except _DATA_DEPENDENT:
+            copied = _copy_objects(pristine)
+        record.reads, self.concrete = True, True
+        try:
+            out = self._run_concrete(record, call, copied[0], copied[1], flat)
+            record.concrete = True
+            return out
+        except Exception:  # of any class: user code has run on random values
+            copied = _copy_objects(pristine)
+        finally:
+            self.concrete = False
+        self.answering = True
+        try:
+            with self.real.in_unit():
+                return call(*copied[0], **copied[1])
+        finally:
+            self.answering = False
+
     def _run_concrete(self, record: UnitCall, call: Callable[..., Any], args: Any, kwargs: Any, flat: list) -> Any:
         """Runs a unit that reads values (as a router does) on random values of the right shapes."""
-        record.concrete = True
         module = self.root.get_submodule(record.name)
         real = {id(g): _random_like(g) for g in flat if isinstance(g, Ghost)}
         back = {id(t): g for g in flat if isinstance(g, Ghost) for t in [real[id(g)]]}
@@ -246,6 +290,7 @@ class Tracer(GhostObserver):
             else:
                 record.skippable &= leaf is None
                 record.leaves.append(("value", leaf))
+        record.skippable &= record.concrete or not record.selects
 
     def _name_results(self, call: FreeCall, args: tuple, out: Any) -> Any:
         """Names the ghosts that the call of a torch function outside units has returned; returns its result."""
@@ -265,111 +310,34 @@ class Tracer(GhostObserver):
 
     # ---- result
 
-    def result(self, parameter_names: list[str]) -> Trace:
+    @property
+    def reads_between_units(self) -> bool:
+        """Returns True if a value was read where a later stage has only a ghost."""
+        return any(interval < len(self.calls) - 1 for interval, _ in self.reads_at)
+
+    def result(self) -> Trace:
         """Returns the trace of the step, after its end."""
+        places, deciding = self.reads.places, self.reads.deciding
         flow = ValueFlow(
             names=[call.name for call in self.calls],
             values=list(self.values.values()),
             sources=self.names,
             arguments=self.arg_leaves,
-            reads=self.reads,
-            told={i: call.name for i, call in enumerate(self.calls) if call.concrete and not call.skippable},
+            reads=[(interval, places[place].location) for interval, place in self.reads_at if place in deciding],
+            writes=self.writes,
+            told={i: call.name for i, call in enumerate(self.calls) if call.reads and not call.skippable},
         )
-        uses = {n: tuple(sorted(self.uses[n])) for n in parameter_names if n in self.uses}
-        flops = [self.flops[k] for k in range(-1, len(self.calls))]
         return Trace(
             calls=self.calls,
             cuts=find_cuts(flow),
-            parameter_uses=uses,
-            flops=flops,
+            parameter_uses={n: tuple(sorted(self.uses[n])) for n in self.parameters.values() if n in self.uses},
+            flops=[self.flops[k] for k in range(-1, len(self.calls))],
+            takes_gradients=self.takes_gradients,
+            depends_on_values=self.depends_on_values,
+            answers=self.reads.answers(),
             free_counts=self.free.counts,
             written=self.to_ghosts,
         )
-
-
-def trace_step(
-    root: nn.Module,
-    interceptor: CallInterceptor,
-    step: Callable[..., Any],
-    args: tuple,
-    *,
-    device: torch.device,
-    context: Callable[[], AbstractContextManager] = nullcontext,
-    use_of: Collection[str] | None = None,
-) -> Trace:
-    """Runs `step(*args)` once on ghosts and returns its data flow.
-
-    Args:
-        root: The LightningModule; its parameters may be real, sharded or already ghosts. It is not changed.
-        interceptor: The installed `CallInterceptor` of `root`.
-        step: A bound method of `root`, such as `root.training_step`.
-        args: Arguments of `step`; tensors (the microbatch) are real.
-        device: The device of the parameters.
-        context: Entered around the step (autocast).
-        use_of: Names of units for which `Trace.use` is recorded; None: not recorded.
-
-    Raises:
-        PartitionError: If the step writes values of ghosts to real tensors.
-    """
-    written: frozenset[FreeCall] = frozenset()
-    for _ in range(_RESTARTS):
-        try:
-            return _trace_once(root, interceptor, step, args, device, context, use_of, written)
-        except WrittenByUnits as found:
-            written |= {found.call}
-    raise PartitionError(f"`layout`: units write into more than {_RESTARTS} tensors that the step creates.")
-
-
-def _trace_once(
-    root: nn.Module,
-    interceptor: CallInterceptor,
-    step: Callable[..., Any],
-    args: tuple,
-    device: torch.device,
-    context: Callable[[], AbstractContextManager],
-    use_of: Collection[str] | None,
-    written: frozenset[FreeCall],
-) -> Trace:
-    tracer = Tracer(root, interceptor.units.names, written)
-    with ExitStack() as stack:
-        stack.enter_context(preserved_rng(device))
-        stack.enter_context(preserved_module_state(root))
-        idle = None if getattr(root, "automatic_optimization", True) else idle_optimizers(root)
-        names = _replace_parameters(root, tracer, device)
-        root.__dict__["log"] = lambda name, value, *a, **k: tracer.consume_all(value)
-        if idle is not None:
-            optimize_idly(root, idle, tracer.consume_all)
-        stack.enter_context(interceptor.handled_by(tracer))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(context())
-        stack.enter_context(gradients_taken_by(tracer.gradients))
-        use = stack.enter_context(record_use(root, use_of)) if use_of is not None else None
-        try:
-            with tracer.free:
-                out = step(*args)
-        except GhostWriteError as error:
-            raise PartitionError(f"`layout`: this module cannot be split into pipeline stages: {error}") from error
-        tracer.consume_all(_as_tree(out))
-    trace = tracer.result(names)
-    trace.use, trace.takes_gradients = use, tracer.takes_gradients
-    return trace
-
-
-def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -> list[str]:
-    """Replaces every parameter of `root` by a ghost of `tracer`; shared parameters become one ghost."""
-    ghosts: dict[int, Ghost] = {}
-    names: list[str] = []
-    for name, module, key, parameter in list(parameter_slots(root)):
-        if id(parameter) not in ghosts:
-            ghost = ghost_like(parameter, tracer, device)
-            ghost.requires_grad_(False)
-            ghosts[id(parameter)] = ghost
-            names.append(name)
-            tracer.parameters[id(ghost)] = name
-        own_parameters(module).pop(key, None)
-        module.__dict__[key] = ghosts[id(parameter)]
-    tracer.ghosts = list(ghosts.values())
-    return names
 
 
 def _random_like(ghost: Ghost) -> torch.Tensor:
@@ -383,7 +351,3 @@ def _copy_objects(tree: Any) -> Any:
     flat, spec = tree_flatten(tree)
     plain = (torch.Tensor, str, int, float, bool, type(None), nn.Module, torch.dtype, torch.device)
     return tree_unflatten([x if isinstance(x, plain) or callable(x) else deepcopy(x) for x in flat], spec)
-
-
-def _as_tree(out: Any) -> Any:
-    return dict(out) if isinstance(out, dict) else out

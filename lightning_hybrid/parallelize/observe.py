@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import wraps
 from typing import Any
 
 from lightning_hybrid.ghosts.parameters import Parameters
-from lightning_hybrid.ghosts.trace import Trace
+from lightning_hybrid.ghosts.record import Trace
 from lightning_hybrid.replicas.calls import StepCalls
 from lightning_hybrid.rng.state import RNGState, seed_all
 from lightning_hybrid.spec.errors import PartitionError
@@ -53,6 +54,7 @@ def observe_calls(run: DryRun, parameters: Parameters, units: Collection[str]) -
 def _seeded(step: Callable[..., Any], seed: int, draws: list[bool]) -> Callable[..., Any]:
     """Returns `step` with random numbers of `seed`; appends to `draws` True if the step has drawn any."""
 
+    @wraps(step)
     def run(*args: Any) -> Any:
         seed_all(seed)
         before = RNGState.capture()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,9 +24,10 @@ from lightning_hybrid._torch_private import own_buffers
 from lightning_hybrid.batches import copied_batch, find_samples, split_batch
 from lightning_hybrid.dataloader.peek import Share
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
+from lightning_hybrid.ghosts.begun import as_at_first_batch
+from lightning_hybrid.ghosts.dry_run import trace_step
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.record import Trace
-from lightning_hybrid.ghosts.trace import trace_step
 from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import silent
@@ -124,12 +125,27 @@ class _DryRun:
 
     def trace(self, args: tuple, watched: Collection[str] | None = None) -> Trace:
         """Runs the step on the first microbatch, and returns the trace."""
-        part = split_batch(args[0], self.microbatches, self.samples)[0]
-        arguments = copied_batch((part, *args[1:]))  # a step may change its batch
-        trace = self._traced(getattr(self.root, self.step), arguments, watched)
-        if trace.takes_gradients and self.request.layout.pp > 1:
-            raise PartitionError(refusal_of_gradients(self.request.layout))
+        parts = split_batch(args[0], self.microbatches, self.samples)
+        trace = self._trace_part(parts[0], args, watched)
+        if self.request.layout.pp > 1:
+            if trace.takes_gradients:
+                raise PartitionError(refusal_of_gradients(self.request.layout))
+            if trace.depends_on_values:
+                self._compare_parts(trace, parts, args)
         return trace
+
+    def _trace_part(self, batch: Any, args: tuple, watched: Collection[str] | None = None) -> Trace:
+        return self._traced(getattr(self.root, self.step), self.step, (batch, *args[1:]), watched)
+
+    def _compare_parts(self, trace: Trace, parts: list[Any], args: tuple) -> None:
+        """Refuses the cuts of `trace` where shapes differ between parts of the batch, since its values decide them."""
+        first = trace
+        if len(parts) == 1:
+            if (find_samples(args[0], self.samples).count or 0) < 2:
+                return  # it has no samples that could be compared
+            parts = split_batch(args[0], 2, self.samples)
+            first = self._trace_part(parts[0], args)
+        trace.refuse_different_cuts(first, self._trace_part(parts[-1], args))
 
     def trace_own(self, share: Share, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Trace:
         """Runs the step on a batch of the replica `share`, with all weights visible in `parameters()`.
@@ -141,16 +157,26 @@ class _DryRun:
         name, args, _ = self.sample(share)
         step, root = changed(getattr(self.root, name)), self.root
 
+        @wraps(step)
         def run(*args: Any) -> Any:
             with Parameters(root).all_visible():
                 return step(*args)
 
-        return self._traced(run, copied_batch(args), self.interceptor.units.names)
+        return self._traced(run, name, args, self.interceptor.units.names)
 
-    def _traced(self, step: Callable[..., Any], args: tuple, watched: Collection[str] | None) -> Trace:
+    def _traced(
+        self, step: Callable[..., Any], name: str, args: tuple, watched: Collection[str] | None = None
+    ) -> Trace:
         _move_buffers(self.root, self.device)
         return trace_step(
-            self.root, self.interceptor, step, args, device=self.device, context=self.precision, use_of=watched
+            self.root,
+            self.interceptor,
+            step,
+            copied_batch(args),  # a step may change its batch
+            device=self.device,
+            context=self.precision,
+            use_of=watched,
+            ready=lambda: as_at_first_batch(self.root, name, args[0]),
         )
 
 

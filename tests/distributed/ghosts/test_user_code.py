@@ -54,17 +54,32 @@ def check(ranks: RankGroup, layout: str, kind: str, **options: Any) -> None:
         assert result["logs"] == pytest.approx(expected["logs"], rel=1e-4)
 
 
-MEASURED = "user code: a metric with `dist_sync_on_step=True`"
+SELECTED = "user code: masks and lengths of the batch select elements"
+FILLED = "user code: tensors filled with results of blocks"
+LOOKED_AT = "user code: values that are checked, printed and logged"
+MEASURED = "user code: functions of torchmetrics, distributions with argument checks"
+PREPARED = "user code: what hooks and the trainer prepare before the first batch"
 WEIGHTS = "user code: weights of other modules, `torch.func`"
+RETAINED = "user code: a metric with `dist_sync_on_step=True`"
 SEPARATE = "gradients that share memory (batches of one sample)"
 KINDS = {
-    "Retained": MEASURED,
+    "Masked": SELECTED,
+    "Selected": SELECTED,
+    "Assigned": SELECTED,
+    "Packed": SELECTED,
+    "Filled": FILLED,
+    "Checked": LOOKED_AT,
+    "CheckedInside": LOOKED_AT,
+    "Distributed": MEASURED,
+    "Measured": MEASURED,
+    "Retained": RETAINED,
+    "Prepared": PREPARED,
     "Token": SEPARATE,
     "TwoParents": WEIGHTS,
     "Vmapped": WEIGHTS,
     "Functional": WEIGHTS,
 }
-QUICK = {("TwoParents", "tp2")}
+QUICK = {("Masked", "tp2"), ("Prepared", "tp2"), ("Checked", "pp2"), ("TwoParents", "tp2")}
 
 
 def cases(layouts: tuple[str, ...], kinds: Iterable[str]) -> list[Any]:
@@ -81,9 +96,14 @@ def test_equals_one_process(ranks2: RankGroup, layout: str, kind: str) -> None:
     check(ranks2, layout, kind)
 
 
-@pytest.mark.parametrize(("kind", "layout"), cases(("tp2-pp2",), ["Token", "TwoParents"]))
+@pytest.mark.parametrize(("kind", "layout"), cases(("tp2-pp2",), ["Masked", "Checked", "Token", "TwoParents"]))
 def test_equals_one_process_on_four_ranks(ranks4: RankGroup, layout: str, kind: str) -> None:
     check(ranks4, layout, kind)
+
+
+@pytest.mark.slow
+def test_a_value_that_decides_is_on_one_stage(ranks2: RankGroup) -> None:
+    check(ranks2, "pp2", "Scaled", strategy_options={"microbatches": 1})
 
 
 @pytest.mark.feature(SEPARATE)
@@ -99,6 +119,12 @@ def test_accumulated_gradients_of_one_sample_do_not_share_memory(ranks2: RankGro
         torch.testing.assert_close(found[0]["weights"][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+LINE = r"modules.py:\d+ \((loss_of|forward)\)"
+BROKEN = rf"`training_step` cannot be planned.* fails at .*{LINE} with KeyError: 'missing'.*`dp`"
+ERRORS, DECIDES = (
+    "user code: errors in the step, with the line",
+    "user code: values that decide what later stages compute",
+)
 LAZY, LOSS = "user code: lazy modules", "user code: a metric with `dist_sync_on_step=True` as the loss"
 UNSHAPED = r"`head` \(LazyLinear\) of Lazy has weights without a shape"
 LOST = r"modules.py:\d+ \(loss_of\) computes a value with a gradient from the metric"
@@ -107,6 +133,15 @@ LOST = r"modules.py:\d+ \(loss_of\) computes a value with a gradient from the me
 @pytest.mark.parametrize(
     ("kind", "layout", "message"),
     [
+        *(
+            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.feature(feature, refused=True)])
+            for case, feature in (
+                (("Broken", "tp2", BROKEN), ERRORS),
+                (("Broken", "pp2", BROKEN), ERRORS),
+                (("ScaledAlways", "pp2", rf"{LINE} reads the value of a tensor before this point"), DECIDES),
+                (("Unpadded", "pp2", "the shape of a tensor depends on values of the batch"), DECIDES),
+            )
+        ),
         pytest.param("Lazy", "tp2", UNSHAPED, marks=pytest.mark.feature(LAZY, refused=True)),
         pytest.param("Lazy", "dp2", UNSHAPED, marks=[pytest.mark.slow, pytest.mark.feature(LAZY, refused=True)]),
         pytest.param("MetricLoss", "dp2", LOST, marks=[pytest.mark.slow, pytest.mark.feature(LOSS, refused=True)]),

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
+from lightning_hybrid.ghosts.dry_run import trace_step
 from lightning_hybrid.ghosts.record import UnitCall
-from lightning_hybrid.ghosts.trace import trace_step
 from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.tensor.apply import TensorParallel, apply_tensor_plan
 from lightning_hybrid.tensor.infer import infer_tensor_plan

@@ -6,11 +6,11 @@ import torch
 import torchmetrics
 from torch import nn
 
+from lightning_hybrid.ghosts.dry_run import trace_step
 from lightning_hybrid.ghosts.free_code import FreeCall
+from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.record import Trace
-from lightning_hybrid.ghosts.trace import trace_step
 from lightning_hybrid.ghosts.units import CallInterceptor, find_units
-from lightning_hybrid.spec.errors import PartitionError
 
 CPU = torch.device("cpu")
 
@@ -122,9 +122,12 @@ class WritesIntoAttribute(Stack):
         return self.head(self.kept).mean()
 
 
-def test_writing_into_a_tensor_from_before_the_step_is_refused(batch):
-    with pytest.raises(PartitionError, match="this module cannot be split into pipeline stages"):
-        trace(WritesIntoAttribute(), batch)
+def test_after_a_write_into_a_tensor_from_before_the_step_it_cannot_be_cut(batch):
+    result = trace(WritesIntoAttribute(), batch)
+    assert [c.name for c in result.calls] == ["embed", "head"]
+    assert "test_trace.py" in str(result.cuts[1].refusal)
+    assert "into another tensor, which later stages cannot" in str(result.cuts[1].refusal)
+    assert isinstance(result.calls[1].args[0], Ghost), "it depends on parameters from then on"
 
 
 class FreeCode(Stack):

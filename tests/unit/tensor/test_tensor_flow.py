@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
 
+from lightning_hybrid.ghosts.dry_run import trace_step
 from lightning_hybrid.ghosts.record import Trace, UnitCall
-from lightning_hybrid.ghosts.trace import trace_step
 from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.ghosts.use import record_use
 from lightning_hybrid.spec.errors import PartitionError
