@@ -37,11 +37,12 @@ class RealTensors(TorchFunctionMode):
         root: The LightningModule. Its buffers and other tensors are not replaced where units write them: each stage
             keeps its own.
         make_ghost: Returns a new ghost like a tensor.
-        by_value: Called when a shape or a Python number is made from the values of a real tensor.
+        by_value: Called when a shape, a Python number or a truth value is made from the values of a real tensor; with
+            True if it is a shape or a number.
     """
 
     def __init__(
-        self, root: nn.Module, make_ghost: Callable[[torch.Tensor], Ghost], by_value: Callable[[], None]
+        self, root: nn.Module, make_ghost: Callable[[torch.Tensor], Ghost], by_value: Callable[[bool], None]
     ) -> None:
         super().__init__()
         self._make_ghost, self._by_value = make_ghost, by_value
@@ -93,8 +94,9 @@ class RealTensors(TorchFunctionMode):
         if func is torch.Tensor.untyped_storage:  # as `storage_key` calls it
             return func(*args)
         present: Any = self.replaced((args, kwargs or {}))
-        if _selects(getattr(func, "__name__", ""), present):
-            self._by_value()
+        name = getattr(func, "__name__", "")
+        if (selects := _selects(name, present)) or (name == "__bool__" and _is_real(present[0][0])):
+            self._by_value(selects)
         out = func(*present[0], **present[1])
         if self._made is not None and is_plain(out):
             self._note(self._made, present, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class Trace:
     takes_gradients: bool = False
     """True if the step calls `torch.autograd.grad`."""
     depends_on_values: bool = False
-    """True if shapes or Python numbers depend on values of the batch, such as those of a mask."""
+    """True if shapes, Python numbers or truth values depend on values of the batch, such as those of a mask."""
     answers: dict[str, Any] = field(default_factory=dict)
     """What reads of values that decide nothing return where there is no value, by place (see `reads`)."""
     use: StepUse | None = None
@@ -103,9 +104,17 @@ class Trace:
         calls = tuple((c.name, c.skippable, tuple(kind for kind, _ in c.leaves)) for c in self.calls)
         return calls, tuple(self.cuts.items()), tuple(self.parameter_uses.items())
 
+    def different_call(self, other: Trace) -> tuple[int, str, str] | None:
+        """Returns the first call of other units than in `other`: its index and both names ("" for none)."""
+        names = [[call.name for call in trace.calls] for trace in (self, other)]
+        found = enumerate(zip_longest(*names, fillvalue=""))
+        return next(((i, mine, theirs) for i, (mine, theirs) in found if mine != theirs), None)
+
     def refuse_different_cuts(self, first: Trace, other: Trace) -> None:
         """Refuses the cuts at which `first` and `other`, traces of equally large batches, have other shapes."""
-        for c in self.cuts.keys() & first.cuts.keys() & other.cuts.keys():
+        different = first.different_call(other)
+        same = len(self.calls) if different is None else different[0]
+        for c in self.cuts.keys() & first.cuts.keys() & other.cuts.keys() & set(range(same)):
             shapes = [[value.shape for value in trace.cuts[c].values] for trace in (first, other)]
             if self.cuts[c].refusal is None and shapes[0] != shapes[1]:
                 different = next((pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]), ("", ""))

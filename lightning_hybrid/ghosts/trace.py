@@ -146,9 +146,9 @@ class Tracer(GhostObserver):
         self.register(ghost, user_location())
         return ghost
 
-    def _depends_on_values(self) -> None:
+    def _depends_on_values(self, selects: bool) -> None:
         self.depends_on_values |= not self.concrete
-        if self.inside and not self.concrete:
+        if selects and self.inside and not self.concrete:
             self.calls[-1].selects = True
 
     # ---- bookkeeping

@@ -138,14 +138,27 @@ class _DryRun:
         return self._traced(getattr(self.root, self.step), self.step, (batch, *args[1:]), watched)
 
     def _compare_parts(self, trace: Trace, parts: list[Any], args: tuple) -> None:
-        """Refuses the cuts of `trace` where shapes differ between parts of the batch, since its values decide them."""
+        """Refuses the cuts of `trace` where shapes differ between parts of the batch, since its values decide them.
+
+        Raises:
+            PartitionError: If microbatches call different modules.
+        """
         first = trace
         if len(parts) == 1:
             if (find_samples(args[0], self.samples).count or 0) < 2:
                 return  # it has no samples that could be compared
             parts = split_batch(args[0], 2, self.samples)
             first = self._trace_part(parts[0], args)
-        trace.refuse_different_cuts(first, self._trace_part(parts[-1], args))
+        other = self._trace_part(parts[-1], args)
+        if self.microbatches > 1 and (different := first.different_call(other)) is not None:
+            index, one, another = (f"`{name}`" if isinstance(name, str) and name else name for name in different)
+            raise PartitionError(
+                f"`layout='{self.request.layout}'` with {self.microbatches} microbatches needs the same modules to be "
+                f"called in every microbatch, but `{self.step}` calls modules by values of the batch: call {index} is "
+                f"{one or 'none'} in one microbatch and {another or 'none'} in another. Use `microbatches=1`, or "
+                f"`layout='{self.request.layout.moved('pp', 'dp')}'`, which allows any control flow."
+            )
+        trace.refuse_different_cuts(first, other)
 
     def trace_own(self, share: Share, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Trace:
         """Runs the step on a batch of the replica `share`, with all weights visible in `parameters()`.

@@ -210,6 +210,24 @@ class Unpadded(Plain):
         return torch.zeros(len(x), 4).masked_scatter(mask[:, None], super().forward(x[mask]))
 
 
+class Chosen(Plain):
+    """A head for each class of rows, of which a batch has perhaps one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x[:, 0] > 0).long()
+        for block in self.blocks:
+            x = block(x)
+        out = x.new_zeros(len(x), 4)
+        for i, head in enumerate(self.heads):
+            if (chosen == i).any():
+                out = out.index_put((chosen == i,), head(x[chosen == i]))
+        return out
+
+
 # ---- what exists before the first batch
 
 

@@ -139,6 +139,7 @@ LOST = r"modules.py:\d+ \(loss_of\) computes a value with a gradient from the me
                 (("Broken", "tp2", BROKEN), ERRORS),
                 (("Broken", "pp2", BROKEN), ERRORS),
                 (("ScaledAlways", "pp2", rf"{LINE} reads the value of a tensor before this point"), DECIDES),
+                (("Chosen", "pp2", "call 8 is `heads.[01]` in one microbatch and `heads.[01]` in another"), DECIDES),
                 (("Unpadded", "pp2", "the shape of a tensor depends on values of the batch"), DECIDES),
             )
         ),

@@ -127,6 +127,16 @@ def test_cuts_with_shapes_that_differ_between_batches_are_refused() -> None:
     assert "depends on values of the batch" in str(result.cuts[3].refusal)
 
 
+def test_calls_that_depend_on_values_of_the_batch_are_found() -> None:
+    def step(mask: torch.Tensor) -> Callable[[Any], Any]:
+        return lambda net: net.hidden(X, end=2 if mask.any() else 1).mean()
+
+    first, other = trace(step(MASK)), trace(step(MASK & ~MASK))
+    assert first.depends_on_values
+    assert first.different_call(other) == (1, "blocks.1", "")
+    assert first.different_call(trace(step(~MASK))) is None
+
+
 def test_a_tensor_that_is_filled_becomes_a_ghost() -> None:
     def step(net: Any) -> Any:
         seen, rows = torch.zeros(6, WIDTH), torch.zeros(6, WIDTH)
