@@ -80,6 +80,8 @@ class StageRun:
     calls: int = 0
     own: bool = False
     """True from the entry of the stage's first unit on; code of the user then belongs to this stage."""
+    _inside: bool = False
+    """True while a unit runs."""
     _outputs: dict[tuple[str, Any, int], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,8 +121,14 @@ class StageRun:
 
     def unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Skips the call, runs it, or aborts the step, depending on the index of the call."""
-        with self.paused():
-            return self._unit_call(name, call, args, kwargs)
+        if self._inside:  # a module of two parents, which a unit calls
+            return call(*args, **kwargs)
+        self._inside = True
+        try:
+            with self.paused():
+                return self._unit_call(name, call, args, kwargs)
+        finally:
+            self._inside = False
 
     def _unit_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         index, program = self.calls, self.program

@@ -302,6 +302,15 @@ class TwoParents(Plain):
         self.blocks = nn.ModuleList(Gate(shared) for _ in range(2))
 
 
+class SharedParts(Plain):
+    """Modules of a list, which blocks of another list have as children, and call (as in TabNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.blocks = nn.ModuleList(Gate(self.shared[i % 2]) for i in range(4))
+
+
 class MetricLoss(Plain):
     """A metric that synchronizes in each step, and whose value is the loss."""
 

@@ -76,10 +76,11 @@ KINDS = {
     "Prepared": PREPARED,
     "Token": SEPARATE,
     "TwoParents": WEIGHTS,
+    "SharedParts": WEIGHTS,
     "Vmapped": WEIGHTS,
     "Functional": WEIGHTS,
 }
-QUICK = {("Masked", "tp2"), ("Prepared", "tp2"), ("Checked", "pp2"), ("TwoParents", "tp2")}
+QUICK = {("Masked", "tp2"), ("Prepared", "tp2"), ("Checked", "pp2"), ("TwoParents", "tp2"), ("SharedParts", "pp2")}
 
 
 def cases(layouts: tuple[str, ...], kinds: Iterable[str]) -> list[Any]:
