@@ -91,7 +91,7 @@ class WholeModule:
     def _shown(self, name: str, whole: Tensor, trained: bool) -> Tensor:
         shown = self._emptied.pop(name, None)
         if shown is None:
-            shown = nn.Parameter(whole)
+            shown = nn.Parameter(whole, requires_grad=False)  # of any dtype
         shown.data = whole
         return shown.requires_grad_(trained)
 

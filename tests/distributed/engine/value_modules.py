@@ -482,3 +482,24 @@ class Deviating(Net):
                 h = h * 1.0
             h = h * 0.5 + block(h)
         return F.mse_loss(self.head(h), batch[1])
+
+
+class Chosen(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = nn.Parameter(torch.arange(D).flip(0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, self.order])
+
+
+class Ordered(Net):
+    """A frozen parameter of integers, and one of booleans, inside and outside of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Chosen() for _ in range(4))
+        self.kept = nn.Parameter(torch.arange(D) % 3 > 0, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.kept)
