@@ -49,11 +49,13 @@ from lightning_hybrid._torch_private.dispatch import (
     written_arguments,
 )
 from lightning_hybrid._torch_private.frames import (
+    called_by_torch,
     explicitly_raised,
     is_users_collective,
     location_of,
     main_thread_location,
     read_site,
+    user_lines_seen,
     user_location,
     user_location_in,
 )
@@ -83,6 +85,7 @@ from lightning_hybrid._torch_private.modules import (
     mark_as_parameter,
     own_buffers,
     own_parameters,
+    persistent_buffers,
     refresh_flat_weights,
 )
 from lightning_hybrid._torch_private.optimizers import (
@@ -118,6 +121,7 @@ __all__ = [
     "boxed_group",
     "clipping_functions",
     "completed_work",
+    "called_by_torch",
     "checkpoints_not_reentrant",
     "default_group",
     "disable_torch_function",
@@ -155,6 +159,7 @@ __all__ = [
     "norms_of",
     "own_buffers",
     "own_parameters",
+    "persistent_buffers",
     "read_site",
     "recomputation_off",
     "replace_parts",
@@ -174,6 +179,7 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
     "unscales_itself",
+    "user_lines_seen",
     "user_location",
     "user_location_in",
     "version_of",

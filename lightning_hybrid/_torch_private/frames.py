@@ -6,6 +6,9 @@ import contextlib
 import dis
 import sys
 import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -18,6 +21,7 @@ _SKIPPED_FOLDERS = (
     str(_PACKAGE),
     *(str(_TORCH.parent / n) for n in ("lightning", "pytorch_lightning", "torchmetrics")),
     contextlib.__file__,
+    str(_TORCH.parent / "typing_extensions.py"),  # its `deprecated` wraps functions
 )
 _COLLECTIVE_PLACES = tuple(str(p) for p in (_TORCH / "distributed", _TORCH / "_ops.py", _TORCH / "autograd", _PACKAGE))
 _COLLECTIVES = tuple(
@@ -28,7 +32,7 @@ _COLLECTIVES = tuple(
         "distributed/nn/functional.py",
         "overrides.py",
     )
-)
+) + (str(_TORCH.parent / "typing_extensions.py"), warnings.__file__)
 _EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
 _OTHERS_CODE = (
@@ -104,6 +108,12 @@ def explicitly_raised(error: BaseException) -> bool:
     return dis.opname[traceback.tb_frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
 
 
+def called_by_torch() -> bool:
+    """Returns True if code of torch or of this package has called the caller of this function."""
+    name = sys._getframe(2).f_code.co_filename
+    return name.startswith((str(_TORCH), str(_PACKAGE))) and not name.startswith(_EXAMPLES)
+
+
 def main_thread_location() -> tuple[str, bool]:
     """Returns the location of the main thread, as `file.py:12 (function)`, and whether it waits in a collective.
 
@@ -121,3 +131,28 @@ def main_thread_location() -> tuple[str, bool]:
         frame = frame.f_back
     frame = frame or innermost
     return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})", waiting
+
+
+@contextmanager
+def user_lines_seen(seen: Callable[[str], None]) -> Iterator[None]:
+    """Calls `seen` before each line of user code that this thread runs, with the location as in `user_location`.
+
+    Does nothing under a debugger or a coverage tool, which use the same hook of Python.
+    """
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        name = frame.f_code.co_filename
+        if name.startswith(_OTHERS_CODE) or name.startswith("<"):
+            return None
+        if event == "line":
+            seen(f"{name}:{frame.f_lineno} ({frame.f_code.co_name})")
+        return trace
+
+    if sys.gettrace() is not None:
+        yield
+        return
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)

@@ -30,6 +30,16 @@ def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return module._buffers
 
 
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the buffers of `module` and its children that are part of its state dict, by name."""
+    return {
+        f"{path}.{key}" if path else key: buffer
+        for path, owner in module.named_modules()
+        for key, buffer in owner._buffers.items()
+        if buffer is not None and key not in owner._non_persistent_buffers_set
+    }
+
+
 def flat_weight_names(module: nn.RNNBase) -> list[str]:
     """Returns the names of the parameters that a recurrent module also keeps in its list `_flat_weights`."""
     return module._flat_weights_names

@@ -20,17 +20,20 @@ from lightning_hybrid._torch_private import checkpoints_not_reentrant
 from lightning_hybrid.batches import copied_batch, count_samples, find_samples, signature, split_batch
 from lightning_hybrid.collectives import share_object
 from lightning_hybrid.dataloader.sharding import BatchWeights
+from lightning_hybrid.engine.carried import CarriedState
 from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.loss_weights import loss_of, mean_loss, weight_of, weights_of_parts, with_weights
 from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.engine.stage_bounds import stage_bounds
+from lightning_hybrid.ghosts.contract import StepContract
 from lightning_hybrid.ghosts.dry_run import trace_step
 from lightning_hybrid.ghosts.record import CrossingValue, Trace
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.outputs import extras, join
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.parallelize.whole_batch import refusal_of_microbatches, whole_batch_reason
 from lightning_hybrid.rng.step import StepRNG
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.stages import choose_microbatches, runnable_schedule
@@ -50,7 +53,12 @@ class _Prepared:
     programs: dict[int, StageProgram]
     outline: Hashable
     """A key that is equal for equal traces."""
+    contract: StepContract
+    bounds: list[int]
+    """The first call of each stage, and the number of calls."""
     schedule: Any = None
+    whole_batch: str | None = None
+    """Why batches must not be split into microbatches, for a training step; None if they may."""
 
 
 class _StageModule(nn.Module):
@@ -121,6 +129,10 @@ class Pipeline:
         """Stage programs and schedules, by step function and shapes of the batch."""
         self._alike: set[Hashable] = set()
         """Forms of batches whose constants do not change the trace."""
+        ranks = [stage.rank for stage in partition.plan.stages]
+        self._carried = CarriedState(root, mesh, device, ranks, partition.interceptor.units.names)
+        self.whole_batch = partition.whole_batch
+        """Why a batch must not be split into microbatches; None if it may be, as far as the steps so far show."""
         self._running: _Step | None = None
         self.separate_gradients: Callable[[], None] = lambda: None
         """Called after the first backward pass of each stage in a step."""
@@ -163,9 +175,17 @@ class Pipeline:
             loss; None and an empty dictionary on other ranks.
         """
         weights = context.weights
+        if self.whole_batch is not None:
+            requested = 1
         size, count = (1, 1) if requested == 1 else self._count_microbatches(args[0], requested, known, weights)
         parts = split_batch(args[0], count, known)
         prepared = self._prepare("training_step", (parts[0], *args[1:]), count)
+        self.whole_batch = self.whole_batch or prepared.whole_batch
+        if count > 1 and self.whole_batch is not None:
+            if requested != "auto":
+                raise PartitionError(refusal_of_microbatches(requested, self.whole_batch))
+            return self.train(context, args, scale, 1, known)
+        self._carried.begin(prepared.contract, prepared.bounds, count)
         logged = count_samples(args[0]) / count  # Lightning's own count of samples, where they are not on dim 0
         self._running = _Step(context, [(p, *args[1:]) for p in parts], [logged] * count, scale / count)
         if weights is not None and weights.tokens is not None:
@@ -211,15 +231,21 @@ class Pipeline:
     def run_stage(self, stage: int, program: StageProgram, inputs: tuple[Tensor, ...], index: int) -> Any:
         """Runs one stage on microbatch `index`; returns the tensors to send, or the result of the last stage."""
         step, name = self._step, self._step.context.name
-        run = StageRun(program, inputs, self.device, self._metrics, self.partition.parameters.observer)
+        observer = self.partition.parameters.observer
+        observer.allowed_writes = program.trace.ghost_writes
+        run = StageRun(program, inputs, self.device, self._metrics, observer)
+        self._carried.begin_stage()
         self._rng.begin(index)
         method = getattr(self.root, name)
         interceptor = self.partition.interceptor
         # a step may change its batch, which this rank's next stage needs, too
         arguments = step.arguments[index] if len(self.local) == 1 else copied_batch(step.arguments[index])
         recording = step.context.recorder.recording(step.samples[index], run, stage, index)
-        with recording, interceptor.handled_by(run), self.precision(), checkpoints_not_reentrant():
+        listed = program.trace.lists_parameters
+        visible = self.partition.parameters.all_visible() if listed else nullcontext()
+        with recording, interceptor.handled_by(run), self.precision(), checkpoints_not_reentrant(), visible:
             out = self.partition.step_module(_catching_stop(method, run), *arguments)
+        self._carried.end_stage(stage)
         if isinstance(out, _Stopped):
             return out.values
         if program.stop is not None:
@@ -264,6 +290,7 @@ class Pipeline:
             The result of the step, on every rank.
         """
         prepared = self._prepare(context.name, args, 1, train=False)
+        self._carried.begin(prepared.contract, prepared.bounds, 1)
         self._running = _Step(context, [args], [count_samples(args[0])])
         plan, group = self.partition.plan, self.mesh.group("pp")
         values: tuple[Tensor, ...] = ()
@@ -282,7 +309,12 @@ class Pipeline:
             if stage.index + 1 not in self.local:
                 for value in values:
                     dist.send(value, dist.get_global_rank(group, plan.stages[stage.index + 1].rank), group=group)
+        self._carried.end()
         return share_object(out, self.last_rank, self.mesh.group("pp"), self.device)
+
+    def end_training_step(self) -> None:
+        """Gives all ranks the state that the step has changed. Collective over the ranks of a pipeline."""
+        self._carried.end()
 
     def _receive(self, value: CrossingValue, rank: int) -> Tensor:
         group = self.mesh.group("pp")
@@ -299,7 +331,7 @@ class Pipeline:
         if key in self.prepared:
             self.prepared.move_to_end(key)
             return self.prepared[key]
-        with self.partition.bare():
+        with self.partition.bare(), self.partition.parameters.all_visible():
             trace = trace_step(
                 self.root,
                 self.partition.interceptor,
@@ -308,7 +340,10 @@ class Pipeline:
                 device=self.device,
                 context=self.precision,
             )
-        prepared = _Prepared(self._programs(name, trace), trace.outline())
+        bounds = stage_bounds(self.partition.plan, name, trace)
+        prepared = _Prepared(self._programs(bounds, trace), trace.outline(), trace.contract, bounds)
+        if name == "training_step":
+            prepared.whole_batch = whole_batch_reason(self.root, trace.contract)
         if train:
             prepared.schedule = self._build_schedule(prepared, count)
         same = [p for k, p in self.prepared.items() if k[0] == form and p.outline == prepared.outline]
@@ -320,8 +355,7 @@ class Pipeline:
             self.prepared.popitem(last=False)
         return prepared
 
-    def _programs(self, name: str, trace: Trace) -> dict[int, StageProgram]:
-        bounds = stage_bounds(self.partition.plan, name, trace)
+    def _programs(self, bounds: list[int], trace: Trace) -> dict[int, StageProgram]:
         count = len(bounds) - 1
         return {
             s: StageProgram(trace=trace, first=bounds[s], stop=bounds[s + 1] if s + 1 < count else None)

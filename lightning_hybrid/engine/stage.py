@@ -24,7 +24,7 @@ from lightning_hybrid._torch_private import (
 )
 from lightning_hybrid.ghosts.free_code import FreeCall, FreeCalls
 from lightning_hybrid.ghosts.ghost import Ghost, ghost_like, unit_of_other_stage
-from lightning_hybrid.ghosts.reads import AnsweredReads
+from lightning_hybrid.ghosts.reads import StageObserver
 from lightning_hybrid.ghosts.record import CrossingValue, Trace, UnitCall, shapes_of
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.spec.errors import PartitionError
@@ -75,7 +75,7 @@ class StageRun:
     inputs: Sequence[torch.Tensor]
     device: torch.device
     metrics: Metrics
-    observer: AnsweredReads = field(default_factory=AnsweredReads)
+    observer: StageObserver
     """Observes the ghosts of this rank; answers reads in code that earlier stages run with values."""
     calls: int = 0
     own: bool = False
@@ -92,6 +92,7 @@ class StageRun:
         self._wanted = {call for kind, call, _ in sources if kind == "out"}
         self._named = {call for kind, call, _ in sources if kind == "free"}
         self._ghosts = {call for call in program.trace.written if program.first > 0 and call.interval < program.first}
+        self._received = {(call, i) for kind, call, i in (v.source for v in program.received) if kind == "free"}
         named = bool(self._named or self._ghosts)
         self.free = FreeCalls(lambda: self.calls - 1, self._keep_results) if named else None
 
@@ -103,12 +104,13 @@ class StageRun:
         if call not in self._named and call not in self._ghosts:
             return out
         leaves, spec = tree_flatten(out)
-        if call in self._ghosts:
-            leaves = [ghost_like(x, self.observer) if is_plain(x) else x for x in leaves]
-            out = tree_unflatten(leaves, spec)
+        changed = False
         for i, leaf in enumerate(leaves):
-            self._outputs["free", call, i] = leaf
-        return out
+            # real on this stage if the operation reads a tensor that earlier stages have written
+            if is_plain(leaf) and (call in self._ghosts or (call, i) in self._received):
+                leaves[i], changed = ghost_like(leaf, self.observer), True
+            self._outputs["free", call, i] = leaves[i]
+        return tree_unflatten(leaves, spec) if changed else out
 
     def metric_call(
         self, metric: Any, kind: Literal["forward", "update"], call: Callable[..., Any], args: tuple, kwargs: dict

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import evaluation_batch, training_batch
-from lightning_hybrid._torch_private import location_of
+from lightning_hybrid._torch_private import location_of, persistent_buffers
 from lightning_hybrid.batches import count_samples
+from lightning_hybrid.collectives import to_local
 from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.engine.clocks import Clocks
 from lightning_hybrid.engine.context import StepContext
@@ -25,15 +26,15 @@ from lightning_hybrid.engine.loss_weights import BY_MICROBATCH, LossWeights, che
 from lightning_hybrid.engine.order import collective_order
 from lightning_hybrid.engine.pipeline import Pipeline
 from lightning_hybrid.engine.run import Run
+from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.trace import Tracer
 from lightning_hybrid.metrics.logs import LogRecorder, leave_out
 from lightning_hybrid.metrics.stages import StageOutputs
 from lightning_hybrid.metrics.step_logs import StepLogs
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
-from lightning_hybrid.replicas.batch_norm import has_batch_norm
 from lightning_hybrid.replicas.reducer import DeliverGradients
-from lightning_hybrid.replicas.written import check_equal
+from lightning_hybrid.replicas.written import check_equal, check_equal_buffers
 from lightning_hybrid.rng.step import StepRNG
 from lightning_hybrid.spec.stages import choose_microbatches
 
@@ -60,8 +61,7 @@ class StepRunner:
         self.root: pl.LightningModule = partition.root  # type: ignore[assignment]
         self.partition, self.run, self.mesh = partition, run, partition.mesh
         self.device, self.precision = run.device, run.precision
-        self.one_microbatch = has_batch_norm(self.root)  # its statistics are those of the whole batch
-        self.microbatches = 1 if self.one_microbatch else microbatches
+        self.microbatches = microbatches
         self.rows_per_sample = 1
         """Number of rows on dim 0 into which each sample of the loader has been split."""
         self.noise: GradientNoise | None = None
@@ -85,6 +85,11 @@ class StepRunner:
         self.loss_weights = LossWeights(self.root, self.mesh, run.device)
         if self.pipeline is not None:
             self.pipeline.separate_gradients = self.gradients.separate
+
+    @property
+    def one_microbatch(self) -> bool:
+        """True if a pipeline must not split a training batch."""
+        return (self.partition if self.pipeline is None else self.pipeline).whole_batch is not None
 
     def time_computation(self, clocks: Clocks | None) -> None:
         """Measures this rank's computation time with `clocks`; None stops measuring."""
@@ -121,7 +126,7 @@ class StepRunner:
     def microbatches_of(self, samples: int) -> int:
         """Returns the number of microbatches for a training batch of `samples` samples per replica."""
         plan = self.partition.plan
-        if self.pipeline is None or self.microbatches == 1:
+        if self.pipeline is None or self.one_microbatch or self.microbatches == 1:
             return 1
         return choose_microbatches(samples, self.microbatches, plan.layout.pp, plan.schedule)
 
@@ -240,22 +245,25 @@ class StepRunner:
         return self.context
 
     def _check_written(self) -> None:
-        """Refuses a step that has given parameters other values on each replica.
+        """Refuses a step that has given parameters or buffers other values on each replica.
 
         Without a dry run, as under `dp`, it is not known which parameters a step writes: all that are not trained are
-        compared in steps 1, 2, 4, 8 and so on.
+        compared in steps 1, 2, 4, 8 and so on, and so are all buffers.
         """
         if self.mesh.layout.replicas == 1:
             return
         self._steps += 1
         local, lines = self.partition.parameters.local(), self.partition.written
-        if self.mesh.layout.fsdp == 1 and self._steps & (self._steps - 1) == 0:
-            lines = dict.fromkeys(
-                (n for n, p in local.items() if not p.requires_grad), f"{location_of(self.root.training_step)}"
-            )
+        where, compares_all = location_of(self.root.training_step), self._steps & (self._steps - 1) == 0
+        if self.mesh.layout.fsdp == 1 and compares_all:
+            lines = dict.fromkeys((n for n, p in local.items() if not p.requires_grad), where)
         written = {name: (local[name], lines[name]) for name in local if name in lines}
         if written:
             check_equal(written, self.mesh.replica_group, self.mesh.layout)
+        if compares_all and self.gradients.diloco is None:
+            found = {n: to_local(b) for n, b in persistent_buffers(self.root).items() if not isinstance(b, Ghost)}
+            if found:
+                check_equal_buffers(found, where, self.mesh.replica_group, self.mesh.layout)
 
     def _note_parts(self, context: StepContext, batch: Any, parts: int) -> None:
         if self.noise is not None:
@@ -271,6 +279,7 @@ class StepRunner:
         self._note_parts(context, args[0], pipeline.parts)
         stashed.keep()
         mean_loss, extras = self._share(loss, extras)
+        self._check_written()
         self._log(self._weighted(context, *extras.pop(BY_MICROBATCH, ())))
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         deliver = partial(self.gradients.finish_pipeline, stashed, tied, scale)
@@ -282,8 +291,11 @@ class StepRunner:
         return loss if self.pipeline is not None or self.context is None else self.context.scaled(loss)
 
     def _share(self, loss: Tensor | None, extras: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Returns the last stage's loss, and what the step has returned besides, on every stage."""
-        return (torch.zeros(()), extras) if self.stage_outputs is None else self.stage_outputs.share(loss, extras)
+        """Returns the last stage's loss and other results on every stage; also shares the state that has changed."""
+        if self.pipeline is None or self.stage_outputs is None:
+            return torch.zeros(()), extras
+        self.pipeline.end_training_step()
+        return self.stage_outputs.share(loss, extras)
 
     def _log(self, context: StepContext) -> None:
         """Logs a step on all ranks, now or with its gradient check."""

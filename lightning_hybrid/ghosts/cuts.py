@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -44,10 +44,12 @@ class ValueFlow:
     """For each call, the leaf of its arguments that each value is, by uid."""
     reads: Sequence[tuple[int, str]]
     """Intervals and places that read the value of a tensor, where it decides what the step computes."""
-    writes: Sequence[tuple[int, str]]
-    """Intervals and places that write values into tensors that the step has not created."""
     told: Mapping[int, str]
     """Calls of units that have read values of tensors and told later code more than tensors, with the unit's name."""
+    refusals: Mapping[int, str] = field(default_factory=dict)
+    """Why state of the module forbids cuts, by cut."""
+    kept: Mapping[int, Collection[int]] = field(default_factory=dict)
+    """By cut, the uids of values that the step still puts into state after it."""
 
 
 def find_cuts(flow: ValueFlow) -> dict[int, Cut]:
@@ -63,7 +65,8 @@ def _cut(flow: ValueFlow, c: int, written: Mapping[int, int]) -> Cut:
     refusal = _early_refusal(flow, c)
     if refusal is not None:
         return Cut(refusal=refusal)
-    crossing = [value for value in flow.values if value.birth < c <= value.last_use]
+    kept = flow.kept.get(c, ())
+    crossing = [value for value in flow.values if value.birth < c and (c <= value.last_use or value.uid in kept)]
     views = Counter(value.storage for value in crossing)
     found = []
     for value in crossing:
@@ -85,15 +88,10 @@ def _cut(flow: ValueFlow, c: int, written: Mapping[int, int]) -> Cut:
 
 
 def _early_refusal(flow: ValueFlow, c: int) -> str | None:
-    where = next((where for interval, where in flow.writes if interval < c), None)
-    if where is not None:
-        return (
-            f"{where} writes a value that is computed before this point into another tensor, which later stages cannot"
-        )
     where = next((where for interval, where in flow.reads if interval < c), None)
     if where is not None:
         return f"{where} reads the value of a tensor before this point, which later stages cannot"
     name = next((name for call, name in flow.told.items() if call < c), None)
     if name is not None:
         return f"`{name}` reads values of tensors, and tells later code numbers or other values that depend on them"
-    return None
+    return flow.refusals.get(c)

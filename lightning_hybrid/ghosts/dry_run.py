@@ -1,25 +1,29 @@
-"""Runs a step on ghosts, as often as needed to know its data flow and which of the values that it reads decide it."""
+"""Runs a step on ghosts until its data flow, the values that decide it, and the state that it changes are known."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import nn
 
 from lightning_hybrid._torch_private import gradients_taken_by, own_parameters, tree_map, user_location_in
-from lightning_hybrid.ghosts.free_code import FreeCall
+from lightning_hybrid.ghosts.free_code import FreeCall, WrittenByUnits
 from lightning_hybrid.ghosts.ghost import Ghost, ghost_like, parameter_slots
+from lightning_hybrid.ghosts.learn import Learned, Repeated, Timeline, other_numbers
 from lightning_hybrid.ghosts.manual import idle_optimizers, optimize_idly
+from lightning_hybrid.ghosts.parameters import parameters_listed
 from lightning_hybrid.ghosts.preserve import preserved_module_state
 from lightning_hybrid.ghosts.reads import Reads
 from lightning_hybrid.ghosts.record import Trace
-from lightning_hybrid.ghosts.trace import Tracer, WrittenByUnits
+from lightning_hybrid.ghosts.state import ModuleState
+from lightning_hybrid.ghosts.trace import Tracer
 from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.ghosts.use import StepUse, record_use
 from lightning_hybrid.rng.state import preserved_rng
@@ -39,6 +43,7 @@ def trace_step(
     context: Callable[[], AbstractContextManager] = nullcontext,
     use_of: Collection[str] | None = None,
     ready: Callable[[], AbstractContextManager] | None = None,
+    learn_state: bool = True,
 ) -> Trace:
     """Runs `step(*args)` on ghosts and returns its data flow.
 
@@ -52,6 +57,7 @@ def trace_step(
         use_of: Names of units for which `Trace.use` is recorded; None: not recorded.
         ready: If the step fails before training has begun: returns a context in which the trainer and the module are
             as at the first batch, and in which the step runs again. Its effects on the module are undone.
+        learn_state: Whether to learn which state the step changes, which needs further runs of such a step.
 
     Raises:
         PartitionError: If the step fails.
@@ -59,7 +65,7 @@ def trace_step(
     contexts = [nullcontext] if ready is None else [nullcontext, ready]
     failure: Exception | None = None
     for begun in contexts:
-        dry = _DryRun(root, interceptor, step, args, device, context, use_of, begun)
+        dry = _DryRun(root, interceptor, step, args, device, context, use_of, begun, learn_state)
         try:
             return dry.trace()
         except PartitionError:
@@ -85,10 +91,13 @@ class _DryRun:
     context: Callable[[], AbstractContextManager]
     use_of: Collection[str] | None
     begun: Callable[[], AbstractContextManager]
+    learn_state: bool
     reads: Reads = field(default_factory=Reads)
     written: set[FreeCall] = field(default_factory=set)
     """Calls outside units that create tensors into which units write; these tensors are ghosts."""
     _use: StepUse | None = None
+    _followers: dict[str, set[str]] = field(default_factory=dict)
+    _changes_state: bool = False
 
     def trace(self) -> Trace:
         """Returns the trace of the step.
@@ -98,28 +107,75 @@ class _DryRun:
             Exception: What the step raises.
         """
         tracer = self.reads.until_it_runs(self._run)
-        use = self._use
+        use, changes_state = self._use, self._changes_state
         if tracer.reads_between_units:
             self.reads.find_deciding(lambda: self._run().summary, tracer.summary)
         trace = tracer.result()
-        trace.use = use
-        return trace
+        trace.use, trace.followers = use, self._followers
+        return self._with_state(trace) if changes_state else trace
 
     def _run(self) -> Tracer:
         """Runs the step, from the start again for each tensor of the step into which units write."""
         for _ in range(_RESTARTS):
-            self.reads.order.clear()
-            tracer = Tracer(self.root, self.interceptor.units.names, self.reads, frozenset(self.written))
+            tracer = self._new_tracer()
             try:
-                self._run_once(tracer)
+                with self._on_ghosts(tracer):
+                    self._run_first(tracer)
                 return tracer
             except WrittenByUnits as found:
                 self.written.add(found.call)
         raise PartitionError(f"`layout`: units write into more than {_RESTARTS} tensors that the step creates.")
 
-    def _run_once(self, tracer: Tracer) -> None:
+    def _new_tracer(self) -> Tracer:
+        self.reads.order.clear()
+        return Tracer(self.root, self.interceptor.units.names, self.reads, frozenset(self.written))
+
+    def _run_first(self, tracer: Tracer) -> None:
+        """Runs the step, and finds whether it changes state and which weights hooks write."""
+        state = ModuleState(self.root)
+        before = state.copies() if self.learn_state else {}
+        out = self._step(tracer, self.args)
+        if tracer.reads_between_units:
+            tracer.summary.add("result", out)
+            tracer.summary.add_state(self.root.modules())
+        if not self.learn_state:
+            return
+        self._changes_state = bool(state.changed(before, [statistic.tensor for statistic in tracer.statistics]))
+        if isinstance(self.root, pl.LightningModule) and self.function.__name__ == "training_step":
+            with preserved_module_state(self.root):
+                tracer.hooks.run(self.root, self.args, out)
+        self._followers = dict(tracer.hooks.followers)
+
+    def _with_state(self, trace: Trace) -> Trace:
+        """Returns `trace`, or that of another run, with what is learned of the state that the step changes."""
+        state = ModuleState(self.root)
+        first = self._new_tracer()
+        with self._on_ghosts(first):
+            before = state.copies()
+            self._step(first, self.args)
+            repeated = Repeated(state, before, first.statistics, first.is_written)
+            first.begin_again(repeated)
+            repeated.repeat(lambda: self._step(first, self.args))
+        second = self._new_tracer()
+        with self._on_ghosts(second):
+            caches = repeated.caches(lambda: self._step(second, other_numbers(self.args)))
+        if caches.issuperset(repeated.places):
+            return replace(trace, contract=replace(trace.contract, caches=caches))
+        third = self._new_tracer()
+        with self._on_ghosts(third):
+            places = [p for p in repeated.places if p not in caches]
+            third.timeline = Timeline(state, places, third.written_tensors)
+            with third.timeline.watched():
+                self._step(third, self.args)
+            calls, units = [call.name for call in third.calls], self.interceptor.units.names
+            third.learned = Learned(third.timeline, repeated, caches, calls, units, third.is_written)
+            use = self._use
+        return replace(third.result(), use=use, followers=trace.followers)
+
+    @contextmanager
+    def _on_ghosts(self, tracer: Tracer) -> Iterator[None]:
+        """Replaces parameters by ghosts, and what else a step needs; restores the module at exit."""
         root = self.root
-        args = tree_map(lambda x: x, self.args)  # containers that the step may change
         with ExitStack() as stack:
             stack.enter_context(preserved_rng(self.device))
             stack.enter_context(preserved_module_state(root))
@@ -133,17 +189,20 @@ class _DryRun:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.context())
             stack.enter_context(gradients_taken_by(tracer.gradients))
+            stack.enter_context(parameters_listed(tracer.listed))
             self._use = stack.enter_context(record_use(root, self.use_of)) if self.use_of is not None else None
             stack.enter_context(redirect_stdout(io.StringIO()))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # what the step prints about values is said where the values are
-            with tracer.real, tracer.free:
-                out = self.function(*args)
-            out = tracer.real.replaced(_as_tree(out))
-            tracer.consume_all(out)
-            if tracer.reads_between_units:
-                tracer.summary.add("result", out)
-                tracer.summary.add_state(root.modules())
+            yield
+
+    def _step(self, tracer: Tracer, args: tuple) -> Any:
+        """Runs the step; returns its result as a tree."""
+        given = tree_map(lambda x: x, args)  # containers that the step may change
+        with tracer.real, tracer.written_tensors, tracer.free:
+            out = _as_tree(self.function(*given))
+        tracer.consume_all(out)
+        return tracer.real.replaced(out)
 
 
 def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -> None:
@@ -151,12 +210,12 @@ def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -
     ghosts: dict[int, Ghost] = {}
     for name, module, key, parameter in list(parameter_slots(root)):
         if id(parameter) not in ghosts:
-            ghost = ghost_like(parameter, tracer, device)
-            ghost.requires_grad_(False)
+            ghost = ghost_like(parameter, tracer, device)  # trained or not, as user code may ask
+            ghost.requires_grad_(parameter.requires_grad or (isinstance(parameter, Ghost) and parameter.wants_grad))
             ghosts[id(parameter)] = ghost
             tracer.parameters[id(ghost)] = name
-        own_parameters(module).pop(key, None)
-        module.__dict__[key] = ghosts[id(parameter)]
+        module.__dict__.pop(key, None)
+        own_parameters(module)[key] = ghosts[id(parameter)]  # type: ignore[assignment]
     tracer.ghosts = list(ghosts.values())
 
 

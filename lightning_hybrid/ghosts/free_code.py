@@ -26,6 +26,14 @@ class FreeCall(NamedTuple):
     """Number of earlier calls of the function in the interval."""
 
 
+class WrittenByUnits(BaseException):
+    """Restarts the dry run: a tensor that the step creates is written by units, and becomes a ghost."""
+
+    def __init__(self, call: FreeCall) -> None:
+        super().__init__()
+        self.call = call
+
+
 class FreeCalls(TorchFunctionMode):
     """Names the calls of torch functions by the code that runs in the context.
 

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hybrid._torch_private import (
     READ_SCALAR,
     TO_COPY,
+    called_by_torch,
     disable_torch_function,
     is_mutable,
     make_wrapper,
@@ -64,6 +65,9 @@ class GhostWriteError(RuntimeError):
 
 class GhostObserver:
     """Callbacks for operations on ghosts. The dry run overrides them to record; the defaults serve a real run."""
+
+    gradients = False
+    """True while user code runs for which ghosts of parameters have gradients."""
 
     def used(self, func: Any, ghosts: list[Ghost]) -> None:
         """Called before `func` runs on `ghosts`."""
@@ -123,6 +127,17 @@ class Ghost(torch.Tensor):
         self.observer = observer if observer is not None else GhostObserver()
         self.gradient_hooks, self.made_by = {}, None
         return self
+
+    @property
+    def grad(self) -> Ghost | None:  # type: ignore[override]
+        """The gradient of a parameter of another stage: a ghost for user code in hooks, None for functions of torch."""
+        if not (self.observer.gradients and self.wants_grad) or called_by_torch():
+            return None
+        return Ghost(self.meta, self.device, self.observer)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        return None
 
     def register_hook(self, hook: Any) -> RemovableHandle:
         """Keeps `hook` for the parameter that this ghost represents; it runs on the rank that has the parameter."""

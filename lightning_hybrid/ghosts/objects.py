@@ -1,4 +1,4 @@
-"""Copies the content of Python objects, to compare and restore it.
+"""What Python objects hold: copies to compare and restore them by, and the differences to send to other ranks.
 
 State of the user's code may be in any object: numbers, tensors, lists and dictionaries in each other, arrays, random
 generators, and objects of classes outside torch, Lightning and Python itself. Restoring an object keeps its identity
@@ -7,6 +7,7 @@ and that of everything in it, so other references to it see the restored content
 
 from __future__ import annotations
 
+import copy
 import operator
 import random
 import sys
@@ -78,6 +79,27 @@ class Copy:
         if isinstance(self.state, list) and isinstance(other.state, list):
             return _identical(self.state, other.state)
         return (self.inside is None) == (other.inside is None) and _equal(self.state, other.state)
+
+    def alike(self, other: Copy, tensors_alike: Callable[[torch.Tensor, torch.Tensor], bool]) -> bool:
+        """Returns True if both hold equal content, in the same objects or in others of the same classes."""
+        mine, others = self.value, other.value
+        if type(mine) is not type(others):
+            return False
+        if isinstance(mine, torch.Tensor):
+            return tensors_alike(mine, others)
+        if self.inside is not None and other.inside is not None:
+            return list(self.inside) == list(other.inside) and all(
+                c.alike(other.inside[k], tensors_alike) for k, c in self.inside.items()
+            )
+        if self.inside is not None or other.inside is not None:
+            return False
+        return self.same_as(other) or (self.state is not None and _equal(self.state, other.state))
+
+    def values(self) -> dict[Any, Any]:
+        """Returns what is directly inside of the object."""
+        if self.inside is not None:
+            return {k: c.value for k, c in self.inside.items()}
+        return dict(self.state) if isinstance(self.state, list) else {}
 
     def leaves(self) -> Iterator[Any]:
         """Yields the objects that nothing is inside of, such as tensors."""
@@ -188,3 +210,96 @@ def _equal(some: Any, other: Any) -> bool:
 
 def _bytes(array: Any) -> bytes:
     return (array.numpy() if isinstance(array, torch.Tensor) else array).tobytes()  # NaN equals itself
+
+
+# ---- differences
+
+
+def difference(before: Copy, value: Any, as_sent: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+    """Returns what has changed from `before` to `value`, for `apply_difference`; None if nothing has.
+
+    Args:
+        before: A copy of the object.
+        value: The object now, or another one in its place.
+        as_sent: Returns a tensor in the form in which it is sent.
+    """
+    now = Copy(value)
+    if before.same_as(now):
+        return None
+    if value is not before.value or isinstance(value, (*_PLAIN, tuple)):
+        return ("new", map_leaves(as_sent, value))
+    if isinstance(value, torch.Tensor):
+        return ("written", as_sent(value))
+    if _kind_of(value) is not None:
+        return ("state", now.state)
+    olds, news = before.values(), now.values()
+    if not isinstance(value, list | deque):
+        found = {}
+        for key, new in news.items():
+            old = before.inside.get(key) if before.inside is not None else Copy(olds.get(key, olds), 0)
+            change = ("new", map_leaves(as_sent, new)) if old is None else difference(old, new, as_sent)
+            if change is not None:
+                found[key] = change
+        return ("items", found, [k for k in olds if k not in news])
+    kept = len(olds) if before.inside is None else _unchanged(before.inside, now.inside or {})
+    if len(news) >= kept == len(olds) and _identical(list(olds.items()), list(news.items())[:kept]):
+        return ("tail", kept, [map_leaves(as_sent, v) for v in list(value)[kept:]])
+    return ("tail", 0, [map_leaves(as_sent, v) for v in value])
+
+
+def _unchanged(before: dict[Any, Copy], now: dict[Any, Copy]) -> int:
+    """Returns how many items at the beginning have not changed."""
+    return next((i for i, old in before.items() if i not in now or not old.same_as(now[i])), len(before))
+
+
+def apply_difference(value: Any, change: tuple[Any, ...]) -> Any:
+    """Changes `value`, whose content is that of `before`, by the result of `difference`; returns what replaces it."""
+    kind, new = change[:2]
+    if kind == "new":
+        return new
+    if kind == "written":
+        with torch.no_grad():
+            value.copy_(new)
+    elif kind == "state":
+        _KINDS[next(base for base in _KINDS if isinstance(value, base))].write(value, new)
+    elif kind == "tail":
+        items = [*list(value)[:new], *change[2]]
+        value.clear()
+        value.extend(items)
+    else:
+        items = {k: v for k, v in (_items_of(value) or {}).items() if k not in change[2]}
+        for key, inner in new.items():
+            items[key] = apply_difference(items.get(key), inner)
+        _refill(value, items)
+    return value
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any, depth: int = _DEPTH) -> Any:
+    """Returns `value` with `function` of every tensor; objects with such a tensor are copied, all others stay."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    items = None if isinstance(value, _PLAIN) or _kind_of(value) is not None else _items_of(value)
+    if not items or not depth:
+        return value
+    mapped = {k: map_leaves(function, v, depth - 1) for k, v in items.items()}
+    if all(mapped[k] is v for k, v in items.items()):
+        return value
+    if isinstance(value, tuple):
+        return type(value)(*mapped.values()) if hasattr(value, "_fields") else tuple(mapped.values())
+    new = copy.copy(value)
+    _refill(new, mapped)
+    return new
+
+
+def replace_leaves(function: Callable[[Any], Any], value: Any, depth: int = _DEPTH) -> Any:
+    """Replaces every tensor in `value` by `function` of it, in the same objects; returns what replaces `value`."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    items = None if isinstance(value, _PLAIN) or _kind_of(value) is not None else _items_of(value)
+    if not items or not depth:
+        return value
+    replaced = {k: replace_leaves(function, v, depth - 1) for k, v in items.items()}
+    if isinstance(value, tuple):
+        return value if all(replaced[k] is v for k, v in items.items()) else map_leaves(function, value)
+    _refill(value, replaced)
+    return value

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lightning_hybrid._torch_private import own_parameters, refresh_flat_weights
 from lightning_hybrid.ghosts.ghost import Ghost, Slot, ghost_like, parameter_slots
-from lightning_hybrid.ghosts.reads import AnsweredReads
+from lightning_hybrid.ghosts.reads import StageObserver
 
 
 class Place(NamedTuple):
@@ -23,6 +23,22 @@ class Place(NamedTuple):
     key: str
 
 
+@contextmanager
+def parameters_listed(seen: Callable[[], None]) -> Iterator[None]:
+    """Calls `seen` when any module is asked for its parameters."""
+    original: Any = nn.Module.named_parameters
+
+    def named_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen()
+        return original(self, *args, **kwargs)
+
+    nn.Module.named_parameters = named_parameters  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.named_parameters = original  # type: ignore[method-assign]
+
+
 class Parameters:
     """All parameters of a module by name, held or not; a shared parameter has one entry, under its first name.
 
@@ -30,11 +46,12 @@ class Parameters:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.observer = AnsweredReads()
-        """Answers reads of the values of parameters that this rank does not hold."""
+        self.observer = StageObserver()
+        """Of the ghosts in place of parameters, and of those that a pipeline stage computes with."""
         shared: dict[int, list[Slot]] = defaultdict(list)
         for slot in parameter_slots(root):
             shared[id(slot.tensor)].append(slot)
+        self._visible: set[int] | None = None
         self.slots: dict[str, tuple[Place, ...]] = {}
         self.requires_grad: dict[str, bool] = {}
         for same in shared.values():
@@ -125,6 +142,9 @@ class Parameters:
         Yields:
             The ids of the ghosts, which the caller removes from the optimizers' groups.
         """
+        if self._visible is not None:
+            yield self._visible
+            return
         ghosts = {n: self[n] for n in self.slots if isinstance(self[n], Ghost)}
         orders = {slot.module: None for places in self.slots.values() for slot in places}
         for name, ghost in ghosts.items():
@@ -133,12 +153,16 @@ class Parameters:
                 slot.module.__dict__.pop(slot.key)
                 own_parameters(slot.module)[slot.key] = ghost  # type: ignore[assignment]
         self._sort(orders)
+        self._visible = {id(g) for g in ghosts.values()}
         try:
-            yield {id(g) for g in ghosts.values()}
+            yield self._visible
         finally:
+            self._visible = None
             for name, ghost in ghosts.items():
                 ghost.requires_grad_(False)
-                self.put(name, ghost)
+                place = self.slots[name][0]
+                if own_parameters(place.module).get(place.key) is ghost:  # else a hook has changed the layout
+                    self.put(name, ghost)
 
     def _sort(self, modules: Mapping[nn.Module, None]) -> None:
         """Restores the original order of each module's parameters, by which optimizers number them."""

@@ -168,6 +168,21 @@ class AnsweredReads(GhostObserver):
         super().read(ghost)
 
 
+class StageObserver(AnsweredReads):
+    """Observes the ghosts of a pipeline stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed_writes: frozenset[str] = frozenset()
+        """Lines whose writes into real tensors belong to other stages; no later code of this stage uses the tensors."""
+        self.gradients = False
+
+    def written(self, func: Any, target: torch.Tensor) -> None:
+        """Ignores the write if it belongs to another stage."""
+        if user_location() not in self.allowed_writes:
+            super().written(func, target)
+
+
 class Summary:
     """What a dry run computes after its first read, to be compared with that of another dry run."""
 

@@ -60,6 +60,9 @@ class RealTensors(TorchFunctionMode):
         """Returns True if `tensor` is a buffer or attribute of a module, or a view of one."""
         return storage_key(tensor) in self._state
 
+    def __contains__(self, tensor: Any) -> bool:
+        return is_plain(tensor) and storage_key(tensor) in self._written
+
     def made_in_unit(self, tensor: torch.Tensor) -> bool:
         """Returns True if the running unit has made `tensor`."""
         return self._made is not None and storage_key(tensor) in self._made

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_hybrid._torch_private import TreeSpec
+from lightning_hybrid.ghosts.contract import StepContract
 from lightning_hybrid.ghosts.free_code import FreeCall
 from lightning_hybrid.ghosts.ghost import is_differentiable
 from lightning_hybrid.ghosts.use import StepUse
@@ -98,11 +99,19 @@ class Trace:
     """Number of calls of torch functions outside units, by interval and function."""
     written: frozenset[FreeCall] = frozenset()
     """Calls outside units that create a tensor of which units compute a part (`seen = torch.zeros(...)`)."""
+    contract: StepContract = StepContract()
+    """What the step does besides its data flow."""
+    lists_parameters: bool = False
+    """True if code outside of units asks for the parameters of a module."""
+    followers: dict[str, set[str]] = field(default_factory=dict)
+    """By weight that a hook of the module writes: the weights that its new value comes from."""
+    ghost_writes: frozenset[str] = frozenset()
+    """Lines of the user's code that write values of ghosts into real tensors."""
 
     def outline(self) -> Hashable:
-        """Returns a key that is equal for traces with the same calls, cuts and uses of parameters."""
+        """Returns a key that is equal for traces with the same calls, cuts, uses of parameters and changes of state."""
         calls = tuple((c.name, c.skippable, tuple(kind for kind, _ in c.leaves)) for c in self.calls)
-        return calls, tuple(self.cuts.items()), tuple(self.parameter_uses.items())
+        return calls, tuple(self.cuts.items()), tuple(self.parameter_uses.items()), self.contract, self.ghost_writes
 
     def different_call(self, other: Trace) -> tuple[int, str, str] | None:
         """Returns the first call of other units than in `other`: its index and both names ("" for none)."""

@@ -1,10 +1,10 @@
-"""The state of the user's code in a module: where it is, and how to copy and restore it."""
+"""The state of the user's code in a module: where it is, how to copy it, and what a step has changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,18 +12,11 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_hybrid._torch_private import own_buffers
+from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.objects import Copy
 
 _OTHERS = ("lightning_hybrid.", "torch.", "lightning.", "torchmetrics.")
 """Packages whose classes have no attributes of the user."""
-
-
-class StatePlace(NamedTuple):
-    """A place that holds state: an attribute or a buffer of a module, or an attribute of a class."""
-
-    owner: str
-    """Name of the module; `class NAME` for an attribute of a class of the user."""
-    key: str
 
 
 class ModuleState:
@@ -45,10 +38,12 @@ class ModuleState:
             classes |= dict.fromkeys(k for k in type(module).__mro__ if not f"{k.__module__}.".startswith(_OTHERS))
         self._classes = {f"class {k.__module__}.{k.__qualname__}": k for k in classes if k.__module__ != "builtins"}
 
-    def places(self) -> Iterator[tuple[StatePlace, Any]]:
-        """Yields every place with what it holds."""
+    def places(self, *, without: Collection[str] = ()) -> Iterator[tuple[StatePlace, Any]]:
+        """Yields every place with what it holds, except for those of the modules named `without`."""
         framework = _framework()
         for name, module in self._holders.items():
+            if name in without:
+                continue
             for key, value in module.__dict__.items():
                 if key not in framework and not isinstance(value, nn.Parameter):
                     yield StatePlace(name, key), value
@@ -69,7 +64,9 @@ class ModuleState:
     def set(self, place: StatePlace, value: Any) -> None:
         """Sets what `place` holds; `MISSING` removes the attribute."""
         holder = self._holders.get(place.owner)
-        if holder is None:
+        if holder is None and value is MISSING:
+            delattr(self._classes[place.owner], place.key)
+        elif holder is None:
             setattr(self._classes[place.owner], place.key, value)
         elif value is MISSING:
             holder.__dict__.pop(place.key, None)
@@ -93,8 +90,24 @@ class ModuleState:
             if place not in copies:
                 self.set(place, MISSING)
 
+    def changed(self, before: dict[StatePlace, Copy], written: Collection[torch.Tensor] = ()) -> list[StatePlace]:
+        """Returns the places whose content is not that of `before`, or that hold one of the tensors `written`."""
+        ids = {id(tensor) for tensor in written}
+        found = [
+            p for p, c in self.copies().items() if p not in before or id(c.value) in ids or not before[p].same_as(c)
+        ]
+        return found + [p for p in before if self.get(p) is MISSING]
 
-MISSING: Any = object()
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "MISSING"
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING: Any = _Missing()
 """Stands for an attribute that does not exist."""
 _CLASS_STATE = (int, float, str, bool, list, dict, set, torch.Tensor)
 

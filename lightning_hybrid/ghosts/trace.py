@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,24 +31,20 @@ from lightning_hybrid._torch_private import (
     tree_unflatten,
     user_location,
 )
+from lightning_hybrid.ghosts.contract import StepContract
 from lightning_hybrid.ghosts.cuts import Source, Value, ValueFlow, find_cuts
-from lightning_hybrid.ghosts.free_code import FreeCall, FreeCalls
+from lightning_hybrid.ghosts.free_code import FreeCall, FreeCalls, WrittenByUnits
 from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver, ghost_like, is_differentiable
+from lightning_hybrid.ghosts.hook_use import HookUse
+from lightning_hybrid.ghosts.learn import Learned, Repeated, Timeline
 from lightning_hybrid.ghosts.reads import Reads, Summary
 from lightning_hybrid.ghosts.real import RealTensors
 from lightning_hybrid.ghosts.record import Trace, UnitCall, shapes_of
 from lightning_hybrid.ghosts.side_effects import SideEffects, modules_outside
+from lightning_hybrid.ghosts.written import Statistic, WrittenTensors
 
 _CONSTANTS = (str, bytes, int, float, complex, type(None))
 _DATA_DEPENDENT = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError)
-
-
-class WrittenByUnits(BaseException):
-    """Restarts the dry run: a tensor that the step creates is written by units, and becomes a ghost."""
-
-    def __init__(self, call: FreeCall) -> None:
-        super().__init__()
-        self.call = call
 
 
 class Tracer(GhostObserver):
@@ -72,11 +69,15 @@ class Tracer(GhostObserver):
         self.flops: dict[int, float] = defaultdict(float)
         self.reads_at: list[tuple[int, str]] = []
         """The intervals of reads outside units, and their places in the code."""
-        self.writes: list[tuple[int, str]] = []
-        """The intervals of writes of ghosts into real tensors, and their locations."""
         self.ghosts: list[Ghost] = []
         """The ghosts of parameters, kept alive so that their ids stay unique."""
-        self.free = FreeCalls(lambda: self.interval, self._name_results)
+        self._storages: dict[int, str] = {}
+        """The names of parameters, by storage."""
+        self.weight_writes: dict[str, str] = {}
+        """The line that writes each weight which the step writes, by name."""
+        self._earlier = 0
+        """Number of calls of an earlier step of this dry run."""
+        self.free = FreeCalls(lambda: self.interval - self._earlier, self._name_results)
         self.fresh: dict[int, tuple[FreeCall | None, torch.Tensor]] = {}
         """By storage: the call outside units that has created a real tensor; None for tensors from before the step."""
         self.to_ghosts = written
@@ -84,6 +85,14 @@ class Tracer(GhostObserver):
         self.inside = self.takes_gradients = self.depends_on_values = False
         self.concrete = self.answering = False
         """How the present unit runs again, since it reads values; see `_run_unit`."""
+        self.written_tensors = WrittenTensors(lambda: self.interval, lambda: self.inside)
+        self.repeated: Repeated | None = None
+        """What an earlier step of this dry run has left; None in the first step."""
+        self.timeline: Timeline | None = None
+        self.hooks = HookUse(self.parameters)
+        self.lists_parameters = False
+        """True if code outside of units asks for the parameters of a module."""
+        self.learned: Learned | None = None
 
     @property
     def interval(self) -> int:
@@ -96,12 +105,20 @@ class Tracer(GhostObserver):
 
     def used(self, func: Any, ghosts: list[Ghost]) -> None:  # noqa: D102
         written = is_mutable(func)
+        if self.hooks.running:
+            self.hooks.used(ghosts, written)
+            return
         for ghost in ghosts:
             self.consume(ghost)
             if written and ghost.uid in self.values and ghost is ghosts[0]:
                 self.values[ghost.uid].last_write = self.interval
+        if written:
+            self._note_weights(ghosts if func.overloadpacket.__name__.startswith("_foreach") else ghosts[:1])
 
     def made(self, func: Any, args: tuple, kwargs: dict, out: Any, ghosts: list[Ghost]) -> None:  # noqa: D102
+        if self.hooks.running:
+            self.hooks.made(ghosts)
+            return
         location = "" if self.inside else user_location()
         for ghost in ghosts:
             self.register(ghost, location)
@@ -119,6 +136,8 @@ class Tracer(GhostObserver):
             self.summary.add(func, args, kwargs)
 
     def read(self, ghost: Ghost) -> Any:  # noqa: D102
+        if self.hooks.running:
+            return super().read(ghost)
         self.consume(ghost)
         if self.inside and not self.answering:
             raise RuntimeError("data-dependent control flow inside a unit")
@@ -132,14 +151,26 @@ class Tracer(GhostObserver):
         self.reads.deciding.add(read_site())
 
     def written(self, func: Any, target: torch.Tensor) -> None:  # noqa: D102
+        if self.hooks.running:
+            super().written(func, target)
         if self.inside and self.real.is_state(target):
-            return  # such as running statistics, kept by the stage of the unit
+            self.written_tensors.add(target)  # such as running statistics, kept by the stage of the unit
+            return
         call, _ = self.fresh.get(storage_key(target), (None, None))
-        if call is not None:
+        if call is not None and not self.inside:
             raise WrittenByUnits(call)
         if not self.real.made_in_unit(target):
-            self.writes.append((self.interval, user_location()))
+            self.written_tensors.add(target)
         self.real.overwrite(target)
+
+    @property
+    def statistics(self) -> list[Statistic]:
+        """Returns the updates of running statistics so far."""
+        return self.written_tensors.statistics
+
+    def is_written(self, tensor: Any) -> bool:
+        """Returns True for a real tensor that was written with a ghost."""
+        return tensor in self.written_tensors or tensor in self.real
 
     def _ghost_of(self, tensor: torch.Tensor) -> Ghost:
         ghost = ghost_like(tensor.detach(), self)
@@ -153,6 +184,20 @@ class Tracer(GhostObserver):
 
     # ---- bookkeeping
 
+    def _note_weights(self, ghosts: list[Ghost]) -> None:
+        """Records the weights that are written through `ghosts`, which may be views of them."""
+        if not self._storages:
+            self._storages = {storage_key(g.meta): self.parameters[id(g)] for g in self.ghosts}
+        for ghost in ghosts:
+            if (name := self._storages.get(storage_key(ghost.meta))) is not None:
+                self.weight_writes.setdefault(name, user_location())
+
+    def begin_again(self, repeated: Repeated) -> None:
+        """Begins a second step, on what the first one has left."""
+        self.repeated, self._earlier = repeated, len(self.calls)
+        self.free.counts.clear()
+        self.fresh.clear()
+
     def register(self, ghost: Ghost, location: str = "") -> None:
         """Records a new value, computed at `location`."""
         ghost.uid = len(self.values)
@@ -160,6 +205,8 @@ class Tracer(GhostObserver):
 
     def consume(self, ghost: Ghost) -> None:
         """Records that a value or parameter is used in the current interval."""
+        if self.repeated is not None and id(ghost) in self.repeated.ghosts:
+            self.repeated.used.add(id(ghost))
         if ghost.uid in self.values:
             self.values[ghost.uid].last_use = self.interval
         elif id(ghost) in self.parameters:
@@ -167,7 +214,12 @@ class Tracer(GhostObserver):
 
     def consume_all(self, tree: Any) -> None:
         """Records that every ghost in `tree` is used (logged, returned, passed to a metric)."""
+        self.written_tensors.used(tree)
         tree_map(lambda x: self.consume(x) if isinstance(x, Ghost) else None, self.real.replaced(tree))
+
+    def listed(self) -> None:
+        """Records that code asks for the parameters of a module."""
+        self.lists_parameters |= not self.inside and not self.hooks.running
 
     def gradients(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Ghost, ...]:
         """Returns a ghost for every gradient; replaces `torch.autograd.grad`."""
@@ -197,22 +249,28 @@ class Tracer(GhostObserver):
             return self._outer_call(name, call, args, kwargs)
 
     def _outer_call(self, name: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        args, kwargs = self.real.replaced((args, kwargs))
+        given = args, kwargs
+        args, kwargs = self.real.replaced(given)
         if self.reads.order:
             self.summary.add(name, args, kwargs)
         flat, _ = tree_flatten((args, kwargs))
         record = UnitCall(name=name, args=args, kwargs=kwargs, shapes=shapes_of(flat))
         self.calls.append(record)
+        self.written_tensors.used(given)
         self.arg_leaves.append({x.uid: i for i, x in reversed(list(enumerate(flat))) if isinstance(x, Ghost)})
         pristine = _copy_objects((args, kwargs))
         record.args, record.kwargs = pristine
         modules = [*self.root.get_submodule(name).modules(), *self._outside]
         effects = SideEffects(modules, (args, kwargs))
         self.inside = True
+        if self.timeline is not None:
+            self.timeline.entered()
         try:
             out = self.real.replaced(self._run_unit(record, call, args, kwargs, flat))
         finally:
             self.inside = False
+        if self.timeline is not None:
+            self.timeline.left()
         self._remember_output(record, len(self.calls) - 1, flat, out)
         record.skippable &= not effects.any(tensors=not record.concrete)
         return out
@@ -318,26 +376,35 @@ class Tracer(GhostObserver):
     def result(self) -> Trace:
         """Returns the trace of the step, after its end."""
         places, deciding = self.reads.places, self.reads.deciding
+        cuts = range(1, len(self.calls))
+        contract = StepContract() if self.learned is None else self.learned.contract
         flow = ValueFlow(
             names=[call.name for call in self.calls],
             values=list(self.values.values()),
             sources=self.names,
             arguments=self.arg_leaves,
             reads=[(interval, places[place].location) for interval, place in self.reads_at if place in deciding],
-            writes=self.writes,
             told={i: call.name for i, call in enumerate(self.calls) if call.reads and not call.skippable},
+            refusals={c: refusal for c in cuts if (refusal := self._refusal_of_state(c)) is not None},
+            kept={} if self.learned is None else {c: self.learned.kept(c) for c in cuts},
         )
         return Trace(
-            calls=self.calls,
+            calls=list(self.calls),
             cuts=find_cuts(flow),
             parameter_uses={n: tuple(sorted(self.uses[n])) for n in self.parameters.values() if n in self.uses},
             flops=[self.flops[k] for k in range(-1, len(self.calls))],
             takes_gradients=self.takes_gradients,
             depends_on_values=self.depends_on_values,
             answers=self.reads.answers(),
-            free_counts=self.free.counts,
+            free_counts=self.free.counts.copy(),
             written=self.to_ghosts,
+            contract=replace(contract, weights=tuple(self.weight_writes.items())),
+            lists_parameters=self.lists_parameters,
+            ghost_writes=frozenset(self.written_tensors.places),
         )
+
+    def _refusal_of_state(self, cut: int) -> str | None:
+        return self.written_tensors.refusal(cut) or (None if self.learned is None else self.learned.refusal(cut))
 
 
 def _random_like(ghost: Ghost) -> torch.Tensor:

@@ -20,7 +20,8 @@ from lightning_hybrid._torch_private import in_transform, storage_id, tree_flatt
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.trees import sorted_slots, tensors_of
 
-_METADATA = {"size", "dim", "stride", "numel", "ndimension", "element_size", "is_floating_point", "is_contiguous"}
+METADATA = {"size", "dim", "stride", "numel", "ndimension", "element_size", "is_floating_point", "is_contiguous"}
+"""Names of functions that ask for the form of a tensor only."""
 _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 _IN_PLACE = {"__setitem__"} | {
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
@@ -123,7 +124,7 @@ def _written(func: Any, args: tuple, kwargs: dict) -> Any:
 
 def _is_metadata(func: Any, out: Any) -> bool:
     name = getattr(func, "__name__", "")
-    return name in _METADATA or name in _NO_WRITES or (name == "__get__" and not isinstance(out, torch.Tensor))
+    return name in METADATA or name in _NO_WRITES or (name == "__get__" and not isinstance(out, torch.Tensor))
 
 
 @contextmanager

@@ -78,6 +78,8 @@ class Partition:
     interceptor: CallInterceptor
     parameters: Parameters
     step_module: StepModule
+    whole_batch: str | None = None
+    """Why a pipeline must not split a training batch into microbatches; None if it may, as far as is known."""
     tensor: TensorParallel | None = None
     experts: ExpertParallel | None = None
     whole: set[str] = field(default_factory=set)

@@ -35,6 +35,10 @@ def with_calls(model: ModelSpec, step: str, trace: Trace, parameters: Parameters
     """Returns `model` with the calls of a `step` and their cost."""
     uses = {parameters.first_names[n]: found for n, found in trace.parameter_uses.items()}
     calls = {n: tuple(sorted({max(0, interval) for interval in uses.get(n, ())})) for n in model.parameters}
+    for target, sources in trace.followers.items():  # a hook that writes a weight needs the others on the same stages
+        for source in sources:
+            name, written = parameters.first_names[source], parameters.first_names[target]
+            calls[name] = tuple(sorted({*calls[name], *(calls[written] or (0,))}))
     return replace(
         model,
         parameters={n: replace(p, calls=calls[n]) for n, p in model.parameters.items()},

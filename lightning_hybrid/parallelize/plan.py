@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +25,7 @@ from lightning_hybrid.batches import copied_batch, find_samples, split_batch
 from lightning_hybrid.dataloader.peek import Share
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
 from lightning_hybrid.ghosts.begun import as_at_first_batch
+from lightning_hybrid.ghosts.contract import StepContract
 from lightning_hybrid.ghosts.dry_run import trace_step
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.record import Trace
@@ -34,8 +35,9 @@ from lightning_hybrid.metrics.logs import silent
 from lightning_hybrid.parallelize.apply import Partition, StepModule
 from lightning_hybrid.parallelize.describe import describe, divided_attributes, with_calls
 from lightning_hybrid.parallelize.observe import observe_calls
+from lightning_hybrid.parallelize.whole_batch import refusal_of_microbatches, whole_batch_reason
 from lightning_hybrid.patching import Patches
-from lightning_hybrid.replicas.batch_norm import has_batch_norm, plain_sync_batch_norms
+from lightning_hybrid.replicas.batch_norm import plain_sync_batch_norms
 from lightning_hybrid.replicas.reducer import refusal_of_gradients
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.expert_plan import ExpertPlan
@@ -91,7 +93,10 @@ def make_partition(
         plan = (
             _decide(run, model, parameters) if request.plan is None else _follow(run, request.plan, model, parameters)
         )
-        partition = Partition(root, mesh, plan, interceptor, parameters, StepModule(root), sync_norms=sync_norms)
+        whole_batch = whole_batch_reason(root, run.contract if run.step == "training_step" else StepContract())
+        partition = Partition(
+            root, mesh, plan, interceptor, parameters, StepModule(root), whole_batch, sync_norms=sync_norms
+        )
         if plan.layout.fsdp > 1:
             share = Share(mesh.replica, plan.layout.replicas)
             partition.calls = observe_calls(partial(run.trace_own, share), parameters, units.names)
@@ -115,6 +120,7 @@ class _DryRun:
     step: str = ""
     microbatches: int = 1
     samples: int | None = None
+    contract: StepContract = StepContract()
 
     def prepare(self) -> tuple:
         """Returns the arguments of the step, the first batch first."""
@@ -132,6 +138,9 @@ class _DryRun:
                 raise PartitionError(refusal_of_gradients(self.request.layout))
             if trace.depends_on_values:
                 self._compare_parts(trace, parts, args)
+        self.contract = trace.contract
+        if self.step == "training_step":
+            self.microbatches = microbatches_for(self.root, self.request, args[0], self.samples, self.contract)
         return trace
 
     def _trace_part(self, batch: Any, args: tuple, watched: Collection[str] | None = None) -> Trace:
@@ -161,21 +170,15 @@ class _DryRun:
         trace.refuse_different_cuts(first, other)
 
     def trace_own(self, share: Share, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Trace:
-        """Runs the step on a batch of the replica `share`, with all weights visible in `parameters()`.
+        """Runs the step on a batch of the replica `share`.
 
         Args:
             share: The replica.
             changed: Returns a replacement of the step function.
         """
         name, args, _ = self.sample(share)
-        step, root = changed(getattr(self.root, name)), self.root
-
-        @wraps(step)
-        def run(*args: Any) -> Any:
-            with Parameters(root).all_visible():
-                return step(*args)
-
-        return self._traced(run, name, args, self.interceptor.units.names)
+        step = changed(getattr(self.root, name))
+        return self._traced(step, name, args, self.interceptor.units.names)
 
     def _traced(
         self, step: Callable[..., Any], name: str, args: tuple, watched: Collection[str] | None = None
@@ -190,6 +193,7 @@ class _DryRun:
             context=self.precision,
             use_of=watched,
             ready=lambda: as_at_first_batch(self.root, name, args[0]),
+            learn_state=self.request.layout.pp > 1,
         )
 
 
@@ -328,7 +332,13 @@ def check_trainer(layout: Layout, trainer: pl.Trainer) -> None:
         )
 
 
-def microbatches_for(root: pl.LightningModule, request: Request, batch: Any, known: int | None = None) -> int:
+def microbatches_for(
+    root: pl.LightningModule,
+    request: Request,
+    batch: Any,
+    known: int | None = None,
+    contract: StepContract = StepContract(),  # noqa: B008 -- immutable
+) -> int:
     """Returns the number of microbatches for a first batch like `batch`.
 
     Args:
@@ -336,6 +346,7 @@ def microbatches_for(root: pl.LightningModule, request: Request, batch: Any, kno
         request: The layout and its options.
         batch: The batch.
         known: Number of samples that were read for the batch; None: not known.
+        contract: The contract of the step, as far as it is known.
 
     Raises:
         PartitionError: If the requested number does not suit the batch or the model.
@@ -343,19 +354,15 @@ def microbatches_for(root: pl.LightningModule, request: Request, batch: Any, kno
     layout, asked = request.layout, request.microbatches
     if layout.pp == 1:
         return 1
-    normalized = has_batch_norm(root) and root.training
+    whole = whole_batch_reason(root, contract) if root.training else None
     if asked == "auto":
-        size = 1 if normalized else find_samples(batch, known).count or 1
+        size = 1 if whole is not None else find_samples(batch, known).count or 1
         return choose_microbatches(size, asked, layout.pp, request.schedule)
     asked = int(asked)
     if asked == 1:
         return 1
-    if normalized:
-        raise PartitionError(
-            f"`microbatches={asked}` cannot give the result of one process for a model with BatchNorm, or whose step "
-            "calls `all_gather`: the result is one of the whole batch. Use `microbatches=1` or 'auto', or GroupNorm in "
-            "the model."
-        )
+    if whole is not None:
+        raise PartitionError(refusal_of_microbatches(asked, whole))
     samples = find_samples(batch, known)
     size = samples.count
     if size is None:

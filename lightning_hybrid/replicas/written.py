@@ -1,8 +1,11 @@
-"""Parameters that a step writes (a teacher that follows, prototypes): each replica writes its own copy."""
+"""Parameters and buffers that a step writes (a teacher that follows, a queue): each replica writes its own copy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +13,9 @@ from torch import Tensor
 
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
+
+_ROUNDING = 1e-6
+"""Largest difference between sums, relative to the sum of magnitudes; several times the rounding of float32."""
 
 
 def check_equal(written: Mapping[str, tuple[Tensor, str]], group: dist.ProcessGroup, layout: Layout) -> None:
@@ -34,6 +40,44 @@ def check_equal(written: Mapping[str, tuple[Tensor, str]], group: dist.ProcessGr
                 "the samples of the replica, so replicas get different weights. Compute the value from "
                 "`self.all_gather(...)` of the samples of all replicas, or use a layout of `tp` and `pp`."
             )
+
+
+def check_equal_buffers(buffers: Mapping[str, Tensor], where: str, group: dist.ProcessGroup, layout: Layout) -> None:
+    """Compares the buffers of replicas after a step. Collective over the group.
+
+    Args:
+        buffers: The buffers by name.
+        where: The location of the step.
+        group: One rank of each replica.
+        layout: The layout.
+
+    Raises:
+        PartitionError: On all ranks, if a buffer has other values on another replica.
+    """
+    own = {
+        n: (tuple(b.shape), (*_sums(b).tolist(), float(b.detach().abs().double().sum()))) for n, b in buffers.items()
+    }
+    found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(found, own, group=group)
+    for name in sorted(set().union(*found)):
+        by_shape: dict[tuple[int, ...], list[tuple[float, ...]]] = defaultdict(list)
+        for shape, sums in (replica[name] for replica in found if name in replica):
+            by_shape[shape].append(sums)  # of other shapes are those that grow with the batch, such as masks
+        if not all(_alike(shape, sums) for shape, sums in by_shape.items()):
+            raise PartitionError(
+                f"`layout='{layout}'`: the step ({where}) computes the buffer `{name}` from the samples of a replica, "
+                f"so the {len(found)} replicas have other values, where one process has one for all samples. Compute "
+                "it from `self.all_gather(...)` of the samples of all replicas, keep what each replica is to have for "
+                "itself in an attribute instead of a buffer, or use a layout of `tp` and `pp`."
+            )
+
+
+def _alike(shape: tuple[int, ...], found: Sequence[tuple[float, ...]]) -> bool:
+    """Returns True if both sums of each replica are those of the first one, up to rounding."""
+    *mine, magnitude = found[0]
+    limit = _ROUNDING * max(math.prod(shape), 1) ** 0.5 * magnitude
+    pairs = [pair for other in found[1:] for pair in zip(mine, other[:2], strict=True)]
+    return not any(abs(a - b) > limit for a, b in pairs)  # NaN is equal to all
 
 
 def _sums(tensor: Tensor) -> Tensor:

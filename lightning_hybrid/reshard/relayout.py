@@ -34,6 +34,7 @@ from lightning_hybrid.compat.averaging import (
     renew_averages,
 )
 from lightning_hybrid.compat.callbacks import patched_callbacks
+from lightning_hybrid.compat.hooks import patched_hooks
 from lightning_hybrid.engine.build import belong_to
 from lightning_hybrid.engine.engine import Engine, Listener
 from lightning_hybrid.engine.first_batch import training_step_like
@@ -104,6 +105,7 @@ def follow_layout(engine: Engine, listeners: Sequence[Listener]) -> None:
     keep_loading_whole_weights(engine)
     engine.patches.enter_context(local_copies(engine))
     engine.patches.enter_context(patched_callbacks(engine))
+    engine.patches.enter_context(patched_hooks(engine))
     engine.run.data.follow_layout(engine.mesh)
     for listener in listeners:
         listener.layout_changed(engine)

@@ -122,11 +122,11 @@ class WritesIntoAttribute(Stack):
         return self.head(self.kept).mean()
 
 
-def test_after_a_write_into_a_tensor_from_before_the_step_it_cannot_be_cut(batch):
+def test_a_tensor_from_before_the_step_that_is_written_and_used_later_forbids_the_cuts_between(batch):
     result = trace(WritesIntoAttribute(), batch)
     assert [c.name for c in result.calls] == ["embed", "head"]
     assert "test_trace.py" in str(result.cuts[1].refusal)
-    assert "into another tensor, which later stages cannot" in str(result.cuts[1].refusal)
+    assert "has written with a value of an earlier stage" in str(result.cuts[1].refusal)
     assert isinstance(result.calls[1].args[0], Ghost), "it depends on parameters from then on"
 
 

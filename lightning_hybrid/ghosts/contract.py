@@ -1,0 +1,61 @@
+"""The contract of a step: which state of the module it changes, where in the user's code, and what becomes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class StatePlace(NamedTuple):
+    """A place that holds state: an attribute or a buffer of a module, or an attribute of a class."""
+
+    owner: str
+    """Name of the module; `class NAME` for an attribute of a class of the user."""
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.owner}.{self.key}" if self.owner else self.key
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateChange:
+    """State that a step leaves different from what it was."""
+
+    place: StatePlace
+    where: str
+    """The line of the user's code, as `file.py:12 (function)`."""
+    in_unit: bool
+    """True if calls of the unit that has the state change it; it then belongs to the stage of the unit."""
+    written: bool
+    """True for a tensor that is written in place."""
+    known: int
+    """From this call of a unit on, the state is as at the end of the step. The number of calls: only at the end."""
+    ghosts: bool
+    """True if the state holds values that a unit has computed."""
+
+    def __str__(self) -> str:
+        return f"{self.where} changes `{self.place}`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepContract:
+    """What is known of a step besides its data flow."""
+
+    carried: tuple[StateChange, ...] = ()
+    """State that the next step, or user code after the step, finds changed."""
+    overwritten: tuple[StateChange, ...] = ()
+    """State inside of units that every call computes anew, from nothing of the call before."""
+    weights: tuple[tuple[str, str], ...] = ()
+    """Weights that the step writes, each with the line of the user's code."""
+    caches: frozenset[StatePlace] = frozenset()
+    """State that the step changes only once, to the same whatever the batch holds."""
+
+    @property
+    def changes(self) -> tuple[StateChange, ...]:
+        """All changes but those of caches."""
+        return (*self.carried, *self.overwritten)
+
+    @property
+    def known(self) -> frozenset[StatePlace]:
+        """All places that the step changes."""
+        return self.caches | {change.place for change in self.changes}
