@@ -32,6 +32,8 @@ class StateChange:
     """From this call of a unit on, the state is as at the end of the step. The number of calls: only at the end."""
     ghosts: bool
     """True if the state holds values that a unit has computed."""
+    summed: bool = False
+    """True for a tensor in a unit to which each call adds a sum over its samples, by the word of the module."""
 
     def __str__(self) -> str:
         return f"{self.where} changes `{self.place}`"
@@ -49,6 +51,11 @@ class StepContract:
     """Weights that the step writes, each with the line of the user's code."""
     caches: frozenset[StatePlace] = frozenset()
     """State that the step changes only once, to the same whatever the batch holds."""
+
+    @property
+    def of_batch(self) -> tuple[StateChange, ...]:
+        """Changes that microbatches would not make as the whole batch does."""
+        return tuple(change for change in self.carried if not change.summed)
 
     @property
     def changes(self) -> tuple[StateChange, ...]:

@@ -68,7 +68,7 @@ def trace_step(
         dry = _DryRun(root, interceptor, step, args, device, context, use_of, begun, learn_state)
         try:
             return dry.trace()
-        except PartitionError:
+        except (PartitionError, torch.OutOfMemoryError):  # the memory probe wants to know
             raise
         except Exception as error:  # of any class: the user's code raises it
             failure = error

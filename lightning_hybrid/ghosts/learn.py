@@ -155,6 +155,10 @@ class Timeline:
                 self.where[place] = self._line
         self._line = line
 
+    def is_sum(self, place: StatePlace) -> bool:
+        """Returns True if the module says that a buffer is a sum over samples, in its attribute `sums_over_samples`."""
+        return place.key in getattr(self._state.owner(place), "sums_over_samples", ())
+
     def statistics(self, place: StatePlace) -> list[Statistic]:
         """Returns the updates of `place` as running statistics."""
         return [s for s in self._written.statistics if s.tensor is self.before[place].value]
@@ -211,11 +215,13 @@ class Learned:
     def _change(self, place: StatePlace, repeated: Repeated) -> StateChange:
         timeline = self._timeline
         leaves = list(timeline.after[place].leaves())
+        in_unit, written = bool(self._unit_of(place) and timeline.calls_that_change(place)), repeated.written(place)
         return StateChange(
             place=place,
             where=timeline.where.get(place, "the step"),
-            in_unit=bool(self._unit_of(place) and timeline.calls_that_change(place)),
-            written=repeated.written(place),
+            in_unit=in_unit,
+            written=written,
+            summed=in_unit and written and timeline.is_sum(place),
             known=timeline.known(place),
             ghosts=bool(timeline.statistics(place)) or any(isinstance(x, Ghost) or self._is_written(x) for x in leaves),
         )

@@ -82,6 +82,8 @@ class Reads:
         for _ in range(_REPETITIONS):
             try:
                 return run()
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # of any class: user code has run on made-up values
                 first, now = first or error, (type(error), user_location_in(error.__traceback__), len(self.order))
             if now != failure:  # it has failed for the first time, or got further

@@ -15,7 +15,7 @@ from lightning_hybrid._torch_private import own_buffers
 from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.objects import Copy
 
-_OTHERS = ("lightning_hybrid.", "torch.", "lightning.", "torchmetrics.")
+_OTHERS = ("lightning_hybrid.", "torch.", "lightning.", "pytorch_lightning.", "torchmetrics.")
 """Packages whose classes have no attributes of the user."""
 
 
@@ -53,6 +53,11 @@ class ModuleState:
             for key, value in list(vars(kind).items()):
                 if isinstance(value, _CLASS_STATE) and not key.startswith("__"):
                     yield StatePlace(name, key), value
+
+    def owner(self, place: StatePlace) -> Any:
+        """Returns the module, or the class, that has `place`."""
+        holder = self._holders.get(place.owner)
+        return self._classes[place.owner] if holder is None else holder
 
     def get(self, place: StatePlace) -> Any:
         """Returns what `place` holds; `MISSING` if it does not exist."""

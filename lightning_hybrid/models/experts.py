@@ -46,6 +46,8 @@ class Router(nn.Module):
 
     bias: Tensor
     load: Tensor
+    sums_over_samples = ("load",)
+    """Buffers to which each call adds a sum over its samples: microbatches of a pipeline may be added, too."""
 
     def __init__(self, width: int, config: ExpertsConfig) -> None:
         super().__init__()

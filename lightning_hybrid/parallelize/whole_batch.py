@@ -21,9 +21,9 @@ def whole_batch_reason(root: nn.Module, contract: StepContract) -> str | None:
         return f"`{norm}` is a BatchNorm, whose statistics are those of the whole batch"
     if has_batch_norm(root):
         return "the step normalizes with the statistics of the whole batch, or calls `all_gather`"
-    if contract.carried:
-        more = len(contract.carried) - 1
-        return f"{contract.carried[0]}, once for the whole batch{f' (and {more} more)' if more else ''}"
+    if contract.of_batch:
+        more = len(contract.of_batch) - 1
+        return f"{contract.of_batch[0]}, once for the whole batch{f' (and {more} more)' if more else ''}"
     if contract.weights:
         name, where = contract.weights[0]
         return f"{where} writes the weight `{name}`, once for the whole batch"

@@ -99,7 +99,8 @@ class MemoryProbe:
     ) -> None:
         if microbatches < 1 or (microbatches > 1 and (runner.pipeline is None or runner.one_microbatch)):
             raise ValueError(
-                "`microbatches` must be 1 without a pipeline, or with a BatchNorm, and at least 1 with one. "
+                "`microbatches` must be 1 without a pipeline, or if the step does something once for the whole batch, "
+                "such as BatchNorm, and at least 1 with one. "
                 f"Got {microbatches} under `layout='{runner.mesh.layout}'`."
             )
         if budget_bytes is not None and budget_bytes < 1:

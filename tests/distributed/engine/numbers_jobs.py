@@ -41,6 +41,10 @@ class NoisyBlock(nn.Module):
         return x + self.outside(y)
 
 
+DRAWN: dict[str, list[int]] = {"masks": [], "inner": [], "in step": []}
+"""Checksums of what this rank has drawn; not in the module, whose state all ranks of a pipeline share."""
+
+
 class Noisy(L.LightningModule):
     """Dropout everywhere: in blocks, in free code between modules, in the step.
 
@@ -56,13 +60,10 @@ class Noisy(L.LightningModule):
         self.blocks = nn.ModuleList(NoisyBlock(inside, outside, recompute == "part") for _ in range(4))
         self.head = nn.Linear(WIDTH, 4)
         self.outside, self.recompute = outside, recompute
-        self.masks: list[int] = []
-        self.inner_masks: list[int] = []
-        self.rng_states: list[int] = []
         self.losses: list[float] = []
         for name, module in self.named_modules():
             if name.endswith("side"):
-                kept = self.masks if name.endswith("outside") else self.inner_masks
+                kept = DRAWN["masks" if name.endswith("outside") else "inner"]
                 module.register_forward_hook(partial(self._note, kept))
 
     def _note(self, masks: list[int], module: nn.Module, args: tuple, out: torch.Tensor) -> None:
@@ -82,7 +83,7 @@ class Noisy(L.LightningModule):
     def training_step(self, batch, batch_idx):
         loss = nn.functional.cross_entropy(self(batch["x"]), batch["y"])
         if not isinstance(loss, Ghost):
-            self.rng_states.append(_crc(torch.get_rng_state()))
+            DRAWN["in step"].append(_crc(torch.get_rng_state()))
         self.log("loss", loss)
         return loss
 
@@ -120,9 +121,12 @@ def dropout(
     """Trains with dropout; what was drawn, and the shared RNG state afterwards."""
     quiet()
     L.seed_everything(seed, verbose=False)
+    for drawn in DRAWN.values():
+        drawn.clear()
     module = Noisy(**module_options)
     states: list[Any] = []
     watch = LambdaCallback(on_train_batch_end=lambda *_: states.append(shared_rng()))
+    options["strategy_options"] = {"verify": "off"} | options.get("strategy_options", {})  # which draws, too
     trainer, replicas = trainer_for(layout, callbacks=[watch], **options)
     size = 16 // replicas
     trainer.fit(
@@ -136,9 +140,7 @@ def dropout(
     return {
         "weights": weights(trainer, module),
         "losses": module.losses,
-        "masks": module.masks,
-        "inner": module.inner_masks,
-        "in step": module.rng_states,
+        **{name: list(drawn) for name, drawn in DRAWN.items()},
         "shared": states,
         "noise": float(trainer.callback_metrics["noise"]),
     }

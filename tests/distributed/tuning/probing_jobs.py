@@ -58,21 +58,26 @@ class _Watched(torch.autograd.Function):
 
 
 class WatchedBlock(nn.Module):
-    """A residual block with dropout, running statistics, and faults in the middle."""
+    """A residual block with dropout and faults in the middle; it keeps running statistics and what it was called with.
+
+    Not under `pp`, which would run such a step on one microbatch.
+    """
 
     mean: torch.Tensor
 
-    def __init__(self, width: int, faults: Faults, dropout: float) -> None:
+    def __init__(self, width: int, faults: Faults, dropout: float, keeps: bool) -> None:
         super().__init__()
+        self.keeps = keeps
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.dropout, self.faults = nn.Dropout(dropout), faults
-        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("mean", torch.zeros(width), persistent=False)
         self.calls: list[int] = []
 
     def forward(self, x):
-        self.calls.append(len(x))
+        if self.keeps:
+            self.calls.append(len(x))
         inner = _Watched.apply(torch.tanh(self.up(x)), self.faults)
-        if self.training:
+        if self.training and self.keeps:
             self.mean.lerp_(x.detach().mean(0), 0.1)
         return x + self.down(self.dropout(inner))
 
@@ -80,15 +85,20 @@ class WatchedBlock(nn.Module):
 class Probed(Classifier):
     """The classifier with such blocks; it draws random numbers of all kinds in a step and keeps what it has seen."""
 
-    def __init__(self, faults: Faults | None = None, dropout: float = 0.1, width: int = WIDTH) -> None:
+    def __init__(
+        self, faults: Faults | None = None, dropout: float = 0.1, width: int = WIDTH, keeps: bool = True
+    ) -> None:
         super().__init__(width=width, optimizer="adamw")
-        self.blocks = nn.ModuleList(WatchedBlock(width, faults or Faults(), dropout) for _ in range(4))
+        self.keeps = keeps
+        self.blocks = nn.ModuleList(WatchedBlock(width, faults or Faults(), dropout, keeps) for _ in range(4))
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         return batch | {"x": batch["x"] + 0.01 * torch.rand(1) + 0.01 * random.random()}
 
     def training_step(self, batch, batch_idx):
-        self.seen.append(random.random() + float(np.random.rand()))
+        drawn = random.random() + float(np.random.rand())
+        if self.keeps:
+            self.seen.append(drawn)
         return super().training_step(batch, batch_idx)
 
 
@@ -107,7 +117,7 @@ class ProbedMixture(Mixture):
 
 def module_for(layout: str, faults: Faults | None = None) -> Any:
     L.seed_everything(7, verbose=False)
-    return ProbedMixture(faults) if "ep" in layout else Probed(faults)
+    return ProbedMixture(faults) if "ep" in layout else Probed(faults, keeps="pp" not in layout)
 
 
 class ProbeAtStart(L.Callback):
