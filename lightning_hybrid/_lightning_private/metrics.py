@@ -102,9 +102,15 @@ def as_hook(module: pl.LightningModule, name: str) -> Iterator[None]:
 
 
 def watch_parts(experiment: Any, part: Callable[[Any], Any]) -> AbstractContextManager:
-    """Returns a context in which `watch` of a W&B run makes histograms of `part(tensor)` instead of `tensor`."""
+    """Returns a context in which `watch` of a W&B run makes histograms of `part(tensor)`, unless that is None."""
     history = getattr(experiment, "_torch", None)
     if history is None:  # a disabled run
         return nullcontext()
     original = history.log_tensor_stats
-    return patched(history, log_tensor_stats=lambda tensor, name: original(part(tensor), name))
+
+    def log_tensor_stats(tensor: Any, name: str) -> None:
+        own = part(tensor)
+        if own is not None:
+            original(own, name)
+
+    return patched(history, log_tensor_stats=log_tensor_stats)

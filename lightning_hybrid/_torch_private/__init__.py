@@ -49,6 +49,7 @@ from lightning_hybrid._torch_private.dispatch import (
     written_arguments,
 )
 from lightning_hybrid._torch_private.frames import (
+    WATCHING,
     called_by_torch,
     explicitly_raised,
     is_users_collective,
@@ -98,6 +99,7 @@ from lightning_hybrid._torch_private.optimizers import (
 from lightning_hybrid._torch_private.versions import TESTED_TORCH, warn_if_untested
 
 __all__ = [
+    "WATCHING",
     "all_to_all_rows",
     "announce_collectives",
     "ATTENTION",

@@ -33,6 +33,8 @@ _COLLECTIVES = tuple(
         "overrides.py",
     )
 ) + (str(_TORCH.parent / "typing_extensions.py"), warnings.__file__)
+WATCHING = str(_TORCH.parent / "wandb")
+"""Folder of the logger that watches weights, each rank its own, from a hook of the module's forward."""
 _EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
 _OTHERS_CODE = (

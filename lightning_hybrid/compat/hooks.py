@@ -11,8 +11,9 @@ from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
 
-from lightning_hybrid._lightning_private import is_overridden
+from lightning_hybrid._lightning_private import is_overridden, twins
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.ghosts.ghost import GhostReadError, GhostWriteError
 from lightning_hybrid.patching import patched
@@ -38,6 +39,8 @@ _HOOKS = (
 )
 _PACKAGES = ("lightning.", "pytorch_lightning.", "lightning_hybrid.")
 """Packages whose callbacks do not read parameters, or are adapted elsewhere."""
+_ADAPTED = twins(WeightAveraging)
+"""Callbacks that are adapted elsewhere (`compat.averaging`), with classes derived from them."""
 
 
 def patched_hooks(engine: Engine) -> AbstractContextManager:
@@ -46,7 +49,8 @@ def patched_hooks(engine: Engine) -> AbstractContextManager:
     if engine.plan.layout.pp == 1:
         return stack
     callbacks: list[Any] = engine.run.trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
-    for owner in [engine.root, *(c for c in callbacks if not type(c).__module__.startswith(_PACKAGES))]:
+    users = [c for c in callbacks if not type(c).__module__.startswith(_PACKAGES) and not isinstance(c, _ADAPTED)]
+    for owner in [engine.root, *users]:
         parent: Any = pl.LightningModule if owner is engine.root else pl.Callback
         for name in _HOOKS:
             if hasattr(parent, name) and name not in owner.__dict__ and is_overridden(name, owner):

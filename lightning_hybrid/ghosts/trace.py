@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from lightning_hybrid._torch_private import (
     FLASH_ATTENTION_CPU,
     GROUPED_MM,
+    WATCHING,
     is_mutable,
     is_plain,
     own_parameters,
@@ -209,7 +210,7 @@ class Tracer(GhostObserver):
             self.repeated.used.add(id(ghost))
         if ghost.uid in self.values:
             self.values[ghost.uid].last_use = self.interval
-        elif id(ghost) in self.parameters:
+        elif id(ghost) in self.parameters and (self.inside or not user_location().startswith(WATCHING)):
             self.uses[self.parameters[id(ghost)]].add(self.interval)
 
     def consume_all(self, tree: Any) -> None:

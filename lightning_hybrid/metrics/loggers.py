@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lightning_hybrid._lightning_private import twins, watch_parts
 from lightning_hybrid.collectives import to_local
+from lightning_hybrid.ghosts.ghost import Ghost
 
 KEY = "lightning_hybrid"
 """Key of the plan among the hyperparameters."""
@@ -26,10 +27,15 @@ def log_plan(trainer: pl.Trainer, record: dict[str, Any]) -> None:
             logger.log_hyperparams({KEY: record})
 
 
+def _own_part(tensor: Any) -> Any:
+    """Returns this rank's part of a weight; None for a weight of another stage."""
+    return None if isinstance(tensor, Ghost) else to_local(tensor)
+
+
 def watched_parts(trainer: pl.Trainer) -> AbstractContextManager:
     """Makes `watch` of W&B show rank 0's shard of each weight: gathering whole weights would wait for other ranks."""
     stack = ExitStack()
     for logger in trainer.loggers:
         if isinstance(logger, twins(WandbLogger)) and trainer.is_global_zero:
-            stack.enter_context(watch_parts(logger.experiment, to_local))
+            stack.enter_context(watch_parts(logger.experiment, _own_part))
     return stack

@@ -113,7 +113,7 @@ def main() -> None:
     callbacks: list[L.Callback] = [Report(options.out), Patience(options.patience)]
     if options.kind:
         fault = Fault(options.kind, options.rank, options.step, options.place, options.out / "struck")
-        module.fault = data.fault = fault
+        type(module).fault = data.fault = fault  # of the class: the step changes no state of the module
         callbacks.append(FailAt(fault.rank, fault.step, fault.kind, fault.place, fault.note))
     if options.save or options.resume:
         callbacks.append(OnExceptionCheckpoint(options.out / "saved"))
