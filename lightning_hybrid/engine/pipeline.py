@@ -28,6 +28,7 @@ from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.engine.stage_bounds import stage_bounds
 from lightning_hybrid.ghosts.contract import StepContract
 from lightning_hybrid.ghosts.dry_run import trace_step
+from lightning_hybrid.ghosts.ghost import GhostReadError, GhostWriteError
 from lightning_hybrid.ghosts.record import CrossingValue, Trace
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.outputs import extras, join
@@ -244,7 +245,14 @@ class Pipeline:
         listed = program.trace.lists_parameters
         visible = self.partition.parameters.all_visible() if listed else nullcontext()
         with recording, interceptor.handled_by(run), self.precision(), checkpoints_not_reentrant(), visible:
-            out = self.partition.step_module(_catching_stop(method, run), *arguments)
+            try:
+                out = self.partition.step_module(_catching_stop(method, run), *arguments)
+            except (GhostReadError, GhostWriteError) as error:
+                layout = self.partition.plan.layout
+                raise PartitionError(
+                    f"`layout='{layout}'` divides the step into pipeline stages: {error} Use a layout without `pp`, "
+                    f"such as '{layout.moved('pp', 'dp')}'."
+                ) from error
         self._carried.end_stage(stage)
         if isinstance(out, _Stopped):
             return out.values

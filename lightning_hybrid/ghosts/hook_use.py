@@ -1,4 +1,4 @@
-"""Which weights a hook of the module or a callback writes, and from which others: an averaged teacher, a target net."""
+"""Which weights user code writes, and from which others, in a step or in hooks: an averaged teacher, a target net."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import io
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
@@ -33,7 +33,7 @@ _OTHERS = ("lightning.", "pytorch_lightning.", "lightning_hybrid.", "torch.")
 
 
 class HookUse:
-    """Records operations of hooks on ghosts of parameters.
+    """Records operations on ghosts of parameters, in hooks and in the code of a step outside units.
 
     Args:
         names: The names of the parameters, by the id of the ghost.
@@ -45,7 +45,7 @@ class HookUse:
         self._last: set[str] = set()
         self._alive: list[Ghost] = []
         self.followers: dict[str, set[str]] = defaultdict(set)
-        """By weight that a hook writes: the weights that its new value comes from."""
+        """By weight that is written: the weights that its new value comes from."""
 
     def run(self, root: LightningModule, args: tuple, loss: Any) -> None:
         """Runs the hooks that ask for parameters; what a hook cannot do on ghosts is left out.
@@ -72,12 +72,11 @@ class HookUse:
         finally:
             self.running = False
 
-    def used(self, ghosts: list[Ghost], written: bool) -> None:
-        """Records an operation on `ghosts`, which writes the first one if `written`."""
+    def used(self, ghosts: list[Ghost], targets: Collection[str]) -> None:
+        """Records an operation on `ghosts`, which writes the weights `targets`."""
         self._last = set().union(*map(self._sources, ghosts))
-        if written:
-            for target in self._sources(ghosts[0]):
-                self.followers[target] |= self._last - {target}
+        for target in targets:
+            self.followers[target] |= self._last - {target}
 
     def made(self, ghosts: list[Ghost]) -> None:
         """Records the results of the last operation."""

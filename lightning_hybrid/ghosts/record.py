@@ -104,7 +104,7 @@ class Trace:
     lists_parameters: bool = False
     """True if code outside of units asks for the parameters of a module."""
     followers: dict[str, set[str]] = field(default_factory=dict)
-    """By weight that a hook of the module writes: the weights that its new value comes from."""
+    """By weight that the step or a hook writes: the weights that its new value comes from."""
     ghost_writes: frozenset[str] = frozenset()
     """Lines of the user's code that write values of ghosts into real tensors."""
 

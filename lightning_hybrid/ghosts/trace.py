@@ -106,19 +106,22 @@ class Tracer(GhostObserver):
 
     def used(self, func: Any, ghosts: list[Ghost]) -> None:  # noqa: D102
         written = is_mutable(func)
+        targets = self._weights_of(func, ghosts) if written else set()
+        if self.hooks.running or not self.inside:
+            self.hooks.used(ghosts, targets)
         if self.hooks.running:
-            self.hooks.used(ghosts, written)
             return
         for ghost in ghosts:
             self.consume(ghost)
             if written and ghost.uid in self.values and ghost is ghosts[0]:
                 self.values[ghost.uid].last_write = self.interval
-        if written:
-            self._note_weights(ghosts if func.overloadpacket.__name__.startswith("_foreach") else ghosts[:1])
+        for name in targets:
+            self.weight_writes.setdefault(name, user_location())
 
     def made(self, func: Any, args: tuple, kwargs: dict, out: Any, ghosts: list[Ghost]) -> None:  # noqa: D102
-        if self.hooks.running:
+        if self.hooks.running or not self.inside:
             self.hooks.made(ghosts)
+        if self.hooks.running:
             return
         location = "" if self.inside else user_location()
         for ghost in ghosts:
@@ -185,13 +188,12 @@ class Tracer(GhostObserver):
 
     # ---- bookkeeping
 
-    def _note_weights(self, ghosts: list[Ghost]) -> None:
-        """Records the weights that are written through `ghosts`, which may be views of them."""
+    def _weights_of(self, func: Any, ghosts: list[Ghost]) -> set[str]:
+        """Returns the names of the weights that `func` writes, which may be through views of them."""
         if not self._storages:
             self._storages = {storage_key(g.meta): self.parameters[id(g)] for g in self.ghosts}
-        for ghost in ghosts:
-            if (name := self._storages.get(storage_key(ghost.meta))) is not None:
-                self.weight_writes.setdefault(name, user_location())
+        targets = ghosts if func.overloadpacket.__name__.startswith("_foreach") else ghosts[:1]
+        return {name for g in targets if (name := self._storages.get(storage_key(g.meta))) is not None}
 
     def begin_again(self, repeated: Repeated) -> None:
         """Begins a second step, on what the first one has left."""

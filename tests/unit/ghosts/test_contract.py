@@ -133,7 +133,9 @@ class Writes(Module):
 
 
 def test_weights_that_a_step_writes() -> None:
-    found = dict(traced(Writes()).contract.weights)
+    trace = traced(Writes())
+    found = dict(trace.contract.weights)
+    assert trace.followers == {f"blocks.1.linear.{n}": {f"blocks.0.linear.{n}"} for n in ("weight", "bias")}
     assert set(found) == {"blocks.1.linear.weight", "blocks.1.linear.bias"}
     assert all("test_contract.py" in where for where in found.values())
     assert not traced(Module()).contract.weights
