@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.precision import (
 )
 
 from lightning_hybrid._lightning_private import detects_anomalies, twins
-from lightning_hybrid._torch_private import own_buffers
+from lightning_hybrid._torch_private import location_of, own_buffers
 from lightning_hybrid.batches import copied_batch, find_samples, split_batch
 from lightning_hybrid.dataloader.peek import Share
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
@@ -136,8 +136,12 @@ class _DryRun:
         if self.request.layout.pp > 1:
             if trace.takes_gradients:
                 raise PartitionError(refusal_of_gradients(self.request.layout))
-            if trace.depends_on_values:
-                self._compare_parts(trace, parts, args)
+            other_modules = self._compare_parts(trace, parts, args) if trace.depends_on_values else None
+            if other_modules is not None:
+                self.microbatches = 1
+                trace = self.trace(args, watched)
+                self.contract = replace(self.contract, by_values=other_modules)
+                return trace
         self.contract = trace.contract
         if self.step == "training_step":
             self.microbatches = microbatches_for(self.root, self.request, args[0], self.samples, self.contract)
@@ -146,28 +150,33 @@ class _DryRun:
     def _trace_part(self, batch: Any, args: tuple, watched: Collection[str] | None = None) -> Trace:
         return self._traced(getattr(self.root, self.step), self.step, (batch, *args[1:]), watched)
 
-    def _compare_parts(self, trace: Trace, parts: list[Any], args: tuple) -> None:
+    def _compare_parts(self, trace: Trace, parts: list[Any], args: tuple) -> str | None:
         """Refuses the cuts of `trace` where shapes differ between parts of the batch, since its values decide them.
 
+        Returns:
+            Why microbatches call different modules, if they do and their number is 'auto', otherwise None.
+
         Raises:
-            PartitionError: If microbatches call different modules.
+            PartitionError: If the requested microbatches call different modules.
         """
         first = trace
         if len(parts) == 1:
             if (find_samples(args[0], self.samples).count or 0) < 2:
-                return  # it has no samples that could be compared
+                return None  # it has no samples that could be compared
             parts = split_batch(args[0], 2, self.samples)
             first = self._trace_part(parts[0], args)
         other = self._trace_part(parts[-1], args)
         if self.microbatches > 1 and (different := first.different_call(other)) is not None:
             index, one, another = (f"`{name}`" if isinstance(name, str) and name else name for name in different)
-            raise PartitionError(
-                f"`layout='{self.request.layout}'` with {self.microbatches} microbatches needs the same modules to be "
-                f"called in every microbatch, but `{self.step}` calls modules by values of the batch: call {index} is "
-                f"{one or 'none'} in one microbatch and {another or 'none'} in another. Use `microbatches=1`, or "
-                f"`layout='{self.request.layout.moved('pp', 'dp')}'`, which allows any control flow."
+            reason = (
+                f"{location_of(getattr(self.root, self.step))} calls modules by values of the batch: call {index} is "
+                f"{one or 'none'} in one part of it and {another or 'none'} in another"
             )
+            if self.request.microbatches == "auto":
+                return reason
+            raise PartitionError(refusal_of_microbatches(self.request.microbatches, reason))
         trace.refuse_different_cuts(first, other)
+        return None
 
     def trace_own(self, share: Share, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Trace:
         """Runs the step on a batch of the replica `share`.

@@ -24,6 +24,8 @@ def whole_batch_reason(root: nn.Module, contract: StepContract) -> str | None:
     if contract.of_batch:
         more = len(contract.of_batch) - 1
         return f"{contract.of_batch[0]}, once for the whole batch{f' (and {more} more)' if more else ''}"
+    if contract.by_values is not None:
+        return contract.by_values
     if contract.weights:
         name, where = contract.weights[0]
         return f"{where} writes the weight `{name}`, once for the whole batch"

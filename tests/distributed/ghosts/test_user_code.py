@@ -140,7 +140,6 @@ LOST = r"modules.py:\d+ \(loss_of\) computes a value with a gradient from the me
                 (("Broken", "tp2", BROKEN), ERRORS),
                 (("Broken", "pp2", BROKEN), ERRORS),
                 (("ScaledAlways", "pp2", rf"{LINE} reads the value of a tensor before this point"), DECIDES),
-                (("Chosen", "pp2", "call 8 is `heads.[01]` in one microbatch and `heads.[01]` in another"), DECIDES),
                 (("Unpadded", "pp2", "the shape of a tensor depends on values of the batch"), DECIDES),
             )
         ),
@@ -152,3 +151,9 @@ LOST = r"modules.py:\d+ \(loss_of\) computes a value with a gradient from the me
 def test_is_refused_with_the_users_line(ranks2: RankGroup, kind: str, layout: str, message: str) -> None:
     with pytest.raises(RankError, match=f"(?s)PartitionError.*{message}"):
         ranks2.call(fit, layout, kind)
+
+
+def test_modules_that_values_choose_need_the_whole_batch(ranks2: RankGroup) -> None:
+    check(ranks2, "pp2", "Chosen")
+    with pytest.raises(RankError, match=r"(?s)PartitionError.*`microbatches=4`.*call 8 is `heads.[01]` in one part"):
+        ranks2.call(fit, "pp2", "Chosen", strategy_options={"microbatches": 4})
