@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 _TORCH, _PACKAGE = Path(torch.__file__).parent, Path(__file__).parent.parent
+_DEPRECATED = str(_TORCH.parent / "typing_extensions.py")
+"""File whose `deprecated` wraps functions."""
 _SKIPPED_FOLDERS = (
     str(_TORCH),
     str(_PACKAGE),
     *(str(_TORCH.parent / n) for n in ("lightning", "pytorch_lightning", "torchmetrics")),
     contextlib.__file__,
-    str(_TORCH.parent / "typing_extensions.py"),  # its `deprecated` wraps functions
+    _DEPRECATED,
 )
 _COLLECTIVE_PLACES = tuple(str(p) for p in (_TORCH / "distributed", _TORCH / "_ops.py", _TORCH / "autograd", _PACKAGE))
 _COLLECTIVES = tuple(
@@ -32,16 +34,12 @@ _COLLECTIVES = tuple(
         "distributed/nn/functional.py",
         "overrides.py",
     )
-) + (str(_TORCH.parent / "typing_extensions.py"), warnings.__file__)
+) + (_DEPRECATED, warnings.__file__)
 WATCHING = str(_TORCH.parent / "wandb")
 """Folder of the logger that watches weights, each rank its own, from a hook of the module's forward."""
 _EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
-_OTHERS_CODE = (
-    *_SKIPPED_FOLDERS,
-    _STANDARD_LIBRARY,
-    *(str(_TORCH.parent / n) for n in ("lightning", "pytorch_lightning")),
-)
+_OTHERS_CODE = (*_SKIPPED_FOLDERS, _STANDARD_LIBRARY)
 
 
 def user_location() -> str:

@@ -69,7 +69,7 @@ def _seeing_all(hook: Callable[..., Any], engine: Engine) -> Callable[..., Any]:
                 return hook(*args, **kwargs)
             except RuntimeError as error:
                 if not isinstance(error, GhostReadError | GhostWriteError) and "pipeline stage" not in str(error):
-                    raise  # `load_state_dict` collects errors in one of its own
+                    raise  # `load_state_dict` puts errors into another one
                 layout, text = engine.plan.layout, " ".join(str(error).splitlines()[:2])
                 raise PartitionError(
                     f"`layout='{layout}'` divides the weights into pipeline stages, and a hook needs one of another "

@@ -81,11 +81,8 @@ class CarriedState:
 
     def _copies_outside(self) -> dict[StatePlace, Copy]:
         """Returns copies of the state outside of units, except for what the step is known to change."""
-        return {
-            place: Copy(value)
-            for place, value in self._state.places(without=self._in_units)
-            if place not in self._contract.known
-        }
+        known, places = self._contract.known, self._state.places(without=self._in_units)
+        return {place: Copy(value) for place, value in places if place not in known}
 
     def _check_others(self) -> None:
         """Checks that a stage has changed no other state outside of units than in the dry run.

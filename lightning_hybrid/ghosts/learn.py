@@ -26,7 +26,7 @@ from lightning_hybrid.ghosts.written import Statistic, WrittenTensors
 
 
 class Repeated:
-    """What a step leaves behind, and what a second step makes of it.
+    """Records the state that a step leaves, and the state after a second step.
 
     Args:
         state: The state of the module.
@@ -71,7 +71,7 @@ class Repeated:
         return again is not None and new and self._after[place].alike(again, _both_ghosts)
 
     def overwritten(self, place: StatePlace) -> bool:
-        """Returns True if the second step computed the state anew, from nothing that the first one has left."""
+        """Returns True if the second step computed the state without values that the first one has left."""
         mine = {id(x) for x in self._after[place].leaves() if isinstance(x, Ghost)}
         return bool(mine) and not mine & self.used and self._stays(place)
 

@@ -51,7 +51,7 @@ class _Place:
 
 @dataclass
 class Reads:
-    """What reads return, by place in the code; equal in all repetitions of a dry run unless it is changed."""
+    """Values that reads return, by place in the code; equal in all repetitions of a dry run unless they are changed."""
 
     places: dict[str, _Place] = field(default_factory=dict)
     order: dict[str, None] = field(default_factory=dict)
@@ -186,7 +186,7 @@ class StageObserver(AnsweredReads):
 
 
 class Summary:
-    """What a dry run computes after its first read, to be compared with that of another dry run."""
+    """Records the operations of a dry run after its first read, to compare them with those of another dry run."""
 
     def __init__(self) -> None:
         self._parts: list[Any] = []

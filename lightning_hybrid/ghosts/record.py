@@ -92,7 +92,7 @@ class Trace:
     depends_on_values: bool = False
     """True if shapes, Python numbers or truth values depend on values of the batch, such as those of a mask."""
     answers: dict[str, Any] = field(default_factory=dict)
-    """What reads of values that decide nothing return where there is no value, by place (see `reads`)."""
+    """Values for reads that decide nothing, on stages that have no value, by place (see `reads`)."""
     use: StepUse | None = None
     """How weights and results of units are used; None if not recorded."""
     free_counts: Mapping[tuple[int, str], int] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Trace:
     written: frozenset[FreeCall] = frozenset()
     """Calls outside units that create a tensor of which units compute a part (`seen = torch.zeros(...)`)."""
     contract: StepContract = StepContract()
-    """What the step does besides its data flow."""
+    """State that the step changes."""
     lists_parameters: bool = False
     """True if code outside of units asks for the parameters of a module."""
     followers: dict[str, set[str]] = field(default_factory=dict)

@@ -58,7 +58,7 @@ def fit(layout: str, where: str, what: str) -> list[float]:
     return module.found
 
 
-@pytest.mark.feature("user code: collectives of its own, in hooks")
+@pytest.mark.feature("user code: calls of `torch.distributed` in hooks")
 @pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2", "pp2"], "dp2", "tp2", "pp2"))
 @pytest.mark.parametrize("what", quick(["all_reduce", "all_gather_object"], "all_reduce"))
 def test_sums_over_copies_are_refused(
@@ -77,7 +77,7 @@ def test_what_is_right_for_copies_runs(ranks2: RankGroup, layout: str) -> None:
     assert len({result[0] for result in ranks2.call(fit, layout, "hook", "broadcast")}) == 1
 
 
-@pytest.mark.feature("user code: collectives of its own, in the step")
+@pytest.mark.feature("user code: calls of `torch.distributed` in the step")
 @pytest.mark.parametrize("layout", quick(["tp2", "pp2"], "pp2"))
 def test_in_the_step(request: pytest.FixtureRequest, ranks2: RankGroup, layout: str) -> None:
     for what in ("all_reduce",) if layout == "tp2" else ("all_reduce", "broadcast"):
