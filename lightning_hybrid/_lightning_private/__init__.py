@@ -19,6 +19,7 @@ from lightning_hybrid._lightning_private.callbacks import (
     forget_schedulers_before_averaging,
     parameters_compared_by_identity,
     set_average,
+    users_callbacks,
 )
 from lightning_hybrid._lightning_private.checkpoints import checkpoint_folders, checkpoint_of_run, last_found_by
 from lightning_hybrid._lightning_private.loaders import (
@@ -120,6 +121,7 @@ __all__ = [
     "of_package",
     "register_strategy",
     "twins",
+    "users_callbacks",
     "recorded_indices",
     "PlaceInEpoch",
     "SubprocessScriptLauncher",

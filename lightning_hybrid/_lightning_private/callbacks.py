@@ -16,6 +16,14 @@ from torch.optim import Optimizer
 
 from lightning_hybrid._lightning_private.packages import twins
 
+_LIBRARIES = ("lightning.", "pytorch_lightning.", "lightning_hybrid.")
+
+
+def users_callbacks(trainer: pl.Trainer) -> list[Any]:
+    """Returns the callbacks of the trainer whose classes belong neither to Lightning nor to this package."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
+    return [callback for callback in callbacks if not type(callback).__module__.startswith(_LIBRARIES)]
+
 
 def average_of(callback: Any) -> Any:
     """Returns the average that a callback keeps."""

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 
-from lightning_hybrid._lightning_private import is_overridden, twins
+from lightning_hybrid._lightning_private import is_overridden, twins, users_callbacks
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.ghosts.ghost import GhostReadError, GhostWriteError
 from lightning_hybrid.patching import patched
@@ -37,8 +37,6 @@ _HOOKS = (
     "on_validation_epoch_end",
     "on_validation_batch_end",
 )
-_PACKAGES = ("lightning.", "pytorch_lightning.", "lightning_hybrid.")
-"""Packages whose callbacks do not read parameters, or are adapted elsewhere."""
 _ADAPTED = twins(WeightAveraging)
 """Callbacks that are adapted elsewhere (`compat.averaging`), with classes derived from them."""
 
@@ -48,8 +46,7 @@ def patched_hooks(engine: Engine) -> AbstractContextManager:
     stack = ExitStack()
     if engine.plan.layout.pp == 1:
         return stack
-    callbacks: list[Any] = engine.run.trainer.callbacks  # type: ignore[attr-defined] -- set by a connector
-    users = [c for c in callbacks if not type(c).__module__.startswith(_PACKAGES) and not isinstance(c, _ADAPTED)]
+    users = [c for c in users_callbacks(engine.run.trainer) if not isinstance(c, _ADAPTED)]
     for owner in [engine.root, *users]:
         parent: Any = pl.LightningModule if owner is engine.root else pl.Callback
         for name in _HOOKS:

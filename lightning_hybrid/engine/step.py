@@ -254,7 +254,8 @@ class StepRunner:
             return
         self._steps += 1
         local, lines = self.partition.parameters.local(), self.partition.written
-        where, compares_all = location_of(self.root.training_step), self._steps & (self._steps - 1) == 0
+        compares_all = self._steps & (self._steps - 1) == 0
+        where = location_of(self.root.training_step) if compares_all else ""
         if self.mesh.layout.fsdp == 1 and compares_all:
             lines = dict.fromkeys((n for n, p in local.items() if not p.requires_grad), where)
         written = {name: (local[name], lines[name]) for name in local if name in lines}

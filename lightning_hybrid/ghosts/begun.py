@@ -8,7 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_hybrid._lightning_private import fresh_optimizers_set, is_overridden, training_loaders_set
+from lightning_hybrid._lightning_private import (
+    fresh_optimizers_set,
+    is_overridden,
+    training_loaders_set,
+    users_callbacks,
+)
 from lightning_hybrid.ghosts.preserve import preserved_objects
 
 _HOOKS = {"training_step": ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")}
@@ -16,7 +21,6 @@ _HOOKS |= {
     f"{kind}_step": (f"on_{kind}_start", f"on_{kind}_epoch_start", f"on_{kind}_batch_start")
     for kind in ("validation", "test", "predict")
 }
-_LIBRARIES = ("lightning.", "pytorch_lightning.", "lightning_hybrid.")
 
 
 @contextmanager
@@ -31,7 +35,7 @@ def as_at_first_batch(root: pl.LightningModule, step: str, batch: Any) -> Iterat
         batch: The first batch.
     """
     trainer = root.trainer
-    callbacks: list[Any] = [c for c in trainer.callbacks if not type(c).__module__.startswith(_LIBRARIES)]  # type: ignore[attr-defined] -- set by a connector
+    callbacks = users_callbacks(trainer)
     with ExitStack() as stack:
         stack.enter_context(preserved_objects(callbacks))
         if step == "training_step":

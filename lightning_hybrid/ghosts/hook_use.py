@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from lightning_hybrid._lightning_private import is_overridden
+from lightning_hybrid._lightning_private import is_overridden, users_callbacks
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.preserve import preserved_objects
 
@@ -58,7 +58,7 @@ class HookUse:
         trainer: Any = None
         with contextlib.suppress(RuntimeError):  # not attached to one
             trainer = root.trainer
-        callbacks = [] if trainer is None else [c for c in trainer.callbacks if not _is_of_others(type(c))]
+        callbacks = [] if trainer is None else users_callbacks(trainer)
         self.running = True
         try:
             with preserved_objects(callbacks), contextlib.redirect_stdout(io.StringIO()):
