@@ -33,6 +33,11 @@ ATTENTION = (
 )
 """The operators that `scaled_dot_product_attention` runs."""
 
+_META_RESULTS: dict[Any, list[tuple]] = {}
+"""Size, strides and dtype of the results of `run_on_meta`, by call."""
+_MANY_RESULTS = 8192
+_HASHED = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
 DispatchMode = TorchDispatchMode
 """Base class of modes that see every operator that runs, below autograd, results of collectives included."""
 
@@ -50,11 +55,55 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_on_meta(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Runs `func` on meta tensors; equal calls of operators that only compute have their results from the first one.
+
+    A meta kernel written in Python costs up to a millisecond, and equal layers call it again and again.
+    """
+    key = _meta_key(func, args, kwargs)
+    if key is not None and key in _META_RESULTS:
+        shapes = [torch.empty_strided(*size, dtype=dtype, device="meta") for *size, dtype in _META_RESULTS[key]]
+        return shapes[0] if len(func._schema.returns) == 1 else tuple(shapes)
+    result = _run_on_meta(func, args, kwargs)
+    outputs = result if isinstance(result, tuple) else (result,)
+    if key is not None and len(outputs) == len(func._schema.returns) and _are_new(outputs, args):
+        if len(_META_RESULTS) >= _MANY_RESULTS:
+            _META_RESULTS.clear()
+        _META_RESULTS[key] = [(o.shape, o.stride(), o.dtype) for o in outputs]
+    return result
+
+
+def _run_on_meta(func: Any, args: tuple, kwargs: dict) -> Any:
     """Runs `func` on meta tensors, also where torch has a meta kernel for bfloat16 only (`_grouped_mm`)."""
     if func.overloadpacket is not GROUPED_MM:
         return func(*args, **kwargs)
     dtype = args[0].dtype
     return func(*(a.to(torch.bfloat16) for a in args[:2]), *args[2:], **kwargs).to(dtype)
+
+
+def _meta_key(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Returns all that the shapes of the results depend on; None for an operator that writes or returns a view."""
+    if any(value.alias_info is not None for value in (*func._schema.arguments, *func._schema.returns)):
+        return None
+    given = _shapes_in((*args, *kwargs.items()))
+    return None if given is None else (func, given, torch.get_default_dtype(), torch.is_grad_enabled())
+
+
+def _shapes_in(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        inside = [_shapes_in(x) for x in value]
+        return None if None in inside else (type(value), *inside)
+    if type(value) is torch.Tensor:
+        plain = value.is_meta and value.layout == torch.strided and not value.is_complex() and not value.is_nested
+        return (value.shape, value.stride(), value.dtype) if plain else None
+    return (type(value), value) if value is None or isinstance(value, _HASHED) else None
+
+
+def _are_new(outputs: tuple, args: tuple) -> bool:
+    """Returns True if `outputs` are dense tensors on the meta device in memory of their own."""
+    if not all(type(o) is torch.Tensor and o.is_meta and o.layout == torch.strided for o in outputs):
+        return False
+    memory = [storage_key(t) for t in (*outputs, *args) if isinstance(t, torch.Tensor)]
+    return len({*memory[: len(outputs)]} - {*memory[len(outputs) :]}) == len(outputs)
 
 
 def run_kernel(func: Any, args: tuple, kwargs: dict) -> Any:

@@ -78,7 +78,7 @@ def probing(root: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(recomputation_off())
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         for module in root.modules():
             module.__dict__["training"] = False
         yield

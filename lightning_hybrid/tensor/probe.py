@@ -160,7 +160,7 @@ def run_trial(numbers: Numbers) -> Trial:
     handles = [module.register_forward_hook(cut_linear, with_kwargs=True) for module in linears]
     handles += [module.register_forward_hook(cut_opaque) for module in names if is_opaque(module)]
     try:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         with shadowed(numbers.entries(parameters, buffers)):
             trial.results = tensors_of(numbers.call(arguments))
     finally:

@@ -88,7 +88,7 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
     for name, width in plan.widths.items():
         handles += add_narrowing(numbers.module.get_submodule(name), width, ranks)
     try:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         # With gradients, since some modules run other code without gradients in evaluation mode.
         with shadowed(entries):
             result = tensors_of(numbers.call(_local_arguments(plan, numbers, rank, ranks)))
