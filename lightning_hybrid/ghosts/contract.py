@@ -63,8 +63,3 @@ class StepContract:
     def changes(self) -> tuple[StateChange, ...]:
         """All changes but those of caches."""
         return (*self.carried, *self.overwritten)
-
-    @property
-    def known(self) -> frozenset[StatePlace]:
-        """All places that the step changes."""
-        return self.caches | {change.place for change in self.changes}

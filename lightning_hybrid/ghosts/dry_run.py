@@ -112,7 +112,19 @@ class _DryRun:
             self.reads.find_deciding(lambda: self._run().summary, tracer.summary)
         trace = tracer.result()
         trace.use, trace.followers = use, self._followers
+        changes_state = changes_state or (self.learn_state and self._may_change_state())
         return self._with_state(trace) if changes_state else trace
+
+    def _may_change_state(self) -> bool:
+        """Returns True if the step changes state by other values that it reads, which are then kept."""
+        for _ in self.reads.others():
+            try:
+                self._run()
+            except Exception:  # noqa: BLE001, S112 -- a check of the user's code fails
+                continue
+            if self._changes_state:
+                return True
+        return False
 
     def _run(self) -> Tracer:
         """Runs the step, from the start again for each tensor of the step into which units write."""
@@ -159,6 +171,9 @@ class _DryRun:
         second = self._new_tracer()
         with self._on_ghosts(second):
             caches = repeated.caches(lambda: self._step(second, other_numbers(self.args)))
+        for _ in self.reads.others() if caches else ():
+            with self._on_ghosts(tracer := self._new_tracer()):
+                caches = repeated.still_caches(caches, lambda: self._step(tracer, self.args))
         if caches.issuperset(repeated.places):
             return replace(trace, contract=replace(trace.contract, caches=caches))
         third = self._new_tracer()

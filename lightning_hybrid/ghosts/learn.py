@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,11 +85,18 @@ class Repeated:
             step()
         except (Exception, WrittenByUnits):  # numbers that the user's code did not expect
             return frozenset()
-        return frozenset(
-            p
-            for p in self.places
-            if self.may_be_cache(p) and self._after[p].alike(Copy(self._state.get(p)), _both_ghosts)
-        )
+        return self._unchanged(p for p in self.places if self.may_be_cache(p))
+
+    def still_caches(self, caches: frozenset[StatePlace], step: Callable[[], Any]) -> frozenset[StatePlace]:
+        """Returns which of `caches` are the same after `step`, which reads other values; all if a check in it fails."""
+        try:
+            step()
+        except (Exception, WrittenByUnits):
+            return caches
+        return self._unchanged(caches)
+
+    def _unchanged(self, places: Iterable[StatePlace]) -> frozenset[StatePlace]:
+        return frozenset(p for p in places if self._after[p].alike(Copy(self._state.get(p)), _both_ghosts))
 
 
 def _both_ghosts(some: torch.Tensor, other: torch.Tensor) -> bool:

@@ -102,6 +102,21 @@ class Reads:
                 yield place
             found.chosen = before
 
+    def others(self) -> Iterator[None]:
+        """Gives all numbers that the last dry run has read other values, then all truth values; yields after each.
+
+        At the end, the values are as before. A caller that stops keeps them.
+        """
+        for truth in (False, True):
+            places = [p for p in map(self.places.__getitem__, self.order) if isinstance(p.values[0], bool) == truth]
+            kept = [place.chosen for place in places]
+            for place in places:
+                place.chosen = (place.chosen + 1) % len(place.values)
+            if places:
+                yield
+            for place, chosen in zip(places, kept, strict=True):
+                place.chosen = chosen
+
     def find_deciding(self, run: Callable[[], Any], expected: Any) -> None:
         """Finds the places whose values change the summary of a run; see `Summary`.
 

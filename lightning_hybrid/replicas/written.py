@@ -54,16 +54,14 @@ def check_equal_buffers(buffers: Mapping[str, Tensor], where: str, group: dist.P
     Raises:
         PartitionError: On all ranks, if a buffer has other values on another replica.
     """
-    own = {
-        n: (tuple(b.shape), (*_sums(b).tolist(), float(b.detach().abs().double().sum()))) for n, b in buffers.items()
-    }
+    own = {name: (tuple(buffer.shape), sums_of(buffer)) for name, buffer in buffers.items()}
     found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(found, own, group=group)
     for name in sorted(set().union(*found)):
         by_shape: dict[tuple[int, ...], list[tuple[float, ...]]] = defaultdict(list)
         for shape, sums in (replica[name] for replica in found if name in replica):
             by_shape[shape].append(sums)  # of other shapes are those that grow with the batch, such as masks
-        if not all(_alike(shape, sums) for shape, sums in by_shape.items()):
+        if not all(alike(shape, sums) for shape, sums in by_shape.items()):
             raise PartitionError(
                 f"`layout='{layout}'`: the step ({where}) computes the buffer `{name}` from the samples of a replica, "
                 f"so the {len(found)} replicas have other values, where one process has one for all samples. Compute "
@@ -72,7 +70,12 @@ def check_equal_buffers(buffers: Mapping[str, Tensor], where: str, group: dist.P
             )
 
 
-def _alike(shape: tuple[int, ...], found: Sequence[tuple[float, ...]]) -> bool:
+def sums_of(tensor: Tensor) -> tuple[float, ...]:
+    """Returns two sums that differ if two tensors differ, in practice, and the sum of magnitudes, for `alike`."""
+    return (*_sums(tensor).tolist(), float(tensor.detach().abs().double().sum()))
+
+
+def alike(shape: tuple[int, ...], found: Sequence[tuple[float, ...]]) -> bool:
     """Returns True if both sums of each replica are those of the first one, up to rounding."""
     *mine, magnitude = found[0]
     limit = _ROUNDING * max(math.prod(shape), 1) ** 0.5 * magnitude

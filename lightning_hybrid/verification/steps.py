@@ -109,6 +109,7 @@ def run_in_one_process(
     parts: Sequence[tuple],
     kwargs: dict[str, Any],
     how: Conditions,
+    look: Callable[[], object] | None = None,
 ) -> Outcome:
     """Runs a training step forward and backward on the whole module, on this replica's batch.
 
@@ -119,6 +120,7 @@ def run_in_one_process(
             parts, by the weights that the step returns, if any.
         kwargs: Keyword arguments of `training_step`.
         how: The conditions of the compared steps.
+        look: Called after each step, before its effects are undone.
     """
     found: list[tuple[Tensor, float]] = []
     weighted = False
@@ -135,6 +137,8 @@ def run_in_one_process(
                 weighted |= weight is not None
                 if loss is not None and not manual:
                     backward(loss, weight=1.0 if weight is None else weight)
+                if look is not None:
+                    look()
         total = sum(weight for _, weight in found)
         divisor = total if weighted else len(parts)
         gradients = {n: None if p.grad is None else p.grad / (divisor or 1.0) for n, p in whole.items()}

@@ -16,7 +16,6 @@ from torch import Tensor
 from lightning_hybrid._lightning_private import hands_out_its_iterator
 from lightning_hybrid.batches import split_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
-from lightning_hybrid.device_memory import free_bytes
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.loss_weights import place_of
 from lightning_hybrid.float8 import Float8Precision
@@ -25,6 +24,7 @@ from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.spec.verify import Verify
 from lightning_hybrid.verification.compare import Differences, bound_of, differences, mean_over, relative
+from lightning_hybrid.verification.drift import ReplicaState
 from lightning_hybrid.verification.fingerprint import fingerprint
 from lightning_hybrid.verification.mean import MeanCheck
 from lightning_hybrid.verification.steps import (
@@ -33,11 +33,10 @@ from lightning_hybrid.verification.steps import (
     run_in_one_process,
     run_under_layout,
 )
+from lightning_hybrid.verification.whole import memory_problem
 
 _FLOAT8_BOUND = 0.25
 """Bound of relative differences where matmuls compute in 8 bits; empirical."""
-_COPIES = 3
-"""Memory that a step of one process needs, in sizes of the model: weights, gradients, and activations; empirical."""
 
 
 class Verifier:
@@ -50,6 +49,7 @@ class Verifier:
     def __init__(self, verify: Verify) -> None:
         self._verify = verify
         self._engine: Engine | None = None
+        self._replicas: ReplicaState | None = None
         self._batches = 0
         self.verified: str | None = None
         """The fingerprint of the last verified step; that of the checkpoint in a resumed run."""
@@ -70,9 +70,10 @@ class Verifier:
         self._batches += 1
         again = self._verify.every is not None and self._batches % self._verify.every == 0
         new, self._engine = engine is not self._engine, engine
-        if not (self._verify.at_start and new) and not again:
-            return
         if dist.get_world_size() == 1 or not args:
+            return
+        self._compare_replicas(engine, new, args, kwargs)
+        if not (self._verify.at_start and new) and not again:
             return
         present = fingerprint(engine, args[0])
         # replicas may have batches of different shapes
@@ -80,6 +81,15 @@ class Verifier:
             with engine.run.during("verify"):
                 self.rows = _Comparison(engine, args, kwargs, self._verify).run()
             self.verified = present
+
+    def _compare_replicas(self, engine: Engine, new: bool, args: tuple, kwargs: dict[str, Any]) -> None:
+        if new:
+            compares = self._verify.at_start and engine.plan.layout.replicas > 1 and engine.diloco is None
+            compares = compares and not hands_out_its_iterator(engine.runner.root.trainer)
+            strict, bound = self._verify.strict, _bound(engine)
+            self._replicas = ReplicaState(engine, strict=strict, bound=bound) if compares else None
+        if self._replicas is not None:
+            self._replicas.before_step(args, kwargs)
 
 
 class _Comparison:
@@ -126,12 +136,7 @@ class _Comparison:
         """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
         if hands_out_its_iterator(self.runner.root.trainer):
             return "the step reads its batches itself (`dataloader_iter`)"
-        needed = _COPIES * sum(p.elements for p in self.engine.plan.model.parameters.values()) * 4
-        available = free_bytes(self.engine.device, self.runner.root.trainer.num_devices)
-        if available is None or needed <= available:
-            return first_problem(None)
-        problem = f"the whole model needs {needed / 2**30:.1f} GiB, a rank has {available / 2**30:.1f} GiB"
-        return first_problem(problem)
+        return memory_problem(self.engine)
 
     # ---- one process
 

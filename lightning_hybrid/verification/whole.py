@@ -7,8 +7,23 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lightning_hybrid.collectives import first_problem
+from lightning_hybrid.device_memory import free_bytes
+from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.whole import Weights
+
+_COPIES = 3
+"""Memory that a step of one process needs, in sizes of the model: weights, gradients, and activations; empirical."""
+
+
+def memory_problem(engine: Engine) -> str | None:
+    """Returns why the whole model does not fit on a rank, the same on all ranks; None if it fits. Collective."""
+    needed = _COPIES * sum(p.elements for p in engine.plan.model.parameters.values()) * 4
+    available = free_bytes(engine.device, engine.runner.root.trainer.num_devices)
+    if available is None or needed <= available:
+        return first_problem(None)
+    return first_problem(f"the whole model needs {needed / 2**30:.1f} GiB, a rank has {available / 2**30:.1f} GiB")
 
 
 @contextmanager
