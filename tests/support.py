@@ -75,7 +75,7 @@ class SupportTable:
         """Notes the outcome of a test's own phase, and every failure of the others."""
         report = yield
         layout = layout_of(item)
-        if layout is not None and (report.when == "call" or report.failed):
+        if layout is not None and not report.skipped and (report.when == "call" or report.failed):
             shown = "refused" if is_refusal(item) else "yes"
             for feature in features_of(item):
                 self.features[feature] = None

@@ -58,10 +58,13 @@ def test_loader_workers(ranks4: RankGroup, plain: dict[str, Any], workers: int) 
     check(ranks4.call(jobs.train, "dp4", layouts, loader_options=options)[0], expected)
 
 
-def test_between_accumulated_steps_and_epochs(ranks4: RankGroup) -> None:
+@pytest.mark.parametrize(
+    "layouts", [{5: "tp2-pp2", 6: "fsdp4"}, slow({0: "pp4", 5: "tp2-pp2", 6: "dp4", 12: "dp2-fsdp2"})]
+)
+def test_between_accumulated_steps_and_epochs(ranks4: RankGroup, layouts: dict[int, str]) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "steps": 15}
     expected = ranks4.call(jobs.train, "fsdp4", **options)[0]
-    check(ranks4.call(jobs.train, "fsdp4", {0: "pp4", 5: "tp2-pp2", 6: "dp4", 12: "dp2-fsdp2"}, **options)[0], expected)
+    check(ranks4.call(jobs.train, "fsdp4", layouts, **options)[0], expected)
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ OTHER_TRANSFORMERS = {
 }  # fmt: skip
 """Decoders and encoders that differ from those of other cases in what `tp` and `pp` cut, not for `dp` and `fsdp`."""
 CUT_ALIKE = {"qwen2", "qwen3", "stablelm", "olmo2", "granite", "gptj", "phi", "mistral", "falcon_new", "roberta"}
-"""Of these, stages that are those of another case: `llama`, `gpt_neox`, `phi3`, `falcon` and `bert`."""
+"""Of these, units that are cut as those of another case: `llama`, `gpt_neox`, `phi3`, `falcon` and `bert`."""
 SHARDED_ALIKE = {
     "mamba", "bert", "albert", "vit", "whisper", "gpt2_lazy", "encoder_norm_first", "unet", "metrics", "deepseek_v3",
 }  # fmt: skip
@@ -72,7 +72,7 @@ def _grid() -> Iterator[Any]:
                 case.slow
                 or (name not in EVERY_AXIS and combination in ONE_AXIS and combination != ONE_AXIS[number % 4])
                 or (combination in WITHOUT_CUTS and name in OTHER_TRANSFORMERS | SHARDED_ALIKE)
-                or (combination.layout == "pp2" and name in CUT_ALIKE)
+                or (combination.layout in ("tp2", "pp2") and name in CUT_ALIKE)
                 or (combination in OTHER_SCHEDULES and (combination.schedule, name) not in OFTEN)
                 or (combination in TWO_AXES and (combination.layout, name) not in OFTEN)
             )
@@ -88,7 +88,7 @@ def _grid() -> Iterator[Any]:
 def _validated() -> Iterator[Any]:
     for i, name in enumerate(sorted(VALIDATED)):
         for j, combination in enumerate([*ONE_AXIS, Combination("pp2", "ZBVZeroBubble")]):
-            marks = [] if (i + j) % 3 == 0 else [pytest.mark.slow]
+            marks = [] if (i + j) % 5 == 0 else [pytest.mark.slow]
             yield pytest.param(name, combination, id=f"{name}-{combination}", marks=marks)
 
 
