@@ -275,7 +275,9 @@ def choose_cuts(layout: Layout, schedule: str, model: ModelSpec, refusals: Mappi
         PartitionError: If there are more stages than places to cut.
     """
     count = layout.pp * stages_per_rank(schedule)
-    blocks = sum(call in set(model.blocks) for call in model.calls)
+    of_blocks = [cost for call, cost in zip(model.calls, model.costs, strict=True) if call in set(model.blocks)]
+    # a stack that does little of the work, such as heads of several tasks, does not limit the number of stages
+    blocks = len(of_blocks) if sum(of_blocks) >= sum(model.costs) / 2 else 0
     _check_block_count(layout, schedule, count, blocks or len(model.calls), "block" if blocks else "module")
     least = _LEAST_SHARE * sum(model.costs) / count
     cuts = balance(model.costs, count, model.places, least) or balance(model.costs, count, model.places)

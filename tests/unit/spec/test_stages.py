@@ -103,6 +103,20 @@ def test_more_stages_than_blocks_is_refused_with_what_works():
         plan(3, "Interleaved1F1B")
 
 
+def test_a_few_small_blocks_do_not_limit_the_stages():
+    """Heads of several tasks are a stack, too, of which a step may call one."""
+    model = ModelSpec(
+        calls=("first", "second", "third", "heads.0"),
+        blocks=("heads.0", "heads.1"),
+        units=("first", "second", "third", "heads.0", "heads.1"),
+        places=(1, 2, 3),
+        costs=(3.0, 3.0, 3.0, 0.5),
+        parameters={},
+    )
+    assert len(choose_cuts(Layout(pp=2), "1F1B", model, {})) == 1
+    assert len(choose_cuts(Layout(pp=3), "1F1B", model, {})) == 2
+
+
 def test_places_that_cannot_be_cut_are_named():
     with pytest.raises(
         PartitionError, match="before `b1`: it reads a value.*does not cut the model, such as 'dp2' or 'fsdp2'"
