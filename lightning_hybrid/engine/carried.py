@@ -45,7 +45,8 @@ class CarriedState:
         self._state, self._group, self._device = ModuleState(root), mesh.group("pp"), device
         self._ranks, self._rank = ranks, mesh.rank("pp")
         self._several = ranks.count(self._rank) > 1
-        self._contract = StepContract()
+        self.contract = StepContract()
+        """The contract of the step that runs, or has run last."""
         self._caches: dict[int, tuple[StepContract, dict[StatePlace, Copy]]] = {}
         """What stages have left in the caches of each contract, by its id."""
         self._filled: dict[StatePlace, Copy] = {}
@@ -74,7 +75,7 @@ class CarriedState:
                 "stage would do so. Use `schedule='1F1B'`, or write the weight in a hook, such as "
                 "`on_train_batch_start`."
             )
-        self._contract, self._bounds, self._ran = contract, bounds, False
+        self.contract, self._bounds, self._ran = contract, bounds, False
         self._filled = self._caches.setdefault(id(contract), (contract, {}))[1]
         self._changes = contract.changes if parts == 1 else contract.carried
         self._before = {c.place: Copy(self._state.get(c.place)) for c in self._changes}
@@ -85,7 +86,7 @@ class CarriedState:
 
     def _copies_outside(self) -> dict[StatePlace, Copy]:
         """Returns copies of the state outside of units, except for what each step is known to change."""
-        known = {change.place for change in self._contract.changes}
+        known = {change.place for change in self.contract.changes}
         places = self._state.places(without=self._in_units)
         return {place: Copy(value) for place, value in places if place not in known}
 
@@ -98,7 +99,7 @@ class CarriedState:
         after, before = self._copies_outside(), self._outside
         changed = [p for p, c in after.items() if p not in before or not c.same_as(before[p])]
         changed += [p for p in before if p not in after]
-        caches, filled = self._contract.caches, self._filled
+        caches, filled = self.contract.caches, self._filled
         changed = [
             p for p in changed if p not in caches or (p in filled and p in before and before[p].same_as(filled[p]))
         ]
@@ -195,8 +196,8 @@ class CarriedState:
             for change, found in zip(others, sent, strict=True):
                 if rank != self._rank or self._several:
                     self._take(change, found)
-        if self._contract.overwritten and not any(c in self._changes for c in self._contract.overwritten):
-            for change in self._contract.overwritten:
+        if self.contract.overwritten and not any(c in self._changes for c in self.contract.overwritten):
+            for change in self.contract.overwritten:
                 value = replace_leaves(_OfOneMicrobatch(change).instead_of, self._state.get(change.place))
                 self._state.set(change.place, value)
         self._changes, self._before, self._tensors, self._found = (), {}, {}, {}

@@ -320,6 +320,11 @@ class Pipeline:
         self._carried.end()
         return share_object(out, self.last_rank, self.mesh.group("pp"), self.device)
 
+    @property
+    def contract(self) -> StepContract:
+        """The contract of the step that has run last."""
+        return self._carried.contract
+
     def end_training_step(self) -> None:
         """Gives all ranks the state that the step has changed. Collective over the ranks of a pipeline."""
         self._carried.end()

@@ -11,15 +11,13 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
-from lightning_hybrid._torch_private import is_plain, user_lines_seen
+from lightning_hybrid._torch_private import user_lines_seen
 from lightning_hybrid.batches import count_samples, split_batch
 from lightning_hybrid.collectives import gather_objects, share_object, to_local
 from lightning_hybrid.engine.engine import Engine
@@ -27,23 +25,14 @@ from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.objects import Copy, map_leaves
 from lightning_hybrid.ghosts.state import MISSING, ModuleState
 from lightning_hybrid.parallelize.whole import Weights
-from lightning_hybrid.replicas.written import alike, sums_of
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.verification.compare import differences, relative
+from lightning_hybrid.verification.state import differing, leaves_of
 from lightning_hybrid.verification.steps import Conditions, Outcome, run_in_one_process, run_under_layout
 from lightning_hybrid.verification.whole import memory_problem
 
 _SAME_ORDER = 0.01
 """Part of the bound for steps that compute in another order that holds for those that do it in the same; empirical."""
-
-
-class _Leaf(NamedTuple):
-    """A number or tensor in the state; a number is a tensor without dimensions."""
-
-    shape: tuple[int, ...]
-    sums: tuple[float, ...]
-    pooled: bool
-    """True for a tensor with dimensions in a container, such as a pool of earlier outputs."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +100,13 @@ class ReplicaState:
         """Returns what differs between replicas. Collective over the ranks with the same part of the model."""
         changed = set(self._state.changed(self._before)) - self._judged
         names = sorted(set().union(*self._gathered(changed)))
-        replicas = self._gathered([_leaves(self._state.get(place)) for place in names])
+        replicas = self._gathered([leaves_of(self._state.get(place)) for place in names])
         found = []
         for place, *own in zip(names, *replicas, strict=True):
-            differing = _differing_leaves([leaves for leaves in own if leaves is not None])
-            if differing:
-                rows = all(samples in leaf.shape[:2] for leaf in differing)
-                found.append(_Found(place, all(leaf.pooled for leaf in differing), rows))
+            unequal = differing([leaves for leaves in own if leaves is not None])
+            if unequal:
+                rows = all(samples in leaf.shape[:2] for leaf in unequal)
+                found.append(_Found(place, all(leaf.pooled for leaf in unequal), rows))
         return found
 
     def _gathered(self, value: Any) -> list[Any]:
@@ -189,18 +178,15 @@ class ReplicaState:
         if memory_problem(self._engine) is not None:
             return True
         weights, shapes = Weights.gather(partition), []
-
-        def look() -> None:
-            shapes.append([[leaf.shape for leaf in _leaves(self._state.get(f.place)) or ()] for f in found])
-
         with ExitStack() as stack:
             for place in (f.place for f in found):  # rows of the whole batch would not fit
                 stack.callback(self._state.set, place, self._state.get(place))
                 self._state.set(place, self._before[place].value if place in self._before else MISSING)
             try:
                 half = split_batch(args[0], 2, runner.known_samples())[0]
-                run_in_one_process(runner, weights, [args], kwargs, Conditions(), look)
-                run_in_one_process(runner, weights, [(half, *args[1:])], kwargs, Conditions(), look)
+                for batch in (args[0], half):
+                    out = run_in_one_process(runner, weights, [(batch, *args[1:])], kwargs, Conditions())
+                    shapes.append([[leaf.shape for leaf in out.state.get(f.place) or ()] for f in found])
             except Exception:  # noqa: BLE001 -- of the user's step
                 shapes.clear()
         same = len(shapes) == 2 and shapes[0] == shapes[1]
@@ -233,33 +219,3 @@ class ReplicaState:
         )
         messages = gather_objects((influence.own != influence.other, place in where, message))
         return max(messages, key=lambda found: found[:2])[2]
-
-
-def _leaves(value: Any) -> list[_Leaf] | None:
-    """Returns the numbers and tensors in `value`; None for state that does not exist."""
-    if value is MISSING:
-        return None
-    leaves = [(leaf, _as_tensor(leaf)) for leaf in Copy(value).leaves()]
-    return [_Leaf(tuple(t.shape), sums_of(t), x is not value and t.ndim > 0) for x, t in leaves if t is not None]
-
-
-def _as_tensor(leaf: Any) -> Tensor | None:
-    if isinstance(leaf, bool) or not isinstance(leaf, int | float | np.ndarray | Tensor):
-        return None
-    if isinstance(leaf, Tensor):
-        local = to_local(leaf.detach())
-        return local if is_plain(local) else None
-    if isinstance(leaf, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(leaf)) if leaf.dtype.kind in "fiu" else None
-    return torch.tensor(float(leaf), dtype=torch.float64)
-
-
-def _differing_leaves(replicas: Sequence[list[_Leaf]]) -> list[_Leaf]:
-    """Returns the leaves that differ between replicas; all if the replicas have other numbers of leaves."""
-    if len({len(leaves) for leaves in replicas}) > 1:
-        return [leaf for leaves in replicas for leaf in leaves]
-    return [
-        leaf
-        for leaf, *others in zip(*replicas, strict=True)
-        if any(leaf.shape != o.shape for o in others) or not alike(leaf.shape, [leaf.sums, *(o.sums for o in others)])
-    ]

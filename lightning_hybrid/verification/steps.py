@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +16,17 @@ from lightning_hybrid.batches import copied_batch
 from lightning_hybrid.engine.loss_weights import loss_of, mean_loss, weight_of
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.engine.trials import preserved_training_state, step_undone
+from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.manual import IdleOptimizer, optimize_idly
 from lightning_hybrid.ghosts.preserve import preserved_module_state
+from lightning_hybrid.ghosts.state import ModuleState
 from lightning_hybrid.ghosts.trees import tensors_of
 from lightning_hybrid.metrics.logs import silent
 from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.verification.randomness import common_randomness
+from lightning_hybrid.verification.state import State, changed_leaves, leaves_of
 from lightning_hybrid.verification.whole import Weights, whole_module
 
 Outputs = dict[tuple[str, int], list[tuple[float, float]]]
@@ -53,6 +56,10 @@ class Outcome:
     parts: int = 1
     """Number of microbatches."""
     outputs: Outputs = field(default_factory=dict)
+    state: State = field(default_factory=dict)
+    """The state that the step has changed."""
+    shared: Set[StatePlace] | None = None
+    """The places of the state that all stages of a pipeline have; None for all places."""
 
 
 def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], how: Conditions) -> Outcome:
@@ -86,7 +93,13 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
             manual = _optimizes_manually(runner, backward)
             batch_weights = runner.run.data.batch_weights()
             copies, options = copied_batch(args), copied_batch(kwargs)
+            before = ModuleState(root).copies()
             out = runner.weighted_step(batch_weights, 1.0, *copies, samples=runner.known_samples(), **options)
+            present = ModuleState(root)
+            state = changed_leaves(present, before)
+            shared = None if runner.pipeline is None else {c.place for c in runner.pipeline.contract.changes}
+            if shared is not None:
+                state = {place: leaves_of(present.get(place)) for place in shared}
             loss = _loss_of(out)
             if runner.context is not None:
                 runner.loss_weights.take(runner.context, runner.run.world.any_rank)
@@ -100,7 +113,15 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
         weight = None if weights is None else sum(weights)
         made = dict(programs)
     programs.update(made)  # the real step runs the same ones
-    return Outcome(loss=mean_of(losses), gradients=gradients, weight=weight, parts=parts, outputs=outputs)
+    return Outcome(
+        loss=mean_of(losses),
+        gradients=gradients,
+        weight=weight,
+        parts=parts,
+        outputs=outputs,
+        state=state,
+        shared=shared,
+    )
 
 
 def run_in_one_process(
@@ -109,7 +130,6 @@ def run_in_one_process(
     parts: Sequence[tuple],
     kwargs: dict[str, Any],
     how: Conditions,
-    look: Callable[[], object] | None = None,
 ) -> Outcome:
     """Runs a training step forward and backward on the whole module, on this replica's batch.
 
@@ -120,10 +140,9 @@ def run_in_one_process(
             parts, by the weights that the step returns, if any.
         kwargs: Keyword arguments of `training_step`.
         how: The conditions of the compared steps.
-        look: Called after each step, before its effects are undone.
     """
     found: list[tuple[Tensor, float]] = []
-    weighted = False
+    weighted, state = False, State()
 
     def backward(loss: Tensor, *_: Any, weight: float = 1.0, **__: Any) -> None:
         found.append((loss.detach(), weight))
@@ -133,16 +152,17 @@ def run_in_one_process(
         for part in parts:
             with _undone(runner):
                 manual = _optimizes_manually(runner, backward)
+                before = ModuleState(runner.root).copies()
                 loss, weight = _forward(runner, part, kwargs)
+                state = changed_leaves(ModuleState(runner.root), before)
                 weighted |= weight is not None
                 if loss is not None and not manual:
                     backward(loss, weight=1.0 if weight is None else weight)
-                if look is not None:
-                    look()
         total = sum(weight for _, weight in found)
         divisor = total if weighted else len(parts)
         gradients = {n: None if p.grad is None else p.grad / (divisor or 1.0) for n, p in whole.items()}
-    return Outcome(loss=mean_of(found), gradients=gradients, weight=total if weighted else None, outputs=outputs)
+    loss, weight = mean_of(found), total if weighted else None
+    return Outcome(loss=loss, gradients=gradients, weight=weight, outputs=outputs, state=state)
 
 
 def losses_in_one_process(

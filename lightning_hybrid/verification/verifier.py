@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import hands_out_its_iterator
+from lightning_hybrid._torch_private import location_of
 from lightning_hybrid.batches import split_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.engine.engine import Engine
@@ -27,6 +28,7 @@ from lightning_hybrid.verification.compare import Differences, bound_of, differe
 from lightning_hybrid.verification.drift import ReplicaState
 from lightning_hybrid.verification.fingerprint import fingerprint
 from lightning_hybrid.verification.mean import MeanCheck
+from lightning_hybrid.verification.state import largest_difference
 from lightning_hybrid.verification.steps import (
     Conditions,
     Outcome,
@@ -158,10 +160,32 @@ class _Comparison:
                 return "two runs of the same step in one process differ from each other"
             self._diagnose(weights, whole, found)
             return None
+        self._compare_state(under, whole)
         trained = len(found.gradients)
         text = f"largest relative difference {found.largest:.1e} (bound {self.bound:.0e})"
         self.rows.append((f"loss and gradients of {trained} parameters against one process", text))
         return None
+
+    def _compare_state(self, under: Outcome, whole: Outcome) -> None:
+        """Compares the state that the step has changed with that of one process on the same samples. Collective.
+
+        Raises:
+            PartitionError: On all ranks, if it differs on any.
+        """
+        if self.layout.ep > 1:
+            return  # the experts of a rank see other tokens than those of one process
+        shared = whole.state.keys() if under.shared is None else under.shared
+        expected = {place: leaves for place, leaves in whole.state.items() if place in shared}
+        difference, place = largest_difference(under.state, expected)
+        where = location_of(self.runner.root.training_step)
+        text = (
+            f"`layout='{self.layout}'`: the step ({where}) leaves `{place}` in another state than one process does on "
+            f"the same samples: it differs by {difference:.2g} of its size. Training has not started. Change it in a "
+            "hook, such as `on_train_batch_start`, or use `verify='off'` if the difference is intended."
+        )
+        problem = first_problem(text if difference > self.bound else None)
+        if problem is not None:
+            raise PartitionError(problem)
 
     def _in_one_process(self, weights: Weights, parts: list[tuple]) -> tuple[Outcome | None, str | None]:
         try:
