@@ -9,9 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional as F
 
+from lightning_hybrid.engine.carried import CarriedState
+from lightning_hybrid.launch.failures import RankFailed
+from lightning_hybrid.spec.errors import PartitionError
 from tests.distributed.engine import state_jobs
 from tests.distributed.engine.state_jobs import MODULES, Plain
 
@@ -185,3 +189,14 @@ def fit_with_warnings(layout: str, kind: str, **options: Any) -> list[str]:
         warnings.simplefilter("always")
         fit(layout, kind, **options)
     return [str(w.message) for w in seen]
+
+
+def fit_without_exchange(kind: str) -> str:
+    """The message with which a pipeline whose stages keep their own state is refused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CarriedState, "end", lambda self: None)
+        try:
+            fit("pp2", kind)
+        except (PartitionError, RankFailed) as refusal:
+            return str(refusal)
+    return "trained"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.distributed.engine.test_state import compare
-from tests.distributed.verification.drift_jobs import EXACT, REFUSED, fit, fit_with_warnings
+from tests.distributed.verification.drift_jobs import EXACT, REFUSED, fit, fit_with_warnings, fit_without_exchange
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
 
@@ -40,3 +42,8 @@ def test_pools_of_samples_are_a_warning(ranks2: RankGroup) -> None:
     with pytest.raises(RankError, match="computes `pool`"):
         ranks2.call(fit_with_warnings, "dp2", "Pool", verify="strict")
     assert not any("computes `" in text for text in ranks2.call(fit_with_warnings, "dp2", "Pool", verify="off")[0])
+
+
+@pytest.mark.parametrize("kind", quick(["Queue", "Hidden"], "Queue"))
+def test_stages_that_keep_their_own_state_are_found(ranks2: RankGroup, kind: str) -> None:
+    assert re.search(r"leaves `\w+` in another state than one process does", ranks2.call(fit_without_exchange, kind)[0])
