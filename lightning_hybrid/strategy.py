@@ -390,7 +390,7 @@ class HybridStrategy(StrategyOfEither):
             self._world.monitor.note_unsaved(filepath)
         else:
             with self.engine.divided():
-                self.checkpoints.save(self.engine, {**checkpoint, "verified": self._verifier.verified}, filepath)
+                self.checkpoints.save(self.engine, {**checkpoint, "verified": self._verifier.state_dict()}, filepath)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -399,7 +399,7 @@ class HybridStrategy(StrategyOfEither):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = self.checkpoints.load(self.engine, checkpoint_path, trust_pickle=weights_only is False)
-        self._verifier.verified = checkpoint.pop("verified", None)
+        self._verifier.load_state_dict(checkpoint.pop("verified", None) or {})
         return checkpoint
 
     @override

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hybrid.engine.batch_kinds import BatchKinds
 from lightning_hybrid.launch.world import World
 from lightning_hybrid.metrics.reduction import as_numbers
 from lightning_hybrid.metrics.step_logs import StepLogs
@@ -38,6 +39,8 @@ class StepExchange:
         self._preemption, self._stopping = world.preemption, world.stopping
         self.check_follows = False
         """True if logs of the running step can wait for the check of its gradients."""
+        self.kinds: BatchKinds | None = None
+        """Kinds of values of batches; None: not noted."""
 
     def run(self, numbers: Tensor | None = None) -> tuple[list[float], Tensor]:
         """Sums `numbers` over all ranks, and replays pending logs. Collective.
@@ -54,13 +57,17 @@ class StepExchange:
         self._order.next("has run a step")
         missing = self._missing.count if self._missing is not None else 0
         flags = [float(self._preemption.requested), float(self._stopping.requested), float(missing)]
-        buffer = torch.cat([as_numbers(flags, self._device), own, *self.logs.numbers()])
+        kinds = [] if self.kinds is None else [self.kinds.numbers()]
+        buffer = torch.cat([as_numbers(flags, self._device), own, *kinds, *self.logs.numbers()])
         dist.all_reduce(buffer)
-        on_host, logs_at = buffer.tolist(), len(flags) + len(own)
+        on_host, kinds_at = buffer.tolist(), len(flags) + len(own)
+        logs_at = kinds_at + sum(map(len, kinds))
+        if self.kinds is not None:
+            self.kinds.hear(on_host[kinds_at:logs_at])
         self._preemption.hear(on_host[0] > 0)
         self._stopping.hear(on_host[1] > 0)
         if self._missing is not None:
             self._missing.settle() if on_host[2] > 0 else self._missing.forget()
         if self.logs.pending:
             self.logs.take_sums(buffer[logs_at:], on_host[logs_at:])
-        return on_host[len(flags) : logs_at], buffer[len(flags) : logs_at]
+        return on_host[len(flags) : kinds_at], buffer[len(flags) : kinds_at]

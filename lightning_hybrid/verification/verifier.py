@@ -17,6 +17,7 @@ from lightning_hybrid._lightning_private import hands_out_its_iterator
 from lightning_hybrid._torch_private import location_of
 from lightning_hybrid.batches import split_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
+from lightning_hybrid.engine.batch_kinds import BatchKinds
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.loss_weights import place_of
 from lightning_hybrid.float8 import Float8Precision
@@ -52,6 +53,8 @@ class Verifier:
         self._verify = verify
         self._engine: Engine | None = None
         self._replicas: ReplicaState | None = None
+        self._kinds: BatchKinds | None = None
+        self._resumed_kinds: list[int] | None = None
         self._batches = 0
         self.verified: str | None = None
         """The fingerprint of the last verified step; that of the checkpoint in a resumed run."""
@@ -75,14 +78,42 @@ class Verifier:
         if dist.get_world_size() == 1 or not args:
             return
         self._compare_replicas(engine, new, args, kwargs)
-        if not (self._verify.at_start and new) and not again:
-            return
-        present = fingerprint(engine, args[0])
-        # replicas may have batches of different shapes
-        if again or engine.run.world.any_rank(present != self.verified):
-            with engine.run.during("verify"):
-                self.rows = _Comparison(engine, args, kwargs, self._verify).run()
-            self.verified = present
+        due = self._with_new_kinds(engine)
+        if due is not None:
+            self._run(engine, *due)
+        if (self._verify.at_start and new) or again:
+            present = fingerprint(engine, args[0])
+            # replicas may have batches of different shapes
+            if again or engine.run.world.any_rank(present != self.verified):
+                self._run(engine, args, kwargs)
+                self.verified = present
+            elif self._kinds is not None:
+                self._kinds.known = self._resumed_kinds
+        if self._kinds is not None:
+            self._kinds.note(args, kwargs)
+
+    def _run(self, engine: Engine, args: tuple, kwargs: dict[str, Any]) -> None:
+        with engine.run.during("verify"):
+            self.rows = _Comparison(engine, args, kwargs, self._verify).run()
+
+    def _with_new_kinds(self, engine: Engine) -> tuple[tuple, dict[str, Any]] | None:
+        """Returns the arguments of an earlier step, if its batch had kinds of values that no verified batch had."""
+        exchange, trainer = engine.runner.exchange, engine.runner.root.trainer
+        if self._verify.at_start and exchange.kinds is None and not hands_out_its_iterator(trainer):
+            exchange.kinds = BatchKinds(engine.device)
+        self._kinds = exchange.kinds
+        if self._kinds is None or (self._batches - 1) % trainer.accumulate_grad_batches:
+            return None  # gradients of accumulated batches must stay
+        due, self._kinds.due = self._kinds.due, None
+        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run need not verify again."""
+        return {"step": self.verified, "kinds": None if self._kinds is None else self._kinds.known}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the result of `state_dict` from a checkpoint."""
+        self.verified, self._resumed_kinds = state.get("step"), state.get("kinds")
 
     def _compare_replicas(self, engine: Engine, new: bool, args: tuple, kwargs: dict[str, Any]) -> None:
         if new:
@@ -166,6 +197,10 @@ class _Comparison:
         self.rows.append((f"loss and gradients of {trained} parameters against one process", text))
         return None
 
+    def _when(self) -> str:
+        steps = self.runner.root.trainer.global_step
+        return f"Batches before step {steps} had other kinds of values." if steps else "Training has not started."
+
     def _compare_state(self, under: Outcome, whole: Outcome) -> None:
         """Compares the state that the step has changed with that of one process on the same samples. Collective.
 
@@ -180,7 +215,7 @@ class _Comparison:
         where = location_of(self.runner.root.training_step)
         text = (
             f"`layout='{self.layout}'`: the step ({where}) leaves `{place}` in another state than one process does on "
-            f"the same samples: it differs by {difference:.2g} of its size. Training has not started. Change it in a "
+            f"the same samples: it differs by {difference:.2g} of its size. {self._when()} Change it in a "
             "hook, such as `on_train_batch_start`, or use `verify='off'` if the difference is intended."
         )
         problem = first_problem(text if difference > self.bound else None)
@@ -265,6 +300,11 @@ class _Comparison:
             )
         runner.microbatches = 1
         self.rows.append(("microbatches", f"1 instead of {parts}: with {parts} {self._numbers(found)}"))
+        if runner.root.trainer.global_step:
+            rank_zero_warn(
+                f"{where} computes a loss that is not the mean over the samples of its batch. {self._when()} The last "
+                f"update was made with {parts} microbatches: {self._numbers(found)}. From here on 1 is used."
+            )
         self._compare(weights)
 
     def _numbers(self, found: Differences) -> str:
@@ -281,7 +321,7 @@ class _Comparison:
     def _difference(self, found: Differences, first: str) -> str:
         return (
             f"`layout='{self.layout}'`: the step of {place_of(self.runner.root)} does not equal that "
-            f"of one process on the same samples: {self._numbers(found)}. {first} Training has not started. Use "
+            f"of one process on the same samples: {self._numbers(found)}. {first} {self._when()} Use "
             f"{self._advice()}, or `verify='off'` if the difference is intended."
         )
 

@@ -23,10 +23,10 @@ from tests.pairwise import alternating, quick
 WIDTH, BATCH = 64, 64
 SMALL = 1024
 """Collectives of more elements carry gradients, weights or activations."""
-WARM_UP = 3
-"""Steps in which ranks still agree on what they log."""
-STEPS = 4
-"""Steps that are counted."""
+WARM_UP = 5
+"""Steps in which ranks still agree on what they log; before the fifth one, replicas compare their state."""
+STEPS = 3
+"""Steps that are counted, before replicas compare their state again."""
 
 
 class Costs(TorchDispatchMode):

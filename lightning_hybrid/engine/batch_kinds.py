@@ -1,0 +1,84 @@
+"""Notes kinds of values of batches on which a loss may depend in another way than on the first batch.
+
+Ignored labels, padding and missing values make a mean over tokens another one than the mean over samples. A first batch
+without them does not show it. Which of them a batch has is found on its device, and shared by the all-reduce of the
+step, without another read.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hybrid._torch_private import is_plain
+from lightning_hybrid.batches import leaves_of
+
+_SLOTS = 8
+"""Groups of tensors of a batch, by the hash of their places; a fixed number, since structures of batches may differ."""
+_KINDS = 4
+"""Kinds of values of a tensor."""
+_ALL_UNTIL, _EVERY = 16, 4
+"""After the first 16 batches, every fourth one is looked at, which costs some microseconds for each of its tensors."""
+_LARGEST = 2**18
+"""Elements of a tensor of floating point numbers, above which it is taken for data without masks. Empirical."""
+
+
+class BatchKinds:
+    """Tells when a batch has kinds of values that no verified batch had.
+
+    Args:
+        device: This rank's device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._batches = device, 0
+        self._noted: tuple[tuple, dict[str, Any]] | None = None
+        self.known: list[int] | None = None
+        """The kinds of all verified batches; None before the first one."""
+        self.due: tuple[tuple, dict[str, Any]] | None = None
+        """Arguments of a training step, the same on all ranks, whose batch had new kinds on some of them."""
+
+    def note(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Notes the arguments of the training step that is about to run, the batch first."""
+        if self._batches < _ALL_UNTIL or self._batches % _EVERY == 0:
+            self._noted = (args, kwargs)
+        self._batches += 1
+
+    def numbers(self) -> Tensor:
+        """Returns 1 for each kind that the noted batch has, of shape (32,), float64, on the device."""
+        found = torch.zeros(_SLOTS, _KINDS, dtype=torch.float64, device=self._device)
+        for path, value in leaves_of(self._noted[0][0]) if self._noted is not None else ():
+            if isinstance(value, Tensor) and _may_mask(value):
+                found[zlib.crc32(path.encode()) % _SLOTS] += _kinds_of(value)
+        return found.flatten()
+
+    def hear(self, sums: list[float]) -> None:
+        """Takes the sums of `numbers` over all ranks."""
+        noted, self._noted = self._noted, None
+        if noted is None:
+            return
+        present = {kind for kind, number in enumerate(sums) if number > 0}
+        if self.known is not None and not present.issubset(self.known):
+            self.due = self.due or noted
+        self.known = sorted({*(self.known or ()), *present})
+
+
+def _may_mask(tensor: Tensor) -> bool:
+    if not is_plain(tensor) or not tensor.numel() or tensor.is_complex():
+        return False
+    return not tensor.is_floating_point() or tensor.numel() <= _LARGEST
+
+
+def _kinds_of(tensor: Tensor) -> Tensor:
+    """Returns 4 flags: there are special values (negative integers, NaN, False) and zeros; rows differ in their number."""
+    if tensor.dtype == torch.bool:
+        special, zeros = ~tensor, tensor
+    else:
+        special, zeros = tensor.isnan() if tensor.is_floating_point() else tensor < 0, tensor == 0
+    masks = torch.stack([special, zeros])
+    counts = masks.flatten(2).sum(-1) if masks.ndim > 2 else masks.view(2, -1).long()
+    low, high = counts.aminmax(dim=1)
+    return torch.cat([high > 0, high != low])
