@@ -73,7 +73,7 @@ def _may_mask(tensor: Tensor) -> bool:
 
 
 def _kinds_of(tensor: Tensor) -> Tensor:
-    """Returns 4 flags: there are special values (negative integers, NaN, False) and zeros; rows differ in their number."""
+    """Returns 4 flags: special values (negative integers, NaN, False), zeros, and rows that differ in either number."""
     if tensor.dtype == torch.bool:
         special, zeros = ~tensor, tensor
     else:
