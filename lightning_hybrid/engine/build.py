@@ -70,7 +70,7 @@ def build_engine(run: Run, request: Request, present: Engine | None) -> Engine:
     engine = Engine.build(run, request, partition, deferred_init)
     root.__dict__.pop(DEFERRED_INIT, None)
     belong_to(engine)
-    _report(run, engine.plan)
+    _report(run, engine.plan, partition.whole_batch)
     return engine
 
 
@@ -119,9 +119,11 @@ def _agree_on_weights(root: pl.LightningModule, device: torch.device) -> None:
             tensor.copy_(moved)
 
 
-def _report(run: Run, plan: Plan) -> None:
-    """Prints the plan on rank 0, and passes the plan to the loggers."""
+def _report(run: Run, plan: Plan, whole_batch: str | None) -> None:
+    """Prints the plan on rank 0, with the reason for a single microbatch, and passes the plan to the loggers."""
     if dist.get_rank() == 0:
         print(plan, file=sys.stderr)  # noqa: T201 -- where progress bars and warnings go
+        if plan.layout.pp > 1 and whole_batch is not None:
+            print(f"1 microbatch: {whole_batch}.", file=sys.stderr)  # noqa: T201
     log_plan(run.trainer, plan.record())
     run.patches.enter_context(watched_parts(run.trainer))

@@ -27,7 +27,7 @@ from lightning_hybrid.engine.loss_weights import loss_of, mean_loss, weight_of, 
 from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.engine.stage_bounds import stage_bounds
 from lightning_hybrid.ghosts.contract import StepContract
-from lightning_hybrid.ghosts.dry_run import trace_step
+from lightning_hybrid.ghosts.dry_run import failure_of_step, trace_step
 from lightning_hybrid.ghosts.ghost import GhostReadError, GhostWriteError
 from lightning_hybrid.ghosts.record import CrossingValue, Trace
 from lightning_hybrid.mesh import Mesh
@@ -180,7 +180,9 @@ class Pipeline:
             requested = 1
         size, count = (1, 1) if requested == 1 else self._count_microbatches(args[0], requested, known, weights)
         parts = split_batch(args[0], count, known)
-        prepared = self._prepare("training_step", (parts[0], *args[1:]), count)
+        prepared = self._prepare_parts((parts[0], *args[1:]), count, requested)
+        if prepared is None:
+            return self.train(context, args, scale, 1, known)
         self.whole_batch = self.whole_batch or prepared.whole_batch
         if count > 1 and self.whole_batch is not None:
             if requested != "auto":
@@ -336,6 +338,23 @@ class Pipeline:
         return tensor
 
     # ---- preparation
+
+    def _prepare_parts(self, args: tuple, count: int, requested: int | str) -> _Prepared | None:
+        """Returns what runs `count` microbatches like that in `args`; None if the step fails on a part of the batch.
+
+        Raises:
+            PartitionError: If it fails, and the number was requested, or is 1.
+        """
+        try:
+            return self._prepare("training_step", args, count)
+        except PartitionError as error:
+            failure = failure_of_step(error)
+            if failure is None or count == 1:
+                raise
+            if count == requested:  # not of the last, smaller batch of an epoch
+                reason = f"on a part of the batch the step fails at {failure}"
+                raise PartitionError(refusal_of_microbatches(requested, reason)) from error
+            return None
 
     def _prepare(self, name: str, args: tuple, count: int, train: bool = True) -> _Prepared:
         form = (name, count, signature(args[0]))

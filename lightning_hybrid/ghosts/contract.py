@@ -49,8 +49,8 @@ class StepContract:
     """State inside of units that every call computes anew, from nothing of the call before."""
     weights: tuple[tuple[str, str], ...] = ()
     """Weights that the step writes, each with the line of the user's code."""
-    by_values: str | None = None
-    """Which modules the step calls by values of the batch, so that parts of the batch call others; None: no such."""
+    indivisible: str | None = None
+    """Why parts of a batch do not run as the whole does: they call other modules, or fail; None: they do."""
     caches: frozenset[StatePlace] = frozenset()
     """State that the step changes only once, to the same whatever the batch holds."""
 

@@ -74,9 +74,17 @@ def trace_step(
             failure = error
     raise PartitionError(
         f"`layout`: `{step.__name__}` cannot be planned. On tensors that have shapes but no values it fails at "
-        f"{user_location_in(failure and failure.__traceback__)} with {type(failure).__name__}: {failure}. Layouts of "
-        "`dp` and `fsdp` only, such as 'dp2', need no plan."
+        f"{_failure(failure)}. Layouts of `dp` and `fsdp` only, such as 'dp2', need no plan."
     ) from failure
+
+
+def failure_of_step(error: PartitionError) -> str | None:
+    """Returns where and how the user's step has failed in `trace_step`; None if `error` has another cause."""
+    return None if error.__cause__ is None else _failure(error.__cause__)
+
+
+def _failure(error: BaseException | None) -> str:
+    return f"{user_location_in(error and error.__traceback__)} with {type(error).__name__}: {error}"
 
 
 @dataclass

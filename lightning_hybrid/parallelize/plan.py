@@ -26,7 +26,7 @@ from lightning_hybrid.dataloader.peek import Share
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
 from lightning_hybrid.ghosts.begun import as_at_first_batch
 from lightning_hybrid.ghosts.contract import StepContract
-from lightning_hybrid.ghosts.dry_run import trace_step
+from lightning_hybrid.ghosts.dry_run import failure_of_step, trace_step
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.record import Trace
 from lightning_hybrid.ghosts.units import CallInterceptor, find_units
@@ -35,7 +35,7 @@ from lightning_hybrid.metrics.logs import silent
 from lightning_hybrid.parallelize.apply import Partition, StepModule
 from lightning_hybrid.parallelize.describe import describe, divided_attributes, with_calls
 from lightning_hybrid.parallelize.observe import observe_calls
-from lightning_hybrid.parallelize.whole_batch import refusal_of_microbatches, whole_batch_reason
+from lightning_hybrid.parallelize.whole_batch import microbatches_for, whole_batch_reason
 from lightning_hybrid.patching import Patches
 from lightning_hybrid.replicas.batch_norm import plain_sync_batch_norms
 from lightning_hybrid.replicas.reducer import refusal_of_gradients
@@ -45,7 +45,6 @@ from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.model import ModelSpec
 from lightning_hybrid.spec.plan import Plan, choose_cuts
 from lightning_hybrid.spec.request import Request
-from lightning_hybrid.spec.stages import choose_microbatches
 from lightning_hybrid.tensor.heads import check_heads
 from lightning_hybrid.tensor.infer import infer_tensor_plan
 
@@ -130,22 +129,38 @@ class _DryRun:
         return args
 
     def trace(self, args: tuple, watched: Collection[str] | None = None) -> Trace:
-        """Runs the step on the first microbatch, and returns the trace."""
-        parts = split_batch(args[0], self.microbatches, self.samples)
-        trace = self._trace_part(parts[0], args, watched)
-        if self.request.layout.pp > 1:
-            if trace.takes_gradients:
-                raise PartitionError(refusal_of_gradients(self.request.layout))
-            other_modules = self._compare_parts(trace, parts, args) if trace.depends_on_values else None
-            if other_modules is not None:
-                self.microbatches = 1
-                trace = self.trace(args, watched)
-                self.contract = replace(self.contract, by_values=other_modules)
-                return trace
-        self.contract = trace.contract
+        """Runs the step on the first microbatch, or on the whole batch if parts of it do not run as it does.
+
+        Raises:
+            PartitionError: If the step cannot be planned, or the requested microbatches do not run as the batch does.
+        """
+        asked, failure = self.microbatches, None
+        try:
+            trace, indivisible = self._trace_parts(args, watched)
+        except PartitionError as error:
+            failure, indivisible = error, failure_of_step(error)
+            if asked == 1 or indivisible is None:
+                raise
+        if indivisible is not None:
+            self.microbatches = 1
+            trace, _ = self._trace_parts(args, watched)
+            if failure is not None:
+                indivisible = f"on a part of the batch the step fails at {indivisible}, and on the whole batch it runs"
+        self.contract = replace(trace.contract, indivisible=indivisible)
+        self.microbatches = asked
         if self.step == "training_step":
             self.microbatches = microbatches_for(self.root, self.request, args[0], self.samples, self.contract)
         return trace
+
+    def _trace_parts(self, args: tuple, watched: Collection[str] | None) -> tuple[Trace, str | None]:
+        """Runs the step on the first microbatch; also returns why others do not run like it, or None."""
+        parts = split_batch(args[0], self.microbatches, self.samples)
+        trace = self._trace_part(parts[0], args, watched)
+        if self.request.layout.pp == 1:
+            return trace, None
+        if trace.takes_gradients:
+            raise PartitionError(refusal_of_gradients(self.request.layout))
+        return trace, self._compare_parts(trace, parts, args) if trace.depends_on_values else None
 
     def _trace_part(self, batch: Any, args: tuple, watched: Collection[str] | None = None) -> Trace:
         return self._traced(getattr(self.root, self.step), self.step, (batch, *args[1:]), watched)
@@ -154,27 +169,24 @@ class _DryRun:
         """Refuses the cuts of `trace` where shapes differ between parts of the batch, since its values decide them.
 
         Returns:
-            Why microbatches call different modules, if they do and their number is 'auto', otherwise None.
-
-        Raises:
-            PartitionError: If the requested microbatches call different modules.
+            Why microbatches call different modules, if they do, otherwise None.
         """
         first = trace
         if len(parts) == 1:
             if (find_samples(args[0], self.samples).count or 0) < 2:
                 return None  # it has no samples that could be compared
             parts = split_batch(args[0], 2, self.samples)
-            first = self._trace_part(parts[0], args)
+            try:
+                first = self._trace_part(parts[0], args)
+            except PartitionError:
+                return None  # only the whole batch runs
         other = self._trace_part(parts[-1], args)
         if self.microbatches > 1 and (different := first.different_call(other)) is not None:
             index, one, another = (f"`{name}`" if isinstance(name, str) and name else name for name in different)
-            reason = (
+            return (
                 f"{location_of(getattr(self.root, self.step))} calls modules by values of the batch: call {index} is "
                 f"{one or 'none'} in one part of it and {another or 'none'} in another"
             )
-            if self.request.microbatches == "auto":
-                return reason
-            raise PartitionError(refusal_of_microbatches(self.request.microbatches, reason))
         trace.refuse_different_cuts(first, other)
         return None
 
@@ -339,57 +351,3 @@ def check_trainer(layout: Layout, trainer: pl.Trainer) -> None:
             "as `Trainer(detect_anomaly=True)` requires. Leave it out: `on_nonfinite='raise'`, the default, names the "
             f"first non-finite gradient. Or use a layout without `tp`, such as '{layout.moved('tp', 'dp')}'."
         )
-
-
-def microbatches_for(
-    root: pl.LightningModule,
-    request: Request,
-    batch: Any,
-    known: int | None = None,
-    contract: StepContract = StepContract(),  # noqa: B008 -- immutable
-) -> int:
-    """Returns the number of microbatches for a first batch like `batch`.
-
-    Args:
-        root: The LightningModule.
-        request: The layout and its options.
-        batch: The batch.
-        known: Number of samples that were read for the batch; None: not known.
-        contract: The contract of the step, as far as it is known.
-
-    Raises:
-        PartitionError: If the requested number does not suit the batch or the model.
-    """
-    layout, asked = request.layout, request.microbatches
-    if layout.pp == 1:
-        return 1
-    whole = whole_batch_reason(root, contract) if root.training else None
-    if asked == "auto":
-        size = 1 if whole is not None else find_samples(batch, known).count or 1
-        return choose_microbatches(size, asked, layout.pp, request.schedule)
-    asked = int(asked)
-    if asked == 1:
-        return 1
-    if whole is not None:
-        raise PartitionError(refusal_of_microbatches(asked, whole))
-    samples = find_samples(batch, known)
-    size = samples.count
-    if size is None:
-        raise PartitionError(
-            f"`microbatches={asked}` cannot split the batches into samples: {samples.obstacle}. A batch is split if "
-            "all its tensors, and lists with an element for each sample, have the samples on dim 0. Use "
-            "`microbatches=1` or 'auto', which does not split such batches."
-        )
-    if size < asked or size % asked:
-        divisors = [d for d in range(1, size + 1) if size % d == 0]
-        raise PartitionError(
-            f"`microbatches={asked}` must divide the batch of each replica, which has {size} samples. "
-            f"Use one of {divisors}, a larger batch, or 'auto'."
-        )
-    count = choose_microbatches(size, asked, layout.pp, request.schedule)
-    if count != asked:
-        raise PartitionError(
-            f"`microbatches={asked}` with `schedule='{request.schedule}'` must be a multiple of its rounds of about "
-            f"`pp={layout.pp}` microbatches. Use {count} or 'auto'."
-        )
-    return asked
