@@ -17,6 +17,11 @@ InstanceNorm = _InstanceNorm
 """The base class of all modules that normalize each sample, and may keep running statistics."""
 
 
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Returns the registered children of `module` itself, by name; the dictionary is the module's own."""
+    return module._modules
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Returns the dictionary in which `module` registers its own parameters, without those of its children.
 

@@ -1,21 +1,27 @@
-"""Shows hooks of the user all parameters of a pipeline; values of other stages are refused with the line.
+"""Shows hooks of the user the parameters of the whole model.
 
-Without this, `parameters()` in a hook would show one stage as if it were the model.
+Under `pp`, `parameters()` would show one stage as if it were the model; values of other stages are refused with the
+line. Random numbers for divided weights are those of one process. A hook that replaces a weight is refused, since the
+optimizer and checkpoints have the old one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
 
 from lightning_hybrid._lightning_private import is_overridden, twins, users_callbacks
+from lightning_hybrid._torch_private import location_of, own_modules, own_parameters
+from lightning_hybrid.compat.divided_weights import as_of_whole_weights
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.ghosts.ghost import GhostReadError, GhostWriteError
+from lightning_hybrid.ghosts.parameters import Place
 from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -41,25 +47,56 @@ _ADAPTED = twins(WeightAveraging)
 """Callbacks that are adapted elsewhere (`compat.averaging`), with classes derived from them."""
 
 
+class _Child(NamedTuple):
+    """A module with parameters, and where it is registered."""
+
+    name: str
+    siblings: dict[str, nn.Module | None]
+    key: str
+    module: nn.Module
+
+
 def patched_hooks(engine: Engine) -> AbstractContextManager:
-    """Patches the user's hooks to see all parameters; closing the returned context removes the patches."""
+    """Patches the user's hooks to see whole parameters; closing the returned context removes the patches."""
     stack = ExitStack()
-    if engine.plan.layout.pp == 1:
-        return stack
+    children = list(_children_with_parameters(engine.root))
+    ended: list[bool] = []
+    stack.callback(ended.append, True)
     users = [c for c in users_callbacks(engine.run.trainer) if not isinstance(c, _ADAPTED)]
     for owner in [engine.root, *users]:
         parent: Any = pl.LightningModule if owner is engine.root else pl.Callback
         for name in _HOOKS:
             if hasattr(parent, name) and name not in owner.__dict__ and is_overridden(name, owner):
-                stack.enter_context(patched(owner, **{name: _seeing_all(getattr(owner, name), engine)}))
+                stack.enter_context(
+                    patched(owner, **{name: _seeing_all(getattr(owner, name), engine, children, ended)})
+                )
     return stack
 
 
-def _seeing_all(hook: Callable[..., Any], engine: Engine) -> Callable[..., Any]:
-    parameters = engine.partition.parameters
+def _children_with_parameters(root: nn.Module) -> Iterator[_Child]:
+    for path, parent in root.named_modules():
+        for key, child in own_modules(parent).items():
+            if child is not None and any(own_parameters(m) for m in child.modules()):
+                yield _Child(f"{path}.{key}" if path else key, own_modules(parent), key, child)
+
+
+def _seeing_all(
+    hook: Callable[..., Any], engine: Engine, children: Sequence[_Child], ended: Sequence[bool]
+) -> Callable[..., Any]:
+    parameters, layout = engine.partition.parameters, engine.plan.layout
 
     @wraps(hook)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if hook.__name__ != "on_before_backward":  # `fsdp` may have weights gathered, of evaluation
+            engine.partition.reshard()
+        before = parameters.registered()
+        with as_of_whole_weights(engine.partition):
+            out = of_all_stages(*args, **kwargs) if layout.pp > 1 else hook(*args, **kwargs)
+        if not ended:  # else the hook has changed the layout
+            _refuse_replacements(engine, hook, before, children)
+        return out
+
+    def of_all_stages(*args: Any, **kwargs: Any) -> Any:
         gradients = any(p.grad is not None for p in parameters.local().values())
         with parameters.all_visible(), patched(parameters.observer, gradients=gradients):
             try:
@@ -67,7 +104,7 @@ def _seeing_all(hook: Callable[..., Any], engine: Engine) -> Callable[..., Any]:
             except RuntimeError as error:
                 if not isinstance(error, GhostReadError | GhostWriteError) and "pipeline stage" not in str(error):
                     raise  # `load_state_dict` puts errors into another one
-                layout, text = engine.plan.layout, " ".join(str(error).splitlines()[:2])
+                text = " ".join(str(error).splitlines()[:2])
                 raise PartitionError(
                     f"`layout='{layout}'` divides the weights into pipeline stages, and a hook needs one of another "
                     f"stage: {text} Use `torch.nn.utils.clip_grad_norm_` or `gradient_clip_val` to clip, "
@@ -76,3 +113,21 @@ def _seeing_all(hook: Callable[..., Any], engine: Engine) -> Callable[..., Any]:
                 ) from error
 
     return run
+
+
+def _refuse_replacements(
+    engine: Engine, hook: Callable[..., Any], before: dict[Place, Any], children: Sequence[_Child]
+) -> None:
+    parameters = engine.partition.parameters
+    if any(value is not before[place] for place, value in parameters.registered().items()):
+        engine.partition.reshard()  # of an evaluation in the hook
+    after = parameters.registered()
+    replaced = next((p.name for p, value in before.items() if after[p] is not value), None)
+    replaced = replaced or next((c.name for c in children if c.siblings.get(c.key) is not c.module), None)
+    if replaced is not None:
+        raise PartitionError(
+            f"`{hook.__name__}` ({location_of(hook)}) replaces `{replaced}`, or a module that it belongs to. The "
+            "optimizer, the partition and checkpoints have the old weight. Write into the weight, as by `with "
+            "torch.no_grad(): weight.copy_(value)` or `module.reset_parameters()`, or build the module in "
+            "`configure_model` and train it from a later epoch on."
+        )

@@ -90,6 +90,13 @@ class Parameters:
         """Returns the parameters that this rank holds, by first name."""
         return {n: self[n] for n in self.slots if not isinstance(self[n], Ghost)}  # type: ignore[misc]
 
+    def registered(self) -> dict[Place, torch.Tensor | None]:
+        """Returns what is at every place at present."""
+        places = (place for places in self.slots.values() for place in places)
+        return {
+            place: own_parameters(place.module).get(place.key, place.module.__dict__.get(place.key)) for place in places
+        }
+
     def put(self, name: str, value: torch.Tensor) -> None:
         """Sets a parameter or a ghost at every place of `name`."""
         for slot in self.slots[name]:
