@@ -5,6 +5,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from lightning_hybrid._torch_private.autograd import (
     after_this_backward,
     checkpoints_not_reentrant,
+    gradient_code_seen,
     gradients_taken_by,
     in_backward,
     in_transform,
@@ -78,6 +79,8 @@ from lightning_hybrid._torch_private.loaders import replace_parts
 from lightning_hybrid._torch_private.modules import (
     BatchNorm,
     InstanceNorm,
+    backward_hooks_of,
+    backward_hooks_of_all,
     flat_weight_names,
     gradient_hooks_of,
     hook_tables,
@@ -100,6 +103,9 @@ from lightning_hybrid._torch_private.optimizers import (
 from lightning_hybrid._torch_private.versions import TESTED_TORCH, warn_if_untested
 
 __all__ = [
+    "backward_hooks_of_all",
+    "backward_hooks_of",
+    "gradient_code_seen",
     "WATCHING",
     "all_to_all_rows",
     "announce_collectives",

@@ -10,6 +10,12 @@ import torch
 import torch.utils.checkpoint
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from lightning_hybrid._torch_private.frames import user_location
+
+_OTHERS = ("torch.", "lightning.", "pytorch_lightning.", "lightning_hybrid.")
+_OPERATORS = "torch._library.autograd"
+"""Module of the Functions that torch makes of operators of `torch.library`."""
+
 
 def is_view(tensor: torch.Tensor) -> bool:
     """Returns True if autograd counts `tensor` as a view."""
@@ -45,6 +51,36 @@ def gradients_taken_by(function: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         torch.autograd.grad = kept
+
+
+@contextmanager
+def gradient_code_seen(seen: Callable[[str], None]) -> Iterator[None]:
+    """Calls `seen` with the user's line where code registers a hook on a tensor, or takes gradients by autograd.grad.
+
+    Also where it applies an `autograd.Function`, or an operator, whose backward is not torch's.
+    """
+    register, take, apply = torch.Tensor.register_hook, torch.autograd.grad, torch.autograd.Function.__dict__["apply"]
+
+    def registering(tensor: torch.Tensor, hook: Callable[..., Any]) -> Any:
+        seen(user_location())
+        return register(tensor, hook)
+
+    def taking(*args: Any, **kwargs: Any) -> Any:
+        seen(user_location())
+        return take(*args, **kwargs)
+
+    def applying(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if not function.__module__.startswith(_OTHERS) or function.__module__ == _OPERATORS:
+            seen(user_location())
+        return apply.__func__(function, *args, **kwargs)
+
+    torch.Tensor.register_hook, torch.autograd.grad = registering, taking  # type: ignore[assignment]
+    torch.autograd.Function.apply = classmethod(applying)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.register_hook, torch.autograd.grad = register, take
+        torch.autograd.Function.apply = apply
 
 
 class _Direct:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _modules
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -64,6 +65,16 @@ def mark_as_parameter(tensor: Any, is_parameter: bool) -> None:
 def gradient_hooks_of(tensor: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor | None]]:
     """Returns the hooks that `register_hook` has added to `tensor`."""
     return list((tensor._backward_hooks or {}).values())
+
+
+def backward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """Returns the backward hooks of `module` itself."""
+    return [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
+
+
+def backward_hooks_of_all() -> list[Callable[..., Any]]:
+    """Returns the backward hooks that every module has."""
+    return [*_modules._global_backward_pre_hooks.values(), *_modules._global_backward_hooks.values()]
 
 
 def interception(call: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

@@ -207,7 +207,7 @@ class _DryRun:
             _replace_parameters(root, tracer, self.device)
             root.__dict__["log"] = lambda name, value, *a, **k: tracer.consume_all(value)
             if idle is not None:
-                optimize_idly(root, idle, tracer.consume_all)
+                optimize_idly(root, idle, lambda loss, *_, **__: tracer.consume_all(loss))
             stack.enter_context(self.interceptor.handled_by(tracer))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.context())

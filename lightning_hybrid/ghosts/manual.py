@@ -35,19 +35,19 @@ def idle_optimizers(root: Any) -> list[IdleOptimizer]:
     return [IdleOptimizer(optimizer) for optimizer in fresh_optimizers(root)]
 
 
-def optimize_idly(root: nn.Module, optimizers: list[IdleOptimizer], used: Callable[[Any], None]) -> None:
+def optimize_idly(root: nn.Module, optimizers: list[IdleOptimizer], used: Callable[..., None]) -> None:
     """Replaces, in `root.__dict__`, the methods that a step with manual optimization calls.
 
     Args:
         root: The LightningModule.
         optimizers: The result of `self.optimizers()`.
-        used: Called with each loss passed to `manual_backward`.
+        used: Called instead of `manual_backward`.
     """
     one = len(optimizers) == 1
     root.__dict__.update(
         optimizers=lambda use_pl_optimizer=True: optimizers[0] if one else optimizers,
         lr_schedulers=lambda: None,
-        manual_backward=lambda loss, *args, **kwargs: used(loss),
+        manual_backward=used,
         clip_gradients=lambda *args, **kwargs: None,
         toggle_optimizer=lambda *args, **kwargs: None,
         untoggle_optimizer=lambda *args, **kwargs: None,

@@ -2,7 +2,7 @@
 
 A **unit** is a module that always runs whole on one stage; the entry of a unit call is a possible cut. Units are the
 elements of the model's repeated stacks (its **blocks**) and the modules beside them (embedding, final norm, head).
-Units never contain each other.
+Units never contain each other. An element of a stack with a backward hook is a unit, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from typing import Any, Literal, Protocol
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_hybrid._torch_private import in_transform, intercepted_call, interception, own_parameters
+from lightning_hybrid._torch_private import (
+    backward_hooks_of,
+    in_transform,
+    intercepted_call,
+    interception,
+    own_parameters,
+)
 from lightning_hybrid.patching import Patches
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -68,7 +74,7 @@ class _Search:
         kinds = Counter(type(child) for child in container.children() if _size(child))
         for key, child in container.named_children():
             path = f"{name}.{key}" if name else key
-            if isinstance(child, _CONTAINERS) and len(list(child.children())) > 0:
+            if isinstance(child, _CONTAINERS) and len(list(child.children())) > 0 and not backward_hooks_of(child):
                 self._elements(path, child)
             else:
                 self._add(path, child, kinds[type(child)] >= 2)

@@ -7,7 +7,7 @@ object gets the same tables, so that handles of the user still remove their hook
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,8 +61,14 @@ class GradientHooks:
         self.collect()
         for name, tables in self._tables.items():
             for key, table in tables.items():
-                users = OrderedDict((i, hook) for i, hook in table.items() if not _is_ours(hook))
-                setattr(parameters[name], key, users)
+                setattr(parameters[name], key, _of_user(table))
+
+    def of_user(self) -> list[Callable[..., Any]]:
+        """Returns the user's present hooks."""
+        self.collect()
+        return [
+            hook for tables in self._tables.values() for table in tables.values() for hook in _of_user(table).values()
+        ]
 
     def run_on_gathered(self, modules: Iterable[nn.Module]) -> None:
         """Runs hooks of sharded parameters on the gradients of the gathered parameters, which autograd computes.
@@ -78,8 +84,12 @@ class GradientHooks:
                 module.register_forward_pre_hook(_Gathered(module, done))
 
 
-def _is_ours(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
+def _of_user(table: Mapping[int, Any]) -> OrderedDict[int, Any]:
+    """Returns a table of hooks without those of this package."""
+    package = __name__.partition(".")[0]
+    return OrderedDict(
+        (i, hook) for i, hook in table.items() if str(getattr(hook, "__module__", "")).partition(".")[0] != package
+    )
 
 
 class _Gathered:

@@ -1,28 +1,52 @@
 """Checks that the loss of a step is the mean over samples, or over tokens: the mean of the losses of parts of a batch.
 
-Replicas average their gradients by that rule, so the mean over replicas is the gradient of one process.
+Replicas average their gradients by that rule, so the mean over replicas is the gradient of one process. Where user code
+acts on gradients within the backward pass, gradients are compared by the same rule.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_hybrid.batches import find_samples, split_batch
-from lightning_hybrid.collectives import error_message, first_problem
+from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.loss_weights import place_of
 from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.batch_norm import has_batch_norm, normalizes_by_batch_only
-from lightning_hybrid.verification.compare import bound_of, relative
-from lightning_hybrid.verification.steps import Conditions, losses_in_one_process, mean_of
+from lightning_hybrid.verification.compare import bound_of, differences, relative
+from lightning_hybrid.verification.steps import Conditions, Outcome, mean_in_one_process
 
 _BOUND = 1e-4
 """Bound of the relative difference of a loss from the mean over parts of its batch, in single precision; empirical."""
+
+
+_GRADIENTS = "gradients as means over samples"
+
+
+class Row(NamedTuple):
+    """What was checked."""
+
+    what: str
+    result: str
+    message: str | None
+    """The message of a warning; None if the check has passed, or was not possible."""
+
+
+class _Compared(NamedTuple):
+    """What must be equal."""
+
+    whole: Outcome = Outcome(loss=None, gradients={})  # noqa: RUF009 -- immutable
+    """The result of this replica's batch."""
+    mean: Outcome = Outcome(loss=None, gradients={})  # noqa: RUF009
+    """The mean of the results of its parts."""
 
 
 class _Gathers(Exception):  # noqa: N818 -- not an error
@@ -44,57 +68,104 @@ class MeanCheck:
         self._engine, self._runner, self._weights = engine, engine.runner, weights
         self._args, self._kwargs, self._how = args, kwargs, how
 
-    def run(self, loss: Tensor | None, bound: float, counts: bool) -> tuple[str, str | None]:
-        """Returns the result as text, and a message if the loss is not the mean. Collective over all ranks.
+    def run(self, loss: Tensor | None, acts: str | None, bound: float, counts: bool) -> list[Row]:
+        """Returns what was checked. Collective over all ranks.
 
         Args:
             loss: The loss of this replica's batch in one process.
+            acts: A line of the user's code that acts on gradients within the backward pass, if there is one.
             bound: Bound of relative differences for the precision of the run.
             counts: False if this replica's batch is padding.
         """
+        line = next((found for found in gather_objects(acts) if found is not None), None)
+        needs_gradients = line is not None or not self._runner.root.automatic_optimization
         parts, problem = self._equal_parts()
         problem = first_problem(problem)
         if problem is None:
-            try:
-                with patched(self._runner.root.trainer.strategy, all_gather=_refused_gather):
-                    whole, losses = self._losses(loss, parts)
-            except _Gathers:
-                problem = "the step gathers values of other replicas itself"
-            except Exception as error:  # noqa: BLE001 -- of the user's step with a part of the batch
-                problem = error_message(error)
-            problem = first_problem(problem)
+            found, problem = self._attempt(lambda: self._of_parts(loss, parts, needs_gradients))
         if problem is not None:
-            return f"not checked: {problem}", None
-        mean = mean_of(losses)
-        own = relative(*(0.0 if x is None else float(x) for x in (mean, whole))) if counts else 0.0
-        worst = torch.tensor(own, dtype=torch.float64, device=self._engine.device).nan_to_num(nan=torch.inf)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        difference, bound = float(worst), max(_BOUND, bound if bound > bound_of(torch.float32) else 0.0)
-        if difference <= bound:
-            return f"relative difference {difference:.1e} (bound {bound:.0e})", None
-        return f"differs by {difference:.1%}, see the warning", self._message(difference, len(parts))
+            row = Row("loss as a mean over samples", f"not checked: {problem}", None)
+            if line is None:
+                return [row]
+            found, problem = self._attempt(self._of_scaled_losses)
+            if problem is not None:
+                return [row, Row(_GRADIENTS, f"not checked: {problem}", None)]
+            return [row, self._gradients(found, line, None, bound, counts)]
+        row = self._loss(found, len(parts), bound, counts)
+        if line is None or row.message is not None:
+            return [row]
+        return [row, self._gradients(found, line, len(parts), bound, counts)]
 
-    def _message(self, difference: float, parts: int) -> str:
-        mean = "mean over the samples" if self._shares(1) is None else "mean over the tokens"
-        return (
-            f"{place_of(self._runner.root)} computes a loss that is not the {mean} of its batch: on {parts} parts of "
+    def _attempt(self, run: Callable[[], _Compared]) -> tuple[_Compared, str | None]:
+        """Returns the result of `run`, and why it has failed on any rank, or None. Collective."""
+        found, problem = _Compared(), None
+        try:
+            with patched(self._runner.root.trainer.strategy, all_gather=_refused_gather):
+                found = run()
+        except _Gathers:
+            problem = "the step gathers values of other replicas itself"
+        except Exception as error:  # noqa: BLE001 -- of the user's step with a part of the batch
+            problem = error_message(error)
+        return found, first_problem(problem)
+
+    def _loss(self, found: _Compared, parts: int, bound: float, counts: bool) -> Row:
+        mean, whole = (0.0 if o.loss is None else float(o.loss) for o in (found.mean, found.whole))
+        own = relative(mean, whole) if counts else 0.0
+        difference, bound = self._worst(own), max(_BOUND, bound if bound > bound_of(torch.float32) else 0.0)
+        if difference <= bound:
+            return Row("loss as a mean over samples", f"relative difference {difference:.1e} (bound {bound:.0e})", None)
+        what = "mean over the samples" if self._shares(1) is None else "mean over the tokens"
+        message = (
+            f"{place_of(self._runner.root)} computes a loss that is not the {what} of its batch: on {parts} parts of "
             f"the first batch it is off by {difference:.1%}. Under `layout='{self._engine.plan.layout}'` each replica "
             "computes it on its own samples, as under DistributedDataParallel, which differs from one process by about "
             'as much. Return `{"loss": ..., "weight": number_of_tokens}` for a mean over tokens, gather the embeddings '
             "of a contrastive loss by `self.all_gather(..., sync_grads=True)`, or use a layout of `tp` and `pp`."
         )
+        return Row("loss as a mean over samples", f"differs by {difference:.1%}, see the warning", message)
 
-    def _losses(self, loss: Tensor | None, parts: list[tuple]) -> tuple[Tensor | None, list[tuple[Tensor, float]]]:
-        """Returns the loss of this replica's batch, and those of its parts with their weights."""
-        shares = self._shares(len(parts)) or [1.0] * len(parts)
-        if not has_batch_norm(self._runner.root):
-            return loss, self._losses_of(parts, shares)
-        # the parts are compared without statistics of the batch, so the whole has to be, too
-        (whole, _), *losses = self._losses_of([self._args, *parts], [1.0, *shares])
-        return whole, losses
+    def _gradients(self, found: _Compared, line: str, parts: int | None, bound: float, counts: bool) -> Row:
+        mean, whole = found.mean.gradients, found.whole.gradients
+        each = differences(mean, whole, dict.fromkeys([*whole, *mean])) if counts else {}
+        name = max(each, key=lambda n: each[n], default="")
+        own = each.get(name, 0.0)
+        difference, name = max(gather_objects((own if math.isfinite(own) else math.inf, name)))
+        if difference <= bound:
+            return Row(_GRADIENTS, f"largest relative difference {difference:.1e} (bound {bound:.0e})", None)
+        replicas = self._engine.plan.layout.replicas
+        how = f"is divided by {replicas}" if parts is None else f"is the mean over {parts} parts of the first batch"
+        message = (
+            f"{line} acts on gradients within the backward pass, by their size or by other samples: if the loss {how}, "
+            f"the gradient of `{name}` is off by {difference:.1%}. Under `layout='{self._engine.plan.layout}'` it sees "
+            f"the gradients of a mean over the samples of one replica, {replicas} times as large as those of one "
+            "process, as under DistributedDataParallel, which differs from one process by about as much. Make it "
+            "proportional to the gradient of each sample, clip the gradients of weights "
+            "(`Trainer(gradient_clip_val=...)`), or use a layout of `tp` and `pp`."
+        )
+        return Row(_GRADIENTS, f"differ by {difference:.1%}, see the warning", message)
 
-    def _losses_of(self, batches: list[tuple], shares: list[float]) -> list[tuple[Tensor, float]]:
-        return losses_in_one_process(self._runner, self._weights, batches, self._kwargs, self._how, shares)
+    def _worst(self, own: float) -> float:
+        worst = torch.tensor(own, dtype=torch.float64, device=self._engine.device).nan_to_num(nan=torch.inf)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        return float(worst)
+
+    def _of_parts(self, loss: Tensor | None, parts: list[tuple], gradients: bool) -> _Compared:
+        """Returns the results of this replica's batch, and the means of those of its parts by their weights."""
+        scale = 1.0 if gradients else None
+        mean = self._mean(parts, self._shares(len(parts)) or [1.0] * len(parts), scale)
+        if gradients or has_batch_norm(self._runner.root):
+            # the parts are compared without statistics of the batch, so the whole has to be, too
+            return _Compared(self._mean([self._args], [1.0], scale), mean)
+        return _Compared(Outcome(loss=loss, gradients={}), mean)
+
+    def _of_scaled_losses(self) -> _Compared:
+        """Returns the results of this replica's batch, and those with the loss of its share in the global batch."""
+        scaled = self._mean([self._args], [1.0], 1.0 / self._engine.plan.layout.replicas)
+        return _Compared(self._mean([self._args], [1.0], 1.0), scaled)
+
+    def _mean(self, batches: list[tuple], shares: list[float], scale: float | None) -> Outcome:
+        runner, weights = self._runner, self._weights
+        return mean_in_one_process(runner, weights, batches, self._kwargs, self._how, shares, scale=scale)
 
     def _shares(self, parts: int) -> list[float] | None:
         """Returns the weights of parts of the batch by tokens, if the data says how many; None: by samples."""

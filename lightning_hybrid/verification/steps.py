@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from lightning_hybrid.ghosts.trees import tensors_of
 from lightning_hybrid.metrics.logs import silent
 from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.state import preserved_rng
+from lightning_hybrid.verification.gradient_code import gradient_code
 from lightning_hybrid.verification.randomness import common_randomness
 from lightning_hybrid.verification.state import State, changed_leaves, leaves_of
 from lightning_hybrid.verification.whole import Weights, whole_module
@@ -60,6 +61,8 @@ class Outcome:
     """The state that the step has changed."""
     shared: Set[StatePlace] | None = None
     """The places of the state that all stages of a pipeline have; None for all places."""
+    acts: str | None = None
+    """A line of the user's code that acts on gradients within the backward pass; None: there is none."""
 
 
 def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], how: Conditions) -> Outcome:
@@ -74,12 +77,14 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
     root, local = runner.root, runner.partition.parameters.local()
     programs = {} if runner.pipeline is None else runner.pipeline.prepared
     losses: list[tuple[Tensor, float]] = []
+    sums: dict[str, Tensor] = {}
 
-    def backward(loss: Tensor, *_: Any, **__: Any) -> None:
+    def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         losses.append((loss.detach(), 1.0))
-        with runner.backward():
-            runner.precision.backward(runner.scaled_for_backward(loss), root, None)
-        runner.gradients_complete()
+        with nullcontext() if root.automatic_optimization else _added_to(sums, local, 1.0):
+            with runner.backward():
+                runner.precision.backward(runner.scaled_for_backward(loss), root, None, *args, **kwargs)
+            runner.gradients_complete()
 
     with ExitStack() as stack:
         stack.enter_context(runner.gradients.synchronized())
@@ -107,7 +112,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
                 backward(loss)
         if runner.partition.missing is not None:
             runner.partition.missing.settle()
-        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in local.items()}
+        gradients = sums if manual else {n: None if p.grad is None else p.grad.clone() for n, p in local.items()}
         parts = 1 if runner.pipeline is None else runner.pipeline.parts
         weights = None if runner.context is None else runner.context.loss_weights
         weight = None if weights is None else sum(weights)
@@ -137,18 +142,24 @@ def run_in_one_process(
         runner: Runs the steps of the partitioned module.
         weights: The whole weights.
         parts: Arguments of `training_step` for each equal part of the batch; loss and gradients are means over the
-            parts, by the weights that the step returns, if any.
+            parts, by the weights that the step returns, if any. Losses are scaled first, as in a pipeline.
         kwargs: Keyword arguments of `training_step`.
         how: The conditions of the compared steps.
     """
     found: list[tuple[Tensor, float]] = []
+    sums: dict[str, Tensor] = {}
     weighted, state = False, State()
 
-    def backward(loss: Tensor, *_: Any, weight: float = 1.0, **__: Any) -> None:
+    def backward(loss: Tensor, *args: Any, weight: float = 1.0, **kwargs: Any) -> None:
         found.append((loss.detach(), weight))
-        runner.precision.backward(loss * weight, runner.root, None)
+        with nullcontext() if runner.root.automatic_optimization else _added_to(sums, whole, 1.0):
+            runner.precision.backward(loss * (weight / len(parts)), runner.root, None, *args, **kwargs)
 
-    with whole_module(runner.partition, weights) as whole, _conditions(runner, how) as outputs:
+    with (
+        whole_module(runner.partition, weights) as whole,
+        _conditions(runner, how) as outputs,
+        gradient_code(runner) as lines,
+    ):
         for part in parts:
             with _undone(runner):
                 manual = _optimizes_manually(runner, backward)
@@ -159,21 +170,25 @@ def run_in_one_process(
                 if loss is not None and not manual:
                     backward(loss, weight=1.0 if weight is None else weight)
         total = sum(weight for _, weight in found)
-        divisor = total if weighted else len(parts)
-        gradients = {n: None if p.grad is None else p.grad / (divisor or 1.0) for n, p in whole.items()}
+        divisor = total / len(parts) if weighted else 1.0
+        given = {n: p.grad for n, p in whole.items()} if runner.root.automatic_optimization else sums
+        gradients = {n: None if (g := given.get(n)) is None else g / (divisor or 1.0) for n in whole}
     loss, weight = mean_of(found), total if weighted else None
-    return Outcome(loss=loss, gradients=gradients, weight=weight, outputs=outputs, state=state)
+    acts = next(iter(lines), None)
+    return Outcome(loss=loss, gradients=gradients, weight=weight, outputs=outputs, state=state, acts=acts)
 
 
-def losses_in_one_process(
+def mean_in_one_process(
     runner: StepRunner,
     weights: Weights,
     batches: Sequence[tuple],
     kwargs: dict[str, Any],
     how: Conditions,
     shares: Sequence[float],
-) -> list[tuple[Tensor, float]]:
-    """Returns the loss of the whole module, and its weight, for each of `batches`.
+    *,
+    scale: float | None,
+) -> Outcome:
+    """Returns the mean over steps of the whole module, by their weights: of the losses, and of the gradients if wanted.
 
     BatchNorm uses its running statistics: its batch is the global one, whatever the samples of this rank.
 
@@ -183,20 +198,54 @@ def losses_in_one_process(
         batches: The arguments of each training step.
         kwargs: Keyword arguments of `training_step`.
         how: The conditions of the compared steps.
-        shares: The weight of each loss whose step returns no weight.
+        shares: The weight of each step that returns no weight.
+        scale: Factor on the losses in the backward pass, which is undone in the gradients; None: no gradients.
     """
     found: list[tuple[Tensor, float]] = []
-    with whole_module(runner.partition, weights), _conditions(runner, how), torch.no_grad(), ExitStack() as stack:
+    sums: dict[str, Tensor] = {}
+    share = 1.0
+
+    def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        found.append((loss.detach(), share))
+        if scale is not None:
+            with _added_to(sums, whole, share / scale):
+                runner.precision.backward(loss * scale, runner.root, None, *args, **kwargs)
+
+    with whole_module(runner.partition, weights) as whole, _conditions(runner, how), ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(scale is not None))
         stack.enter_context(patched(runner.partition, alone=lambda: True))  # replicas may have other numbers of parts
         for module in runner.root.modules():
             if isinstance(module, BatchNorm):
                 stack.enter_context(patched(module, training=False))
         for args, share in zip(batches, shares, strict=True):
             with _undone(runner):
+                manual = _optimizes_manually(runner, backward)
                 loss, weight = _forward(runner, args, kwargs)
-                if loss is not None:
-                    found.append((loss, share if weight is None else weight))
-    return found
+                share = share if weight is None else weight  # noqa: PLW2901 -- of the backward pass
+                if loss is not None and not manual:
+                    backward(loss)
+    total = sum(weight for _, weight in found) or 1.0
+    return Outcome(loss=mean_of(found), gradients={name: gradient / total for name, gradient in sums.items()})
+
+
+@contextmanager
+def _added_to(sums: dict[str, Tensor], parameters: Mapping[str, Tensor], factor: float) -> Iterator[None]:
+    """Adds to `sums` the gradients that a backward pass in the context gives, multiplied by `factor`.
+
+    Afterwards parameters have the sums of all their gradients, which user code may change: a step with manual
+    optimization clips them by their norm, which is that of all samples only under a layout.
+    """
+    kept = {name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    yield
+    for name, parameter in parameters.items():
+        before, gradient = kept[name], parameter.grad
+        if gradient is not None:
+            sums[name] = sums.get(name, 0.0) + gradient * factor
+            parameter.grad = gradient if before is None else before + gradient
+        else:
+            parameter.grad = before
 
 
 @contextmanager

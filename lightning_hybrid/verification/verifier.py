@@ -138,6 +138,8 @@ class _Comparison:
         self.how = Conditions()
         self.loss: Tensor | None = None
         """The loss of this replica's batch in one process."""
+        self.acts: str | None = None
+        """A line of the user's code that acts on gradients within the backward pass; None: there is none."""
         self.weight = _weight(engine)
 
     def run(self) -> list[tuple[str, str]]:
@@ -152,12 +154,12 @@ class _Comparison:
             problem = self._compare(weights)
             if problem is None and self.layout.replicas > 1:
                 check = MeanCheck(self.engine, weights, self.args, self.kwargs, self.how)
-                result, message = check.run(self.loss, self.bound, counts=self.weight > 0)
-                if message is not None and self.verify.strict:
-                    raise PartitionError(f"`verify='strict'`: {message}")
-                self.rows.append(("loss as a mean over samples", result))
-                if message is not None:
-                    rank_zero_warn(message)
+                for what, result, message in check.run(self.loss, self.acts, self.bound, counts=self.weight > 0):
+                    if message is not None and self.verify.strict:
+                        raise PartitionError(f"`verify='strict'`: {message}")
+                    self.rows.append((what, result))
+                    if message is not None:
+                        rank_zero_warn(message)
         if problem is not None:
             self.rows.append(("loss and gradients", f"not compared with one process: {problem}"))
         if dist.get_rank() == 0:
@@ -183,7 +185,7 @@ class _Comparison:
         if not self.how.equal_rows and self.engine.run.world.any_rank(self.runner.rng.has_drawn):
             self.how = replace(self.how, equal_rows=True)
             return self._compare(weights)
-        self.loss = whole.loss
+        self.loss, self.acts = whole.loss, whole.acts
         found = self._differences(under, whole, weights)
         if not found.within(self.bound):
             repeated, _ = self._in_one_process(weights, [self.args])
