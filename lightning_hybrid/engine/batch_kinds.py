@@ -1,13 +1,14 @@
-"""Notes kinds of values of batches on which a loss may depend in another way than on the first batch.
+"""Notes kinds of values of batches on which a loss may depend in another way than on the first batch, and new hooks.
 
 Ignored labels, padding and missing values make a mean over tokens another one than the mean over samples. A first batch
 without them does not show it. Which of them a batch has is found on its device, and shared by the all-reduce of the
-step, without another read.
+step, without another read. So are hooks of the user on gradients.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ _SLOTS = 8
 """Groups of tensors of a batch, by the hash of their places; a fixed number, since structures of batches may differ."""
 _KINDS = 4
 """Kinds of values of a tensor."""
+_LINES = 32
+"""Groups of lines of the user's code that define hooks, by their hash."""
 _ALL_UNTIL, _EVERY = 16, 4
 """After the first 16 batches, every fourth one is looked at, which costs some microseconds for each of its tensors."""
 _LARGEST = 2**18
@@ -27,17 +30,18 @@ _LARGEST = 2**18
 
 
 class BatchKinds:
-    """Tells when a batch has kinds of values that no verified batch had.
+    """Tells when a batch has kinds of values that no verified batch had, or a step has hooks that none had.
 
     Args:
         device: This rank's device.
+        hooks: Returns the lines that define the user's hooks on gradients.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._batches = device, 0
+    def __init__(self, device: torch.device, hooks: Callable[[], Iterable[str]]) -> None:
+        self._device, self._hooks, self._batches = device, hooks, 0
         self._noted: tuple[tuple, dict[str, Any]] | None = None
         self.known: list[int] | None = None
-        """The kinds of all verified batches; None before the first one."""
+        """The kinds of all verified batches, and of hooks; None before the first one."""
         self.due: tuple[tuple, dict[str, Any]] | None = None
         """Arguments of a training step, the same on all ranks, whose batch had new kinds on some of them."""
 
@@ -48,12 +52,15 @@ class BatchKinds:
         self._batches += 1
 
     def numbers(self) -> Tensor:
-        """Returns 1 for each kind that the noted batch has, of shape (32,), float64, on the device."""
+        """Returns a positive number for each kind that the noted step has, of shape (64,), float64, on the device."""
         found = torch.zeros(_SLOTS, _KINDS, dtype=torch.float64, device=self._device)
         for path, value in leaves_of(self._noted[0][0]) if self._noted is not None else ():
             if isinstance(value, Tensor) and _may_mask(value):
                 found[zlib.crc32(path.encode()) % _SLOTS] += _kinds_of(value)
-        return found.flatten()
+        lines = torch.zeros(_LINES, dtype=torch.float64)
+        for line in self._hooks() if self._noted is not None else ():
+            lines[zlib.crc32(line.encode()) % _LINES] = 1.0
+        return torch.cat([found.flatten(), lines.to(self._device)])
 
     def hear(self, sums: list[float]) -> None:
         """Takes the sums of `numbers` over all ranks."""

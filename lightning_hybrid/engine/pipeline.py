@@ -34,6 +34,7 @@ from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.outputs import extras, join
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
+from lightning_hybrid.parallelize.backward_hooks import check_backward_hooks
 from lightning_hybrid.parallelize.whole_batch import refusal_of_microbatches, whole_batch_reason
 from lightning_hybrid.rng.step import StepRNG
 from lightning_hybrid.spec.errors import PartitionError
@@ -363,6 +364,8 @@ class Pipeline:
         if key in self.prepared:
             self.prepared.move_to_end(key)
             return self.prepared[key]
+        if train:
+            check_backward_hooks(self.root, self.partition.plan.layout, self.partition.interceptor.units.names)
         with self.partition.bare(), self.partition.parameters.all_visible():
             trace = trace_step(
                 self.root,

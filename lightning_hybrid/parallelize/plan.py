@@ -18,10 +18,9 @@ from lightning.pytorch.plugins.precision import (
     MixedPrecision,
     Precision,
 )
-from torch import nn
 
 from lightning_hybrid._lightning_private import detects_anomalies, twins
-from lightning_hybrid._torch_private import backward_hooks_of, location_of, own_buffers
+from lightning_hybrid._torch_private import location_of, own_buffers
 from lightning_hybrid.batches import copied_batch, find_samples, split_batch
 from lightning_hybrid.dataloader.peek import Share
 from lightning_hybrid.experts.detect import candidates, plan_experts, recorded_calls
@@ -34,6 +33,7 @@ from lightning_hybrid.ghosts.units import CallInterceptor, find_units
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import silent
 from lightning_hybrid.parallelize.apply import Partition, StepModule
+from lightning_hybrid.parallelize.backward_hooks import check_backward_hooks
 from lightning_hybrid.parallelize.describe import describe, divided_attributes, with_calls
 from lightning_hybrid.parallelize.observe import observe_calls
 from lightning_hybrid.parallelize.whole_batch import microbatches_for, whole_batch_reason
@@ -89,7 +89,7 @@ def make_partition(
         model = describe(root, units, parameters)
         if request.plan is not None:
             _check_model(root, request.plan, model)
-        _check_backward_hooks(root, request.layout, units.names)
+        check_backward_hooks(root, request.layout, units.names)
         run = _DryRun(root, request, device, precision, sample, interceptor)
         plan = (
             _decide(run, model, parameters) if request.plan is None else _follow(run, request.plan, model, parameters)
@@ -320,24 +320,6 @@ def _check_pipeline(root: pl.LightningModule, request: Request, name: str) -> No
             "to run forward and backward of several microbatches interleaved. Use a layout without `pp`, such as "
             f"'{request.layout.moved('pp', 'dp')}'."
         )
-
-
-def _check_backward_hooks(root: pl.LightningModule, layout: Layout, units: Collection[str]) -> None:
-    """Refuses backward hooks of modules whose parts may be on several stages.
-
-    Raises:
-        PartitionError: If there is one.
-    """
-    for name, module in root.named_modules():
-        inside = [unit for unit in units if unit.startswith(f"{name}." if name else "")]
-        called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
-        if inside and called and layout.pp > 1 and (hooks := backward_hooks_of(module)):
-            raise PartitionError(
-                f"`layout='{layout}'` divides `{name or type(root).__name__}` into stages, and it has a backward hook "
-                f"({location_of(hooks[0])}), which needs the gradients of its inputs and outputs on one rank. Register "
-                f"the hook on modules inside, such as `{inside[0]}`, "
-                f"or use a layout without `pp`, such as '{layout.moved('pp', 'dp')}'."
-            )
 
 
 _PRECISIONS = (MixedPrecision, HalfPrecision, DoublePrecision)

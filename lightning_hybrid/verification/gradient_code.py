@@ -17,11 +17,16 @@ def gradient_code(runner: StepRunner) -> Iterator[list[str]]:
 
     These are hooks of tensors, parameters and modules, Functions with a backward of their own, and `autograd.grad`.
     """
-    root, hooks = runner.root, runner.partition.gradient_hooks
-    known = [] if hooks is None else hooks.of_user()
-    known += [hook for module in root.modules() for hook in backward_hooks_of(module)] + backward_hooks_of_all()
-    lines = [location_of(hook) for hook in known]
-    if mentions(root.modules(), "grad_fn"):  # whose hooks torch does not list
-        lines.append(place_of(root))
+    lines = hook_lines(runner)
+    if mentions(runner.root.modules(), "grad_fn"):  # whose hooks torch does not list
+        lines.append(place_of(runner.root))
     with gradient_code_seen(lines.append):
         yield lines
+
+
+def hook_lines(runner: StepRunner) -> list[str]:
+    """Returns the lines that define the user's present hooks on gradients of parameters and modules."""
+    hooks = runner.partition.gradient_hooks
+    known = [] if hooks is None else hooks.of_user()
+    known += [hook for module in runner.root.modules() for hook in backward_hooks_of(module)] + backward_hooks_of_all()
+    return [location_of(hook) for hook in known]

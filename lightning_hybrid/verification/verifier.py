@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from lightning_hybrid.spec.verify import Verify
 from lightning_hybrid.verification.compare import Differences, bound_of, differences, mean_over, relative
 from lightning_hybrid.verification.drift import ReplicaState
 from lightning_hybrid.verification.fingerprint import fingerprint
+from lightning_hybrid.verification.gradient_code import hook_lines
 from lightning_hybrid.verification.mean import MeanCheck
 from lightning_hybrid.verification.state import largest_difference
 from lightning_hybrid.verification.steps import (
@@ -97,10 +99,10 @@ class Verifier:
             self.rows = _Comparison(engine, args, kwargs, self._verify).run()
 
     def _with_new_kinds(self, engine: Engine) -> tuple[tuple, dict[str, Any]] | None:
-        """Returns the arguments of an earlier step, if its batch had kinds of values that no verified batch had."""
+        """Returns the arguments of an earlier step with kinds of values, or hooks, that no verified step had."""
         exchange, trainer = engine.runner.exchange, engine.runner.root.trainer
         if self._verify.at_start and exchange.kinds is None and not hands_out_its_iterator(trainer):
-            exchange.kinds = BatchKinds(engine.device)
+            exchange.kinds = BatchKinds(engine.device, partial(hook_lines, engine.runner))
         self._kinds = exchange.kinds
         if self._kinds is None or (self._batches - 1) % trainer.accumulate_grad_batches:
             return None  # gradients of accumulated batches must stay
@@ -201,7 +203,9 @@ class _Comparison:
 
     def _when(self) -> str:
         steps = self.runner.root.trainer.global_step
-        return f"Batches before step {steps} had other kinds of values." if steps else "Training has not started."
+        return (
+            f"Steps before step {steps} had other kinds of values, or hooks." if steps else "Training has not started."
+        )
 
     def _compare_state(self, under: Outcome, whole: Outcome) -> None:
         """Compares the state that the step has changed with that of one process on the same samples. Collective.

@@ -90,7 +90,7 @@ def test_a_given_number_of_microbatches_is_refused_then(ranks2: RankGroup) -> No
 
 
 def test_kinds() -> None:
-    kinds = BatchKinds(torch.device("cpu"))
+    kinds = BatchKinds(torch.device("cpu"), list)
     labels, mask = torch.ones(4, 3, dtype=torch.int64), torch.ones(4, 3, dtype=torch.bool)
     value = torch.ones(4, 2)
 

@@ -126,6 +126,21 @@ class OnModule(Plain):
         self.register_full_backward_pre_hook(lambda _, outputs: tuple(map(clamped, outputs)))
 
 
+class Late(Plain):
+    """Its hook is on a module that has been divided already."""
+
+    def on_train_start(self):
+        self.blocks[2].register_full_backward_hook(lambda _, inputs, __: tuple(map(clamped, inputs)))
+
+
+class LaterEpoch(Plain):
+    """A hook that the first step has not."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.head.weight.register_hook(clamped)
+
+
 class _Clamped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -209,6 +224,9 @@ class ManualScaled(Manual, Scaled):
     change = Scaled.change
 
 
+TEXTS = ("differs from one process by about", "From here on 1 is used")
+
+
 def fit(layout: str | None, kind: type, **options: Any) -> dict[str, Any]:
     """Trains a module: weights, warnings, and rows of the verification."""
     quiet()
@@ -223,7 +241,7 @@ def fit(layout: str | None, kind: type, **options: Any) -> dict[str, Any]:
     verifier: Any = getattr(trainer.strategy, "_verifier", None)
     return {
         "weights": weights(trainer, module),
-        "warnings": [str(w.message) for w in found if "differs from one process by about" in str(w.message)],
+        "warnings": [str(w.message) for w in found if any(text in str(w.message) for text in TEXTS)],
         "rows": {} if verifier is None else dict(verifier.rows),
     }
 
@@ -314,6 +332,20 @@ def test_a_hook_of_a_divided_module_is_refused(request: pytest.FixtureRequest, l
         run(request, layout, OnModule)
     assert error.value.kind == "PartitionError"
     refused(request)
+
+
+@pytest.mark.slow
+def test_a_hook_of_a_divided_module_is_refused_later(ranks2: RankGroup) -> None:
+    with pytest.raises(RankError, match=r"`layout='pp2'` divides `blocks.2`.*test_gradient_code.py:\d+") as error:
+        ranks2.call(fit, "pp2", Late)
+    assert error.value.kind == "PartitionError"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "pp2"])
+def test_hooks_of_later_steps_are_verified(request: pytest.FixtureRequest, layout: str) -> None:
+    (message,) = run(request, layout, LaterEpoch)["warnings"]
+    assert ("From here on 1 is used" if layout == "pp2" else "acts on gradients") in message
 
 
 @pytest.mark.slow
