@@ -171,7 +171,8 @@ class LogRecorder:
         if not isinstance(value, numbers.Number | Tensor):
             own_log = of_package(self.root, LightningModule).log
             own_log(self.root, name, value, **options)  # raises Lightning's own error
-        value = torch.as_tensor(value, dtype=torch.float64).detach()
+        # not by the `dtype` of `as_tensor`, which does not see that a value of an earlier stage has arrived
+        value = torch.as_tensor(value).detach().to(torch.float64)
         if value.numel() != 1:
             raise ValueError(
                 f"`self.log({name}, {value})` was called, but the tensor must have a single element. Got shape "

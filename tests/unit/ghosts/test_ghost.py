@@ -53,3 +53,9 @@ def test_a_materialized_ghost_is_the_received_tensor_wherever_it_was_kept():
     (kept[0] * 3).sum().backward()
     assert received.grad is not None
     assert torch.equal(received.grad, torch.tensor([3.0, 3.0]))
+
+
+def test_a_real_tensor_that_holds_a_ghost_is_copied_as_the_ghost():
+    """As caches of transformers are, whose tensors a unit writes."""
+    ghost = ghost_like(torch.zeros(3))
+    assert torch.Tensor.__deepcopy__(ghost, {}) is ghost
