@@ -51,6 +51,11 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def to_full(tensor: Tensor) -> Tensor:
+    """Returns the whole of a DTensor; any other tensor unchanged. Collective over the ranks that hold a DTensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def first_problem(problem: str | None) -> str | None:
     """Returns the first `problem` of any rank that is not None, on all ranks; None if there is none. Collective."""
     return next((p for p in gather_objects(problem) if p is not None), None)

@@ -121,10 +121,11 @@ def detects_anomalies(trainer: pl.Trainer) -> bool:
     return trainer._detect_anomaly
 
 
-def fresh_optimizers(module: pl.LightningModule) -> list[Any]:
-    """Calls `configure_optimizers` and returns the optimizers; those of the trainer are not changed."""
+def fresh_optimizers(module: pl.LightningModule) -> tuple[list[Any], list[Any]]:
+    """Calls `configure_optimizers`, and returns optimizers and schedulers; those of the trainer are not changed."""
     configured: Any = module.configure_optimizers()
-    return _configure_optimizers(configured)[0]
+    optimizers, schedulers, _ = _configure_optimizers(configured)
+    return optimizers, [s["scheduler"] if isinstance(s, dict) else s for s in schedulers]
 
 
 def evaluation_loops(trainer: pl.Trainer) -> list[Any]:

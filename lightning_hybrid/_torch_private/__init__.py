@@ -46,6 +46,7 @@ from lightning_hybrid._torch_private.dispatch import (
     storage_id,
     storage_key,
     storage_resizes_seen,
+    whole_scalars,
     wrap_others,
     written_arguments,
 )
@@ -70,6 +71,7 @@ from lightning_hybrid._torch_private.fsdp import (
     forget_fully_shard,
     forget_sharded_step,
     forget_sharding_marks,
+    freeze_as_gathered,
     gathered_parameters,
     keep_inputs,
     scale_sharded_gradients,
@@ -140,6 +142,7 @@ __all__ = [
     "flat_weight_names",
     "flattened",
     "foreach_copy",
+    "freeze_as_gathered",
     "function_mode_left",
     "forget_fully_shard",
     "forget_sharded_step",
@@ -194,5 +197,6 @@ __all__ = [
     "user_location_in",
     "version_of",
     "wrap_others",
+    "whole_scalars",
     "written_arguments",
 ]

@@ -212,3 +212,21 @@ def storage_resizes_seen(seen: Callable[[torch.UntypedStorage], None]) -> Iterat
             del storage.resize_
         else:
             storage.resize_ = own
+
+
+@contextmanager
+def whole_scalars() -> Iterator[None]:
+    """Makes reads of the value of a DTensor (`.item()`, `float`) those of the whole tensor for the duration.
+
+    torch reads the value of this rank's part, which of a norm or a sum over divided dimensions is not that of the whole
+    tensor. Reads are then collective over the ranks that hold it.
+    """
+    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
+    kept = handlers.get(READ_SCALAR.default)
+    handlers[READ_SCALAR.default] = lambda op, args, kwargs: args[0].full_tensor().item()
+    try:
+        yield
+    finally:
+        handlers.pop(READ_SCALAR.default, None)
+        if kept is not None:
+            handlers[READ_SCALAR.default] = kept

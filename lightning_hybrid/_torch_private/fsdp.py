@@ -49,6 +49,18 @@ def gathered_parameters(module: FSDPModule) -> list[torch.Tensor]:
     return [p._unsharded_param for p in parameters if hasattr(p, "_unsharded_param")]
 
 
+def freeze_as_gathered(module: FSDPModule) -> None:
+    """Makes weights trained or frozen as their gathered copies are, which user code in a step sees and may change."""
+    root = fully_shard.state(module)  # type: ignore[attr-defined]
+    if root._is_root is None:
+        return  # no step has reached the forward pass
+    for parameter in (
+        p for s in root._state_ctx.all_states for group in _sharding_groups(s) for p in group.fsdp_params
+    ):
+        if parameter.sharded_state.name == "UNSHARDED":
+            parameter.sharded_param.requires_grad_(parameter._unsharded_param.requires_grad)
+
+
 def forget_fully_shard(module: FSDPModule) -> None:
     """Restores the class of a fully sharded module; the caller restores parameters and hooks."""
     plain: Any = module

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import is_overridden
+from lightning_hybrid._torch_private import whole_scalars
 from lightning_hybrid.engine.first_batch import Sample
 from lightning_hybrid.engine.optimizer import OptimizerWrapper
 from lightning_hybrid.engine.run import Run
@@ -143,6 +144,7 @@ class Engine:
         self.runner.gradients.resume()
         self.patches.callback(self.runner.gradients.release)
         self.patches.enter_context(clipping_of_parts(self.partition, self.device))
+        self.patches.enter_context(whole_scalars())
         for part in (self.hook_logs, self.metrics, self.optimizers):
             part.install()
             self.patches.callback(part.remove)

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_hybrid._torch_private import (
     finish_sharded_backward,
     forget_sharded_step,
+    freeze_as_gathered,
     gathered_parameters,
     gradients_taken_by,
     scale_sharded_gradients,
@@ -62,13 +63,19 @@ class ReplicaGradients:
         self.follow_frozen()
 
     def follow_frozen(self) -> None:
-        """Rebuilds the reducers if parameters have been frozen or unfrozen since the last step."""
+        """Rebuilds the reducers if parameters have been frozen or unfrozen since the last step.
+
+        With manual optimization, where a step may freeze other parameters for each optimizer, only if some were
+        unfrozen that have no reducer.
+        """
         trained = [p.requires_grad for p in self._reduced.values()]
+        if not getattr(self._partition.root, "automatic_optimization", True) and self._trained:
+            trained = [now or before for now, before in zip(trained, self._trained, strict=True)]
         if trained == self._trained:
             return
         self._trained = trained
         self.release()
-        wanted = {n: p for n, p in self._reduced.items() if p.requires_grad}
+        wanted = {n: p for (n, p), used in zip(self._reduced.items(), trained, strict=True) if used}
         if self._uses_diloco:
             if self.diloco is not None:
                 self.diloco.agree()
@@ -89,6 +96,11 @@ class ReplicaGradients:
             reducer.on_complete = self._on_complete
             if self._mesh.layout.pp == 1:
                 reducer.overlap()
+
+    def keep_frozen(self) -> None:
+        """Keeps which weights the step has frozen or unfrozen, after its forward pass."""
+        if self._sharded is not None:
+            freeze_as_gathered(self._sharded)
 
     def resume(self) -> None:
         """Adds the reducers' hooks to the parameters again after `release`, without those frozen since."""

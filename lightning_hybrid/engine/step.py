@@ -36,6 +36,7 @@ from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.replicas.reducer import DeliverGradients
 from lightning_hybrid.replicas.written import check_equal, check_equal_buffers
 from lightning_hybrid.rng.step import StepRNG
+from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.stages import choose_microbatches
 
 
@@ -105,6 +106,8 @@ class StepRunner:
     def backward(self) -> Iterator[None]:
         """Surrounds a backward pass."""
         self.order.next("runs a backward pass")
+        if self.pipeline is None:
+            self.gradients.follow_frozen()  # the step may have unfrozen weights
         with self.gradients.reducing(), self.gradients.backward():
             yield
         self.order.next("has run a backward pass")
@@ -222,6 +225,7 @@ class StepRunner:
         watched, refused = self.metrics.watching(self.partition.interceptor), self.gradients.refused_inside_step()
         with self.run.step_context(training=True), recording, watched, refused:
             out = self.partition.step_module(self.root.training_step, *args, **kwargs)
+        self.gradients.keep_frozen()
         self._check_written()
         if self.root.automatic_optimization:
             self.order.next(
@@ -258,7 +262,7 @@ class StepRunner:
         where = location_of(self.root.training_step) if compares_all else ""
         if self.mesh.layout.fsdp == 1 and compares_all:
             lines = dict.fromkeys((n for n, p in local.items() if not p.requires_grad), where)
-        written = {name: (local[name], lines[name]) for name in local if name in lines}
+        written = {name: (to_local(p.detach()), lines[name]) for name, p in local.items() if name in lines}
         if written:
             check_equal(written, self.mesh.replica_group, self.mesh.layout)
         if compares_all and self.gradients.diloco is None:
@@ -276,7 +280,9 @@ class StepRunner:
         scaler = getattr(self.precision, "scaler", None)
         if scaler is not None:  # Lightning scales a loss whose gradients the schedule has computed already
             scale = scaler.scale(torch.tensor(scale, device=self.device))
+        trained = self._trained()
         loss, extras = pipeline.train(context, args, scale, self.microbatches, samples)
+        self._check_frozen(trained)
         self._note_parts(context, args[0], pipeline.parts)
         stashed.keep()
         mean_loss, extras = self._share(loss, extras)
@@ -286,6 +292,20 @@ class StepRunner:
         deliver = partial(self.gradients.finish_pipeline, stashed, tied, scale)
         mean_loss = DeliverGradients.apply(anchor, mean_loss, deliver)
         return {"loss": mean_loss, **extras} if extras else mean_loss
+
+    def _trained(self) -> dict[str, bool]:
+        return {name: p.requires_grad for name, p in self.partition.parameters.local().items()}
+
+    def _check_frozen(self, before: dict[str, bool]) -> None:
+        after = self._trained()
+        changed = next((name for name, trained in before.items() if after[name] != trained), None)
+        if changed is not None:
+            layout = self.mesh.layout
+            raise PartitionError(
+                f"`layout='{layout}'`: {location_of(self.root.training_step)} freezes or unfreezes `{changed}` "
+                "(`requires_grad`), for which the stages of a pipeline were not prepared. Do so in a hook, such as "
+                f"`on_train_batch_start`, or use a layout without `pp`, such as '{layout.moved('pp', 'dp')}'."
+            )
 
     def scaled_for_backward(self, loss: Tensor) -> Tensor:
         """Returns the loss whose gradient this replica contributes; a pipeline scales the loss in its schedule."""

@@ -43,13 +43,17 @@ def step_undone(runner: StepRunner) -> Iterator[None]:
 
 @contextmanager
 def preserved_training_state(parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """Restores weights, gradients and optimizers at the end, and removes the gradients at the beginning."""
+    """Restores weights, gradients and optimizers at the end, and removes the gradients at the beginning.
+
+    Restores also which weights are trained.
+    """
     gradients = [p.grad for p in parameters]
     tensors = [to_local(p.detach()) for p in parameters]
     for optimizer in optimizers:
         tensors += tensors_in(optimizer.state)
     copies = [t.cpu().clone() for t in tensors]
     with ExitStack() as stack:
+        stack.enter_context(preserved_trained(parameters))
         for optimizer in optimizers:
             stack.enter_context(_preserved_optimizer(optimizer))
         drop_gradients(parameters)
@@ -61,6 +65,17 @@ def preserved_training_state(parameters: Sequence[nn.Parameter], optimizers: Seq
                     tensor.copy_(kept)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+
+
+@contextmanager
+def preserved_trained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Restores which weights are trained."""
+    trained = [p.requires_grad for p in parameters]
+    try:
+        yield
+    finally:
+        for parameter, before in zip(parameters, trained, strict=True):
+            parameter.requires_grad_(before)
 
 
 def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:

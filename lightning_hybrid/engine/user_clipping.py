@@ -73,7 +73,9 @@ def _change(parameters: _GradientsOf, change: Callable[[Tensor], object]) -> Non
 
 
 def _names(partition: Partition) -> dict[int, str]:
-    """Returns the names of this rank's parameters, by the `id` of the parameter and of its gradient."""
+    """Returns the names of this rank's parts of parameters, by the `id` of the parameter and of its gradient."""
+    if partition.shows_whole:
+        return {}
     local = partition.parameters.local()
     names = {id(p): n for n, p in local.items()}
     return names | {id(p.grad): n for n, p in local.items() if p.grad is not None}

@@ -13,11 +13,12 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lightning_hybrid._lightning_private import fresh_optimizers
 from lightning_hybrid._torch_private import gradients_taken_by, own_parameters, tree_map, user_location_in
 from lightning_hybrid.ghosts.free_code import FreeCall, WrittenByUnits
 from lightning_hybrid.ghosts.ghost import Ghost, ghost_like, parameter_slots
 from lightning_hybrid.ghosts.learn import Learned, Repeated, Timeline, other_numbers
-from lightning_hybrid.ghosts.manual import idle_optimizers, optimize_idly
+from lightning_hybrid.ghosts.manual import IdleOptimizer, optimize_idly
 from lightning_hybrid.ghosts.parameters import parameters_listed
 from lightning_hybrid.ghosts.preserve import preserved_module_state
 from lightning_hybrid.ghosts.reads import Reads
@@ -203,11 +204,14 @@ class _DryRun:
             stack.enter_context(preserved_rng(self.device))
             stack.enter_context(preserved_module_state(root))
             stack.enter_context(self.begun())
-            idle = None if getattr(root, "automatic_optimization", True) else idle_optimizers(root)
-            _replace_parameters(root, tracer, self.device)
+            module: Any = root
+            manual = None if getattr(root, "automatic_optimization", True) else fresh_optimizers(module)
+            ghosts = _replace_parameters(root, tracer, self.device)
             root.__dict__["log"] = lambda name, value, *a, **k: tracer.consume_all(value)
-            if idle is not None:
-                optimize_idly(root, idle, lambda loss, *_, **__: tracer.consume_all(loss))
+            if manual is not None:
+                optimizers, schedulers = manual
+                idle = [IdleOptimizer(optimizer, ghosts) for optimizer in optimizers]
+                optimize_idly(root, idle, schedulers, lambda loss, *_, **__: tracer.consume_all(loss))
             stack.enter_context(self.interceptor.handled_by(tracer))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.context())
@@ -228,8 +232,12 @@ class _DryRun:
         return tracer.real.replaced(out)
 
 
-def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -> None:
-    """Replaces every parameter of `root` by a ghost of `tracer`; shared parameters become one ghost."""
+def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -> dict[int, Ghost]:
+    """Replaces every parameter of `root` by a ghost of `tracer`; shared parameters become one ghost.
+
+    Returns:
+        The ghosts by the id of the parameter.
+    """
     ghosts: dict[int, Ghost] = {}
     for name, module, key, parameter in list(parameter_slots(root)):
         if id(parameter) not in ghosts:
@@ -240,6 +248,7 @@ def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -
         module.__dict__.pop(key, None)
         own_parameters(module)[key] = ghosts[id(parameter)]  # type: ignore[assignment]
     tracer.ghosts = list(ghosts.values())
+    return ghosts
 
 
 def _as_tree(out: Any) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_hybrid._lightning_private import of_package
+from lightning_hybrid.collectives import to_full
 
 _SIGNATURE = inspect.signature(LightningModule.log)
 _OPTIONS = frozenset(_SIGNATURE.parameters) - {"self", "name", "value"}
@@ -171,6 +172,8 @@ class LogRecorder:
         if not isinstance(value, numbers.Number | Tensor):
             own_log = of_package(self.root, LightningModule).log
             own_log(self.root, name, value, **options)  # raises Lightning's own error
+        if isinstance(value, Tensor):
+            value = to_full(value)  # such as the norm of a gradient, computed by the user
         # not by the `dtype` of `as_tensor`, which does not see that a value of an earlier stage has arrived
         value = torch.as_tensor(value).detach().to(torch.float64)
         if value.numel() != 1:

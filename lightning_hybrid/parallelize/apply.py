@@ -32,7 +32,7 @@ from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.parallelize.optimizers import OriginalParameters
 from lightning_hybrid.parallelize.recompute import recomputed
-from lightning_hybrid.patching import Patches
+from lightning_hybrid.patching import Patches, patched
 from lightning_hybrid.replicas.batch_norm import BatchStatistics, has_batch_norm
 from lightning_hybrid.replicas.calls import StepCalls, alike_on_all, problem_of
 from lightning_hybrid.replicas.fsdp import shard_replicas
@@ -96,6 +96,8 @@ class Partition:
     """Returns True if the samples of the running step count for nothing (see `engine.context.StepContext`)."""
     alone: Callable[[], bool] = lambda: False
     """Returns True while replicas run different numbers of steps."""
+    shows_whole: bool = False
+    """True while the module is as the user wrote it, with whole weights."""
     gradient_hooks: GradientHooks | None = None
     on_remove: Callable[[], None] | None = None
     """Called first when the partition is removed."""
@@ -433,6 +435,7 @@ class Partition:
                 stack.enter_context(sharding_hidden(self.root))
             if self.experts is not None:
                 stack.enter_context(self.experts.undivided())
+            stack.enter_context(patched(self, shows_whole=True))
             yield
 
     @contextmanager

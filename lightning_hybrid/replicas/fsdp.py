@@ -47,6 +47,8 @@ def shard_replicas(
     """
     overrides: list[tuple[nn.Module, Callable]] = []
     sharded: set[str] = set()
+    # without a step module each block is a root, whose weights would stay gathered where no backward pass follows
+    reshard = True if step_module is None else None
     whole = {name for name in local if parameters[name].ndim == 0 or name in written}
     if make_real is not None:
         make_real(whole)
@@ -54,7 +56,7 @@ def shard_replicas(
     for module in experts:
         if make_real is not None:
             make_real({name for name in local if any(slot.module is module for slot in parameters.slots[name])})
-        fully_shard(module, mesh=mesh.sharding(experts=True))
+        fully_shard(module, mesh=mesh.sharding(experts=True), reshard_after_forward=reshard)
         # experts receive tokens of all ranks of `ep`, so their gradients are sums over `ep`
         module.set_gradient_divide_factor(float(mesh.layout.replicas))  # type: ignore[operator]
         module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator] -- gloo cannot average
@@ -69,7 +71,9 @@ def shard_replicas(
             ignored |= {parameters[name] for name in others}
             sharded |= inside - whole
             module = root.get_submodule(block)
-            fully_shard(module, mesh=mesh.sharding(experts=False), ignored_params=ignored)
+            fully_shard(
+                module, mesh=mesh.sharding(experts=False), reshard_after_forward=reshard, ignored_params=ignored
+            )
             overrides.append((module, _call_instead_of_forward(module)))
     if make_real is not None:
         make_real(local)

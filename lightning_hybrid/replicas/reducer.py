@@ -109,7 +109,11 @@ class ReplicaReducer:
 
     def overlap(self) -> None:
         """Overlaps with the backward pass: reduces each bucket as soon as its gradients are complete."""
-        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._bucket_of]  # type: ignore[attr-defined]
+        for parameter in self._bucket_of:
+            trained = parameter.requires_grad  # a step with manual optimization may have frozen it for a while
+            parameter.requires_grad_(True)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))  # type: ignore[attr-defined]
+            parameter.requires_grad_(trained)
 
     @property
     def sent_bytes(self) -> float:

@@ -167,7 +167,7 @@ class Target:
             names = {id(parameters.visible(n)): n for n in parameters.names}
             made = [
                 [[names.get(id(p), "") for p in g["params"]] for g in o.param_groups]
-                for o in fresh_optimizers(self._engine.root)
+                for o in fresh_optimizers(self._engine.root)[0]
             ]
         present = [len(groups) for groups in local_state.names]
         if [len(groups) for groups in made] != present:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import training_batch
-from lightning_hybrid._torch_private import BatchNorm
+from lightning_hybrid._torch_private import BatchNorm, version_of
 from lightning_hybrid.batches import copied_batch
 from lightning_hybrid.engine.loss_weights import loss_of, mean_loss, weight_of
 from lightning_hybrid.engine.step import StepRunner
-from lightning_hybrid.engine.trials import preserved_training_state, step_undone
+from lightning_hybrid.engine.trials import preserved_trained, preserved_training_state, step_undone
 from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.ghost import Ghost
-from lightning_hybrid.ghosts.manual import IdleOptimizer, optimize_idly
 from lightning_hybrid.ghosts.preserve import preserved_module_state
 from lightning_hybrid.ghosts.state import ModuleState
 from lightning_hybrid.ghosts.trees import tensors_of
@@ -26,6 +25,7 @@ from lightning_hybrid.metrics.logs import silent
 from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.verification.gradient_code import gradient_code
+from lightning_hybrid.verification.manual import optimizes_manually, replicas_of
 from lightning_hybrid.verification.randomness import common_randomness
 from lightning_hybrid.verification.state import State, changed_leaves, leaves_of
 from lightning_hybrid.verification.whole import Weights, whole_module
@@ -77,25 +77,26 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
     root, local = runner.root, runner.partition.parameters.local()
     programs = {} if runner.pipeline is None else runner.pipeline.prepared
     losses: list[tuple[Tensor, float]] = []
-    sums: dict[str, Tensor] = {}
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         losses.append((loss.detach(), 1.0))
-        with nullcontext() if root.automatic_optimization else _added_to(sums, local, 1.0):
-            with runner.backward():
-                runner.precision.backward(runner.scaled_for_backward(loss), root, None, *args, **kwargs)
-            runner.gradients_complete()
+        with runner.backward():
+            runner.precision.backward(runner.scaled_for_backward(loss), root, None, *args, **kwargs)
+        runner.gradients_complete()
 
     with ExitStack() as stack:
         stack.enter_context(runner.gradients.synchronized())
+        stack.callback(runner.gradients.resume)  # the step may have unfrozen weights
         stack.enter_context(step_undone(runner))
-        stack.enter_context(preserved_training_state(list(local.values()), []))
+        stack.callback(runner.gradients.release)
+        optimizers = [] if root.automatic_optimization else root.trainer.optimizers
+        stack.enter_context(preserved_training_state(list(local.values()), optimizers))
         outputs = stack.enter_context(_conditions(runner, how))
         if runner.noise is not None:
             runner.noise.measures = False
             runner.noise = None
         with patched(runner, _log=lambda *_: None):
-            manual = _optimizes_manually(runner, backward)
+            manual = optimizes_manually(runner, backward)
             batch_weights = runner.run.data.batch_weights()
             copies, options = copied_batch(args), copied_batch(kwargs)
             before = ModuleState(root).copies()
@@ -112,7 +113,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
                 backward(loss)
         if runner.partition.missing is not None:
             runner.partition.missing.settle()
-        gradients = sums if manual else {n: None if p.grad is None else p.grad.clone() for n, p in local.items()}
+        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in local.items()}
         parts = 1 if runner.pipeline is None else runner.pipeline.parts
         weights = None if runner.context is None else runner.context.loss_weights
         weight = None if weights is None else sum(weights)
@@ -135,8 +136,11 @@ def run_in_one_process(
     parts: Sequence[tuple],
     kwargs: dict[str, Any],
     how: Conditions,
+    share: float | None = None,
 ) -> Outcome:
     """Runs a training step forward and backward on the whole module, on this replica's batch.
+
+    Collective with manual optimization, if `share` is given.
 
     Args:
         runner: Runs the steps of the partitioned module.
@@ -145,24 +149,27 @@ def run_in_one_process(
             parts, by the weights that the step returns, if any. Losses are scaled first, as in a pipeline.
         kwargs: Keyword arguments of `training_step`.
         how: The conditions of the compared steps.
+        share: Weight of this replica's batch, if all ranks run the step: with manual optimization the step then sees
+            the mean of the gradients of all replicas.
     """
     found: list[tuple[Tensor, float]] = []
-    sums: dict[str, Tensor] = {}
     weighted, state = False, State()
+    divided = runner.partition.parameters.local()
+    with ExitStack() as stack:
+        replicas = stack.enter_context(replicas_of(runner, share))
+        whole = stack.enter_context(whole_module(runner.partition, weights))
+        outputs = stack.enter_context(_conditions(runner, how))
 
-    def backward(loss: Tensor, *args: Any, weight: float = 1.0, **kwargs: Any) -> None:
-        found.append((loss.detach(), weight))
-        with nullcontext() if runner.root.automatic_optimization else _added_to(sums, whole, 1.0):
-            runner.precision.backward(loss * (weight / len(parts)), runner.root, None, *args, **kwargs)
+        lines = stack.enter_context(gradient_code(runner))
 
-    with (
-        whole_module(runner.partition, weights) as whole,
-        _conditions(runner, how) as outputs,
-        gradient_code(runner) as lines,
-    ):
+        def backward(loss: Tensor, *args: Any, weight: float = 1.0, **kwargs: Any) -> None:
+            found.append((loss.detach(), weight))
+            with nullcontext() if replicas is None else replicas.averaged(whole):
+                runner.precision.backward(loss * (weight / len(parts)), runner.root, None, *args, **kwargs)
+
         for part in parts:
             with _undone(runner):
-                manual = _optimizes_manually(runner, backward)
+                manual = optimizes_manually(runner, backward, divided)
                 before = ModuleState(runner.root).copies()
                 loss, weight = _forward(runner, part, kwargs)
                 state = changed_leaves(ModuleState(runner.root), before)
@@ -171,8 +178,7 @@ def run_in_one_process(
                     backward(loss, weight=1.0 if weight is None else weight)
         total = sum(weight for _, weight in found)
         divisor = total / len(parts) if weighted else 1.0
-        given = {n: p.grad for n, p in whole.items()} if runner.root.automatic_optimization else sums
-        gradients = {n: None if (g := given.get(n)) is None else g / (divisor or 1.0) for n in whole}
+        gradients = {n: None if p.grad is None else p.grad / (divisor or 1.0) for n, p in whole.items()}
     loss, weight = mean_of(found), total if weighted else None
     acts = next(iter(lines), None)
     return Outcome(loss=loss, gradients=gradients, weight=weight, outputs=outputs, state=state, acts=acts)
@@ -200,10 +206,14 @@ def mean_in_one_process(
         how: The conditions of the compared steps.
         shares: The weight of each step that returns no weight.
         scale: Factor on the losses in the backward pass, which is undone in the gradients; None: no gradients.
+
+    Raises:
+        RuntimeError: If a step with manual optimization writes weights, on which its later losses depend.
     """
     found: list[tuple[Tensor, float]] = []
     sums: dict[str, Tensor] = {}
     share = 1.0
+    divided = runner.partition.parameters.local()
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         found.append((loss.detach(), share))
@@ -219,8 +229,13 @@ def mean_in_one_process(
                 stack.enter_context(patched(module, training=False))
         for args, share in zip(batches, shares, strict=True):
             with _undone(runner):
-                manual = _optimizes_manually(runner, backward)
+                manual = optimizes_manually(runner, backward, divided)
+                written = sum(map(version_of, whole.values()))
                 loss, weight = _forward(runner, args, kwargs)
+                if (
+                    manual and sum(map(version_of, whole.values())) != written
+                ):  # as SAM does, by gradients of all samples
+                    raise RuntimeError("the step writes weights")
                 share = share if weight is None else weight  # noqa: PLW2901 -- of the backward pass
                 if loss is not None and not manual:
                     backward(loss)
@@ -250,7 +265,12 @@ def _added_to(sums: dict[str, Tensor], parameters: Mapping[str, Tensor], factor:
 
 @contextmanager
 def _undone(runner: StepRunner) -> Iterator[None]:
-    with preserved_rng(runner.device), preserved_module_state(runner.root), silent(runner.root):
+    parameters = list(runner.partition.parameters.local().values())
+    with ExitStack() as stack:
+        stack.enter_context(preserved_rng(runner.device))
+        stack.enter_context(preserved_module_state(runner.root))
+        stack.enter_context(silent(runner.root))
+        stack.enter_context(preserved_trained(parameters))
         yield
 
 
@@ -287,14 +307,6 @@ def _summary(tensor: Tensor) -> tuple[float, float]:
     values = tensor.abs() if tensor.is_complex() else tensor
     values = values.double()
     return float(values.mean()) if values.numel() else 0.0, float(values.norm())
-
-
-def _optimizes_manually(runner: StepRunner, backward: Callable[..., None]) -> bool:
-    """With manual optimization, makes the step call `backward` and idle optimizers, and returns True."""
-    root = runner.root
-    if not root.automatic_optimization:
-        optimize_idly(root, [IdleOptimizer(optimizer) for optimizer in root.trainer.optimizers], backward)
-    return not root.automatic_optimization
 
 
 def _loss_of(out: Any) -> Tensor | None:

@@ -230,7 +230,7 @@ class _Comparison:
 
     def _in_one_process(self, weights: Weights, parts: list[tuple]) -> tuple[Outcome | None, str | None]:
         try:
-            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs, self.how), None
+            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs, self.how, self.weight), None
         except Exception as error:  # noqa: BLE001 -- of the user's step, or memory is too short
             outcome, problem = None, error_message(error)
         problem = first_problem(problem)
@@ -346,7 +346,7 @@ class _Comparison:
         how = replace(self.how, watch=True)
         under = run_under_layout(runner, self.args, self.kwargs, how)
         part = (split_batch(self.args[0], self.parts, self.runner.known_samples())[0], *self.args[1:])
-        whole = run_in_one_process(runner, weights, [part], self.kwargs, how)
+        whole = run_in_one_process(runner, weights, [part], self.kwargs, how, self.weight)
         replica, seen = self.engine.mesh.replica, {}
         for place, outputs in zip(self.engine.mesh.places, gather_objects(under.outputs), strict=True):
             if place.replica(self.layout) == replica:
