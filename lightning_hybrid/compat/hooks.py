@@ -98,7 +98,7 @@ def _seeing_all(
 
     def of_all_stages(*args: Any, **kwargs: Any) -> Any:
         gradients = any(p.grad is not None for p in parameters.local().values())
-        with parameters.all_visible(), patched(parameters.observer, gradients=gradients):
+        with parameters.all_visible(), patched(parameters.observer, gradients=gradients, reworded=True):
             try:
                 return hook(*args, **kwargs)
             except RuntimeError as error:

@@ -36,6 +36,7 @@ from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.backward_hooks import check_backward_hooks
 from lightning_hybrid.parallelize.whole_batch import refusal_of_microbatches, whole_batch_reason
+from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.step import StepRNG
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.stages import choose_microbatches, runnable_schedule
@@ -247,7 +248,8 @@ class Pipeline:
         recording = step.context.recorder.recording(step.samples[index], run, stage, index)
         listed = program.trace.lists_parameters
         visible = self.partition.parameters.all_visible() if listed else nullcontext()
-        with recording, interceptor.handled_by(run), self.precision(), checkpoints_not_reentrant(), visible:
+        reworded = patched(observer, reworded=True)
+        with recording, interceptor.handled_by(run), self.precision(), checkpoints_not_reentrant(), visible, reworded:
             try:
                 out = self.partition.step_module(_catching_stop(method, run), *arguments)
             except (GhostReadError, GhostWriteError) as error:

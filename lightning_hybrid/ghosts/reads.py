@@ -9,6 +9,7 @@ except that checks (`raise` and `assert`) fail. Stages that do not have the tens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import nn
 
 from lightning_hybrid._torch_private import explicitly_raised, read_site, user_location, user_location_in
-from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver
+from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver, GhostReadError, GhostWriteError
+from lightning_hybrid.spec.errors import PartitionError
 
 _aten = torch.ops.aten
 _TRUE = {_aten.all, _aten.equal, _aten.isfinite, _aten.isclose}
@@ -193,11 +195,41 @@ class StageObserver(AnsweredReads):
         self.allowed_writes: frozenset[str] = frozenset()
         """Lines whose writes into real tensors belong to other stages; no later code of this stage uses the tensors."""
         self.gradients = False
+        self.reworded = False
+        """True while errors are reworded by who runs the user's code: in a step, and in hooks."""
+
+    def read(self, ghost: Ghost) -> Any:
+        """Returns the value of the dry run.
+
+        Raises:
+            GhostReadError: If the read decides something, or was not part of the dry run.
+            PartitionError: The same, outside of steps and hooks.
+        """
+        with self._worded():
+            return super().read(ghost)
+
+    def shaped_by(self, ghost: Ghost) -> None:
+        """Raises as `read` does."""
+        with self._worded():
+            super().shaped_by(ghost)
 
     def written(self, func: Any, target: torch.Tensor) -> None:
         """Ignores the write if it belongs to another stage."""
         if user_location() not in self.allowed_writes:
-            super().written(func, target)
+            with self._worded():
+                super().written(func, target)
+
+    @contextmanager
+    def _worded(self) -> Iterator[None]:
+        try:
+            yield
+        except (GhostReadError, GhostWriteError) as error:
+            if self.reworded:
+                raise
+            raise PartitionError(
+                f"`layout` divides the weights into pipeline stages, and user code needs one of another "
+                f"stage: {error} Use `strategy.full_state_dict()`, or a layout without `pp`, such as 'dp2'."
+            ) from error
 
 
 class Summary:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_hybrid.collectives import to_local
 from lightning_hybrid.device_memory import free_bytes
+from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.ghost import parameter_slots
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.placement import index_of, selected
@@ -34,6 +35,8 @@ class Weights(NamedTuple):
     values: dict[str, Tensor]
     trained: dict[str, bool]
     """`requires_grad` of each parameter on the ranks that hold it."""
+    state: dict[StatePlace, Any] = {}  # noqa: RUF012 -- a default of a named tuple
+    """State of the module that has values of other pipeline stages on this rank, such as copies of weights, whole."""
 
     @classmethod
     def gather(cls, partition: Partition) -> Weights:

@@ -179,6 +179,8 @@ def run_in_one_process(
         total = sum(weight for _, weight in found)
         divisor = total / len(parts) if weighted else 1.0
         gradients = {n: None if p.grad is None else p.grad / (divisor or 1.0) for n, p in whole.items()}
+        if any(isinstance(value, Ghost) for value in (*gradients.values(), *(loss for loss, _ in found))):
+            raise RuntimeError("the step computes with values of other pipeline stages that hooks have kept")
     loss, weight = mean_of(found), total if weighted else None
     acts = next(iter(lines), None)
     return Outcome(loss=loss, gradients=gradients, weight=weight, outputs=outputs, state=state, acts=acts)
@@ -239,6 +241,8 @@ def mean_in_one_process(
                 share = share if weight is None else weight  # noqa: PLW2901 -- of the backward pass
                 if loss is not None and not manual:
                     backward(loss)
+    if any(isinstance(value, Ghost) for value in (*sums.values(), *(loss for loss, _ in found))):
+        raise RuntimeError("the step computes with values of other pipeline stages that hooks have kept")
     total = sum(weight for _, weight in found) or 1.0
     return Outcome(loss=mean_of(found), gradients={name: gradient / total for name, gradient in sums.items()})
 

@@ -38,7 +38,7 @@ from lightning_hybrid.verification.steps import (
     run_in_one_process,
     run_under_layout,
 )
-from lightning_hybrid.verification.whole import memory_problem
+from lightning_hybrid.verification.whole import gather_weights, memory_problem
 
 _FLOAT8_BOUND = 0.25
 """Bound of relative differences where matmuls compute in 8 bits; empirical."""
@@ -152,7 +152,7 @@ class _Comparison:
         """
         problem = self._obstacle()
         if problem is None:
-            weights = Weights.gather(self.partition)
+            weights = gather_weights(self.partition)
             problem = self._compare(weights)
             if problem is None and self.layout.replicas > 1:
                 check = MeanCheck(self.engine, weights, self.args, self.kwargs, self.how)

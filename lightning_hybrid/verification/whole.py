@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from lightning_hybrid.collectives import first_problem
+from lightning_hybrid.collectives import first_problem, to_full
 from lightning_hybrid.device_memory import free_bytes
 from lightning_hybrid.engine.engine import Engine
+from lightning_hybrid.ghosts.contract import StatePlace
+from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.ghosts.objects import map_leaves
+from lightning_hybrid.ghosts.state import ModuleState
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.whole import Weights
 
@@ -24,6 +30,43 @@ def memory_problem(engine: Engine) -> str | None:
     if available is None or needed <= available:
         return first_problem(None)
     return first_problem(f"the whole model needs {needed / 2**30:.1f} GiB, a rank has {available / 2**30:.1f} GiB")
+
+
+def gather_weights(partition: Partition) -> Weights:
+    """Gathers all weights, and copies of weights that hooks keep in the module. Collective over all ranks."""
+    weights = Weights.gather(partition)
+    if partition.plan.layout.pp == 1:
+        return weights
+    state, group = ModuleState(partition.root), partition.mesh.group("pp")
+    with_ghosts = {place for place, value in state.places() if any(map(_is_elsewhere, _tensors_in(value)))}
+    places = sorted(set().union(*_gathered(with_ghosts, group)))
+    own = [[None if _is_elsewhere(t) else to_full(t.detach()).cpu() for t in _tensors_in(state.get(p))] for p in places]
+    whole: dict[StatePlace, Any] = {}
+    for place, *of_stages in zip(places, *_gathered(own, group), strict=True):
+        values = iter([next((t for t in same if t is not None), None) for same in zip(*of_stages, strict=False)])
+
+        def filled(tensor: Tensor, values: Iterator[Tensor | None] = values) -> Tensor:
+            value = next(values, None)
+            return tensor if value is None or not _is_elsewhere(tensor) else value.to(tensor.device)
+
+        whole[place] = map_leaves(filled, state.get(place))
+    return weights._replace(state=whole)
+
+
+def _is_elsewhere(tensor: Tensor) -> bool:
+    return isinstance(tensor, Ghost) and tensor.received is None
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_leaves(lambda t: found.append(t) or t, value)
+    return found
+
+
+def _gathered(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    box: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(box, value, group=group)
+    return box
 
 
 @contextmanager
@@ -45,9 +88,15 @@ def whole_module(partition: Partition, weights: Weights) -> Iterator[dict[str, n
     if partition.gradient_hooks is not None:
         partition.gradient_hooks.copy_to(whole)
     divided = {name: parameters[name] for name in parameters.names}
+    state = ModuleState(partition.root)
+    kept = {place: state.get(place) for place in weights.state}
     with partition.as_written(batch_statistics=True):
         parameters.put_all(whole)
+        for place, value in weights.state.items():
+            state.set(place, value)
         try:
             yield whole
         finally:
             parameters.put_all(divided)
+            for place, value in kept.items():
+                state.set(place, value)
