@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import grad_norm
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_hybrid.ghosts.ghost import Ghost
 from tests.distributed.jobs import WIDTH, Numbers, quiet, trainer_for, weights
 
 EXPERTS, CHOSEN, HIDDEN = 4, 2, 24
@@ -158,7 +159,7 @@ class Observer(L.Callback):
 
     def on_train_start(self, trainer, pl_module):
         local = pl_module.named_parameters()
-        self.shapes = {n: tuple(getattr(p, "_local_tensor", p).shape) for n, p in local}
+        self.shapes = {n: tuple(getattr(p, "_local_tensor", p).shape) for n, p in local if not isinstance(p, Ghost)}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         strategy: Any = trainer.strategy

@@ -265,8 +265,8 @@ def timeouts_after_relayout(before: str, after: str, timeout: timedelta) -> dict
 class Wide(Probed):
     """Wide enough that tensors are mappings of their own, which go back to the system at once."""
 
-    def __init__(self) -> None:
-        super().__init__(width=256, dropout=0.0)
+    def __init__(self, layout: str) -> None:
+        super().__init__(width=256, dropout=0.0, keeps="pp" not in layout)
 
 
 def status(key: str) -> int:
@@ -312,7 +312,7 @@ def probe_under_limit(layout: str, ladder: list[int], limited_rank: int, free_by
     """A probe under a limit of the address space, and the losses of the steps after it."""
     prepare_memory()
     at_start, record = ProbeUnderLimit(ladder, limited_rank, free_bytes, **options), Record()
-    fit(layout, Wide(), [at_start, record])
+    fit(layout, Wide(layout), [at_start, record])
     return at_start.results[0], record.losses, at_start.changed
 
 
@@ -346,12 +346,13 @@ class ResidentPeak(L.Callback):
 def resident_growth(layout: str, budget_bytes: int, microbatches: int) -> tuple[ProbeResult, int, int]:
     """Probes, trains with what was found; the result, the bytes of this rank's weights, how much memory was taken."""
     prepare_memory()
-    module = Wide()
+    module = Wide(layout)
     at_start = ProbeAtStart(list(range(64, 16385, 64)), budget_bytes=budget_bytes, microbatches=microbatches)
     fit(layout, module, [at_start])  # also imports and allocates what is needed once
     result = at_start.results[0]
-    module, peak = Wide(), ResidentPeak()
-    strategy_options: dict[str, Any] = {"microbatches": microbatches} if "pp" in layout else {}
+    module, peak = Wide(layout), ResidentPeak()
+    # verification also runs the step of one process, which takes the memory of the whole batch
+    strategy_options: dict[str, Any] = {"verify": "off"} | ({"microbatches": microbatches} if "pp" in layout else {})
     trainer, replicas = trainer_for(layout, callbacks=[peak], strategy_options=strategy_options)
     size = result.size * microbatches
     trainer.fit(module, DataLoader(Rows(3 * size * replicas), batch_size=size, collate_fn=as_it_is))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -122,7 +123,8 @@ def test_an_error_of_one_rank_reaches_all(request: pytest.FixtureRequest, case: 
     without = without_probe(request, case)
     for ours, expected in zip(failed, without, strict=True):
         (error,) = ours["errors"]
-        assert error.startswith("The memory probe has failed on rank 1: KeyError: 'injected for ")
+        # under `pp` it is the dry run of the microbatch that fails
+        assert re.match(r"The memory probe has failed on rank 1: (Part.*)?KeyError: 'injected for ", error), error
         check_untouched(ours, expected)
 
 
