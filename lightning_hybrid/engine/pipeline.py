@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from lightning_hybrid._torch_private import checkpoints_not_reentrant
+from lightning_hybrid._torch_private import checkpoints_not_reentrant, location_of
 from lightning_hybrid.batches import copied_batch, count_samples, find_samples, signature, split_batch
 from lightning_hybrid.collectives import share_object
 from lightning_hybrid.dataloader.sharding import BatchWeights
@@ -28,7 +28,7 @@ from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.engine.stage_bounds import stage_bounds
 from lightning_hybrid.ghosts.contract import StepContract
 from lightning_hybrid.ghosts.dry_run import failure_of_step, trace_step
-from lightning_hybrid.ghosts.ghost import GhostReadError, GhostWriteError
+from lightning_hybrid.ghosts.ghost import Ghost, GhostReadError, GhostWriteError
 from lightning_hybrid.ghosts.record import CrossingValue, Trace
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.outputs import extras, join
@@ -291,6 +291,14 @@ class Pipeline:
             raise PartitionError(
                 f"`training_step` must return a loss under a layout with `pp`. Got {type(loss).__name__}. To skip a "
                 "batch, return a loss multiplied by 0."
+            )
+        if isinstance(loss, Ghost) and loss.received is None:
+            layout = self.partition.plan.layout
+            raise PartitionError(
+                f"`layout='{layout}'`: the loss of {location_of(self.root.training_step)} is computed with a value of "
+                "another pipeline stage that is not part of the step, such as a copy of its weights that a hook has "
+                "kept. Compute the value from the weights in the step, or use a layout without `pp`, such as "
+                f"'{layout.moved('pp', 'dp')}'."
             )
         return loss
 
