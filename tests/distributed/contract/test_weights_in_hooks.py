@@ -49,7 +49,7 @@ def test_callbacks(ranks2: RankGroup, layout: str) -> None:
     compare(fit(None, "Plain", callback=True), ranks2.call(fit, layout, "Plain", callback=True))
 
 
-@pytest.mark.feature("hooks that replace weights")
+@pytest.mark.feature("hooks that replace weights", refused=True)
 @pytest.mark.parametrize(
     ("layout", "kind", "name"),
     quick(
