@@ -35,6 +35,7 @@ class Costs(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self._reading = False
         self._originals: dict[str, Any] = {}
 
     def __enter__(self) -> Any:
@@ -50,8 +51,12 @@ class Costs(TorchDispatchMode):
 
     def _counted(self, original: Any) -> Any:
         def read(*args: Any, **kwargs: Any) -> Any:
-            self.counts["reads"] += 1
-            return original(*args, **kwargs)
+            self.counts["reads"] += not self._reading  # a function mode calls the method once more
+            self._reading = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._reading = False
 
         return read
 
