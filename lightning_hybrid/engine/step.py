@@ -25,6 +25,7 @@ from lightning_hybrid.engine.gradients import ReplicaGradients
 from lightning_hybrid.engine.loss_weights import BY_MICROBATCH, LossWeights, check_weights, weight_of
 from lightning_hybrid.engine.order import collective_order
 from lightning_hybrid.engine.pipeline import Pipeline
+from lightning_hybrid.engine.raw_backward import unweighted_backward_refused, weighted_backward
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.trace import Tracer
@@ -108,7 +109,7 @@ class StepRunner:
         self.order.next("runs a backward pass")
         if self.pipeline is None:
             self.gradients.follow_frozen()  # the step may have unfrozen weights
-        with self.gradients.reducing(), self.gradients.backward():
+        with self.gradients.reducing(), self.gradients.backward(), weighted_backward():
             yield
         self.order.next("has run a backward pass")
 
@@ -223,7 +224,8 @@ class StepRunner:
     def _whole_step(self, context: StepContext, *args: Any, **kwargs: Any) -> Any:
         recording = context.recorder.recording(count_samples(args[0]))
         watched, refused = self.metrics.watching(self.partition.interceptor), self.gradients.refused_inside_step()
-        with self.run.step_context(training=True), recording, watched, refused:
+        weighted = unweighted_backward_refused(context, self.mesh.layout)
+        with self.run.step_context(training=True), recording, watched, refused, weighted:
             out = self.partition.step_module(self.root.training_step, *args, **kwargs)
         self.gradients.keep_frozen()
         self._check_written()

@@ -258,15 +258,29 @@ class MeanRemoved(Plain):
                 parameter.sub_(0.3 * parameter.mean().item())
 
 
+class RawBackward(Plain):
+    """Calls `loss.backward()` instead of `manual_backward`."""
+
+    def build(self) -> None:
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.loss(batch).backward()
+        optimizer.step()
+
+
 KINDS = {kind.__name__: kind for kind in (*Manual.__subclasses__(), *Gan.__subclasses__())}
 OTHERS = {kind.__name__: kind for kind in (FrozenInStep, ScaledByFloat, MeanRemoved)}
+REFUSED = {"RawBackward": RawBackward}
 
 
 def fit(layout: str | None, kind: str) -> dict[str, Any]:
     """Trains a module for two epochs, with an uneven last batch; its weights, and what was logged."""
     quiet()
     L.seed_everything(7, verbose=False)
-    module = {**KINDS, **OTHERS}[kind]()
+    module = {**KINDS, **OTHERS, **REFUSED}[kind]()
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(21, WIDTH, generator=generator), torch.randn(21, 4, generator=generator))
     trainer, replicas = trainer_for(layout, max_epochs=2)

@@ -63,3 +63,10 @@ def test_flags_and_values_are_those_of_one_process(ranks2: RankGroup, layout: st
 def test_stages_are_not_frozen_in_a_step(ranks2: RankGroup) -> None:
     with pytest.raises(RankError, match=r"manual_jobs.py:\d+ .*freezes or unfreezes `.*on_train_batch_start"):
         ranks2.call(fit, "pp2", "FrozenInStep")
+
+
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "dp2"))
+def test_a_backward_pass_that_is_not_weighted_is_refused(ranks2: RankGroup, layout: str) -> None:
+    """On the uneven last batch; until then replicas have equal numbers of samples."""
+    with pytest.raises(RankError, match=r"manual_jobs.py:\d+ \(training_step\) calls `loss.backward\(\)` on a batch"):
+        ranks2.call(fit, layout, "RawBackward")
