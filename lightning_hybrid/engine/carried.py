@@ -47,9 +47,6 @@ class CarriedState:
         self._several = ranks.count(self._rank) > 1
         self.contract = StepContract()
         """The contract of the step that runs, or has run last."""
-        self._caches: dict[int, tuple[StepContract, dict[StatePlace, Copy]]] = {}
-        """What stages have left in the caches of each contract, by its id."""
-        self._filled: dict[StatePlace, Copy] = {}
         self._bounds: Sequence[int] = ()
         self._changes: tuple[StateChange, ...] = ()
         self._before: dict[StatePlace, Copy] = {}
@@ -76,7 +73,6 @@ class CarriedState:
                 "`on_train_batch_start`."
             )
         self.contract, self._bounds, self._ran = contract, bounds, False
-        self._filled = self._caches.setdefault(id(contract), (contract, {}))[1]
         self._changes = contract.changes if parts == 1 else contract.carried
         self._before = {c.place: Copy(self._state.get(c.place)) for c in self._changes}
         self._tensors = {
@@ -85,13 +81,13 @@ class CarriedState:
         self._found = {}
 
     def _copies_outside(self) -> dict[StatePlace, Copy]:
-        """Returns copies of the state outside of units, except for what each step is known to change."""
-        known = {change.place for change in self.contract.changes}
+        """Returns copies of the state outside of units, except for what the step is known to change."""
+        known = self.contract.caches | {change.place for change in self.contract.changes}
         places = self._state.places(without=self._in_units)
         return {place: Copy(value) for place, value in places if place not in known}
 
     def _check_others(self) -> None:
-        """Checks that a stage has changed no other state outside of units than in the dry run, and no full cache.
+        """Checks that a stage has changed no other state outside of units than in the dry run.
 
         Raises:
             PartitionError: If it has: other ranks may lack the change, and microbatches may have made it several times.
@@ -99,11 +95,6 @@ class CarriedState:
         after, before = self._copies_outside(), self._outside
         changed = [p for p, c in after.items() if p not in before or not c.same_as(before[p])]
         changed += [p for p in before if p not in after]
-        caches, filled = self.contract.caches, self._filled
-        changed = [
-            p for p in changed if p not in caches or (p in filled and p in before and before[p].same_as(filled[p]))
-        ]
-        filled |= {p: after[p] for p in caches if p in after}
         if changed:
             raise PartitionError(
                 f"The step has changed `{changed[0]}`, which it did not in the dry run that the pipeline's stages were "
