@@ -74,6 +74,7 @@ def test_streams_are_opened(ranks2: RankGroup, layout: str, tmp_path: Path) -> N
     close(resumed, {**found, "losses": found["losses"][6:]})
 
 
+@pytest.mark.slow
 def test_resumed_run_is_in_its_phase(ranks4: RankGroup, tmp_path: Path) -> None:
     path = str(tmp_path / "checkpoint")
     phases = [Phase(), Phase(at_step=3, layout="tp2-pp2", batch_size=16), Phase(at_samples=88, layout="fsdp4")]

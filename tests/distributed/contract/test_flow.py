@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.distributed.contract import flow_jobs as jobs
-from tests.distributed.contract.layouts import LAYOUTS, TWO, assert_equal, assert_same_weights, call
+from tests.distributed.contract.layouts import TWO, assert_equal, assert_same_weights, call
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
-from tests.pairwise import alternating, quick
+from tests.pairwise import alternating, quick, slow
 from tests.support import refused
 
 REFUSED = {("tp2", "detect_anomaly"): "cannot look for NaN in gradients that are divided.*Or use .*such as 'dp2'"}
@@ -42,7 +42,7 @@ def test_options(request: pytest.FixtureRequest, ranks2: RankGroup, one_process:
 
 
 @pytest.mark.feature("fit, validate, test, predict, fit again")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*TWO, slow("dp2-pp2"), slow("fsdp2-tp2")])
 def test_fit_validate_test_predict_fit(request: pytest.FixtureRequest, layout: str) -> None:
     expected = reference(jobs.sequence, None)
     results = call(request, layout, jobs.sequence)

@@ -59,7 +59,7 @@ def test_resumes_bit_for_bit_with_moments_in_bfloat16(
 
 @pytest.mark.feature("router biases balanced by the load of all ranks")
 @pytest.mark.parametrize(
-    ("layout", "accumulate"), quick(itertools.product([*TWO, *FOUR], [1, 3]), ("dp2", 1), ("pp2", 3), ("ep2", 3))
+    ("layout", "accumulate"), quick(itertools.product([*TWO, *FOUR], [1, 3]), ("dp2", 1), ("ep2", 3))
 )
 def test_biases_and_max_violation_are_those_of_one_process(
     request: pytest.FixtureRequest, layout: str, accumulate: int

@@ -48,7 +48,7 @@ OFTEN = {
     *(("Interleaved1F1B", name) for name in ("llama", "mixtral", "tied")),
     *(("ZBVZeroBubble", name) for name in ("gpt2", "encoder", "losses")),
     *(("DualPipeV", name) for name in ("bert", "t5", "tied")),
-    *(("dp2-pp2", name) for name in ("resnet", "tied")),
+    ("dp2-pp2", "tied"),
     ("tp2-pp2", "llama"),
     ("fsdp2-tp2", "tied"),
     ("ep2-pp2", "mixtral"),
