@@ -108,7 +108,7 @@ def test_a_few_small_blocks_do_not_limit_the_stages():
     model = ModelSpec(
         calls=("first", "second", "third", "heads.0"),
         blocks=("heads.0", "heads.1"),
-        units=("first", "second", "third", "heads.0", "heads.1"),
+        units=dict.fromkeys(("first", "second", "third", "heads.0", "heads.1"), "Linear"),
         places=(1, 2, 3),
         costs=(3.0, 3.0, 3.0, 0.5),
         parameters={},
