@@ -31,10 +31,10 @@ def to_device(value: Any, device: torch.device) -> Any:
     return apply_to_collection(value, Tensor, lambda t: t.to(device))
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Returns the `value` of every rank, by rank, on all ranks. Collective."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Returns the `value` of every rank of `group` (None: of all), by rank, on these ranks. Collective."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,32 +31,32 @@ def unweighted_backward_refused(context: StepContext, layout: Layout) -> Iterato
         yield
         return
 
-    def refuse(self: Tensor, *args: Any, **kwargs: Any) -> None:
+    before = torch.Tensor.backward
+
+    def backward(self: Tensor, *args: Any, **kwargs: Any) -> None:
+        if _weighted.get():
+            return before(self, *args, **kwargs)
         raise PartitionError(
             f"`layout='{layout}'`: {user_location()} calls `loss.backward()` on a batch of which replicas have "
             f"different numbers of samples: the loss of this one counts {context.loss_factor:.3g} times. Call "
             "`self.manual_backward(loss)`, which weighs it, or use a loader with `drop_last=True`."
         )
 
-    with _backward_is(refuse):
-        yield
-
-
-@contextmanager
-def weighted_backward() -> Iterator[None]:
-    """Lets Lightning run the backward pass of a step in which `unweighted_backward_refused` is active."""
-    with _backward_is(_BACKWARD):
-        yield
-
-
-@contextmanager
-def _backward_is(function: Callable[..., None]) -> Iterator[None]:
-    before = torch.Tensor.backward
-    torch.Tensor.backward = function  # type: ignore[method-assign]
+    torch.Tensor.backward = backward  # type: ignore[method-assign]
     try:
         yield
     finally:
         torch.Tensor.backward = before  # type: ignore[method-assign]
 
 
-_BACKWARD = torch.Tensor.backward
+@contextmanager
+def weighted_backward() -> Iterator[None]:
+    """Lets Lightning run the backward pass of a step in which `unweighted_backward_refused` is active."""
+    token = _weighted.set(True)
+    try:
+        yield
+    finally:
+        _weighted.reset(token)
+
+
+_weighted: ContextVar[bool] = ContextVar("weighted", default=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -80,6 +81,18 @@ class ModuleState:
             own_buffers(holder)[place.key] = value
         else:
             holder.__dict__[place.key] = value
+
+    @contextmanager
+    def holding(self, values: Mapping[StatePlace, Any]) -> Iterator[None]:
+        """Sets what places hold for the duration of the context."""
+        kept = {place: self.get(place) for place in values}
+        for place, value in values.items():
+            self.set(place, value)
+        try:
+            yield
+        finally:
+            for place, value in kept.items():
+                self.set(place, value)
 
     def copies(self) -> dict[StatePlace, Copy]:
         """Returns a copy of what every place holds."""

@@ -342,6 +342,8 @@ class Partition:
 
     def reshard(self) -> None:
         """Frees weights that `fsdp` has gathered for evaluation, so that the parameters are the sharded ones."""
+        if self.plan.layout.fsdp == 1:
+            return
         for module in [self.step_module, *self.root.modules()]:
             if isinstance(module, FSDPModule):
                 module.reshard()

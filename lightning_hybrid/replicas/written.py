@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
 
@@ -55,8 +56,7 @@ def check_equal_buffers(buffers: Mapping[str, Tensor], where: str, group: dist.P
         PartitionError: On all ranks, if a buffer has other values on another replica.
     """
     own = {name: (tuple(buffer.shape), sums_of(buffer)) for name, buffer in buffers.items()}
-    found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(found, own, group=group)
+    found: list[dict[str, Any]] = gather_objects(own, group)
     for name in sorted(set().union(*found)):
         by_shape: dict[tuple[int, ...], list[tuple[float, ...]]] = defaultdict(list)
         for shape, sums in (replica[name] for replica in found if name in replica):

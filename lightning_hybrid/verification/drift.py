@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Influence:
-    """What the step computes with other state."""
+    """The effect of the state of another replica on a step."""
 
     any: bool
     """True if any loss or gradient changes, on any rank."""
@@ -99,8 +99,9 @@ class ReplicaState:
     def _differing(self, samples: int) -> list[_Found]:
         """Returns what differs between replicas. Collective over the ranks with the same part of the model."""
         changed = set(self._state.changed(self._before)) - self._judged
-        names = sorted(set().union(*self._gathered(changed)))
-        replicas = self._gathered([leaves_of(self._state.get(place)) for place in names])
+        group = self._engine.mesh.replica_group
+        names = sorted(set().union(*gather_objects(changed, group)))
+        replicas = gather_objects([leaves_of(self._state.get(place)) for place in names], group)
         found = []
         for place, *own in zip(names, *replicas, strict=True):
             unequal = differing([leaves for leaves in own if leaves is not None])
@@ -108,12 +109,6 @@ class ReplicaState:
                 rows = all(samples in leaf.shape[:2] for leaf in unequal)
                 found.append(_Found(place, all(leaf.pooled for leaf in unequal), rows))
         return found
-
-    def _gathered(self, value: Any) -> list[Any]:
-        group = self._engine.mesh.replica_group
-        box: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(box, value, group=group)
-        return box
 
     def _judge(self, found: Sequence[_Found], args: tuple, kwargs: dict[str, Any]) -> None:
         """Runs the step with the state of this replica and with that of the first one. Collective."""
@@ -158,14 +153,8 @@ class ReplicaState:
         self, own: Outcome, others: dict[StatePlace, Any], args: tuple, kwargs: dict[str, Any]
     ) -> _Influence:
         """Returns how the step differs with other state. Collective."""
-        mine = {place: self._state.get(place) for place in others}
-        try:
-            for place, value in others.items():
-                self._state.set(place, value)
+        with self._state.holding(others):
             other = self._run(args, kwargs)
-        finally:
-            for place, value in mine.items():
-                self._state.set(place, value)
         a, b = (0.0 if o.loss is None else float(o.loss) for o in (own, other))
         values = [relative(b, a), *differences(other.gradients, own.gradients, own.gradients).values()]
         worst = torch.tensor(values, dtype=torch.float64).nan_to_num(nan=torch.inf).max().to(self._engine.device)
@@ -178,10 +167,9 @@ class ReplicaState:
         if memory_problem(self._engine) is not None:
             return True
         weights, shapes = Weights.gather(partition), []
-        with ExitStack() as stack:
-            for place in (f.place for f in found):  # rows of the whole batch would not fit
-                stack.callback(self._state.set, place, self._state.get(place))
-                self._state.set(place, self._before[place].value if place in self._before else MISSING)
+        # rows of the whole batch would not fit
+        first = {f.place: self._before[f.place].value if f.place in self._before else MISSING for f in found}
+        with self._state.holding(first):
             try:
                 half = split_batch(args[0], 2, runner.known_samples())[0]
                 for batch in (args[0], half):

@@ -32,7 +32,7 @@ _GRADIENTS = "gradients as means over samples"
 
 
 class Row(NamedTuple):
-    """What was checked."""
+    """One line of the report."""
 
     what: str
     result: str
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 class _Compared(NamedTuple):
-    """What must be equal."""
+    """Two results that must be equal."""
 
     whole: Outcome = Outcome(loss=None, gradients={})  # noqa: RUF009 -- immutable
     """The result of this replica's batch."""

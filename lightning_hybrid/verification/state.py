@@ -30,7 +30,7 @@ class Leaf(NamedTuple):
 _UNKNOWN = Leaf((-1,), (0.0, 0.0, 0.0), pooled=False)
 """A tensor without memory, such as the value of one microbatch, or of another layout than strided."""
 State = dict[StatePlace, list[Leaf] | None]
-"""What a step has changed; None for what it has removed."""
+"""The changed state by place; None for removed attributes."""
 
 
 def leaves_of(value: Any) -> list[Leaf] | None:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hybrid.collectives import first_problem, to_full
+from lightning_hybrid.collectives import first_problem, gather_objects, to_full
 from lightning_hybrid.device_memory import free_bytes
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.ghosts.contract import StatePlace
@@ -39,10 +38,10 @@ def gather_weights(partition: Partition) -> Weights:
         return weights
     state, group = ModuleState(partition.root), partition.mesh.group("pp")
     with_ghosts = {place for place, value in state.places() if any(map(_is_elsewhere, _tensors_in(value)))}
-    places = sorted(set().union(*_gathered(with_ghosts, group)))
+    places = sorted(set().union(*gather_objects(with_ghosts, group)))
     own = [[None if _is_elsewhere(t) else to_full(t.detach()).cpu() for t in _tensors_in(state.get(p))] for p in places]
     whole: dict[StatePlace, Any] = {}
-    for place, *of_stages in zip(places, *_gathered(own, group), strict=True):
+    for place, *of_stages in zip(places, *gather_objects(own, group), strict=True):
         values = iter([next((t for t in same if t is not None), None) for same in zip(*of_stages, strict=False)])
 
         def filled(tensor: Tensor, values: Iterator[Tensor | None] = values) -> Tensor:
@@ -61,12 +60,6 @@ def _tensors_in(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_leaves(lambda t: found.append(t) or t, value)
     return found
-
-
-def _gathered(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    box: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(box, value, group=group)
-    return box
 
 
 @contextmanager
@@ -88,15 +81,9 @@ def whole_module(partition: Partition, weights: Weights) -> Iterator[dict[str, n
     if partition.gradient_hooks is not None:
         partition.gradient_hooks.copy_to(whole)
     divided = {name: parameters[name] for name in parameters.names}
-    state = ModuleState(partition.root)
-    kept = {place: state.get(place) for place in weights.state}
-    with partition.as_written(batch_statistics=True):
+    with partition.as_written(batch_statistics=True), ModuleState(partition.root).holding(weights.state):
         parameters.put_all(whole)
-        for place, value in weights.state.items():
-            state.set(place, value)
         try:
             yield whole
         finally:
             parameters.put_all(divided)
-            for place, value in kept.items():
-                state.set(place, value)
