@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_hybrid.batches import SCALARS, dense_parts, leaves_of
+from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
@@ -29,8 +30,7 @@ def all_read_the_same(own: int | None, mesh: Mesh) -> bool:
     Raises:
         PartitionError: If ranks of one replica have different first batches.
     """
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, own)
+    digests = gather_objects(own)
     by_replica = replicas_of(mesh, digests)
     for number, of_replica in enumerate(by_replica):
         if len(set(of_replica)) > 1:

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.data import has_iterable_dataset
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.trainer.states import TrainerFn
@@ -33,6 +32,7 @@ from lightning_hybrid._lightning_private import (
     reload_validation,
     training_loaders,
 )
+from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.dataloader import sharding
 from lightning_hybrid.dataloader.agreement import CheckedShard
 from lightning_hybrid.dataloader.map_shard import MapShard, ShardedSampler
@@ -337,8 +337,7 @@ class ReplicaData:
         replicas = self.mesh.layout.replicas
         if own is None or replicas == 1 or not all(self._is_sharded(loader) for loader in loaders):
             return
-        gathered: list[Any] = [None] * replicas
-        dist.all_gather_object(gathered, own, group=self.mesh.replica_group)
+        gathered = gather_objects(own, self.mesh.replica_group)
         for number, mine in enumerate(own):
             parts = [of_replica[number] for of_replica in gathered]
             steps = max(len(part) for part in parts)

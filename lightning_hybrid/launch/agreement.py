@@ -11,7 +11,8 @@ from importlib import metadata
 import lightning
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
+
+from lightning_hybrid.collectives import gather_objects
 
 _SETTINGS = (
     "max_epochs",
@@ -68,12 +69,9 @@ def check_parameters(root: pl.LightningModule) -> None:
     """
     own = {n: f"{tuple(p.shape)} {p.dtype}" for n, p in root.named_parameters()}
     digest = hashlib.sha256(repr(list(own.items())).encode()).hexdigest()
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    if len(set(digests)) == 1:
+    if len(set(gather_objects(digest))) == 1:
         return
-    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    everyone: list[dict[str, str]] = gather_objects(own)
     for rank, other in enumerate(everyone):
         for name in [*everyone[0], *(n for n in other if n not in everyone[0])]:
             _compare(f"parameter `{name}`", everyone[0].get(name, "nothing"), rank, other.get(name, "nothing"))

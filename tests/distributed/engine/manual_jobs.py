@@ -72,7 +72,8 @@ class Gan(Manual):
         optimizer.step()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        generator, judge = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        generator, judge = optimizers
         for module in (self.judges, self.verdict):
             module.requires_grad_(False)
         self.generate(batch, generator)
@@ -92,7 +93,8 @@ class ToggledGan(Gan):
     """As in Lightning's documentation."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        generator, judge = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        generator, judge = optimizers
         with self.toggled_optimizer(judge):
             self.judge(batch, self(batch[0]), judge)
         with self.toggled_optimizer(generator):
@@ -103,7 +105,8 @@ class LeftFrozen(Gan):
     """A network that stays frozen until the next step unfreezes it."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        generator, judge = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        generator, judge = optimizers
         for networks, trained in (((self.blocks, self.head), False), ((self.judges, self.verdict), True)):
             for module in networks:
                 module.requires_grad_(trained)
@@ -118,7 +121,8 @@ class Alternating(Gan):
     """One of the optimizers in each step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        generator, judge = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        generator, judge = optimizers
         optimizer = (generator, judge)[batch_idx % 2]
         self.toggle_optimizer(optimizer)
         if batch_idx % 2:
