@@ -17,7 +17,7 @@ import lightning.pytorch as L
 from lightning_hybrid import Layout
 from lightning_hybrid.data import StdlibText
 from lightning_hybrid.models import CausalLM, TransformerConfig
-from tests.distributed.jobs import quiet, trainer_for
+from tests.distributed.jobs import quiet, verified_trainer_for
 from tests.harness import RankGroup
 
 SIZES = {"quickstart": (128, 4, 4), "50M": (640, 10, 10)}
@@ -42,7 +42,7 @@ def run(size: str, layout: str, verify: str, batch: int, steps: int) -> tuple[li
     width, blocks, heads = SIZES[size]
     module = CausalLM(TransformerConfig(width=width, blocks=blocks, heads=heads, context_length=128))
     count, times = sum(p.numel() for p in module.parameters()), _Times()
-    trainer, _ = trainer_for(
+    trainer, _ = verified_trainer_for(
         layout, strategy_options={"verify": verify}, max_steps=steps, limit_val_batches=0, callbacks=[times]
     )
     trainer.fit(module, StdlibText(batch_size=batch, context_length=128))

@@ -133,7 +133,10 @@ def quiet() -> None:
 def trainer_for(
     layout: str | None, *, strategy_options: dict[str, Any] | None = None, **options: Any
 ) -> tuple[L.Trainer, int]:
-    """A Trainer under the layout (None: one process), and its number of replicas."""
+    """A Trainer under the layout (None: one process), and its number of replicas.
+
+    Its steps are not compared with one process before the first update, since the tests compare the weights.
+    """
     strategy: Any = "auto"
     devices = replicas = 1
     if layout is not None:
@@ -143,7 +146,7 @@ def trainer_for(
             strategy, devices, replicas = HybridStrategy(), 2, 2
         else:
             parsed = Layout.parse(layout)
-            strategy = HybridStrategy(layout=layout, **(strategy_options or {}))
+            strategy = HybridStrategy(layout=layout, **{"verify": "off", **(strategy_options or {})})
             devices, replicas = parsed.devices, parsed.replicas
     options = {"max_epochs": 1, "enable_checkpointing": False, **options}
     trainer = L.Trainer(
@@ -157,6 +160,13 @@ def trainer_for(
         **options,
     )
     return trainer, replicas
+
+
+def verified_trainer_for(
+    layout: str | None, *, strategy_options: dict[str, Any] | None = None, **options: Any
+) -> tuple[L.Trainer, int]:
+    """A Trainer as `trainer_for` makes it, that compares its first step with one process, as users' Trainers do."""
+    return trainer_for(layout, strategy_options={"verify": "start", **(strategy_options or {})}, **options)
 
 
 def weights(trainer: L.Trainer, module: L.LightningModule) -> dict[str, torch.Tensor]:

@@ -99,7 +99,9 @@ class Seen(BasePredictionWriter):
         self.seen.append(args[3])
 
 
-def trainer_for(layout: str | None, folder: str | Path, callbacks: Any, epochs: int = 2) -> tuple[pl.Trainer, int]:
+def verified_trainer_for(
+    layout: str | None, folder: str | Path, callbacks: Any, epochs: int = 2
+) -> tuple[pl.Trainer, int]:
     parsed = Layout.parse(layout or "dp1")
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -124,11 +126,11 @@ def run(layout: str | None, folder: str) -> dict[str, Any]:
     pl.seed_everything(3, verbose=False)
     module, average = Module(), EMAWeightAveraging(decay=0.8)
     saved = ModelCheckpoint(folder, "{epoch}", save_last=True, monitor="val")
-    first, replicas = trainer_for(layout, folder, [saved, Freeze(), ModelSummary(1)])
+    first, replicas = verified_trainer_for(layout, folder, [saved, Freeze(), ModelSummary(1)])
     data = Data(16 // replicas)
     first.fit(module, data)
     again, seen = Module(), Seen()
-    second, _ = trainer_for(layout, folder, [average, seen], epochs=3)
+    second, _ = verified_trainer_for(layout, folder, [average, seen], epochs=3)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`|The checkpoint was not created with")
         second.fit(again, data, ckpt_path=f"{folder}/last.ckpt", weights_only=False)
@@ -164,11 +166,11 @@ def with_our_callbacks(layout: str, folder: str) -> list[float]:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     pl.seed_everything(3, verbose=False)
     throughput = TokenThroughput()
-    trainer, replicas = trainer_for(layout, f"{folder}/1", throughput, epochs=1)
+    trainer, replicas = verified_trainer_for(layout, f"{folder}/1", throughput, epochs=1)
     trainer.fit(Module(), Data(8 // replicas))
     assert throughput in trainer.callbacks  # type: ignore[attr-defined]
     phases = PhaseSchedule([Phase(batch_size=8), Phase(at_step=3, batch_size=16)])
-    trainer, replicas = trainer_for(layout, f"{folder}/2", [phases], epochs=1)
+    trainer, replicas = verified_trainer_for(layout, f"{folder}/2", [phases], epochs=1)
     trainer.fit(Module(), Data(8 // replicas))
     return [float(trainer.callback_metrics["loss_epoch"]), trainer.global_step]
 

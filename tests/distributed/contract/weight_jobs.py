@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.distributed.engine.state_jobs import WIDTH, Plain, data
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 
 
 class Noise(Plain):
@@ -91,6 +91,6 @@ def fit(layout: str | None, kind: str, *, callback: bool = False) -> dict[str, t
     quiet()
     L.seed_everything(7, verbose=False)
     module = MODULES[kind]()
-    trainer, replicas = trainer_for(layout, max_epochs=2, callbacks=[NoiseByCallback()] if callback else [])
+    trainer, replicas = verified_trainer_for(layout, max_epochs=2, callbacks=[NoiseByCallback()] if callback else [])
     trainer.fit(module, data(replicas))
     return weights(trainer, module)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.engine.state_jobs import WIDTH, Plain
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 
 
 class Manual(Plain):
@@ -287,7 +287,7 @@ def fit(layout: str | None, kind: str) -> dict[str, Any]:
     module = {**KINDS, **OTHERS, **REFUSED}[kind]()
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(21, WIDTH, generator=generator), torch.randn(21, 4, generator=generator))
-    trainer, replicas = trainer_for(layout, max_epochs=2)
+    trainer, replicas = verified_trainer_for(layout, max_epochs=2)
     trainer.fit(module, DataLoader(data, batch_size=8 // replicas))
     verified = [] if layout is None else getattr(trainer.strategy, "verification", [])
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

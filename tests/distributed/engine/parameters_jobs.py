@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.distributed.engine.state_jobs import Plain, data
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 
 
 class Penalty(Plain):
@@ -107,6 +107,6 @@ def fit(layout: str | None, kind: str, **options: Any) -> dict[str, Any]:
     quiet()
     L.seed_everything(7, verbose=False)
     module = MODULES[kind]()
-    trainer, replicas = trainer_for(layout, strategy_options=options, max_epochs=2)
+    trainer, replicas = verified_trainer_for(layout, strategy_options=options, max_epochs=2)
     trainer.fit(module, data(replicas))
     return {"weights": weights(trainer, module)}

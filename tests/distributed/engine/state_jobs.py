@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 
 WIDTH = 8
 
@@ -206,7 +206,7 @@ def fit(layout: str | None, kind: str, **options: Any) -> dict[str, Any]:
     quiet()
     L.seed_everything(7, verbose=False)
     module = MODULES[kind]()
-    trainer, replicas = trainer_for(layout, strategy_options=options, max_epochs=2)
+    trainer, replicas = verified_trainer_for(layout, strategy_options=options, max_epochs=2)
     trainer.fit(module, data(replicas), data(replicas))
     return {"weights": weights(trainer, module), "report": module.report()}
 

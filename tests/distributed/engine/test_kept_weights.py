@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.engine.state_jobs import WIDTH, Plain
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
 
@@ -65,7 +65,7 @@ def fit(layout: str | None, kind: type[Plain]) -> dict[str, Any]:
     module = kind()
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(24, WIDTH, generator=generator), torch.randn(24, 4, generator=generator))
-    trainer, replicas = trainer_for(layout, max_epochs=2)
+    trainer, replicas = verified_trainer_for(layout, max_epochs=2)
     trainer.fit(module, DataLoader(data, batch_size=8 // replicas))
     return {"weights": weights(trainer, module), "verified": str(getattr(trainer.strategy, "verification", ""))}
 

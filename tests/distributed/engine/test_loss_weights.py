@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tests.distributed.jobs import Block, quiet, trainer_for, weights
+from tests.distributed.jobs import Block, quiet, verified_trainer_for, weights
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick, slow
 
@@ -126,7 +126,7 @@ def fit(
     if options.pop("scaler", False):
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**14))]
     callbacks = [outputs] if kind is not Unweighted else []
-    trainer, replicas = trainer_for(layout, callbacks=callbacks, max_epochs=2, **options)
+    trainer, replicas = verified_trainer_for(layout, callbacks=callbacks, max_epochs=2, **options)
     size = batch // accumulate // replicas
     data = DataLoader(Sentences(samples, empty), batch_size=size)
     trainer.fit(module, data, DataLoader(Sentences(samples), batch_size=size))

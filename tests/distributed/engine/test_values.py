@@ -12,7 +12,7 @@ import torch
 from lightning_hybrid import Layout
 from tests.distributed.engine import value_modules
 from tests.distributed.engine.value_modules import loader_of
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
 
@@ -30,7 +30,7 @@ def fit(layout: str | None, kind: str, options: dict[str, Any] | None = None, **
     L.seed_everything(7, verbose=False)
     made = getattr(value_modules, kind)
     module = made()
-    trainer, replicas = trainer_for(layout, strategy_options=options, **{"max_epochs": 3, **trainer_options})
+    trainer, replicas = verified_trainer_for(layout, strategy_options=options, **{"max_epochs": 3, **trainer_options})
     trainer.fit(module, loader_of(made, 8 // replicas))
     return {"weights": weights(trainer, module), "losses": module.losses}
 

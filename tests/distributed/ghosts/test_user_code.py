@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tests.distributed.ghosts import modules
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
 
@@ -39,7 +39,7 @@ def fit(layout: str | None, kind: str, batch: int = 8, samples: int | None = Non
     quiet()
     L.seed_everything(7, verbose=False)
     module = getattr(modules, kind)()
-    trainer, replicas = trainer_for(layout, max_epochs=2, **options)
+    trainer, replicas = verified_trainer_for(layout, max_epochs=2, **options)
     trainer.fit(module, DataLoader(Rows(samples or 3 * batch), batch_size=batch // replicas))
     return {"weights": weights(trainer, module), "logs": {k: float(v) for k, v in trainer.callback_metrics.items()}}
 

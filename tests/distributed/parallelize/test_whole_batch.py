@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hybrid import Layout
 from tests.distributed.engine.state_jobs import WIDTH, Plain
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
 
@@ -66,7 +66,7 @@ def fit(layout: str | None, kind: type, samples: int = 24, batch: int = 8, **opt
     quiet()
     L.seed_everything(7, verbose=False)
     module = kind()
-    trainer, replicas = trainer_for(layout, strategy_options=options or None, max_epochs=2)
+    trainer, replicas = verified_trainer_for(layout, strategy_options=options or None, max_epochs=2)
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(*(torch.randn(samples, width, generator=generator) for width in (WIDTH, 4)))
     trainer.fit(module, DataLoader(data, batch_size=batch // replicas))

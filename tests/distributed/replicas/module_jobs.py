@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 
 WIDTH, CLASSES, SAMPLES, BATCH = 16, 4, 16, 8
 
@@ -393,7 +393,7 @@ def fit(name: str, layout: str | None, **options: Any) -> dict[str, Any]:
     kind = {k.__name__: k for k in (Net, *_subclasses(Net))}[name]
     module = kind()
     callbacks: Any = [Stops()] if options.pop("stops", False) else []
-    trainer, replicas = trainer_for(layout, max_epochs=kind.epochs, callbacks=callbacks, **options)
+    trainer, replicas = verified_trainer_for(layout, max_epochs=kind.epochs, callbacks=callbacks, **options)
     loader = DataLoader(data(), batch_size=BATCH // replicas)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`training_step` returned `None`")

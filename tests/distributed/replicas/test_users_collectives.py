@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import all_reduce
 from torch.utils.data import DataLoader
 
-from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for
+from tests.distributed.jobs import Classifier, Numbers, quiet, verified_trainer_for
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
 from tests.support import refused
@@ -53,7 +53,7 @@ def fit(layout: str, where: str, what: str) -> list[float]:
     quiet()
     L.seed_everything(7, verbose=False)
     module = Communicates(where, what)
-    trainer, replicas = trainer_for(layout)
+    trainer, replicas = verified_trainer_for(layout)
     trainer.fit(module, DataLoader(Numbers(), batch_size=16 // replicas))
     return module.found
 

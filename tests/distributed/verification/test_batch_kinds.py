@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hybrid.engine.batch_kinds import BatchKinds
-from tests.distributed.jobs import quiet, trainer_for
+from tests.distributed.jobs import quiet, verified_trainer_for
 from tests.harness import RankError, RankGroup
 from tests.pairwise import slow
 
@@ -51,7 +51,7 @@ def fit(layout: str, ignored: str, weighted: bool = False, **options: Any) -> li
     quiet()
     L.seed_everything(7, verbose=False)
     module = Weighted() if weighted else Tokens()
-    trainer, replicas = trainer_for(layout, strategy_options=options, max_epochs=1)
+    trainer, replicas = verified_trainer_for(layout, strategy_options=options, max_epochs=1)
     tokens = torch.randint(0, 9, (BATCHES * SAMPLES, TOKENS), generator=torch.Generator().manual_seed(3))
     labels = tokens.roll(-1, 1)
     late = labels[2 * SAMPLES :]

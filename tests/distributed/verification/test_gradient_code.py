@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hybrid import Layout
 from tests.distributed.engine.state_jobs import WIDTH, Plain
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
 from tests.support import refused
@@ -232,7 +232,7 @@ def fit(layout: str | None, kind: type, **options: Any) -> dict[str, Any]:
     quiet()
     L.seed_everything(7, verbose=False)
     module = kind()
-    trainer, replicas = trainer_for(layout, strategy_options=options or None, max_epochs=2)
+    trainer, replicas = verified_trainer_for(layout, strategy_options=options or None, max_epochs=2)
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(*(torch.randn(24, width, generator=generator) for width in (WIDTH, 4)))
     with warnings.catch_warnings(record=True) as found:

@@ -19,7 +19,7 @@ from lightning_hybrid.launch.failures import RankFailed
 from lightning_hybrid.replicas import reducer
 from lightning_hybrid.replicas.reduction import Exact
 from lightning_hybrid.tensor import collectives as tensor_collectives
-from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
+from tests.distributed.jobs import Classifier, Numbers, quiet, verified_trainer_for, weights
 from tests.harness import RankError, RankGroup
 
 
@@ -44,7 +44,9 @@ def fit(layout: str | None, verify: str, module: type = Classifier, **options: A
     quiet()
     L.seed_everything(7, verbose=False)
     built = module()
-    trainer, replicas = trainer_for(layout, strategy_options=None if layout is None else {"verify": verify}, **options)
+    trainer, replicas = verified_trainer_for(
+        layout, strategy_options=None if layout is None else {"verify": verify}, **options
+    )
     trainer.fit(built, DataLoader(Numbers(), batch_size=16 // replicas))
     verifier: Any = getattr(trainer.strategy, "_verifier", None)
     return {
@@ -124,7 +126,7 @@ def fit_wrong(error: str) -> str:
     quiet()
     L.seed_everything(7, verbose=False)
     layout, owner, name, wrong = ERRORS[error]
-    trainer, replicas = trainer_for(layout, max_steps=1)
+    trainer, replicas = verified_trainer_for(layout, max_steps=1)
     samples = 15 if error == "replicas with fewer samples weigh as much" else 48
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, wrong)
@@ -158,7 +160,7 @@ def fit_contrastive(layout: str | None, verify: str, **options: Any) -> tuple[fl
     quiet()
     L.seed_everything(7, verbose=False)
     more = None if layout is None else {"verify": verify, **options}
-    trainer, replicas = trainer_for(layout, strategy_options=more)
+    trainer, replicas = verified_trainer_for(layout, strategy_options=more)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         trainer.fit(Contrastive(), DataLoader(Numbers(), batch_size=16 // replicas))

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_hybrid.models import CausalLM, ExpertsConfig, LatentConfig, OptimizerConfig, TransformerConfig
 from lightning_hybrid.models.experts import Router
-from tests.distributed.jobs import quiet, trainer_for, weights
+from tests.distributed.jobs import quiet, verified_trainer_for, weights
 
 VOCABULARY, TIME, BATCH = 64, 16, 16
 SAVED_STEP = 4
@@ -73,7 +73,7 @@ def fit(
     )
     module = CausalLM(config, OptimizerConfig(**{"learning_rate": 1e-2, "warmup_steps": 1, **(optimizer or {})}))
     balance = Balance(save)
-    trainer, replicas = trainer_for(
+    trainer, replicas = verified_trainer_for(
         layout, callbacks=[balance], max_steps=6, max_epochs=-1, precision=precision, **options
     )
     trainer.fit(module, DataLoader(Texts(48), batch_size=BATCH // replicas), ckpt_path=ckpt_path, weights_only=False)
