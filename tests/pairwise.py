@@ -22,10 +22,10 @@ def quick(values: Iterable[Any], *kept: Any) -> list[Any]:
     return [value if value in kept else slow(*(value if isinstance(value, tuple) else (value,))) for value in values]
 
 
-def alternating(first: Iterable[Any], second: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Returns every other pair of values, as on a chessboard: each value with half of the other option's."""
-    pairs = itertools.product(enumerate(first), enumerate(second))
-    return [(a, b) for (i, a), (j, b) in pairs if (i + j) % 2 == 0]
+def in_turn(first: Iterable[Any], second: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Returns each value of the longer option once, with the values of the other one in turn."""
+    first, second = list(first), list(second)
+    return [(first[i % len(first)], second[i % len(second)]) for i in range(max(len(first), len(second)))]
 
 
 def pairwise(*options: Sequence[Any]) -> list[Any]:

@@ -93,7 +93,8 @@ def test_recipe_shows_plan_progress_and_sample(run: RunRecipe) -> None:
     assert quickstart.train_losses[-1] < quickstart.train_losses[0]
 
 
-@pytest.mark.parametrize(("layout", "devices"), [("dp2-pp2", 4), pytest.param("tp2-pp2", 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "devices"), [("dp2-pp2", 4), ("tp2-pp2", 4)])
 def test_layout_does_not_change_the_losses(run: RunRecipe, layout: str, devices: int) -> None:
     alone, together = run("dp1", 1), run(layout, devices)
     assert together.train_losses == pytest.approx(alone.train_losses, rel=1e-5)
@@ -115,6 +116,7 @@ def test_checkpoint_loads_without_the_strategy(run: RunRecipe) -> None:
     assert model.generate(torch.tensor([list(b"def ")]), 4).shape == (1, 8)
 
 
+@pytest.mark.slow
 def test_layout_that_does_not_match_the_devices_is_refused_at_once(tmp_path: Path) -> None:
     command = command_line("fit", "--trainer.strategy.layout=dp3")
     code, output = run_python(*command, cwd=tmp_path, timeout_seconds=TIMEOUT_SECONDS)

@@ -111,7 +111,8 @@ def facts(recipe: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("recipe", [pytest.param(x, marks=[] if "deepseek" in x else pytest.mark.slow) for x in LARGE])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", LARGE)
 def test_plan_at_real_size(recipe: str) -> None:
     with RankGroup(1, timeout_seconds=150) as ranks:
         (found,) = ranks.call(facts, recipe)
@@ -123,6 +124,7 @@ def test_plan_at_real_size(recipe: str) -> None:
         assert found["stages"] == [19, 21]
 
 
+@pytest.mark.slow
 def test_phases(tmp_path: Path) -> None:
     """Each of one or two steps; the checkpoint has the streams."""
     phases = (

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from tests.distributed.callbacks import adaptive_jobs as jobs
 from tests.harness import RankError, RankGroup
-from tests.pairwise import slow
+from tests.pairwise import quick, slow
 
 FEATURE = "`AdaptiveBatchSize`"
 
@@ -29,7 +29,7 @@ def group_of(request: pytest.FixtureRequest, layout: str) -> RankGroup:
         ("tp2", 1, "1F1B", 1),
         ("pp2", 1, "1F1B", 4),
         slow("pp2", 1, "GPipe", 4),
-        ("pp2", 1, "Interleaved1F1B", 4),
+        slow("pp2", 1, "Interleaved1F1B", 4),
         ("pp2", 1, "ZBVZeroBubble", 4),
         slow("pp2", 1, "DualPipeV", 4),
         slow("fsdp2-pp2", 2, "1F1B", 2),
@@ -58,7 +58,7 @@ def test_noise_with_divided_experts(request: pytest.FixtureRequest, layout: str,
         torch.testing.assert_close(torch.tensor(result["found"]), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("layout", "replicas", "microbatches"), [("dp2", 2, 1), ("pp2", 1, 4)])
+@pytest.mark.parametrize(("layout", "replicas", "microbatches"), [("dp2", 2, 1), slow("pp2", 1, 4)])
 def test_noise_is_not_that_of_the_scaled_loss(ranks2: RankGroup, layout: str, replicas: int, microbatches: int) -> None:
     half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
     results = ranks2.call(jobs.noise, layout, plugins=[half], strategy_options={"microbatches": microbatches})
@@ -67,7 +67,7 @@ def test_noise_is_not_that_of_the_scaled_loss(ranks2: RankGroup, layout: str, re
         torch.testing.assert_close(torch.tensor(result["found"]), torch.tensor(expected), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "fsdp2"))
 def test_weights_that_are_unfrozen_are_measured(ranks2: RankGroup, layout: str) -> None:
     first, second = ranks2.call(jobs.measured_weights, layout)[0]
     assert second == first + 4
@@ -100,7 +100,7 @@ def test_every_change_of_accumulation(
     check_steps(results[0], jobs.of_one_process([4 * batches for batches in walk], 4 * sum(walk)))
 
 
-@pytest.mark.parametrize("workers", [0, 2, -2], ids=["no workers", "workers", "workers that persist"])
+@pytest.mark.parametrize("workers", [0, slow(2), -2], ids=["no workers", "workers", "workers that persist"])
 @pytest.mark.parametrize("layout", ["dp2", slow("fsdp2")])
 def test_loader_of_other_batches(ranks2: RankGroup, layout: str, workers: int) -> None:
     divisions = [(2, 1, 1), (4, 2, 1), (1, 3, 1), (8, 1, 1), (2, 2, 1), (6, 1, 1)]
@@ -117,8 +117,7 @@ def test_loader_of_other_batches(ranks2: RankGroup, layout: str, workers: int) -
     "schedule",
     [
         "1F1B",
-        "Interleaved1F1B",
-        *(slow(s) for s in ("GPipe", "ZBVZeroBubble", "DualPipeV")),
+        *(slow(s) for s in ("GPipe", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV")),
     ],
 )
 def test_pipeline_of_other_microbatches(ranks2: RankGroup, schedule: str) -> None:
@@ -140,6 +139,14 @@ def test_run_is_that_of_a_plain_loop(request: pytest.FixtureRequest, layout: str
     assert found[0]["rates"] == pytest.approx(expected["rates"], rel=1e-6)
     for name, value in found[0]["weights"].items():
         torch.testing.assert_close(value, expected["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
+    check_logs(found[0]["logged"], found[0]["steps"][-1][0])
+
+
+def check_logs(logged: dict[str, float], last_batch: int) -> None:
+    """Decisions and noise are logged."""
+    assert logged["global_batch_size"] == last_batch > 16
+    assert logged["learning_rate_factor"] == pytest.approx((last_batch / 16) ** 0.5)
+    assert logged["gradient_noise_scale"] > 0
 
 
 @pytest.mark.parametrize(
@@ -175,7 +182,7 @@ def test_run_in_several_layouts_is_that_of_a_plain_loop(
 @pytest.mark.parametrize(
     ("options", "relayout_options", "message"),
     [
-        ({"options": {"memory": 2**30}}, {}, "`memory` of `AdaptiveBatchSize` has measured what fits under 'dp2'"),
+        slow({"options": {"memory": 2**30}}, {}, "`memory` of `AdaptiveBatchSize` has measured what fits under 'dp2'"),
         ({}, {"gradient_sync": "diloco"}, "`statistics` compares the gradients of replicas with their mean"),
     ],
     ids=["memory", "diloco"],
@@ -196,6 +203,7 @@ def test_layouts_with_equal_parts_decide_alike(ranks2: RankGroup) -> None:
     assert events[0] == events[1]
 
 
+@pytest.mark.slow
 def test_loaders_that_are_made_anew_every_epoch(ranks2: RankGroup) -> None:
     # with memory for them, larger batches are larger batches of the loader
     options: dict[str, Any] = {"samples": 800, "max_epochs": 3, "options": {"memory": 2**30}}
@@ -207,14 +215,6 @@ def test_loaders_that_are_made_anew_every_epoch(ranks2: RankGroup) -> None:
     assert found["steps"] == kept["steps"]
     for name, value in found["weights"].items():
         torch.testing.assert_close(value, kept["weights"][name], rtol=0, atol=0, msg=name)
-
-
-def test_decisions_and_noise_are_logged(ranks2: RankGroup) -> None:
-    found = ranks2.call(jobs.adapt, "dp2", samples=3200)[0]
-    last = found["steps"][-1][0]
-    assert found["logged"]["global_batch_size"] == last > 16
-    assert found["logged"]["learning_rate_factor"] == pytest.approx((last / 16) ** 0.5)
-    assert found["logged"]["gradient_noise_scale"] > 0
 
 
 def check_resumed(found: dict[str, Any], whole: dict[str, Any], step: int) -> None:
@@ -244,7 +244,8 @@ def test_resumed_run_decides_as_the_whole(ranks2: RankGroup, layout: str, tmp_pa
         check_resumed(found, whole, step)
 
 
-@pytest.mark.parametrize(("before", "after"), [("dp2", "tp2"), slow("pp2", "dp2"), slow("dp2", "fsdp2")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("dp2", "tp2"), ("pp2", "dp2"), ("dp2", "fsdp2")])
 def test_resumed_in_another_layout_keeps_the_batch(ranks2: RankGroup, before: str, after: str, tmp_path: Path) -> None:
     path = str(tmp_path / "saved.ckpt")
     options: dict[str, Any] = {"samples": 2400, "shuffle": True}
@@ -272,7 +273,7 @@ def test_batches_by_a_schedule(ranks2: RankGroup) -> None:
         torch.testing.assert_close(value, expected["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("unit", ["samples", "tokens"])
+@pytest.mark.parametrize("unit", [slow("samples"), "tokens"])
 def test_training_stops_at_a_budget(ranks2: RankGroup, unit: str) -> None:
     # a sample of the regression has eight numbers
     budget = {"samples": {"max_samples": 1000}, "tokens": {"max_tokens": 8000}}[unit]
@@ -327,6 +328,7 @@ def test_microbatch_that_fits_on_all_ranks(ranks2: RankGroup, layout: str) -> No
         torch.testing.assert_close(value, expected["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_batch_larger_than_the_loaders_fits(ranks2: RankGroup) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": 8, "rules": {"every_n_steps": 10**9}}
     found = ranks2.call(jobs.adapt, "dp2", samples=1600, batch=16, options={"memory": 2**30}, **options)[0]
@@ -336,7 +338,7 @@ def test_batch_larger_than_the_loaders_fits(ranks2: RankGroup) -> None:
         torch.testing.assert_close(value, expected["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("steps", "batch"), [((3, 4), 16), ((3, 5, 7), 32)])
+@pytest.mark.parametrize(("steps", "batch"), [((3, 4), 16), slow((3, 5, 7), 32)])
 def test_memory_that_is_short_twice_halves_the_microbatch(
     ranks2: RankGroup, steps: tuple[int, ...], batch: int
 ) -> None:

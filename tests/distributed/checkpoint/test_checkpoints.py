@@ -39,7 +39,7 @@ def assert_goes_on(resumed: list[dict], whole: list[dict], step: int) -> None:
 
 
 @pytest.mark.feature("resuming within an epoch, bit-identical")
-@pytest.mark.parametrize("layout", quick(TWO, "fsdp2", "pp2"))
+@pytest.mark.parametrize("layout", quick(TWO, "pp2"))
 def test_the_same_layout_goes_on_bit_for_bit(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = ranks2.call(jobs.run, layout, str(tmp_path))
     for step in (3, jobs.STEPS_PER_EPOCH, 7):  # in the first epoch, between the two, and in the second
@@ -48,7 +48,8 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks2: RankGroup, tmp_path: Path, 
 
 
 @pytest.mark.feature("resuming within an epoch, bit-identical")
-@pytest.mark.parametrize("layout", quick(FOUR, "fsdp2-pp2"))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", FOUR)
 def test_the_same_product_goes_on_bit_for_bit(ranks4: RankGroup, tmp_path: Path, layout: str):
     whole = ranks4.call(jobs.run, layout, str(tmp_path))
     assert_goes_on(ranks4.call(jobs.run, layout, ckpt_path=str(tmp_path / "step=3.ckpt")), whole, 3)
@@ -84,7 +85,7 @@ def test_from_one_layout_and_world_size_to_others(ranks2: RankGroup, ranks4: Ran
 
 @pytest.mark.feature("resuming from another layout, with the same losses")
 @pytest.mark.parametrize(
-    ("saved", "layout"), [("fsdp2", "pp2"), ("pp2", "tp2"), slow("tp2", "fsdp2"), slow("tp2", "dp2")]
+    ("saved", "layout"), [("fsdp2", "pp2"), slow("pp2", "tp2"), slow("tp2", "fsdp2"), slow("tp2", "dp2")]
 )
 def test_to_another_layout_in_mid_epoch(ranks2: RankGroup, tmp_path: Path, saved: str, layout: str):
     whole = ranks2.call(jobs.run, saved, str(tmp_path), dropout=0.0, every=3)[0]
@@ -120,7 +121,7 @@ def test_one_plain_file(ranks2: RankGroup, tmp_path: Path, layout: str):
 
 
 @pytest.mark.feature("checkpoints: resuming from a plain Lightning file")
-@pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
+@pytest.mark.parametrize("layout", [slow("fsdp2"), "pp2"])
 def test_a_plain_file_of_lightning_is_a_starting_point(ranks2: RankGroup, tmp_path: Path, layout: str):
     whole = jobs.run(None, str(tmp_path), dropout=0.0, every=jobs.STEPS_PER_EPOCH, shuffle=False)
     path = tmp_path / f"step={jobs.STEPS_PER_EPOCH}.ckpt"
@@ -168,7 +169,7 @@ def test_asynchronous_saves_are_complete_and_as_good(ranks2: RankGroup, tmp_path
 
 @pytest.mark.parametrize(
     ("keep", "left", "asynchronous"),
-    [(1, [10], False), (3, [8, 9, 10], True), slow(1, [10], True), slow(3, [8, 9, 10], False)],
+    [(3, [8, 9, 10], True), slow(1, [10], False), slow(1, [10], True), slow(3, [8, 9, 10], False)],
 )
 def test_the_newest_are_kept(ranks2: RankGroup, tmp_path: Path, asynchronous: bool, keep: int, left: list[int]):
     """ModelCheckpoint(save_top_k=1) removes the older ones; `keep` decides how many stay."""

@@ -11,7 +11,7 @@ from tests.distributed.contract import flow_jobs as jobs
 from tests.distributed.contract.layouts import TWO, assert_equal, assert_same_weights, call
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
-from tests.pairwise import alternating, quick, slow
+from tests.pairwise import in_turn, quick
 from tests.support import refused
 
 REFUSED = {("tp2", "detect_anomaly"): "cannot look for NaN in gradients that are divided.*Or use .*such as 'dp2'"}
@@ -25,7 +25,7 @@ def one_process() -> dict[str, dict[str, Any]]:
 @pytest.mark.feature(by="name", prefix="Trainer: ")
 @pytest.mark.parametrize(
     ("layout", "name"),
-    quick(itertools.product(TWO, jobs.OPTIONS), *alternating(TWO, jobs.OPTIONS), *REFUSED),
+    quick(itertools.product(TWO, jobs.OPTIONS), *in_turn(TWO, jobs.OPTIONS), ("dp2", "detect_anomaly"), *REFUSED),
 )
 def test_options(request: pytest.FixtureRequest, ranks2: RankGroup, one_process: dict, layout: str, name: str) -> None:
     if (layout, name) in REFUSED:
@@ -42,7 +42,7 @@ def test_options(request: pytest.FixtureRequest, ranks2: RankGroup, one_process:
 
 
 @pytest.mark.feature("fit, validate, test, predict, fit again")
-@pytest.mark.parametrize("layout", [*TWO, slow("dp2-pp2"), slow("fsdp2-tp2")])
+@pytest.mark.parametrize("layout", quick([*TWO, "dp2-pp2", "fsdp2-tp2"], "fsdp2", "pp2"))
 def test_fit_validate_test_predict_fit(request: pytest.FixtureRequest, layout: str) -> None:
     expected = reference(jobs.sequence, None)
     results = call(request, layout, jobs.sequence)

@@ -77,7 +77,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.feature("CSV, TensorBoard and W&B loggers, with the plan in the configuration")
-@pytest.mark.parametrize("layout", quick([*TWO, *FOUR], "fsdp2", "pp2"))
+@pytest.mark.parametrize("layout", quick([*TWO, *FOUR], "pp2"))
 def test_loggers(request: pytest.FixtureRequest, tmp_path: Path, one_process: Path, layout: str) -> None:
     call(request, layout, jobs.loggers, str(tmp_path))
     assert_equal(read_csv(tmp_path), read_csv(one_process), "csv")
@@ -110,7 +110,7 @@ def _assert_plan(plan: dict[str, Any], layout: str) -> None:
 
 
 @pytest.mark.feature("`WandbLogger.watch` (rank 0's part)")
-@pytest.mark.parametrize("layout", quick([*TWO, *FOUR], "tp2", "pp2"))
+@pytest.mark.parametrize("layout", quick([*TWO, *FOUR], "pp2"))
 def test_watching_a_model_does_not_hang(request: pytest.FixtureRequest, tmp_path: Path, layout: str) -> None:
     assert call(request, layout, jobs.loggers, str(tmp_path), watch=True) == [6] * (4 if "-" in layout else 2)
     lines, _ = read_wandb(tmp_path)

@@ -32,7 +32,7 @@ def metrics_of_one_process() -> dict:
     "`self.log` in hooks, `self.log_dict`, several validation loaders",
     "`training_step` that returns a dictionary",
 )
-@pytest.mark.parametrize("layout", quick(ALL, "dp2", "tp2", "dp2-pp2"))
+@pytest.mark.parametrize("layout", quick(ALL, "dp2", "pp2"))
 def test_logs(request: pytest.FixtureRequest, one_process: dict, layout: str) -> None:
     results = call(request, layout, jobs.logs)
     for rank, result in enumerate(results):
@@ -65,7 +65,7 @@ def _assert_outputs(layout: str, by_rank: list[list[dict]], expected: list[dict]
 
 
 @pytest.mark.feature("torchmetrics: logged, computed, collections, lists as states, in callbacks")
-@pytest.mark.parametrize("layout", quick(ALL, "fsdp2", "tp2", "pp2"))
+@pytest.mark.parametrize("layout", quick(ALL, "fsdp2", "pp2"))
 def test_metrics(request: pytest.FixtureRequest, metrics_of_one_process: dict, layout: str) -> None:
     for result in call(request, layout, jobs.metrics):
         for key in ("by hand", "callback", "lines"):

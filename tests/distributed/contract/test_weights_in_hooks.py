@@ -27,7 +27,6 @@ def compare(expected: dict[str, torch.Tensor], found: list[dict[str, torch.Tenso
         itertools.product(["dp2", "fsdp2", "tp2", "pp2"], KINDS),
         ("fsdp2", "Reset"),
         ("fsdp2", "GradientNoise"),
-        ("tp2", "Reset"),
         ("tp2", "Assigned"),
         ("pp2", "Dropped"),
     ),

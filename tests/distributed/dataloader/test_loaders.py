@@ -51,7 +51,7 @@ def test_without_a_batch_nothing_is_trained(ranks2: RankGroup, layout, kind):
 
 
 @pytest.mark.feature("data: an empty validation dataset")
-@pytest.mark.parametrize("layout", quick(TWO, "fsdp2", "pp2"))
+@pytest.mark.parametrize("layout", quick(TWO, "pp2"))
 def test_an_empty_validation_dataset(ranks2: RankGroup, layout):
     expected = reference(loader_jobs.train_without_validation_data, None)
     assert_trained(ranks2.call(loader_jobs.train_without_validation_data, layout)[0], expected)
@@ -121,7 +121,7 @@ def test_a_step_that_takes_an_iterator(ranks2: RankGroup, layout):
 
 
 @pytest.mark.feature("data: a sampler without a length")
-@pytest.mark.parametrize("layout", quick(TWO, "dp2", "pp2"))
+@pytest.mark.parametrize("layout", quick(TWO, "pp2"))
 def test_a_sampler_without_a_length(ranks2: RankGroup, tmp_path, layout):
     expected = reference(loader_jobs.train_without_end, None, True)
     path = data_jobs.file_of(tmp_path, "one.ckpt")

@@ -9,11 +9,12 @@ import torch
 
 from tests.distributed.dataloader import data_jobs, worker_jobs
 from tests.harness import RankGroup
+from tests.pairwise import quick, slow
 
-CASES: list[tuple[str, str, dict[str, Any]]] = [
+CASES: list[Any] = [
     ("dp2", "noise", {}),
     ("fsdp2", "noise", {"num_workers": 2}),
-    ("tp2", "noise", {}),
+    slow("tp2", "noise", {}),
     ("tp2", "noise", {"num_workers": 1, "persistent_workers": True}),
     ("dp2", "noise in a subset", {"num_workers": 1}),
 ]
@@ -50,7 +51,7 @@ def test_every_sample_comes_with_the_same_numbers(ranks2: RankGroup, expected, l
 
 
 @pytest.mark.feature("data: random augmentations in samples, with and without workers")
-@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "pp2"], "pp2"))
 def test_training_with_them_is_that_of_one_process(ranks2: RankGroup, expected, layout):
     result = ranks2.call(data_jobs.train, layout, kind="noise", loader_options={"num_workers": 2})[0]
     for name, value in expected["weights"].items():
@@ -63,7 +64,7 @@ def test_a_users_worker_init_fn_runs_and_sees_its_own_dataset(ranks2: RankGroup)
             assert seen == ["WithNoise" if kind == "samples" else "Stream"] * 2
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2"])
+@pytest.mark.parametrize("layout", quick(["tp2", "dp2"], "dp2"))
 def test_collating_and_reading_a_batch_at_once(ranks2: RankGroup, layout):
     """`collate_fn` and `__getitems__` draw from seeds that a replica, workers and runs have in common."""
     alone = ranks2.call(worker_jobs.collate_with_noise, layout, 0)

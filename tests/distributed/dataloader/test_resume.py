@@ -21,7 +21,7 @@ MIDDLE, LATER, LAST_BATCH = ("batch", 2), ("batch", 4), ("batch", 3)
 EPOCH_END, VALIDATION_END = ("epoch", 3), ("validation", 3)
 
 CASES: list[Any] = [
-    ("shuffled", MIDDLE, "dp2", "dp2", {}),
+    slow("shuffled", MIDDLE, "dp2", "dp2", {}),
     slow("shuffled", LATER, "dp2", "tp2", {}),
     ("shuffled", LATER, "pp2", "fsdp2", {}),
     slow("shuffled", LATER, "tp2", "pp2", {}),
@@ -69,7 +69,7 @@ def test_training_is_that_of_lightning_without_the_strategy(ranks2: RankGroup):
 @pytest.mark.feature("data: a Lightning checkpoint saved within an epoch")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch:UserWarning")
 @pytest.mark.parametrize("kind", [slow("in order"), "shuffled"])
-@pytest.mark.parametrize("layout", ["dp2", slow("tp2"), "pp2"])
+@pytest.mark.parametrize("layout", ["dp2", slow("tp2"), slow("pp2")])
 def test_a_checkpoint_of_lightning_in_mid_epoch_goes_on_as_in_lightning(ranks2: RankGroup, tmp_path, layout, kind):
     """It has no place in the data: Lightning makes the steps that are left with the beginning of a new order."""
     path = data_jobs.file_of(tmp_path, "plain.ckpt")
@@ -101,7 +101,7 @@ def test_another_global_batch_skips_exactly_what_was_used(ranks2: RankGroup, tmp
     assert "val" in results[0]["metrics"]
 
 
-@pytest.mark.parametrize("kind", ["plain", "noisy", "resuming"])
+@pytest.mark.parametrize("kind", [slow("plain"), "noisy", "resuming"])
 def test_a_stream_goes_on(ranks2: RankGroup, tmp_path, kind):
     path = data_jobs.file_of(tmp_path, "one.ckpt")
     expected = ranks2.call(stream_jobs.train_on_stream, "dp2", kind)

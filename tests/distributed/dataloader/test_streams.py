@@ -10,6 +10,7 @@ import torch
 from tests.distributed.dataloader import stream_jobs
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
+from tests.pairwise import quick, slow
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 
@@ -22,8 +23,8 @@ def assert_trained(result: dict, expected: dict) -> None:
 
 
 @pytest.mark.feature("data: `IterableDataset`, sharded round-robin")
-@pytest.mark.parametrize("samples", [37, pytest.param(33, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("samples", [37, slow(33)])
+@pytest.mark.parametrize("layout", quick(TWO, "dp2", "pp2"))
 def test_a_stream_that_the_user_does_not_shard_is_sharded(ranks2: RankGroup, layout, samples):
     expected = reference(stream_jobs.train_on_stream, None, samples=samples)
     results = ranks2.call(stream_jobs.train_on_stream, layout, samples=samples)
@@ -48,13 +49,14 @@ def test_other_streams(ranks2: RankGroup, case):
     assert_trained(ranks2.call(stream_jobs.train_on_stream, "dp2", **options)[0], expected)
 
 
+@pytest.mark.slow
 def test_four_ranks(ranks4: RankGroup):
     expected = reference(stream_jobs.train_on_stream, None)
     assert_trained(ranks4.call(stream_jobs.train_on_stream, "fsdp2-pp2")[0], expected)
 
 
 @pytest.mark.feature("data: `IterableDataset`, sharded by the user")
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "dp2"))
 def test_a_stream_that_the_user_shards_is_left_alone(ranks2: RankGroup, layout):
     expected = reference(stream_jobs.train_on_stream, None, samples=64)
     results = ranks2.call(stream_jobs.train_on_stream, layout, "by replica", samples=64)
@@ -63,13 +65,13 @@ def test_a_stream_that_the_user_shards_is_left_alone(ranks2: RankGroup, layout):
     assert sorted(seen) == sorted([*range(64), *range(64)])
 
 
-@pytest.mark.parametrize("layout", ["tp2", pytest.param("pp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", quick(["tp2", "pp2"], "tp2"))
 def test_sharding_by_rank_is_refused_where_ranks_share_data(ranks2: RankGroup, layout):
     with pytest.raises(RankError, match=r"the ranks 0, 1 of one replica must read the same data.*distributed_sampler"):
         ranks2.call(stream_jobs.train_on_stream, layout, "by rank")
 
 
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "dp2"))
 def test_shards_of_different_lengths_stop_together(ranks2: RankGroup, layout):
     """48 samples in two shards: 32 and 16, in batches of 8."""
     results = ranks2.call(stream_jobs.train_on_stream, layout, "uneven shards", samples=48, max_epochs=1)

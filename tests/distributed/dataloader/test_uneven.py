@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -39,14 +40,14 @@ FIRST = [
     "fewer samples than replicas",
     "accumulation",
 ]
-"""Under every layout in the tests that run always; the others under `dp2` there, and everywhere in the slow ones."""
-LATER = [
-    ("tp2", "last batch of one and no sample"),
-    ("tp2", "accumulation"),
-    ("fsdp2", "fewer samples than replicas"),
-    ("pp2", "last batch of three and two samples"),
+"""Cases of the product of axes."""
+OFTEN = [
+    *(("dp2", case) for case in CASES),
+    ("fsdp2", "last batch of one and no sample"),
+    ("tp2", "last batch of three and two samples"),
+    ("pp2", "accumulation"),
 ]
-"""But for these: the layout with another of those cases, and the case under another such layout, run always."""
+"""`dp2` has every case, since axes without replicas share their data; they and shards change what is done with it."""
 
 
 def assert_like_one_process(results: list[dict], expected: dict, layout: str) -> None:
@@ -68,13 +69,11 @@ def assert_like_one_process(results: list[dict], expected: dict, layout: str) ->
                 assert len(own[step]) == max(1, counts[r])
 
 
-def _always() -> list[tuple[str, str]]:
-    chosen = [(layout, case) for layout in TWO for case in CASES if case in FIRST or layout == "dp2"]
-    return [pair for pair in chosen if pair not in LATER]
-
-
 @pytest.mark.feature(by="case", prefix="data: ")
-@pytest.mark.parametrize(("layout", "case"), _always())
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    quick([p for p in itertools.product(TWO, CASES) if p != ("pp2", "manual optimization")], *OFTEN),
+)
 def test_two_ranks(ranks2: RankGroup, layout, case):
     assert_like_one_process(
         ranks2.call(data_jobs.train, layout, **CASES[case]), reference(data_jobs.train, None, **CASES[case]), layout
@@ -82,14 +81,15 @@ def test_two_ranks(ranks2: RankGroup, layout, case):
 
 
 @pytest.mark.feature(by="case", prefix="data: ", layout=FOUR)
-@pytest.mark.parametrize("case", quick(FIRST, "fewer samples than replicas"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FIRST)
 def test_four_ranks(ranks4: RankGroup, case):
     assert_like_one_process(
         ranks4.call(data_jobs.train, FOUR, **CASES[case]), reference(data_jobs.train, None, **CASES[case]), FOUR
     )
 
 
-@pytest.mark.parametrize("layout", [slow("dp4"), "dp2-fsdp2"])
+@pytest.mark.parametrize("layout", ["dp4", slow("dp2-fsdp2")])
 def test_samples_that_do_not_count_do_not_change_batch_statistics(ranks4: RankGroup, layout):
     options: dict[str, Any] = {"samples": 34, "module_options": {"norm": True}}
     results = ranks4.call(data_jobs.train, layout, **options)
@@ -97,25 +97,8 @@ def test_samples_that_do_not_count_do_not_change_batch_statistics(ranks4: RankGr
     assert_like_one_process(results, reference(data_jobs.train, None, **options), layout)
 
 
-@pytest.mark.slow
-@pytest.mark.feature(by="case", prefix="data: ")
-@pytest.mark.parametrize(
-    ("layout", "case"),
-    [
-        (layout, case)
-        for layout in TWO
-        for case in CASES
-        if (layout, case) not in _always() and not (layout == "pp2" and CASES[case].get("manual"))
-    ],
-)
-def test_two_ranks_the_rest(ranks2: RankGroup, layout, case):
-    assert_like_one_process(
-        ranks2.call(data_jobs.train, layout, **CASES[case]), reference(data_jobs.train, None, **CASES[case]), layout
-    )
-
-
 @pytest.mark.feature("data: a custom batch sampler")
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "dp2"))
 def test_a_batch_sampler_gives_every_replica_a_batch_in_turn(ranks2: RankGroup, layout):
     """A global step is the batches of the replicas, weighed by samples; one process sees them joined."""
     expected = reference(data_jobs.train, None, kind="joined batches")
@@ -137,7 +120,7 @@ def test_a_full_epoch_needs_no_weights(ranks2: RankGroup):
 
 
 @pytest.mark.feature("data: sequences padded to the longest of their batch")
-@pytest.mark.parametrize("layout", quick(TWO, "fsdp2", "pp2"))
+@pytest.mark.parametrize("layout", quick(TWO, "pp2"))
 def test_lengths_that_change_in_every_step(ranks2: RankGroup, layout):
     """Replicas pad their own samples, and the last batch has another size: stages are planned again for each shape."""
     expected = reference(worker_jobs.train_on_sequences, None)

@@ -11,7 +11,7 @@ import torch
 from tests.distributed.engine import gradient_jobs as jobs
 from tests.distributed.reference import reference
 from tests.harness import RankGroup
-from tests.pairwise import pairwise, quick, slow
+from tests.pairwise import in_turn, quick, slow
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 FEATURE = "`param.grad` in `on_after_backward` and `on_before_optimizer_step`"
@@ -38,7 +38,10 @@ def check_gradients(results: list[dict], expected: list[tuple[str, dict[str, tor
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize(("layout", "accumulate"), [*pairwise([*TWO, "fsdp2-pp2"], [1, 3]), slow("dp2-pp2", 3)])
+@pytest.mark.parametrize(
+    ("layout", "accumulate"),
+    quick(itertools.product([*TWO, "fsdp2-pp2", "dp2-pp2"], [1, 3]), ("fsdp2", 3), ("tp2", 1), ("pp2", 3)),
+)
 def test_reading_gradients(request, layout, accumulate):
     options: dict[str, Any] = {"gradient_clip_val": 0.05, "accumulate_grad_batches": accumulate}
     expected = reference(jobs.with_gradients, None, {}, **options)
@@ -50,10 +53,14 @@ def test_reading_gradients(request, layout, accumulate):
 @pytest.mark.feature(FEATURE)
 @pytest.mark.parametrize(
     ("layout", "accumulate", "where"),
-    [
-        *pairwise([*TWO, "fsdp2-pp2"], [1, 3], ["on_after_backward", "on_before_optimizer_step"]),
-        slow("dp2-pp2", 3, "on_after_backward"),
-    ],
+    quick(
+        itertools.product([*TWO, "fsdp2-pp2", "dp2-pp2"], [1, 3], ["on_after_backward", "on_before_optimizer_step"]),
+        ("dp2", 3, "on_before_optimizer_step"),
+        ("fsdp2", 1, "on_before_optimizer_step"),
+        ("tp2", 1, "on_after_backward"),
+        ("pp2", 3, "on_after_backward"),
+        ("fsdp2-pp2", 3, "on_before_optimizer_step"),
+    ),
 )
 def test_changing_gradients(request, layout, accumulate, where):
     change = {"factor": 0.5, "where": where}
@@ -64,7 +71,7 @@ def test_changing_gradients(request, layout, accumulate, where):
     check_weights(results[0]["weights"], expected["weights"])
 
 
-@pytest.mark.parametrize("tied", ["trained", "frozen"])
+@pytest.mark.parametrize("tied", ["trained", slow("frozen")])
 @pytest.mark.parametrize("layout", ["pp2", slow("fsdp2-pp2")])
 def test_a_weight_of_several_stages(request, layout, tied):
     change: dict[str, Any] = {"factor": 0.5, "where": "on_after_backward"}
@@ -75,7 +82,7 @@ def test_a_weight_of_several_stages(request, layout, tied):
     check_weights(results[0]["weights"], expected["weights"])
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+@pytest.mark.parametrize("layout", [slow("dp2"), "pp2"])
 def test_a_callback_of_one_rank(ranks2: RankGroup, layout):
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "alone": True}
     results = ranks2.call(jobs.with_gradients, layout, {}, **options)
@@ -85,14 +92,14 @@ def test_a_callback_of_one_rank(ranks2: RankGroup, layout):
 @pytest.mark.feature("gradient norms (`strategy.gradient_norms`)")
 @pytest.mark.parametrize(
     ("layout", "optimizer"),
-    [
-        *itertools.product(TWO, ["sgd", "head"]),
-        *quick(
-            itertools.product(["dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"], ["sgd", "head"]),
-            ("fsdp2-pp2", "head"),
-            ("tp2-pp2", "sgd"),
-        ),
-    ],
+    quick(
+        itertools.product([*TWO, "dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"], ["sgd", "head"]),
+        ("dp2", "head"),
+        ("fsdp2", "sgd"),
+        ("tp2", "head"),
+        ("pp2", "sgd"),
+        ("tp2-pp2", "sgd"),
+    ),
 )
 def test_norms_of_gradients(request, layout, optimizer):
     expected = reference(jobs.norms_of_gradients, None, {"optimizer": optimizer})
@@ -112,12 +119,12 @@ def test_a_weight_of_several_stages_counts_once_in_the_norm(ranks2: RankGroup):
     check_weights(results[0]["weights"], expected["weights"])
 
 
+HOOKS = ["", "clips twice", "halves", "looks on rank 0"]
+
+
 @pytest.mark.parametrize(
     ("layout", "hook"),
-    [
-        *itertools.product(TWO, ["", "clips twice"]),
-        *pairwise(TWO, ["halves", "looks on rank 0"]),
-    ],
+    quick(itertools.product(TWO, HOOKS), *in_turn(TWO, HOOKS)),
 )
 def test_gradients_are_measured_again_only_after_a_hook(ranks2: RankGroup, layout, hook):
     expected = reference(jobs.clipped, None, hook)
@@ -128,7 +135,10 @@ def test_gradients_are_measured_again_only_after_a_hook(ranks2: RankGroup, layou
 
 
 @pytest.mark.feature("`optimizer.add_param_group` during training")
-@pytest.mark.parametrize(("layout", "save"), pairwise([*TWO, "fsdp2-pp2"], [True, False]))
+@pytest.mark.parametrize(
+    ("layout", "save"),
+    quick(itertools.product([*TWO, "fsdp2-pp2"], [True, False]), ("fsdp2", False), ("tp2", True), ("pp2", False)),
+)
 def test_an_added_parameter_group(request, tmp_path, layout, save):
     expected = reference(jobs.with_an_added_group, None)
     path = str(tmp_path / "added.ckpt") if save else None

@@ -288,7 +288,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("layout", [slow("dp2"), "fsdp2", slow("tp2"), "pp2"])
+@pytest.mark.parametrize("layout", [slow("dp2"), slow("fsdp2"), slow("tp2"), "pp2"])
 def test_ends(ranks2: RankGroup, folder: str, layout: str) -> None:
     check(ranks2.call(leaks, layout, folder, *VERBS), VERBS)
 
@@ -314,17 +314,14 @@ def test_failures_between_steps_of_a_pipeline(ranks2: RankGroup, folder: str) ->
     ("kind", "layout"),
     [
         ("batch size", "dp2"),
-        ("rebalancing", "fsdp2"),
+        ("rebalancing", "dp2"),
         ("phases", "dp2"),
         ("fine-tuning", "dp2"),
-        ("swa", "fsdp2"),
-        ("ema", "dp2"),
-        ("experts", "ep2"),
+        slow("experts", "ep2"),
         slow("batch size", "fsdp2"),
-        slow("rebalancing", "dp2"),
+        slow("rebalancing", "fsdp2"),
         slow("fine-tuning", "fsdp2"),
-        slow("swa", "dp2"),
-        slow("ema", "fsdp2"),
+        *(slow(kind, layout) for kind in ("swa", "ema") for layout in ("dp2", "fsdp2")),
     ],
 )
 def test_callbacks(ranks2: RankGroup, folder: str, kind: str, layout: str) -> None:

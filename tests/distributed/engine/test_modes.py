@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 from tests.harness import RankGroup
+from tests.pairwise import quick
 
 
 class Frozen(Classifier):
@@ -38,7 +39,7 @@ def fit(layout: str | None) -> dict[str, Any]:
     return {"weights": weights(trainer, module), "modes": (*modes, module.training, module.frozen[0].training)}
 
 
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2", "pp2"], "fsdp2", "pp2"))
 def test_training_modes_are_the_users(ranks2: RankGroup, layout: str) -> None:
     expected, found = fit(None), ranks2.call(fit, layout)
     for result in found:

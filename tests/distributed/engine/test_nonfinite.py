@@ -82,7 +82,7 @@ def test_a_loss_of_an_accumulated_batch(ranks2: RankGroup):
     assert re.search("At global step 0, .*rank 1 .*the loss is nan", stopped(results))
 
 
-@pytest.mark.parametrize("layout", [slow("dp2"), "fsdp2", "tp2"])
+@pytest.mark.parametrize("layout", [slow("dp2"), slow("fsdp2"), "tp2"])
 def test_optimizers_that_are_stepped_by_hand(ranks2: RankGroup, layout):
     options = {"poison": "head.weight", "rank": 1, "manual": True}
     results = ranks2.call(jobs.poisoned, layout, None, options)

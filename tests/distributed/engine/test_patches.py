@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ from lightning_hybrid.launch.failures import RankFailed
 from lightning_hybrid.parallelize import whole
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 from tests.harness import RankGroup
+from tests.pairwise import quick, slow
 
 LAYOUTS = ("dp2", "fsdp2", "tp2", "pp2")
 
@@ -84,7 +86,7 @@ def test_a_copy_of_a_module_with_all_weights(ranks2: RankGroup) -> None:
         assert found == {"own": [], "class": "WithNorm", "same": True, "read": "WithNorm", "read same": True}
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", quick(["fsdp2", "tp2", "pp2"], "pp2"))
 def test_a_copy_of_parts_is_refused(ranks2: RankGroup, layout: str) -> None:
     for found in ranks2.call(copied, layout):
         assert f"by `layout='{layout}'`, and a copy needs all of them" in found.get("error", "")
@@ -107,7 +109,7 @@ def loaded(layout: str) -> tuple[str, bool, bool]:
     return error, has, same
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(LAYOUTS, "fsdp2", "pp2"))
 def test_whole_weights_are_loaded_or_refused(ranks2: RankGroup, layout: str) -> None:
     error, new, same = ranks2.call(loaded, layout)[0]
     assert (same and not new) if error else new
@@ -155,7 +157,7 @@ def _passing(function: Any) -> Any:
     return lambda *args, **kwargs: function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "pp2"], "pp2"))
 def test_attributes_of_the_user_stay(ranks2: RankGroup, layout: str) -> None:
     for lost in ranks2.call(own_attributes, layout):
         assert not lost, ", ".join(lost)
@@ -193,7 +195,7 @@ def used_again(layout: str) -> tuple[list[str], int, bool]:
     return own, len(groups), all(any(p is q for g in groups for q in g["params"]) for p in module.stem.parameters())
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "pp2"], "pp2"))
 def test_callbacks_can_be_given_to_another_trainer(ranks2: RankGroup, layout: str) -> None:
     for found in ranks2.call(used_again, layout):
         assert found == ([], 1, True)  # as with a new callback: the optimizer has the stem already
@@ -257,7 +259,7 @@ def refused_first(lazy: bool, refused: bool) -> dict[str, torch.Tensor]:
     return weights(trainer, module)
 
 
-@pytest.mark.parametrize("lazy", [False, True], ids=["built", "configure_model"])
+@pytest.mark.parametrize("lazy", [slow(False), True], ids=["built", "configure_model"])
 def test_a_refused_layout_leaves_the_module_whole(ranks2: RankGroup, lazy: bool) -> None:
     expected, found = (ranks2.call(refused_first, lazy, refused)[0] for refused in (False, True))
     assert expected.keys() == found.keys()
@@ -296,8 +298,10 @@ def _facts(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in facts.items() if k != "._trainer"}
 
 
-@pytest.mark.parametrize("memory", [0.0, 0.25])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "memory"),
+    quick(itertools.product(LAYOUTS, [0.0, 0.25]), ("fsdp2", 0.0), ("pp2", 0.0), ("dp2", 0.25), ("tp2", 0.25)),
+)
 def test_a_module_that_is_whole_again(ranks2: RankGroup, layout: str, memory: float) -> None:
     for different in ranks2.call(whole_again, layout, memory):
         assert not different, "\n".join(different)

@@ -11,7 +11,7 @@ import torch
 from tests.distributed.engine import numbers_jobs as jobs
 from tests.distributed.reference import reference
 from tests.harness import RankGroup
-from tests.pairwise import alternating, quick, slow
+from tests.pairwise import in_turn, quick, slow
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 HALF = ["bf16-mixed", "bf16-true", "16-mixed", "16-true"]
@@ -58,15 +58,13 @@ def check(result: dict, expected: dict, bound: tuple[float, float, float]) -> No
 
 
 @pytest.mark.feature(by="precision", prefix="precision: ")
-@pytest.mark.parametrize(
-    ("precision", "layout"), quick(itertools.product(PRECISIONS, TWO), *alternating(PRECISIONS, TWO))
-)
+@pytest.mark.parametrize(("precision", "layout"), quick(itertools.product(PRECISIONS, TWO), *in_turn(PRECISIONS, TWO)))
 def test_two_ranks(ranks2: RankGroup, one, bounds, layout, precision):
     check(ranks2.call(jobs.precise, layout, precision)[0], one[precision], bounds[precision])
 
 
 @pytest.mark.feature(by="precision", prefix="precision: ")
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", slow("64-true")])
+@pytest.mark.parametrize("precision", ["16-mixed", slow("bf16-mixed"), slow("64-true")])
 @pytest.mark.parametrize("layout", ["fsdp2-tp2", slow("tp2-pp2")])
 def test_four_ranks(ranks4: RankGroup, one, bounds, layout, precision):
     check(ranks4.call(jobs.precise, layout, precision)[0], one[precision], bounds[precision])
@@ -91,7 +89,7 @@ def test_a_single_wrong_weight_shows(one, bounds, precision, off):
         check({**one[precision], "weights": wrong}, one[precision], bounds[precision])
 
 
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("layout", quick(TWO, "fsdp2", "pp2"))
 def test_a_step_that_overflows_on_one_rank_is_left_out_on_all(ranks2: RankGroup, one, bounds, layout):
     poison: dict[str, Any] = {"poison": "blocks.1.up.weight", "rank": 0}
     results = ranks2.call(jobs.precise, layout, "16-mixed", poison)
@@ -101,7 +99,7 @@ def test_a_step_that_overflows_on_one_rank_is_left_out_on_all(ranks2: RankGroup,
     assert distance(expected, one["16-mixed"])[1] > 1e-3, "leaving out a step makes a difference"
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "pp2"], "pp2"))
 def test_loss_scales_with_accumulated_batches_and_clipping(ranks2: RankGroup, bounds, layout):
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
     results = ranks2.call(jobs.precise, layout, "16-mixed", **options)
@@ -111,8 +109,8 @@ def test_loss_scales_with_accumulated_batches_and_clipping(ranks2: RankGroup, bo
 @pytest.mark.parametrize(
     ("precision", "saved", "resumed"),
     [
-        ("bf16-true", "tp2", "pp2"),
         ("16-mixed", "pp2", "fsdp2"),
+        slow("bf16-true", "tp2", "pp2"),
         slow("bf16-true", "pp2", "fsdp2"),
         slow("16-mixed", "tp2", "pp2"),
     ],

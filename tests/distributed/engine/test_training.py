@@ -12,7 +12,7 @@ from lightning_hybrid.checkpoint.consolidate import consolidate
 from tests.distributed import jobs
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
-from tests.pairwise import alternating, quick
+from tests.pairwise import in_turn, quick, slow
 
 TWO = ["dp2", "fsdp2", "tp2", "pp2"]
 FOUR = ["dp2-pp2", "fsdp2-pp2", "tp2-pp2", "fsdp2-tp2", "dp2-fsdp2"]
@@ -45,22 +45,17 @@ def references() -> dict[str, dict]:
 
 
 @pytest.mark.feature(by="setting", prefix="training: ")
-@pytest.mark.parametrize(("layout", "setting"), quick(itertools.product(TWO, SETTINGS), *alternating(TWO, SETTINGS)))
+@pytest.mark.parametrize(("layout", "setting"), quick(itertools.product(TWO, SETTINGS), *in_turn(TWO, SETTINGS)))
 def test_two_ranks(ranks2: RankGroup, references, layout, setting):
     results = ranks2.call(jobs.fit, layout, **SETTINGS[setting])
     assert_same(results[0], references[setting])
     assert all(r["metrics"] == results[0]["metrics"] for r in results), "every rank has the same metrics"
 
 
+@pytest.mark.slow
 @pytest.mark.feature(by="setting", prefix="training: ")
-@pytest.mark.parametrize(
-    ("layout", "setting"),
-    quick(
-        itertools.product(FOUR, ["accumulate and clip", "adamw with groups and a scheduler"]),
-        ("tp2-pp2", "accumulate and clip"),
-        ("fsdp2-tp2", "adamw with groups and a scheduler"),
-    ),
-)
+@pytest.mark.parametrize("setting", ["accumulate and clip", "adamw with groups and a scheduler"])
+@pytest.mark.parametrize("layout", FOUR)
 def test_four_ranks(ranks4: RankGroup, references, layout, setting):
     results = ranks4.call(jobs.fit, layout, **SETTINGS[setting])
     assert_same(results[0], references[setting])
@@ -81,24 +76,30 @@ def test_predictions_are_whole_and_in_order_on_every_rank_of_a_replica(ranks2: R
 
 
 @pytest.mark.feature("manual optimization, several optimizers")
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2"], "fsdp2"))
 def test_manual_optimization_with_two_optimizers(ranks2: RankGroup, layout):
     assert_same(ranks2.call(jobs.fit, layout, "Manual")[0], reference(jobs.fit, None, "Manual"))
 
 
-@pytest.mark.parametrize(("first", "second"), [("pp2", "fsdp2"), ("fsdp2", "tp2"), ("tp2", "pp2"), ("tp2", "dp2")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("pp2", "fsdp2"), ("tp2", "pp2"), slow("fsdp2", "tp2"), slow("tp2", "dp2")],
+)
 def test_a_module_goes_from_one_trainer_and_layout_to_another(ranks2: RankGroup, first, second):
     assert_same(ranks2.call(jobs.fit_twice, first, second)[0], jobs.fit_twice("one", "one"))
 
 
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("layout", quick(TWO, "dp2", "tp2"))
 def test_fit_validate_fit_with_one_trainer(ranks2: RankGroup, layout):
     expected = reference(jobs.fit_then_test, None)
     for result in ranks2.call(jobs.fit_then_test, layout):
         assert result == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [("pp2", "fsdp2"), ("fsdp2", "tp2"), ("tp2", "pp2"), (None, "pp2")])
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [("fsdp2", "tp2"), slow("pp2", "fsdp2"), slow("tp2", "pp2"), slow(None, "pp2")],
+)
 def test_a_checkpoint_goes_on_under_another_layout(ranks2: RankGroup, tmp_path, saved, resumed):
     options: dict[str, Any] = {"module_options": {"optimizer": "adamw"}}
     path = str(tmp_path / "one.ckpt")
@@ -129,6 +130,7 @@ def test_a_model_built_in_configure_model_never_exists_whole_on_a_rank(ranks2: R
         assert peak < size / 2 + 24, f"{peak:.0f} MiB for a model of {size:.0f} MiB"
 
 
+@pytest.mark.slow
 def test_replicas_need_all_of_it(ranks2: RankGroup):
     for peak, size in ranks2.call(jobs.peak_of_build, "dp2", 1024):
         assert peak > size

@@ -159,6 +159,6 @@ def test_a_first_stage_that_sends_nothing_of_a_module(
     check(request, layout, "Flat", {"schedule": schedule})
 
 
-@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2", "pp2", "fsdp2-tp2"], "fsdp2", "pp2"))
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2", "pp2", "fsdp2-tp2"], "fsdp2"))
 def test_parameters_that_are_no_floating_point_numbers(request: pytest.FixtureRequest, layout: str) -> None:
     check(request, layout, "Ordered")

@@ -35,7 +35,7 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
         slow("ep2", {"strategy_options": {"recompute": "full"}}),
         slow("fsdp2-ep2", {}),
         slow("dp2-ep2", {"accumulate_grad_batches": 2}),
-        ("ep2-pp2", {}),
+        slow("ep2-pp2", {}),
         slow("ep2-pp2", {"strategy_options": {"schedule": "ZBVZeroBubble"}}),
         slow("ep2-tp2", {}),
     ],

@@ -57,6 +57,7 @@ def test_trainers_one_after_another(tmp_path: Path) -> None:
     _check(_results(tmp_path, code, output), times=2)
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     code, output = _run(*TORCHRUN, str(SCRIPT), "--layout", "tp2", "--times", "2", "--out", str(tmp_path))
     _check(_results(tmp_path, code, output), times=2)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tests.distributed.contract.jobs import make_trainer, start
 from tests.distributed.contract.layouts import TWO, assert_equal
 from tests.harness import RankGroup
-from tests.pairwise import alternating, quick
+from tests.pairwise import in_turn, quick
 
 WIDTH, BATCH = 64, 64
 SMALL = 1024
@@ -152,14 +152,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-USUAL = ["no logs", "two values", "five values, on epochs too"]
-"""Logs as most write them: under each layout in the tests that run always."""
-
-
-@pytest.mark.parametrize(
-    ("layout", "case"),
-    quick(itertools.product(TWO, CASES), *itertools.product(TWO, USUAL), *alternating(TWO, CASES)),
-)
+@pytest.mark.parametrize(("layout", "case"), quick(itertools.product(TWO, CASES), *in_turn(TWO, CASES)))
 def test_a_step_has_one_read_and_one_small_collective(ranks2: RankGroup, layout: str, case: str) -> None:
     of_one_process = costs(None, *CASES[case])  # Lightning reads what is in the progress bar
     limit = 2 if layout == "pp2" else 1
@@ -168,7 +161,7 @@ def test_a_step_has_one_read_and_one_small_collective(ranks2: RankGroup, layout:
         assert found["collectives"] <= limit
 
 
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2"])
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "fsdp2"))
 def test_values_logged_together_in_a_hook_cost_one_read_and_one_collective(ranks2: RankGroup, layout: str) -> None:
     of_one_process = costs(None, {}, {}, InHook)
     for found in ranks2.call(costs, layout, {}, {}, InHook):
@@ -247,7 +240,10 @@ def readings(layout: str | None, case: str) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [(case, layout) for case in READERS for layout in TWO if case != "manual optimization" or layout != "pp2"],
+    quick(
+        [(case, layout) for case in READERS for layout in TWO if case != "manual optimization" or layout != "pp2"],
+        *in_turn(READERS, TWO),
+    ),
 )
 def test_hooks_read_the_logs_of_their_step(ranks2: RankGroup, layout: str, case: str) -> None:
     expected = readings(None, case)

@@ -65,8 +65,10 @@ def run(layout: str, write: str | None = None, kind: str = "Classifier", **optio
 
 FIRST = [
     pytest.param("pp2", {"schedule": "GPipe", "microbatches": 2}, id="pp2"),
-    pytest.param("tp2", {"tensor_plan": {"blocks.0": "replicate", "head": "colwise_gather"}}, id="tp2"),
-    pytest.param("ep2", {"kind": "Mixture"}, id="ep2"),
+    pytest.param(
+        "tp2", {"tensor_plan": {"blocks.0": "replicate", "head": "colwise_gather"}}, id="tp2", marks=pytest.mark.slow
+    ),
+    pytest.param("ep2", {"kind": "Mixture"}, id="ep2", marks=pytest.mark.slow),
     pytest.param("fsdp2", {"recompute": "full", "gradient_sync": "bf16"}, id="fsdp2"),
 ]
 

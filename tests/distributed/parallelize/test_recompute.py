@@ -24,7 +24,6 @@ FEATURE = "activation checkpointing, `recompute=`"
         ("fsdp2", "full"),
         ("tp2", "selective"),
         ("pp2", "full"),
-        ("pp2", "selective"),
     ),
 )
 def test_with_dropout(request: pytest.FixtureRequest, layout: str, how: str) -> None:
@@ -39,7 +38,7 @@ def test_with_dropout(request: pytest.FixtureRequest, layout: str, how: str) -> 
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("how", quick(["selective", "full"], "selective"))
 @pytest.mark.parametrize("layout", quick(["ep2", "fsdp2-ep2", "ep2-pp2", "ep2-tp2"], "ep2"))
 def test_with_experts(request: pytest.FixtureRequest, layout: str, how: str) -> None:
     ranks: RankGroup = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")

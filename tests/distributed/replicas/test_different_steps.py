@@ -78,7 +78,6 @@ def test_a_step_equals_one_process(ranks2: RankGroup, name: str, feature: str, l
             for n in ("WithInit", "Contrastive", "StopsInStep", "Clipped")
             for layout in ("tp2", "pp2")
         ],
-        ("Contrastive", EXACT["Contrastive"], "tp2"),
         ("Contrastive", EXACT["Contrastive"], "pp2"),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning_hybrid.spec.gradient_sync import GradientSync
 from tests.distributed.replicas import sync_jobs as jobs
 from tests.harness import RankError, RankGroup
+from tests.pairwise import quick
 
 FEATURE = "`gradient_sync=`"
 
@@ -29,10 +31,13 @@ def test_sums(ranks4: RankGroup, kind: str, bound: float, elements: int) -> None
 
 @pytest.mark.feature(FEATURE)
 @pytest.mark.parametrize(
-    "layout",
-    ["dp2", "fsdp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dp2-pp2", "fsdp2-pp2", "dp2-tp2"))],
+    ("kind", "layout"),
+    quick(
+        itertools.product(["bf16", "bf16_fp32acc"], ["dp2", "fsdp2", "dp2-pp2", "fsdp2-pp2", "dp2-tp2"]),
+        ("bf16", "dp2"),
+        ("bf16_fp32acc", "fsdp2"),
+    ),
 )
-@pytest.mark.parametrize("kind", ["bf16", "bf16_fp32acc"])
 def test_gradients_in_bfloat16(request: pytest.FixtureRequest, layout: str, kind: str) -> None:
     """Half of the bytes; the gradient of the first step is that of the exact way up to the rounding of bfloat16."""
     ranks = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
@@ -45,7 +50,7 @@ def test_gradients_in_bfloat16(request: pytest.FixtureRequest, layout: str, kind
 
 
 @pytest.mark.feature(FEATURE)
-@pytest.mark.parametrize("layout", ["dp4", "dp2-pp2"])
+@pytest.mark.parametrize("layout", quick(["dp4", "dp2-pp2"], "dp4"))
 def test_hierarchical_is_exact(ranks4: RankGroup, layout: str) -> None:
     found = ranks4.call(jobs.train, layout, GradientSync(kind="hierarchical", inner=2))[0]
     expected = ranks4.call(jobs.train, layout)[0]

@@ -20,7 +20,7 @@ from lightning_hybrid.reshard import exchange
 from tests.distributed.jobs import Classifier, Numbers, quiet, trainer_for, weights
 from tests.distributed.reshard.relayout_jobs import whole_state
 from tests.harness import RankGroup
-from tests.pairwise import quick, slow
+from tests.pairwise import quick
 from tests.snapshot import Snapshot
 
 STEPS, AT = 8, 3
@@ -165,7 +165,10 @@ TEXTS = {
     "configure_optimizers": "no room in configure_optimizers",
 }
 PAIRS = [(layout, fault) for layout in ("dp2", "fsdp2") for fault in TEXTS if (layout, fault) != ("dp2", "later round")]
-OFTEN = [(layout, fault) for layout, fault in PAIRS if layout == "fsdp2" or fault in ("cuts", "edit on one rank")]
+OFTEN = [
+    *(("fsdp2", fault) for fault in ("cuts", "edit", "later round")),
+    *(("dp2", fault) for fault in ("edit on one rank", "other groups")),
+]
 """From dp2 every rank has all that it needs, in one round."""
 
 
@@ -198,7 +201,8 @@ def test_the_old_layout_is_in_force(
         assert torch.equal(found[0]["weights"][name], weight), name
 
 
-@pytest.mark.parametrize("fault", [slow("edit"), "first round"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["edit", "first round"])
 def test_a_later_change_succeeds(ranks2: RankGroup, tmp_path: Path, fault: str) -> None:
     expected = ranks2.call(train, "dp2", "pp2", "", str(tmp_path / "plain"), True)[0]
     found = ranks2.call(train, "dp2", "pp2", fault, str(tmp_path / "failed"), True, timeout_seconds=20)[0]

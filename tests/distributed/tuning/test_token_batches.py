@@ -27,7 +27,7 @@ def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     ("layout", "replicas", "accumulate"),
     [
         ("dp2", 2, 2),
-        ("fsdp2", 2, 3),
+        slow("fsdp2", 2, 3),
         slow("tp2", 1, 3),
         ("pp2", 1, 2),
         slow("fsdp2-pp2", 2, 2),
@@ -53,7 +53,8 @@ def test_a_mean_over_samples_is_weighted_by_tokens_with_a_warning(ranks2: RankGr
         ranks2.call(jobs.train, "dp2", over="samples")
 
 
-@pytest.mark.parametrize("workers", [0, slow(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_accumulation_and_replicas_are_the_same(ranks2: RankGroup, workers: int) -> None:
     """Shuffled, with another order in each epoch."""
     one = ranks2.call(jobs.train, "tp2", accumulate_grad_batches=2, max_epochs=2)[0]
@@ -72,8 +73,9 @@ def test_resumed_in_mid_epoch(ranks2: RankGroup, layout: str, tmp_path: Path) ->
         assert torch.equal(resumed["weights"][name], weight)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("`AdaptiveBatchSize(memory=...)` with a token budget")
-@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2", "pp2"], "pp2"))
+@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "pp2"])
 def test_budget_that_fits_on_all_ranks(ranks2: RankGroup, layout: str) -> None:
     """Rank 1 has room for 200 tokens at once, so under `pp` a batch of two microbatches may have 400."""
     options: dict[str, Any] = {"adaptive": {"memory": "device", "statistics": None}, "fits": {0: 500, 1: 200}}
@@ -89,6 +91,7 @@ def test_budget_that_fits_on_all_ranks(ranks2: RankGroup, layout: str) -> None:
         assert 0.75 * expected < max(sizes) <= expected
 
 
+@pytest.mark.slow
 def test_budget_is_limited_by_the_batch(ranks2: RankGroup) -> None:
     adaptive = {"memory": "device", "statistics": None, "max_batch_size": 4 * 160}
     budgets = ranks2.call(jobs.train, "dp2", adaptive=adaptive, accumulate_grad_batches=2)[0]["budgets"]
@@ -100,12 +103,15 @@ def test_budget_is_in_the_checkpoint(ranks2: RankGroup, tmp_path: Path) -> None:
     options: dict[str, Any] = {"adaptive": {"memory": "device", "statistics": None}, "max_epochs": 3}
     whole = ranks2.call(jobs.train, "dp2", save=path, save_at=3, fits={0: 300, 1: 200}, **options)[0]
     resumed = ranks2.call(jobs.train, "dp2", ckpt_path=path, fits={0: 900, 1: 900}, **options)[0]
+    longest = max(jobs.Sequences().lengths)
+    assert whole["budgets"][0] == 200 // longest * longest, "what fits on rank 1"
     assert resumed["budgets"] == whole["budgets"][1:]
     assert resumed["shapes"] == whole["shapes"][3:]
     for name, weight in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], weight)
 
 
+@pytest.mark.slow
 def test_memory_that_is_short_halves_the_next_epochs_budget(ranks2: RankGroup) -> None:
     adaptive = {"memory": "device", "statistics": None, "max_batch_size": 320}
     result = ranks2.call(jobs.train, "dp2", adaptive=adaptive, max_epochs=3, short_of_memory_at=(2, 3))[0]
@@ -113,7 +119,7 @@ def test_memory_that_is_short_halves_the_next_epochs_budget(ranks2: RankGroup) -
 
 
 @pytest.mark.feature("`LoadRebalancing(lengths=...)`")
-@pytest.mark.parametrize("layout", ["dp2", "pp2", *(slow(x) for x in ("fsdp2", "dp2-pp2"))])
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "pp2", "dp2-pp2"], "pp2"))
 def test_samples_are_divided_by_their_lengths(request: pytest.FixtureRequest, layout: str) -> None:
     """The loss is the mean over tokens of a batch whose last part is not full; replicas have equally much to do."""
     ranks = request.getfixturevalue("ranks4" if "-" in layout else "ranks2")
