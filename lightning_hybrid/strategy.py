@@ -362,7 +362,7 @@ class HybridStrategy(StrategyOfEither):
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         try:
-            with patched(self.engine.run, in_step=0):
+            with self.engine.outside_hooks(), patched(self.engine.run, in_step=0):
                 return self.engine.optimizers.step(super().optimizer_step, optimizer, closure, model, **kwargs)
         finally:
             self._left_out = False

@@ -8,8 +8,8 @@ optimizer and checkpoints have the old one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from functools import wraps
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -20,29 +20,20 @@ from lightning_hybrid._lightning_private import is_overridden, twins, users_call
 from lightning_hybrid._torch_private import location_of, own_modules, own_parameters
 from lightning_hybrid.compat.divided_weights import as_of_whole_weights
 from lightning_hybrid.engine.engine import Engine
+from lightning_hybrid.engine.hook_view import HookView
 from lightning_hybrid.ghosts.ghost import GhostReadError, GhostWriteError
 from lightning_hybrid.ghosts.parameters import Place
 from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import PartitionError
 
-_HOOKS = (
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "configure_gradient_clipping",
-    "on_train_start",
-    "on_train_end",
-    "on_train_epoch_start",
-    "on_train_epoch_end",
-    "on_validation_start",
-    "on_validation_end",
-    "on_validation_epoch_start",
-    "on_validation_epoch_end",
-    "on_validation_batch_end",
-)
+_LEFT_OUT = {"on_exception", "on_load_checkpoint", "on_before_batch_transfer", "on_after_batch_transfer"}
+"""A run that has failed reports its own error, checkpoints are loaded first, and batches belong to loaders."""
+_HOOKS = {"configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step"} | {
+    name
+    for parent in (pl.LightningModule, pl.Callback)
+    for name in dir(parent)
+    if name.startswith("on_") and callable(getattr(parent, name)) and name not in _LEFT_OUT
+}
 _ADAPTED = twins(WeightAveraging)
 """Callbacks that are adapted elsewhere (`compat.averaging`), with classes derived from them."""
 
@@ -65,7 +56,7 @@ def patched_hooks(engine: Engine) -> AbstractContextManager:
     users = [c for c in users_callbacks(engine.run.trainer) if not isinstance(c, _ADAPTED)]
     for owner in [engine.root, *users]:
         parent: Any = pl.LightningModule if owner is engine.root else pl.Callback
-        for name in _HOOKS:
+        for name in sorted(_HOOKS):
             if hasattr(parent, name) and name not in owner.__dict__ and is_overridden(name, owner):
                 stack.enter_context(
                     patched(owner, **{name: _seeing_all(getattr(owner, name), engine, children, ended)})
@@ -90,29 +81,39 @@ def _seeing_all(
         if hook.__name__ != "on_before_backward":  # `fsdp` may have weights gathered, of evaluation
             engine.partition.reshard()
         before = parameters.registered()
-        with as_of_whole_weights(engine.partition):
-            out = of_all_stages(*args, **kwargs) if layout.pp > 1 else hook(*args, **kwargs)
+        view = HookView(partial(_whole_model, engine))
+        try:
+            with patched(engine, hook_view=view), view:
+                out = hook(*args, **kwargs)
+        except RuntimeError as error:
+            needs_others = isinstance(error, GhostReadError | GhostWriteError) or "pipeline stage" in str(error)
+            if layout.pp == 1 or error is view.error_of_step or not needs_others:
+                raise  # `load_state_dict` puts errors into another one
+            text = " ".join(str(error).splitlines()[:2])
+            raise PartitionError(
+                f"`layout='{layout}'` divides the weights into pipeline stages, and a hook needs one of another "
+                f"stage: {text} Use `torch.nn.utils.clip_grad_norm_` or `gradient_clip_val` to clip, "
+                "`strategy.gradient_norms()` and `strategy.full_state_dict()` for norms and weights, or a layout "
+                f"without `pp`, such as '{layout.moved('pp', 'dp')}'."
+            ) from error
         if not ended:  # else the hook has changed the layout
             _refuse_replacements(engine, hook, before, children)
         return out
 
-    def of_all_stages(*args: Any, **kwargs: Any) -> Any:
-        gradients = any(p.grad is not None for p in parameters.local().values())
-        with parameters.all_visible(), patched(parameters.observer, gradients=gradients, reworded=True):
-            try:
-                return hook(*args, **kwargs)
-            except RuntimeError as error:
-                if not isinstance(error, GhostReadError | GhostWriteError) and "pipeline stage" not in str(error):
-                    raise  # `load_state_dict` puts errors into another one
-                text = " ".join(str(error).splitlines()[:2])
-                raise PartitionError(
-                    f"`layout='{layout}'` divides the weights into pipeline stages, and a hook needs one of another "
-                    f"stage: {text} Use `torch.nn.utils.clip_grad_norm_` or `gradient_clip_val` to clip, "
-                    "`strategy.gradient_norms()` and `strategy.full_state_dict()` for norms and weights, or a layout "
-                    f"without `pp`, such as '{layout.moved('pp', 'dp')}'."
-                ) from error
-
     return run
+
+
+@contextmanager
+def _whole_model(engine: Engine) -> Iterator[None]:
+    """Shows parameters of all stages, and lets code draw random numbers for divided ones."""
+    parameters = engine.partition.parameters
+    with ExitStack() as stack:
+        stack.enter_context(as_of_whole_weights(engine.partition))
+        if engine.plan.layout.pp > 1:
+            gradients = any(p.grad is not None for p in parameters.local().values())
+            stack.enter_context(parameters.all_visible())
+            stack.enter_context(patched(parameters.observer, gradients=gradients, reworded=True))
+        yield
 
 
 def _refuse_replacements(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_hybrid._lightning_private import is_overridden
 from lightning_hybrid._torch_private import whole_scalars
 from lightning_hybrid.engine.first_batch import Sample
+from lightning_hybrid.engine.hook_view import HookView
 from lightning_hybrid.engine.optimizer import OptimizerWrapper
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.engine.step import StepRunner
@@ -25,6 +26,7 @@ from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.plan import check_precision, check_trainer, make_partition
 from lightning_hybrid.parallelize.whole import Refusals, WholeModule, needs_whole_weights
+from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.diloco import DiLoCo
 from lightning_hybrid.replicas.reducer import seen_after_backward
 from lightning_hybrid.rng.step import StepRNG
@@ -76,6 +78,8 @@ class Engine:
         self.metrics.in_step = lambda: run.in_step > 0
         partition.alone = lambda: self.runner.predicts
         partition.on_remove = self.runner.gradients.release
+        self.hook_view: HookView | None = None
+        """Of the hook of the user that runs at present."""
         self.whole = WholeModule(partition)
         self.refusals = Refusals(self.root, partition.plan.layout)
         self.is_running = self.is_removed = False
@@ -153,6 +157,13 @@ class Engine:
         """Removes all patches; the module stays partitioned."""
         self.patches.close()
         self.is_running = False
+
+    @contextmanager
+    def outside_hooks(self) -> Iterator[None]:
+        """Runs a step as if no hook of the user had called it."""
+        view = self.hook_view
+        with nullcontext() if view is None else view.left(), patched(self, hook_view=None):
+            yield
 
     # ---- the module between runs
 

@@ -1,0 +1,39 @@
+"""What a hook of the user sees in place of this rank's part, apart from the steps that run within the hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+
+class HookView:
+    """A context that a hook runs in, and that is left while a step runs within the hook, as in `optimizer_step`.
+
+    Args:
+        make: Returns the context.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager]) -> None:
+        self._make = make
+        self._entered = ExitStack()
+        self.error_of_step: BaseException | None = None
+        """What a step within the hook has raised."""
+
+    def __enter__(self) -> None:
+        self._entered.enter_context(self._make())
+
+    def __exit__(self, *_: Any) -> None:
+        self._entered.close()
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """Leaves the context, and enters it again afterwards."""
+        self._entered.close()
+        try:
+            yield
+        except BaseException as error:
+            self.error_of_step = error
+            raise
+        finally:
+            self._entered.enter_context(self._make())
