@@ -131,7 +131,7 @@ def test_pipeline_of_other_microbatches(ranks2: RankGroup, schedule: str) -> Non
 @pytest.mark.feature(FEATURE)
 @pytest.mark.parametrize("layout", ["dp2", *map(slow, ("fsdp2", "tp2", "pp2", "fsdp2-pp2"))])
 def test_run_is_that_of_a_plain_loop(request: pytest.FixtureRequest, layout: str) -> None:
-    found = group_of(request, layout).call(jobs.adapt, layout, samples=3200)
+    found = group_of(request, layout).call(jobs.adapt, layout, samples=3200, timeout_seconds=150)
     assert len(found[0]["events"]) >= 2
     for result in found[1:]:
         assert result["events"] == found[0]["events"]
