@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -9,11 +11,15 @@ from torch.utils.data import DataLoader
 from lightning_hybrid import verify
 from lightning_hybrid.cli import main
 from tests.distributed.jobs import Classifier, Numbers
+from tests.harness import fork_server
 
 SMALL = ["--model.init_args.transformer.width=32", "--model.init_args.transformer.blocks=2"]
 
 
-def test_layouts_are_compared_with_one_process() -> None:
+def test_layouts_are_compared_with_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processes that have imported the modules; the slow tests start new ones, as a user does."""
+    warm = fork_server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: warm)
     torch.manual_seed(7)
     module = Classifier()
     before = {name: value.clone() for name, value in module.state_dict().items()}
