@@ -481,7 +481,8 @@ class HybridStrategy(StrategyOfEither):
             PartitionError: On all ranks, if the change is refused or fails; training is in the old layout then.
         """
         wanted = self.request.changed(layout, **options)
-        return relayout(self.engine, wanted, self.optimizers, self.listeners, self._use, edit)
+        with self.engine.outside_hooks():
+            return relayout(self.engine, wanted, self.optimizers, self.listeners, self._use, edit)
 
     # ---- end
 

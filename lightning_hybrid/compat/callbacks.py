@@ -6,15 +6,15 @@ freezes, or adds to an optimizer, are recorded; afterwards each optimizer has th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary
 
-from lightning_hybrid._lightning_private import parameters_compared_by_identity, plain_optimizer, twins
+from lightning_hybrid._lightning_private import twins
+from lightning_hybrid.compat.whole_model import optimizers_complete
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.patching import patched
 
@@ -60,26 +60,3 @@ def _patched_finetuning(callback: BaseFinetuning, engine: Engine) -> AbstractCon
             kind.on_fit_start(callback, trainer, engine.root)
 
     return patched(callback, on_train_epoch_start=on_train_epoch_start, load_state_dict=load_state_dict)
-
-
-@contextmanager
-def optimizers_complete(engine: Engine, trainer: pl.Trainer) -> Iterator[None]:
-    """Gives the module and its optimizers all parameters in the context; freezing and additions persist."""
-    engine.partition.reshard()
-    parameters = engine.partition.parameters
-    with parameters.all_visible() as ghosts, parameters_compared_by_identity():
-        optimizers = [plain_optimizer(o) for o in trainer.optimizers]
-        for optimizer in optimizers:
-            for group, names in zip(optimizer.param_groups, engine.optimizers.names_in(optimizer), strict=True):
-                group["params"] = [parameters.visible(n) for n in names]
-        try:
-            yield
-        finally:
-            named = {id(parameters.visible(n)): n for n in parameters.names}
-            for optimizer in optimizers:
-                groups = optimizer.param_groups
-                engine.optimizers.names[id(optimizer)] = [[named[id(p)] for p in group["params"]] for group in groups]
-                for group in groups:
-                    group["params"] = [p for p in group["params"] if id(p) not in ghosts]
-            for name in parameters.names:
-                parameters.requires_grad[name] = parameters.visible(name).requires_grad

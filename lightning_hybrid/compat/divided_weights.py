@@ -1,45 +1,137 @@
-"""Lets hooks of the user draw random numbers into divided weights and replace their data, as on one process.
+"""Lets hooks of the user read and change divided weights as on one process.
 
 torch fills a DTensor with numbers that each rank draws for its part alone, so parts of a weight would be alike. It sets
 `.data` of a DTensor without effect. Here every rank draws the numbers of the whole weight and takes its part, since the
 generators of ranks are equal between steps. For weights of other pipeline stages, it draws the numbers and drops them.
+
+A DTensor has its parts in the order of the ranks. Where the user's order is another one (queries, keys and values in
+one weight; experts that were moved), sums and operators on each element are those of one process, `full_tensor()`
+returns the user's order, and what depends on the position of an element is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from lightning_hybrid._torch_private import DispatchMode, storage_key, user_location
-from lightning_hybrid.collectives import to_local
+from lightning_hybrid._torch_private import DispatchMode, local_part, storage_key, user_location
+from lightning_hybrid.collectives import to_full
+from lightning_hybrid.compat.expert_weights import ExpertWeights
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.placement import index_of, selected
 from lightning_hybrid.spec.errors import PartitionError
-from lightning_hybrid.spec.tensor_index import whole_index
+from lightning_hybrid.spec.tensor_index import Index, whole_index
 
 _aten = torch.ops.aten
 _VALUES_USED = {_aten.bernoulli, _aten.native_dropout, _aten.multinomial}
 """Random operators whose results depend on the values of their first argument."""
+_BY_ELEMENT = {
+    *("detach", "alias", "clone", "_to_copy", "copy_", "fill_", "zero_", "lift_fresh", "zeros_like", "ones_like"),
+    *("full_like", "empty_like", "rand_like", "randn_like", "normal_", "uniform_", "bernoulli_"),
+}
+"""Operators on each element that torch does not tag as such."""
+_OF_ALL_ELEMENTS = {
+    *("sum", "mean", "prod", "norm", "linalg_vector_norm", "_foreach_norm", "max", "min", "amax", "amin", "std", "var"),
+    *("any", "all", "count_nonzero", "equal", "_local_scalar_dense"),
+}
+"""Operators whose results do not depend on the order of the elements, if they are of all elements."""
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-@contextmanager
-def as_of_whole_weights(partition: Partition) -> Iterator[None]:
-    """Runs code of the user that may draw random numbers for divided weights and gradients, or set their data."""
-    layout = partition.plan.layout
-    if layout.devices == layout.dp:
-        yield
-        return
-    with ExitStack() as stack:
-        stack.enter_context(_SetData())
-        stack.enter_context(_Draws(partition))
-        yield
+class _Moved(NamedTuple):
+    """What is laid out like a weight whose elements are in another order than the user's."""
+
+    storage: StorageWeakRef
+    name: str
+    """Of the weight."""
+
+
+class DividedWeights:
+    """The weights of this rank of which other ranks have parts.
+
+    Args:
+        partition: The applied partition.
+    """
+
+    def __init__(self, partition: Partition) -> None:
+        self.partition, self.layout = partition, partition.plan.layout
+        self.experts = ExpertWeights(partition)
+        self.shapes: dict[str, torch.Size] = {}
+        """Shapes of the whole weights."""
+        self.indices: dict[str, Index] = {}
+        self.moved: set[str] = set()
+        """Weights whose elements are in another order than the user's."""
+        self._laid_out: dict[tuple[int, int], _Moved] = {}
+        for name in partition.parameters.local() if self.layout.devices > self.layout.dp else ():
+            shape, index = partition.shape_of(name), index_of(partition, name)
+            if index != whole_index(shape):
+                self.shapes[name], self.indices[name] = shape, index
+                tensor, experts = partition.plan.sharded_over_tp(name), partition.expert_plan_of(name)
+                in_order = (tensor is None or tensor.order is None) and (
+                    experts is None or (experts.order is None and self.layout.fsdp == 1)
+                )
+                self.moved |= set() if in_order else {name}
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Runs code of the user that may compute with divided weights and gradients, or set their data."""
+        if self.layout.devices == self.layout.dp:
+            yield
+            return
+        for name in self.moved:
+            parameter = self.partition.parameters[name]
+            for tensor in (parameter, parameter.grad):
+                if tensor is not None:
+                    self.mark(tensor, name)
+        with ExitStack() as stack:
+            stack.enter_context(self._full_tensors())
+            stack.enter_context(_SetData())
+            stack.enter_context(_OfWholeWeights(self))
+            yield
+
+    def mark(self, tensor: Tensor, name: str) -> None:
+        """Notes that `tensor` is laid out like the weight `name`, as long as its memory exists."""
+        if name in self.moved:
+            local = local_part(tensor.detach())
+            self._laid_out[_memory(local)] = _Moved(StorageWeakRef(local.untyped_storage()), name)
+
+    def moved_as(self, tensor: Tensor) -> str | None:
+        """Returns the weight that `tensor` is laid out like, if its elements are in another order than the user's."""
+        known = self._laid_out.get(_memory(local_part(tensor)))
+        return None if known is None or known.storage.expired() else known.name
+
+    @contextmanager
+    def _full_tensors(self) -> Iterator[None]:
+        """Makes `DTensor.full_tensor` return the user's order."""
+        original = DTensor.full_tensor
+
+        def full_tensor(tensor: DTensor, **options: Any) -> Tensor:
+            name = self.moved_as(tensor.detach()) if isinstance(tensor, DTensor) else None
+            if name is None:
+                return original(tensor, **options)
+            DTensor.full_tensor = original  # type: ignore[method-assign]
+            try:
+                part = self.experts.like_part(name, tensor.detach()) if name in self.experts.shapes else tensor.detach()
+                if self.partition.experts is not None and name in self.experts.shapes:
+                    return self.partition.experts.gathered(name, to_full(part))
+                return self.partition.gathered(name, part)
+            finally:
+                DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
+
+        DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            DTensor.full_tensor = original  # type: ignore[method-assign]
 
 
 class _SetData(TorchFunctionMode):
@@ -52,26 +144,63 @@ class _SetData(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-
-
-class _Draws(DispatchMode):
-    """Draws random numbers for whole weights.
+class _OfWholeWeights(DispatchMode):
+    """Draws random numbers for whole weights, and refuses what depends on an order that is not the user's.
 
     Args:
-        partition: The applied partition.
+        weights: The divided weights.
     """
 
-    def __init__(self, partition: Partition) -> None:
+    def __init__(self, weights: DividedWeights) -> None:
         super().__init__()
-        self._partition = partition
+        self._weights = weights
         self._names: dict[tuple, str] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        given = args[0] if args else None
-        if torch.Tag.nondeterministic_seeded not in func.tags or not isinstance(given, Tensor):
-            return func(*args, **kwargs)
+        order = self._order(func, args, kwargs) if self._weights.moved else None
+        if torch.Tag.nondeterministic_seeded in func.tags and args and isinstance(args[0], Tensor):
+            out = self._drawn(func, args[0], args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        if order is not None:
+            tensors = [t for t in tree_leaves(out) if isinstance(t, DTensor) and t.numel() > 1]
+            if tensors and func.overloadpacket.__name__ in _OF_ALL_ELEMENTS:
+                raise self._refused(func, order)
+            for tensor in tensors:
+                self._weights.mark(tensor, order)
+        return out
+
+    def _order(self, func: Any, args: tuple, kwargs: dict) -> str | None:
+        """Returns the weight whose order the arguments have, if it is not the user's.
+
+        Raises:
+            PartitionError: If the operator depends on positions, or has arguments of several orders.
+        """
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, Ghost)]
+        found = [self._weights.moved_as(t) if isinstance(t, DTensor) else None for t in tensors]
+        order = next((name for name in found if name is not None), None)
+        if order is None:
+            return None
+        by_element = (
+            torch.Tag.pointwise in func.tags
+            or func.overloadpacket.__name__ in _BY_ELEMENT
+            or func.overloadpacket.__name__.startswith("_foreach_")
+        )
+        mixed = any(name is None and t.numel() > 1 for name, t in zip(found, tensors, strict=True))
+        if mixed or not (by_element or func.overloadpacket.__name__ in _OF_ALL_ELEMENTS):
+            raise self._refused(func, order)
+        return order
+
+    def _refused(self, func: Any, name: str) -> PartitionError:
+        return PartitionError(
+            f"`layout='{self._weights.layout}'`: {user_location()} computes with elements of `{name}` by their "
+            f"position (`{func}`), and ranks have its elements in another order. Use `parameter.full_tensor()`, which "
+            "returns the whole in the order of the model on every rank, or change weights in `with "
+            "self.trainer.strategy.whole(self):`."
+        )
+
+    def _drawn(self, func: Any, given: Tensor, args: tuple, kwargs: dict) -> Any:
         if isinstance(given, Ghost):
             func(torch.empty(given.shape, dtype=given.dtype, device=given.device), *args[1:], **kwargs)
             return func(*args, **kwargs)
@@ -80,37 +209,37 @@ class _Draws(DispatchMode):
             return func(*args, **kwargs)
         if name is None or func.overloadpacket in _VALUES_USED:
             raise PartitionError(
-                f"`layout='{self._partition.plan.layout}'`: {user_location()} draws random numbers (`{func}`) for a "
+                f"`layout='{self._weights.layout}'`: {user_location()} draws random numbers (`{func}`) for a "
                 f"tensor of shape {tuple(given.shape)} of which each rank has a part. Draw them for a weight or its "
                 "gradient itself, such as `torch.randn_like(weight)`, or change the weights in "
                 "`with self.trainer.strategy.whole(self):`, where every rank has them whole."
             )
         drawn = func(
-            torch.empty(tuple(self._partition.shape_of(name)), dtype=given.dtype, device=given.device),
-            *args[1:],
-            **kwargs,
+            torch.empty(tuple(self._weights.shapes[name]), dtype=given.dtype, device=given.device), *args[1:], **kwargs
         )
-        part = selected(drawn, index_of(self._partition, name))
         target = given if _writes(func) else torch.empty_like(given, dtype=drawn.dtype)
-        to_local(target).copy_(part)
+        local_part(target).copy_(selected(drawn, self._weights.indices[name]))
         return target
 
     def _divided(self) -> dict[tuple, str]:
         """Returns the names of divided weights by the memory of this rank's part, and of its gradient."""
         if self._names is None:
             self._names = {}
-            for name, parameter in self._partition.parameters.local().items():
-                if index_of(self._partition, name) != whole_index(self._partition.shape_of(name)):
-                    for tensor in (parameter, parameter.grad):
-                        if tensor is not None:
-                            self._names[_place_of(tensor.detach())] = name
+            parameters = self._weights.partition.parameters
+            for name in self._weights.shapes:
+                for tensor in (parameters.visible(name), parameters.visible(name).grad):
+                    if tensor is not None:
+                        self._names[_place_of(tensor.detach())] = name
         return self._names
 
 
 def _place_of(tensor: Tensor) -> tuple:
     """Returns what views of the same elements have in common; gradients of `fsdp` share their memory."""
-    local = to_local(tensor)
-    return storage_key(local), local.storage_offset(), tuple(tensor.shape)
+    return *_memory(local_part(tensor)), tuple(tensor.shape)
+
+
+def _memory(local: Tensor) -> tuple[int, int]:
+    return storage_key(local), int(local.storage_offset())
 
 
 def _writes(func: Any) -> bool:

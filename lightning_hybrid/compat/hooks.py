@@ -8,7 +8,7 @@ optimizer and checkpoints have the old one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from torch import nn
 
 from lightning_hybrid._lightning_private import is_overridden, twins, users_callbacks
 from lightning_hybrid._torch_private import location_of, own_modules, own_parameters
-from lightning_hybrid.compat.divided_weights import as_of_whole_weights
+from lightning_hybrid.compat.divided_weights import DividedWeights
+from lightning_hybrid.compat.whole_model import whole_model
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.hook_view import HookView
 from lightning_hybrid.ghosts.ghost import GhostReadError, GhostWriteError
@@ -50,7 +51,7 @@ class _Child(NamedTuple):
 def patched_hooks(engine: Engine) -> AbstractContextManager:
     """Patches the user's hooks to see whole parameters; closing the returned context removes the patches."""
     stack = ExitStack()
-    children = list(_children_with_parameters(engine.root))
+    children, weights = list(_children_with_parameters(engine.root)), DividedWeights(engine.partition)
     ended: list[bool] = []
     stack.callback(ended.append, True)
     users = [c for c in users_callbacks(engine.run.trainer) if not isinstance(c, _ADAPTED)]
@@ -59,7 +60,7 @@ def patched_hooks(engine: Engine) -> AbstractContextManager:
         for name in sorted(_HOOKS):
             if hasattr(parent, name) and name not in owner.__dict__ and is_overridden(name, owner):
                 stack.enter_context(
-                    patched(owner, **{name: _seeing_all(getattr(owner, name), engine, children, ended)})
+                    patched(owner, **{name: _seeing_all(getattr(owner, name), engine, weights, children, ended)})
                 )
     return stack
 
@@ -72,7 +73,11 @@ def _children_with_parameters(root: nn.Module) -> Iterator[_Child]:
 
 
 def _seeing_all(
-    hook: Callable[..., Any], engine: Engine, children: Sequence[_Child], ended: Sequence[bool]
+    hook: Callable[..., Any],
+    engine: Engine,
+    weights: DividedWeights,
+    children: Sequence[_Child],
+    ended: Sequence[bool],
 ) -> Callable[..., Any]:
     parameters, layout = engine.partition.parameters, engine.plan.layout
 
@@ -81,7 +86,7 @@ def _seeing_all(
         if hook.__name__ != "on_before_backward":  # `fsdp` may have weights gathered, of evaluation
             engine.partition.reshard()
         before = parameters.registered()
-        view = HookView(partial(_whole_model, engine))
+        view = HookView(partial(whole_model, engine, weights), lambda: bool(ended))
         try:
             with patched(engine, hook_view=view), view:
                 out = hook(*args, **kwargs)
@@ -101,19 +106,6 @@ def _seeing_all(
         return out
 
     return run
-
-
-@contextmanager
-def _whole_model(engine: Engine) -> Iterator[None]:
-    """Shows parameters of all stages, and lets code draw random numbers for divided ones."""
-    parameters = engine.partition.parameters
-    with ExitStack() as stack:
-        stack.enter_context(as_of_whole_weights(engine.partition))
-        if engine.plan.layout.pp > 1:
-            gradients = any(p.grad is not None for p in parameters.local().values())
-            stack.enter_context(parameters.all_visible())
-            stack.enter_context(patched(parameters.observer, gradients=gradients, reworded=True))
-        yield
 
 
 def _refuse_replacements(

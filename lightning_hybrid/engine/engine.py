@@ -160,7 +160,7 @@ class Engine:
 
     @contextmanager
     def outside_hooks(self) -> Iterator[None]:
-        """Runs a step as if no hook of the user had called it."""
+        """Runs a step, or code of this package, as if no hook of the user had called it."""
         view = self.hook_view
         with nullcontext() if view is None else view.left(), patched(self, hook_view=None):
             yield
@@ -209,7 +209,7 @@ class Engine:
     @contextmanager
     def divided(self) -> Iterator[None]:
         """Divides the weights of a shown module, and lifts refusals, for the duration of the context."""
-        with self.refusals.lifted(), self.whole.divided(self.device):
+        with self.outside_hooks(), self.refusals.lifted(), self.whole.divided(self.device):
             yield
 
     @contextmanager
@@ -222,6 +222,10 @@ class Engine:
         if self.whole.is_shown or not self.divides_weights:
             yield
             return
+        with self.outside_hooks():
+            yield from self._shown_whole()
+
+    def _shown_whole(self) -> Iterator[None]:
         if self.is_running:
             self.partition.pause()
             self.runner.gradients.release()

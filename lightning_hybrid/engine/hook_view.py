@@ -12,10 +12,11 @@ class HookView:
 
     Args:
         make: Returns the context.
+        ended: Returns True if the context is not to be entered again, since the layout is another one.
     """
 
-    def __init__(self, make: Callable[[], AbstractContextManager]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], AbstractContextManager], ended: Callable[[], bool]) -> None:
+        self._make, self._ended = make, ended
         self._entered = ExitStack()
         self.error_of_step: BaseException | None = None
         """What a step within the hook has raised."""
@@ -36,4 +37,5 @@ class HookView:
             self.error_of_step = error
             raise
         finally:
-            self._entered.enter_context(self._make())
+            if not self._ended():
+                self._entered.enter_context(self._make())
