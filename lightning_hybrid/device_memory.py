@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -34,6 +36,14 @@ def share_of_memory(device: torch.device, share: float) -> int:
             "number of bytes."
         )
     return int(share * torch.cuda.get_device_properties(device).total_memory)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Returns the peak memory of this process: allocated on its accelerator, otherwise resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def free_bytes(device: torch.device, ranks: int) -> int | None:

@@ -80,8 +80,11 @@ from lightning_hybrid._lightning_private.trainer import (
     detects_anomalies,
     evaluation_batch,
     evaluation_loops,
+    fetching_seen,
     fresh_optimizers,
     injects_sampler,
+    logged_step,
+    logs_after_batch,
     place_in_epoch,
     plain_optimizer,
     post_backward_of,
@@ -94,6 +97,9 @@ from lightning_hybrid._lightning_private.trainer import (
 )
 
 __all__ = [
+    "fetching_seen",
+    "logged_step",
+    "logs_after_batch",
     "after_closure_of",
     "before_stop_is_read",
     "default_state",

@@ -63,6 +63,40 @@ def place_in_epoch(trainer: pl.Trainer) -> PlaceInEpoch:
     )
 
 
+def logs_after_batch(trainer: pl.Trainer) -> bool:
+    """Returns True if loggers get the values of the running step of the optimizer, by `log_every_n_steps` alone.
+
+    Equal on all ranks, unlike `trainer.should_stop`, at which Lightning logs, too.
+    """
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined] -- set by a connector
+    return every > 0 and (logged_step(trainer) + 1) % every == 0
+
+
+def logged_step(trainer: pl.Trainer) -> int:
+    """Returns the step under which loggers get the values of the running training batch."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+@contextmanager
+def fetching_seen(trainer: pl.Trainer, begins: Callable[[], None], ends: Callable[[], None]) -> Iterator[None]:
+    """Calls `begins` and `ends` around each wait of the training loop for the next batch of the loader."""
+    profiler, start, stop = trainer.profiler, trainer.profiler.start, trainer.profiler.stop  # type: ignore[attr-defined]
+    action = "].train_dataloader_next"
+
+    def started(name: str) -> None:
+        if name.endswith(action):
+            begins()
+        start(name)
+
+    def stopped(name: str) -> None:
+        stop(name)
+        if name.endswith(action):
+            ends()
+
+    with patched(profiler, start=started, stop=stopped):
+        yield
+
+
 def share_cores(processes: int) -> None:
     """Divides this machine's cores among its processes, unless the user has set the number of threads."""
     _set_num_threads_if_needed(num_processes=processes)

@@ -26,7 +26,6 @@ from lightning_hybrid._torch_private.collectives import (
 )
 from lightning_hybrid._torch_private.dispatch import (
     ATTENTION,
-    FLASH_ATTENTION_CPU,
     GROUPED_MM,
     INDEXED,
     PACK_SEQUENCE,
@@ -50,6 +49,7 @@ from lightning_hybrid._torch_private.dispatch import (
     wrap_others,
     written_arguments,
 )
+from lightning_hybrid._torch_private.flops import FlopCount, flops_of
 from lightning_hybrid._torch_private.frames import (
     WATCHING,
     called_by_torch,
@@ -76,6 +76,7 @@ from lightning_hybrid._torch_private.fsdp import (
     keep_inputs,
     scale_sharded_gradients,
     sharding_hidden,
+    waits_seen,
 )
 from lightning_hybrid._torch_private.loaders import replace_parts
 from lightning_hybrid._torch_private.modules import (
@@ -102,6 +103,7 @@ from lightning_hybrid._torch_private.optimizers import (
     step_without_hooks,
     unscales_itself,
 )
+from lightning_hybrid._torch_private.timing import timed_collectives
 from lightning_hybrid._torch_private.versions import TESTED_TORCH, warn_if_untested
 
 __all__ = [
@@ -116,7 +118,10 @@ __all__ = [
     "TESTED_TORCH",
     "warn_if_untested",
     "DispatchMode",
-    "FLASH_ATTENTION_CPU",
+    "FlopCount",
+    "flops_of",
+    "timed_collectives",
+    "waits_seen",
     "GROUPED_MM",
     "INDEXED",
     "PACK_SEQUENCE",

@@ -21,6 +21,7 @@ READ_SCALAR = _aten._local_scalar_dense
 TO_COPY = _aten._to_copy
 """The operator of `.to(...)` where it copies."""
 FLASH_ATTENTION_CPU = _aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_ATTENTION_CPU_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 INDEXED = (_aten.index, _aten.index_put, _aten.index_put_, _aten._unsafe_index, _aten._index_put_impl_)
 """The operators of `tensor[...]` and `tensor[...] = value` with tensors as indices."""
 PACK_SEQUENCE = _aten._pack_padded_sequence

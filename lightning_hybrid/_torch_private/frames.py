@@ -34,7 +34,7 @@ _COLLECTIVES = tuple(
         "distributed/nn/functional.py",
         "overrides.py",
     )
-) + (_DEPRECATED, warnings.__file__)
+) + (_DEPRECATED, warnings.__file__, str(Path(__file__).with_name("timing.py")))
 WATCHING = str(_TORCH.parent / "wandb")
 """Folder of the logger that watches weights, each rank its own, from a hook of the module's forward."""
 _EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
+
+from lightning_hybrid.patching import patched
 
 
 def finish_sharded_backward(module: FSDPModule) -> None:
@@ -206,6 +208,30 @@ def before_reduction(module: FSDPModule, call: Callable[[list[UnreducedParameter
             original(*unused)
 
         group.post_backward = post_backward
+
+
+@contextmanager
+def waits_seen(modules: Iterable[nn.Module], around: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Surrounds each wait of the modules that `fully_shard` divides, for gathered weights and for reduced gradients."""
+    groups = [
+        group
+        for module in modules
+        if isinstance(module, FSDPModule)
+        for group in _sharding_groups(fully_shard.state(module))  # type: ignore[attr-defined]
+    ]
+
+    def surrounded(wait: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            with around():
+                wait()
+
+        return run
+
+    with ExitStack() as stack:
+        for group in groups:
+            waits = {name: surrounded(getattr(group, name)) for name in ("wait_for_unshard", "finalize_backward")}
+            stack.enter_context(patched(group, **waits))
+        yield
 
 
 def keep_inputs(module: FSDPModule) -> None:

@@ -9,6 +9,7 @@ from lightning_hybrid.adapt.phases import Phase, Plateau
 from lightning_hybrid.adapt.rebalance import RebalancingRules
 from lightning_hybrid.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_hybrid.callbacks.load_rebalancing import LoadRebalancing
+from lightning_hybrid.callbacks.monitor import HybridMonitor
 from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.callbacks.sample import GenerateSample
 from lightning_hybrid.callbacks.throughput import TokenThroughput
@@ -18,6 +19,7 @@ __all__ = [
     "BatchSizeSchedule",
     "DecisionRules",
     "GenerateSample",
+    "HybridMonitor",
     "LoadRebalancing",
     "Phase",
     "PhaseSchedule",

@@ -1,13 +1,13 @@
-"""Measures the computation time of this rank per stage and per step, without waits for other ranks."""
+"""Measures where the time of this rank goes: computation per stage and per step, and waits for other ranks."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from statistics import median
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -22,11 +22,11 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self.is_cuda = device.type == "cuda"
 
     def now(self) -> Any:
         """Returns a point in time."""
-        if not self._cuda:
+        if not self.is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -34,10 +34,82 @@ class Stopwatch:
 
     def seconds(self, start: Any, stop: Any) -> float:
         """Returns the seconds between two points in time; waits until the device has reached `stop`."""
-        if not self._cuda:
+        if not self.is_cuda:
             return stop - start
         stop.synchronize()
         return start.elapsed_time(stop) / 1000
+
+
+class Clock(Protocol):
+    """What a runner tells of its steps."""
+
+    def stage(self, stage: int) -> AbstractContextManager:
+        """Surrounds the forward or the backward pass of one microbatch of a stage."""
+        ...
+
+    def begin_batch(self, stages: list[int]) -> None:
+        """Called when a batch begins, which runs through `stages` of this rank."""
+        ...
+
+    def end_batch(self) -> None:
+        """Called when this rank has the gradients of a batch, before they are synchronized; may be called again."""
+        ...
+
+    def waiting(self) -> AbstractContextManager:
+        """Surrounds a time in which this rank may wait for other ranks."""
+        ...
+
+
+class ClockSet:
+    """The clocks of a runner; a `Clock` itself, which does nothing while it has no clocks."""
+
+    def __init__(self) -> None:
+        self._clocks: list[Clock] = []
+        self.is_paused = False
+        """True in a step that is no step of the training."""
+
+    def add(self, clock: Clock) -> None:
+        """Starts a clock, between two batches."""
+        self._clocks.append(clock)
+
+    def remove(self, clock: Clock) -> None:
+        """Stops a clock; does nothing if it does not run."""
+        self._clocks = [c for c in self._clocks if c is not clock]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops all clocks for the duration of the context."""
+        clocks, self._clocks, self.is_paused = self._clocks, [], True
+        try:
+            yield
+        finally:
+            self._clocks, self.is_paused = clocks, False
+
+    def stage(self, stage: int) -> AbstractContextManager:
+        """Surrounds the forward or the backward pass of one microbatch of a stage."""
+        return self._all(lambda clock: clock.stage(stage))
+
+    def begin_batch(self, stages: list[int]) -> None:
+        """Called when a batch begins, which runs through `stages` of this rank."""
+        for clock in self._clocks:
+            clock.begin_batch(stages)
+
+    def end_batch(self) -> None:
+        """Called when this rank has the gradients of a batch, before they are synchronized; may be called again."""
+        for clock in self._clocks:
+            clock.end_batch()
+
+    def waiting(self) -> AbstractContextManager:
+        """Surrounds a time in which this rank may wait for other ranks."""
+        return self._all(lambda clock: clock.waiting())
+
+    def _all(self, context: Callable[[Clock], AbstractContextManager]) -> AbstractContextManager:
+        if not self._clocks:
+            return nullcontext()
+        stack = ExitStack()
+        for clock in self._clocks:
+            stack.enter_context(context(clock))
+        return stack
 
 
 class Clocks:
@@ -54,6 +126,8 @@ class Clocks:
         self._begun: Any = None
         self._calls: list[Any] = []
         self._handles: list[RemovableHandle] = []
+        self.on_release: Callable[[], None] = lambda: None
+        """Called when measuring ends."""
 
     def time_calls(self, modules: Iterable[nn.Module]) -> None:
         """Measures steps by the forward passes of `modules` only: between these, sharded ranks wait for other ranks.
@@ -66,9 +140,10 @@ class Clocks:
             self._handles.append(module.register_forward_hook(leave, prepend=True))
 
     def release(self) -> None:
-        """Stops measuring forward passes."""
+        """Stops measuring."""
         while self._handles:
             self._handles.pop().remove()
+        self.on_release()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -83,6 +83,8 @@ class Engine:
         self.whole = WholeModule(partition)
         self.refusals = Refusals(self.root, partition.plan.layout)
         self.is_running = self.is_removed = False
+        self._loads_read: dict[object, Any] = {}
+        """Tokens of all experts at the last reading, by reader."""
         self.patches = ExitStack()
         """Stack that removes all patches when it is closed; higher layers add the patches that depend on the layout."""
 
@@ -276,12 +278,16 @@ class Engine:
 
     # ---- experts
 
-    def expert_loads(self) -> dict[str, Tensor]:
-        """Returns the tokens that each expert received in training since the last call, by module. Collective."""
+    def expert_loads(self, reader: object = None) -> dict[str, Tensor]:
+        """Returns the tokens that each expert received in training, by module. Collective.
+
+        Args:
+            reader: Any object: tokens since the last call with the same one, in this layout, are counted.
+        """
         experts = self.partition.experts
         if experts is None:
             return {}
-        taken = experts.collect_loads()
+        taken = experts.loads()
         loads = {
             name: taken.get(name, torch.zeros(plan.experts, dtype=torch.long, device=self.device))
             for name, plan in experts.plans.items()
@@ -289,4 +295,6 @@ class Engine:
         together = torch.cat(list(loads.values()))
         dist.all_reduce(together)
         together //= self.mesh.layout.tp  # ranks of `tp` have sent the same tokens
-        return dict(zip(loads, together.split([plan.experts for plan in experts.plans.values()]), strict=True))
+        before, self._loads_read[reader] = self._loads_read.get(reader, 0), together
+        since = (together - before).split([plan.experts for plan in experts.plans.values()])
+        return dict(zip(loads, since, strict=True))

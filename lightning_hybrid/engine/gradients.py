@@ -41,10 +41,14 @@ class ReplicaGradients:
     Args:
         partition: The applied partition.
         on_complete: Called when this rank has computed its gradients of a batch.
+        waiting: Surrounds the wait for the gradients of other ranks.
     """
 
-    def __init__(self, partition: Partition, on_complete: Callable[[], None]) -> None:
+    def __init__(
+        self, partition: Partition, on_complete: Callable[[], None], waiting: Callable[[], AbstractContextManager]
+    ) -> None:
         self._partition, self._mesh, self._on_complete = partition, partition.mesh, on_complete
+        self._waiting = waiting
         layout = partition.plan.layout
         local = partition.parameters.local()
         names = partition.whole.intersection(local) if layout.fsdp > 1 else local
@@ -93,7 +97,7 @@ class ReplicaGradients:
         ]
         for reducer in self._reducers:
             reducer.enabled = self._sync
-            reducer.on_complete = self._on_complete
+            reducer.on_complete, reducer.waiting = self._on_complete, self._waiting
             if self._mesh.layout.pp == 1:
                 reducer.overlap()
 

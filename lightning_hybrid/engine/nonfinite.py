@@ -77,6 +77,10 @@ class NonFiniteCheck:
         """Number of steps skipped so far."""
         self.noise: GradientNoise | None = None
         """Gradient noise measurement, whose numbers are summed in the same all-reduce; None: not measured."""
+        self.keeps_norms = False
+        """True if the norm of all gradients is wanted in the next steps, on all ranks alike."""
+        self.norms: dict[int, Tensor] = {}
+        """The last norms that were wanted, before clipping, on the device, by the `id` of the optimizer."""
 
     def saw_loss(self, loss: Tensor) -> None:
         """Includes `loss`, from which the next step's gradients come, in the check."""
@@ -100,7 +104,8 @@ class NonFiniteCheck:
             total = torch.linalg.vector_norm(torch.stack([n.to(self._device) for n in norms.values()]))
         if loss is not None:
             total = total + loss
-        clips = clips_untouched_gradients(trainer) and self._partition.plan.gradient_sync.kind != "diloco"
+        exact = self._partition.plan.gradient_sync.kind != "diloco"
+        clips = exact and clips_untouched_gradients(trainer)
         suspects, norm = self._agree(~torch.isfinite(total), clips, optimizer, norms)
         if not suspects:
             return norm
@@ -138,13 +143,15 @@ class NonFiniteCheck:
         """Returns True if gradients of any rank are suspect, and the norm of all gradients if all ranks clip by it."""
         noise, numbers = self._measuring, torch.zeros(3, dtype=torch.float64, device=self._device)
         numbers[0], numbers[1] = suspect, not clips
-        if clips:
+        if clips or self.keeps_norms:
             numbers[2] = local_square(self._partition, norms, self._device) / self._partition.plan.layout.dp
         if noise is not None:
             numbers = torch.cat([numbers, noise.local_numbers(optimizer, norms)])
         (suspects, others, _, *noise_sums), sums = self._exchange.run(numbers)
         if noise is not None:
             noise.set_sums(noise_sums, dist.get_world_size())
+        if self.keeps_norms:
+            self.norms[id(optimizer)] = sums[2].sqrt()
         return suspects > 0, None if others else sums[2].sqrt()
 
     def _look_closer(self, optimizer: Optimizer, loss: Tensor | None) -> list[_Finding]:

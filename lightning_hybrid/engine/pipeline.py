@@ -21,7 +21,7 @@ from lightning_hybrid.batches import copied_batch, count_samples, find_samples, 
 from lightning_hybrid.collectives import share_object
 from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.engine.carried import CarriedState
-from lightning_hybrid.engine.clocks import Clocks
+from lightning_hybrid.engine.clocks import ClockSet
 from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.loss_weights import loss_of, mean_loss, weight_of, weights_of_parts, with_weights
 from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
@@ -96,8 +96,7 @@ class _TimedStage(PipelineStage):
             self.pipeline.after_backward(self.stage_index)
 
     def _timed(self) -> AbstractContextManager:
-        clocks = self.pipeline.clocks
-        return nullcontext() if clocks is None else clocks.stage(self.stage_index)
+        return self.pipeline.clocks.stage(self.stage_index)
 
 
 class Pipeline:
@@ -139,8 +138,8 @@ class Pipeline:
         self._running: _Step | None = None
         self.separate_gradients: Callable[[], None] = lambda: None
         """Called after the first backward pass of each stage in a step."""
-        self.clocks: Clocks | None = None
-        """Clocks that time the stages; None: stages are not timed."""
+        self.clocks = ClockSet()
+        """Clocks that time the stages."""
 
     @property
     def _step(self) -> _Step:

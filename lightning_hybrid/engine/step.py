@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import evaluation_batch, training_batch
-from lightning_hybrid._torch_private import location_of, persistent_buffers
+from lightning_hybrid._torch_private import FlopCount, location_of, persistent_buffers
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.collectives import to_local
 from lightning_hybrid.dataloader.sharding import BatchWeights
-from lightning_hybrid.engine.clocks import Clocks
+from lightning_hybrid.engine.clocks import Clocks, ClockSet
 from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.exchange import StepExchange
 from lightning_hybrid.engine.first_batch import prediction_arguments
@@ -68,8 +68,10 @@ class StepRunner:
         """Number of rows on dim 0 into which each sample of the loader has been split."""
         self.noise: GradientNoise | None = None
         """Gradient noise measurement; None: not measured."""
-        self.clocks: Clocks | None = None
-        """Clocks that measure this rank's computation time; None: not measured."""
+        self.clocks = ClockSet()
+        """Clocks that measure this rank's time."""
+        self.flops: FlopCount | None = None
+        """Counts the operations of training steps; None: not counted."""
         self.context: StepContext | None = None
         """Context of the running step, or else of the last step."""
         self._steps = 0
@@ -82,8 +84,9 @@ class StepRunner:
         if partition.plan.layout.pp > 1:
             step_context = lambda: self.run.step_context()  # noqa: E731 -- of the present run
             self.pipeline = Pipeline(self.root, partition, self.mesh, run.device, step_context, metrics, rng)
+            self.pipeline.clocks = self.clocks
             self.stage_outputs = StageOutputs(self.mesh, run.device, self.pipeline.last_rank)
-        self.gradients = ReplicaGradients(partition, self.gradients_complete)
+        self.gradients = ReplicaGradients(partition, self.gradients_complete, self.clocks.waiting)
         self.loss_weights = LossWeights(self.root, self.mesh, run.device)
         if self.pipeline is not None:
             self.pipeline.separate_gradients = self.gradients.separate
@@ -93,15 +96,11 @@ class StepRunner:
         """True if a pipeline must not split a training batch."""
         return (self.partition if self.pipeline is None else self.pipeline).whole_batch is not None
 
-    def time_computation(self, clocks: Clocks | None) -> None:
-        """Measures this rank's computation time with `clocks`; None stops measuring."""
-        if self.clocks is not None:
-            self.clocks.release()
-        self.clocks = clocks
-        if clocks is not None:
-            clocks.time_calls(self.partition.sharded_blocks())
-        if self.pipeline is not None:
-            self.pipeline.clocks = clocks
+    def time_computation(self, clocks: Clocks) -> None:
+        """Measures this rank's computation time with `clocks`, until `clocks.release`."""
+        clocks.time_calls(self.partition.sharded_blocks())
+        self.clocks.add(clocks)
+        clocks.on_release = lambda: self.clocks.remove(clocks)
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -109,7 +108,7 @@ class StepRunner:
         self.order.next("runs a backward pass")
         if self.pipeline is None:
             self.gradients.follow_frozen()  # the step may have unfrozen weights
-        with self.gradients.reducing(), self.gradients.backward(), weighted_backward():
+        with self._counted(), self.gradients.reducing(), self.gradients.backward(), weighted_backward():
             yield
         self.order.next("has run a backward pass")
 
@@ -122,8 +121,10 @@ class StepRunner:
 
     def gradients_complete(self) -> None:
         """Ends the batch on the clocks; called when this rank has computed its gradients, before waits for others."""
-        if self.clocks is not None:
-            self.clocks.end_batch()
+        self.clocks.end_batch()
+
+    def _counted(self) -> AbstractContextManager:
+        return nullcontext() if self.flops is None else self.flops
 
     # ---- the batch
 
@@ -187,7 +188,9 @@ class StepRunner:
         share = self.run.data.share_in_step(weights)
         with self.run.during("training_step"):
             unit = self.loss_weights.unit(args[0] if args else None)
-            out = self.weighted_step(weights, share, *args, weight_unit=unit, samples=self.known_samples(), **kwargs)
+            samples = self.known_samples()
+            with self._counted():
+                out = self.weighted_step(weights, share, *args, weight_unit=unit, samples=samples, **kwargs)
             if self.context is not None:
                 self.loss_weights.take(self.context, self.run.world.any_rank)
             return out
@@ -213,8 +216,7 @@ class StepRunner:
         """
         self.gradients.follow_frozen()
         context = self._begin("training_step", weights, share, weight_unit)
-        if self.clocks is not None:
-            self.clocks.begin_batch(self.pipeline.local if self.pipeline is not None else [])
+        self.clocks.begin_batch(self.pipeline.local if self.pipeline is not None else [])
         with self.rng.training(training_batch(self.root.trainer)):
             if self.pipeline is not None:
                 return self._pipelined_step(self.pipeline, context, samples, *args)
@@ -327,7 +329,7 @@ class StepRunner:
             leave_out(entries)
         self.exchange.logs.take(context.name, entries)
         if context.name != "training_step" or not self.exchange.check_follows:
-            with self.clocks.waiting() if self.clocks is not None else nullcontext():
+            with self.clocks.waiting():
                 self.exchange.run()
 
     # ---- evaluation

@@ -17,6 +17,7 @@ from lightning_hybrid.collectives import to_local
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.ghosts.preserve import preserved_module_state, preserved_objects
+from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.order import CollectiveOrder
 from lightning_hybrid.rng.state import preserved_rng
 
@@ -38,6 +39,8 @@ def step_undone(runner: StepRunner) -> Iterator[None]:
         stack.enter_context(preserved_module_state(step_module))
         if isinstance(step_module, FSDPModule):  # before its attributes are restored
             stack.callback(forget_sharded_step, step_module)
+        stack.enter_context(runner.clocks.paused())
+        stack.enter_context(patched(runner, flops=None))
         yield
 
 

@@ -46,7 +46,7 @@ class DividedExperts:
         """The attributes that contain the number of experts, as the user has set them."""
         module.__dict__.update(dict.fromkeys(plan.attributes, self._local))
         self.load: Tensor | None = None
-        """Tokens sent by this rank to each expert in training since the last `collect_loads()`, shape `(E,)`."""
+        """Tokens sent by this rank to each expert in training, shape `(E,)`; None before the first step."""
 
     def restore(self) -> None:
         """Restores the module's attributes with the number of experts."""
@@ -205,13 +205,9 @@ class ExpertParallel:
                     stack.callback(attributes.__setitem__, "forward", attributes.pop("forward"))
             yield
 
-    def collect_loads(self) -> dict[str, Tensor]:
-        """Returns and resets the tokens sent to each expert in training since the last call, by module of this rank."""
-        loads = {}
-        for name, divided in self._divided.items():
-            if divided.load is not None:
-                loads[name], divided.load = divided.load, None
-        return loads
+    def loads(self) -> dict[str, Tensor]:
+        """Returns the tokens sent to each expert in training so far, by module of this rank."""
+        return {name: divided.load for name, divided in self._divided.items() if divided.load is not None}
 
 
 def _argument(path: Path, args: tuple, kwargs: Mapping[str, Any]) -> Any:

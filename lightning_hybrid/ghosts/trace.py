@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_hybrid._torch_private import (
-    FLASH_ATTENTION_CPU,
-    GROUPED_MM,
     WATCHING,
+    flops_of,
     is_mutable,
     is_plain,
     own_parameters,
@@ -126,14 +125,7 @@ class Tracer(GhostObserver):
         location = "" if self.inside else user_location()
         for ghost in ghosts:
             self.register(ghost, location)
-        count = flop_registry.get(func.overloadpacket)
-        if count is not None:
-            self.flops[self.interval] += count(*args, **kwargs, out_val=out)
-        elif func.overloadpacket is GROUPED_MM:
-            self.flops[self.interval] += 2 * args[0].numel() * args[1].shape[-1]  # each row goes to one group
-        elif func.overloadpacket is FLASH_ATTENTION_CPU:
-            query, key = args[0], args[1]
-            self.flops[self.interval] += 4 * query.numel() * key.shape[-2]
+        self.flops[self.interval] += flops_of(func, args, kwargs, out)
 
     def ran(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:  # noqa: D102
         if self.reads.order:

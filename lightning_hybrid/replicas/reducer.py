@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -100,6 +101,8 @@ class ReplicaReducer:
         self.group, self.enabled, self._reduction = group, True, reduction or Exact()
         self.on_complete: Callable[[], None] = lambda: None
         """Called when this rank has all gradients, before the wait for other ranks."""
+        self.waiting: Callable[[], AbstractContextManager] = nullcontext
+        """Surrounds the wait for other ranks."""
         self._scale = 1.0 / replicas
         self._buckets = [_Bucket(chunk) for chunk in in_buckets(list(parameters)[::-1])]
         self._bucket_of = {p: b for b in self._buckets for p in b.parameters}
@@ -164,8 +167,9 @@ class ReplicaReducer:
         for bucket in self._buckets[self._next :]:
             bucket.launch(self.group, self._scale, self._reduction)
         self._next, self._queued, self._finished = 0, False, True
-        for bucket in self._buckets:
-            bucket.collect()
+        with self.waiting():
+            for bucket in self._buckets:
+                bucket.collect()
 
 
 def in_buckets(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:

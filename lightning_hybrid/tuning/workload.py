@@ -38,18 +38,20 @@ class Workload:
 
     def __init__(self, engine: Engine, data: ReplicaData) -> None:
         self._data = data
+        self._clocks = Clocks(engine.device)
         self.follow(engine)
 
     def follow(self, engine: Engine) -> None:
         """Discards the measurements of the previous layout, and measures under `engine`. Collective."""
+        self._clocks.release()
         self.engine, self._samples = engine, 0
         self._clocks = Clocks(engine.device)
         engine.runner.time_computation(self._clocks)
-        engine.expert_loads()
+        engine.expert_loads(self)
 
     def release(self) -> None:
         """Stops measuring."""
-        self.engine.runner.time_computation(None)
+        self._clocks.release()
 
     def count(self, samples: int) -> None:
         """Counts the samples of a batch that this replica has run."""
@@ -78,7 +80,7 @@ class Workload:
             for s in plan.stages
             if s.index in slowest
         ]
-        loads = {name: tuple(found.tolist()) for name, found in self.engine.expert_loads().items()}
+        loads = {name: tuple(found.tolist()) for name, found in self.engine.expert_loads(self).items()}
         return Observation(stages=tuple(times), replicas=tuple(replicas), experts=loads)
 
     # ---- balanced divisions, each with its predicted gain as a fraction of a step

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from lightning_hybrid.callbacks import HybridMonitor
 from tests.distributed.contract.jobs import make_trainer, start
 from tests.distributed.contract.layouts import TWO, assert_equal
 from tests.harness import RankGroup
@@ -127,13 +128,18 @@ class Counting(L.Callback):
 
 
 def costs(
-    layout: str | None, module: dict[str, Any], trainer_options: dict[str, Any], kind: type[Module] = Module
+    layout: str | None,
+    module: dict[str, Any],
+    trainer_options: dict[str, Any],
+    kind: type[Module] = Module,
+    monitored: bool = False,
 ) -> dict[str, float]:
     """Reads and small collectives of a step that no logger sees, on average."""
     start()
     counting = Counting()
     options = {"max_steps": WARM_UP + STEPS + 1, "log_every_n_steps": 1000, **trainer_options}
-    trainer, replicas = make_trainer(layout, callbacks=[counting], **options)
+    callbacks = [HybridMonitor(), counting] if monitored else [counting]
+    trainer, replicas = make_trainer(layout, callbacks=callbacks, **options)
     trainer.fit(kind(**module), loader(16, replicas))
     return {kind: counting.costs.counts[kind] / STEPS for kind in ("reads", "collectives")}
 
@@ -167,6 +173,14 @@ def test_values_logged_together_in_a_hook_cost_one_read_and_one_collective(ranks
     for found in ranks2.call(costs, layout, {}, {}, InHook):
         assert found["reads"] <= of_one_process["reads"] + 2
         assert found["collectives"] <= 2
+
+
+@pytest.mark.parametrize("layout", quick([*TWO], "dp2", "pp2"))
+def test_the_monitor_costs_nothing_in_steps_that_are_not_logged(ranks2: RankGroup, layout: str) -> None:
+    expected = ranks2.call(costs, layout, *CASES["two values"])
+    assert ranks2.call(costs, layout, *CASES["two values"], monitored=True) == expected
+    logged = ranks2.call(costs, layout, CASES["two values"][0], {"log_every_n_steps": 1}, monitored=True)
+    assert logged[0]["reads"] == expected[0]["reads"] + 1
 
 
 class ReadingAtEnd(L.Callback):

@@ -186,7 +186,7 @@ def snapshot(trainer: Any, module: Any) -> dict[str, Any]:
     if runner.pipeline is not None:
         found["shapes"] = len(runner.pipeline.prepared)
     if runner.partition.experts is not None:
-        found["loads"] = sorted(runner.partition.experts.collect_loads())
+        found["loads"] = sorted(runner.partition.experts.loads())
     return found
 
 

@@ -1,0 +1,114 @@
+"""Runs with `HybridMonitor`: each returns what loggers have got on a rank."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from lightning.pytorch.utilities import grad_norm
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_hybrid.callbacks import HybridMonitor
+from tests.distributed.contract.jobs import make_trainer, start
+from tests.distributed.contract.modules import Memory
+
+TIME, WIDTH, BATCH = 8, 32, 16
+SLOW_SECONDS = 0.05
+PEAK_TFLOPS = 0.5
+
+
+class Tokens(Dataset):
+    """Windows of tokens; each sample takes some time to read."""
+
+    def __init__(self, samples: int, seconds: float = 0.0) -> None:
+        self._tokens = torch.randint(32, (samples, TIME), generator=torch.Generator().manual_seed(0))
+        self._seconds = seconds
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        time.sleep(self._seconds)
+        return self._tokens[index]
+
+
+class SlowBlock(nn.Module):
+    """A block that takes its time in the forward pass on some ranks."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        super().__init__()
+        self.linear, self._ranks = nn.Linear(WIDTH, WIDTH), ranks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._ranks and dist.is_initialized() and dist.get_rank() in self._ranks:
+            time.sleep(SLOW_SECONDS)
+        return torch.tanh(self.linear(x))
+
+
+class Words(L.LightningModule):
+    """Predicts tokens; its last block is slow on the ranks that it is told."""
+
+    def __init__(self, slow_ranks: tuple[int, ...] = (), checkpointing: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, WIDTH)
+        self.blocks = nn.ModuleList([SlowBlock(()) for _ in range(3)] + [SlowBlock(slow_ranks)])
+        self.head = nn.Linear(WIDTH, 32)
+        self._checkpointing = checkpointing
+
+    def training_step(self, tokens: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            again = self._checkpointing
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if again else block(x)
+        loss = nn.functional.cross_entropy(self.head(x).flatten(0, 1), tokens.flatten())
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(
+    layout: str,
+    slow_ranks: tuple[int, ...] = (),
+    seconds_per_sample: float = 0.0,
+    monitor: dict[str, Any] | None = None,
+    checkpointing: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains 8 steps, of which every fourth is logged; the lines of the logger with values of the monitor."""
+    start()
+    memory, callback = Memory(), HybridMonitor(**(monitor or {}))
+    defaults: dict[str, Any] = {"max_steps": 8, "log_every_n_steps": 4}
+    trainer, n = make_trainer(layout, logger=memory, callbacks=[callback], **{**defaults, **options})
+    trainer.fit(Words(slow_ranks, checkpointing), DataLoader(Tokens(128, seconds_per_sample), batch_size=BATCH // n))
+    lines = [{"step": step, **line} for step, line in memory.lines if "layout/pp" in line]
+    return {"lines": lines, "bubble": trainer.strategy.plan.bubble, "values": callback.values}  # type: ignore[attr-defined]
+
+
+class Norms(L.Callback):
+    """Keeps the norm of the gradients of each step."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.norms.append(float(grad_norm(pl_module, 2)["grad_2.0_norm_total"]))
+
+
+def of_one_process() -> dict[str, Any]:
+    """The norm of the gradients of each step, and the operations for a sample, by torch's own counter."""
+    start()
+    norms, module = Norms(), Words()
+    trainer, _ = make_trainer(None, callbacks=[norms], max_steps=8)
+    trainer.fit(module, DataLoader(Tokens(128), batch_size=BATCH))
+    module.log = lambda *_: None  # type: ignore[method-assign, assignment]
+    with FlopCounterMode(display=False) as counter:
+        module.training_step(Tokens(BATCH)._tokens, 0).backward()
+    return {"norms": norms.norms, "flops": counter.get_total_flops() / BATCH}
