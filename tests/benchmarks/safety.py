@@ -113,7 +113,8 @@ def measure(layout: str, size: Size, rounds: int, steps: int, kind: type[Switche
     interceptor = Switch(strategy, rounds, steps)
     replicas = Layout.parse(layout).replicas
     callbacks = [*strategy.callbacks(), interceptor]
-    fit(Model(size), strategy, callbacks, size, steps=interceptor.total_steps, replicas=replicas)
+    options = {"steps": interceptor.total_steps, "replicas": replicas, "log_every_n_steps": steps}
+    fit(Model(size), strategy, callbacks, size, **options)
     on, off = (tuple(interceptor.blocks[checks]) for checks in (True, False))
     return Cost(Result(on, off, steps, loss_difference=0.0), interceptor.watch_share)
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.benchmarks import safety
+from tests.benchmarks import monitor, safety
 from tests.benchmarks.contestants import Size
 from tests.benchmarks.memory import MemorySize, measure_memory
 from tests.benchmarks.overhead import COMPARISONS, run, table
@@ -42,3 +42,9 @@ def test_checks_of_a_step_cost_little() -> None:
     assert costs["pp2"].steps.ratio < LIMIT
     assert costs["pp2"].watch_share < 0.02
     assert safety.table(costs).splitlines()[2].startswith("| `pp2` |")
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+def test_the_monitor_costs_little(layout: str) -> None:
+    costs = safety.run([layout], rounds=6, steps=10, size=SHORT, kind=monitor.Monitored)
+    assert costs[layout].steps.cpu_ratio < LIMIT

@@ -32,6 +32,7 @@ from lightning_hybrid.adapt.batch_size import DecisionRules
 from lightning_hybrid.adapt.phases import Phase
 from lightning_hybrid.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_hybrid.callbacks.load_rebalancing import LoadRebalancing
+from lightning_hybrid.callbacks.monitor import HybridMonitor
 from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.launch import monitor
@@ -148,6 +149,7 @@ OURS: dict[str, Callable[[], L.Callback]] = {
     "batch size": lambda: AdaptiveBatchSize(rules=DecisionRules(every_n_steps=1)),
     "rebalancing": lambda: LoadRebalancing(),
     "phases": lambda: PhaseSchedule([Phase(batch_size=16), Phase(at_step=1, batch_size=32)]),
+    "monitor": lambda: HybridMonitor(),
 }
 
 
@@ -320,6 +322,8 @@ def test_failures_between_steps_of_a_pipeline(ranks2: RankGroup, folder: str) ->
         slow("experts", "ep2"),
         slow("batch size", "fsdp2"),
         slow("rebalancing", "fsdp2"),
+        slow("monitor", "dp2"),
+        slow("monitor", "fsdp2"),
         slow("fine-tuning", "fsdp2"),
         *(slow(kind, layout) for kind in ("swa", "ema") for layout in ("dp2", "fsdp2")),
     ],
