@@ -1,14 +1,20 @@
-"""Hybrid data- and model-parallel training for any LightningModule, from one Trainer argument."""
+"""Hybrid data- and model-parallel training for any LightningModule, from one Trainer argument.
 
-from lightning_hybrid._lightning_private import register_strategy
-from lightning_hybrid._torch_private import warn_if_untested
-from lightning_hybrid.checkpoint.elsewhere import name_the_remedy
-from lightning_hybrid.checkpoint.options import CheckpointOptions
-from lightning_hybrid.compare_layouts import verify
-from lightning_hybrid.float8 import Float8Precision
-from lightning_hybrid.spec.errors import CheckpointError, NonFiniteError, PartitionError, RankError
-from lightning_hybrid.spec.layout import Layout
-from lightning_hybrid.strategy import HybridStrategy
+Importing this package imports neither torch nor Lightning; the first use of a name below does.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_hybrid.registration import register_strategy
+
+if TYPE_CHECKING:
+    from lightning_hybrid.checkpoint.options import CheckpointOptions
+    from lightning_hybrid.compare_layouts import verify
+    from lightning_hybrid.float8 import Float8Precision
+    from lightning_hybrid.spec.errors import CheckpointError, NonFiniteError, PartitionError, RankError
+    from lightning_hybrid.spec.layout import Layout
+    from lightning_hybrid.strategy import HybridStrategy
 
 __all__ = [
     "CheckpointError",
@@ -22,8 +28,38 @@ __all__ = [
     "verify",
 ]
 
+_PLACES = {
+    "CheckpointError": "spec.errors",
+    "CheckpointOptions": "checkpoint.options",
+    "Float8Precision": "float8",
+    "HybridStrategy": "strategy",
+    "Layout": "spec.layout",
+    "NonFiniteError": "spec.errors",
+    "PartitionError": "spec.errors",
+    "RankError": "spec.errors",
+    "verify": "compare_layouts",
+}
+"""The module of each public name."""
+_SUBPACKAGES = ("callbacks", "data", "models")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})
+
+
+def _make_strategy(layout: str | None = None) -> Any:
+    return __getattr__("HybridStrategy")(layout)
+
+
 register_strategy(
-    "hybrid", HybridStrategy, "Replicas, sharding, experts, tensors and a pipeline for any LightningModule"
+    "hybrid", _make_strategy, "Replicas, sharding, experts, tensors and a pipeline for any LightningModule"
 )
-name_the_remedy()
-warn_if_untested()

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
-from lightning_hybrid._lightning_private import EitherPackage, StrategyOfEither
+from lightning_hybrid._lightning_private import EitherPackage, StrategyOfEither, accept_strategy
+from lightning_hybrid._torch_private import warn_if_untested
 from lightning_hybrid.batches import positions_of, split_sequences
 from lightning_hybrid.checkpoint import state
 from lightning_hybrid.checkpoint.checkpoints import Checkpoints
+from lightning_hybrid.checkpoint.elsewhere import name_the_remedy
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.compat.averaging import use_local_averages
 from lightning_hybrid.dataloader.replica import ReplicaData
@@ -512,3 +514,8 @@ def _there(value: T | None, name: str) -> T:
     if value is None:
         raise RuntimeError(f"`strategy.{name}` is available only while a Trainer runs, after set-up.")
     return value
+
+
+accept_strategy(HybridStrategy)
+name_the_remedy()
+warn_if_untested()

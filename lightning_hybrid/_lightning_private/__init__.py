@@ -61,9 +61,9 @@ from lightning_hybrid._lightning_private.packages import (
     EitherPackage,
     PrecisionOfEither,
     StrategyOfEither,
+    accept_strategy,
     is_overridden,
     of_package,
-    register_strategy,
     twins,
 )
 from lightning_hybrid._lightning_private.processes import (
@@ -100,6 +100,7 @@ __all__ = [
     "fetching_seen",
     "logged_step",
     "logs_after_batch",
+    "accept_strategy",
     "after_closure_of",
     "before_stop_is_read",
     "default_state",
@@ -125,7 +126,6 @@ __all__ = [
     "StrategyOfEither",
     "is_overridden",
     "of_package",
-    "register_strategy",
     "twins",
     "users_callbacks",
     "recorded_indices",

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lightning.pytorch.callbacks import Callback as _Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.utilities import model_helpers
 from pytorch_lightning.callbacks import Callback as _OtherCallback
-from pytorch_lightning.strategies import StrategyRegistry as _OtherRegistry
 from typing_extensions import Self
 
 T = TypeVar("T")
@@ -130,16 +129,8 @@ class Callback(_Callback, _OtherCallback):
     """Base of callbacks for Trainers of both packages. The methods of the two base classes do nothing."""
 
 
-def register_strategy(name: str, strategy: Any, description: str) -> None:
-    """Makes a strategy class, and its launcher, known to the Trainers of both packages.
-
-    Args:
-        name: The name for `Trainer(strategy=name)`.
-        strategy: A class derived from `StrategyOfEither`.
-        description: A description for the registry.
-    """
+def accept_strategy(strategy: Any) -> None:
+    """Makes the Trainers of both packages accept a strategy class derived from `StrategyOfEither`, and its launcher."""
     for kind in (*twins(Strategy), *twins(ParallelStrategy)):
         kind.register(strategy)
-    for registry in (StrategyRegistry, _OtherRegistry):
-        registry.register(name, strategy, description=description)
     _twin(_SubprocessScriptLauncher).register(_SubprocessScriptLauncher)

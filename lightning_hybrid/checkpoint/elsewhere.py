@@ -1,7 +1,7 @@
 """Checkpoint folders that torch or plain Lightning is to open: the error names what makes a single file of them.
 
-Both fail with `IsADirectoryError`. In a process that has imported this package, their functions check for a checkpoint
-folder first; elsewhere the file `README.txt` in the folder says the same.
+Both fail with `IsADirectoryError`. In a process that has imported `HybridStrategy`, their functions check for a
+checkpoint folder first; elsewhere the file `README.txt` in the folder says the same.
 """
 
 from __future__ import annotations

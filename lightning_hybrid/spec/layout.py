@@ -1,5 +1,6 @@
 """Layouts: the sizes of the device mesh's axes, and their text form."""
 
+import difflib
 import math
 import re
 from dataclasses import dataclass, fields, replace
@@ -72,6 +73,7 @@ class Layout:
             if axis not in cls.axes():
                 raise ValueError(
                     f"`layout` has the axes {', '.join(cls.axes())}. Got {text!r} with the unknown axis {axis!r}."
+                    f"{_did_you_mean(text, part, cls.axes())}"
                 )
             if axis in sizes:
                 raise ValueError(
@@ -168,6 +170,12 @@ class Layout:
         rest = len(layouts) - _ALTERNATIVES_SHOWN
         more = f" ({rest} more)" if rest > 0 else ""
         return f", or choose a layout for {devices}: {shown}{more}"
+
+
+def _did_you_mean(text: str, part: str, axes: tuple[str, ...]) -> str:
+    axis = part.rstrip("0123456789")
+    near = difflib.get_close_matches(axis, axes, n=1, cutoff=0.5)
+    return f" Did you mean {text.replace(part, part.replace(axis, near[0]))!r}?" if near else ""
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,0 +1,170 @@
+"""`fit`, `validate`, `test` and `predict`: LightningCLI for any model, data module and strategy, by class path."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import add_instantiator
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
+from typing_extensions import override
+
+from lightning_hybrid.adapt.phases import Phase
+from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
+from lightning_hybrid.callbacks.save_config import SaveConfig
+from lightning_hybrid.cli.configs import Configs
+from lightning_hybrid.cli.errors import UsageError, did_you_mean
+from lightning_hybrid.cli.explain import explain
+from lightning_hybrid.cli.tracebacks import refusal
+
+_NOT_FILES = re.compile(r"last|best|hpc|registry.*|.*://.*")
+"""Values of `--ckpt_path` that are no paths."""
+
+
+def run(name: str, args: list[str]) -> None:
+    """Runs a subcommand of LightningCLI."""
+    _CLI(name, Configs(args), save_config_callback=SaveConfig, save_config_kwargs={"overwrite": True})
+
+
+def make(args: list[str]) -> LightningCLI:
+    """Returns a LightningCLI with model, data module and trainer, which runs nothing."""
+    return _CLI(None, Configs(args), save_config_callback=None)
+
+
+class _CLI(LightningCLI):
+    """LightningCLI with an additional key `phases:`, a list of `Phase`, and errors of one paragraph.
+
+    Args:
+        name: The subcommand, whose options alone are built; None: the options without a subcommand.
+        configs: The arguments, with files of configurations.
+        **options: Arguments of LightningCLI.
+    """
+
+    def __init__(self, name: str | None, configs: Configs, **options: Any) -> None:
+        # Lightning 2.6 triggers this warning in every process of a run with torch 2.13; users cannot avoid it.
+        warnings.filterwarnings(
+            "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
+        )
+        self._name, self._configs = name, configs
+        parser_options: dict[str, Any] = {"prog": "lightning-hybrid", "exit_on_error": False}
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_kwargs=parser_options | {str(name): {"exit_on_error": False}} if name else parser_options,
+            args=[name, *configs.args] if name else configs.args,
+            run=name is not None,
+            **options,
+        )
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] -- static in LightningCLI
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name == self._name}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        self._options = parser
+        parser.add_argument(
+            "--phases", type=list[Phase] | None, default=None, help="Phases of training: see callbacks.PhaseSchedule."
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            self.config = parser.parse_args(args)  # type: ignore[arg-type] -- a list
+        except ArgumentError as error:
+            options = re.findall(r"--[\w.]+", self._options.format_usage())
+            raise UsageError(explain(str(error), options, self._configs)) from None
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        _check_strategy(self._get(self.config, "trainer")["strategy"])
+        if self.subcommand:
+            _check_checkpoint(self._get(self.config, "ckpt_path"))
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            with _constructors_seen():
+                super().instantiate_classes()
+        except (Exception, _Raised) as error:
+            cause = _cause(error)
+            message = refusal(cause)
+            if message is None:
+                raise cause from None
+            raise UsageError(message) from None
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        phases = self._get(self.config_init, "phases")
+        if phases:
+            trainer.callbacks.append(PhaseSchedule(phases))  # type: ignore[attr-defined] -- set by a connector
+        return trainer
+
+
+def _check_strategy(strategy: Any) -> None:
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and strategy not in known:
+        raise UsageError(f"`trainer.strategy`: there is no strategy `{strategy}`. {did_you_mean(strategy, known)}")
+
+
+def _check_checkpoint(path: Any) -> None:
+    if path is None or _NOT_FILES.fullmatch(str(path)) or Path(path).exists():
+        return
+    folder = Path(path).parent
+    names = [str(folder / file.name) for file in folder.iterdir()] if folder.is_dir() else []
+    raise UsageError(f"`--ckpt_path`: there is no checkpoint {path}. {did_you_mean(str(path), names)}")
+
+
+# ---- errors of constructors: jsonargparse makes a text of them, without a traceback
+
+
+class _Raised(BaseException):
+    """Carries an error of a constructor past jsonargparse."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+_seen: ContextVar[bool] = ContextVar("seen", default=False)
+
+
+@contextmanager
+def _constructors_seen() -> Iterator[None]:
+    token = _seen.set(True)
+    try:
+        yield
+    finally:
+        _seen.reset(token)
+
+
+def _construct(class_type: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return class_type(*args, **kwargs)
+    except Exception as error:
+        if _seen.get():
+            raise _Raised(error) from None
+        raise
+
+
+add_instantiator(_construct, object)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Returns the error of a constructor that jsonargparse has made `error` of, or `error`."""
+    if isinstance(error, _Raised):
+        return error.error
+    while error.__cause__ is not None and str(error).startswith("Does not validate against"):
+        error = error.__cause__
+    return error

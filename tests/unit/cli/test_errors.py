@@ -1,0 +1,173 @@
+"""Wrong inputs: what a user sees last."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_hybrid.cli import main
+from tests.pairwise import quick
+from tests.unit.cli.test_training import CONFIG
+
+HYBRID = "--trainer.strategy=lightning_hybrid.HybridStrategy"
+USERS_MODULE = """
+import lightning as L
+
+class Net(L.LightningModule):
+    def __init__(self, width: int = 3):
+        super().__init__()
+        if width == 3:
+            raise ZeroDivisionError("of the user")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with a good configuration, and modules of the user."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-hybrid"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    (tmp_path / "good.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "users_net.py").write_text(USERS_MODULE)
+    (tmp_path / "half_done.py").write_text("import no_such_requirement")
+    (tmp_path / "syntax.yaml").write_text("model:\n  class_path: [a\ntrainer: 3\n")
+    (tmp_path / "best.ckpt").touch()
+    yield tmp_path
+    sys.modules.pop("users_net", None)
+
+
+def last_line(capsys: pytest.CaptureFixture[str], *args: str, status: int = 2) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == status
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: ")
+    return last.removeprefix("error: ")
+
+
+COMMANDS = {
+    ("fitt",): "unknown command `fitt`. Did you mean `fit`?",
+    ("frobnicate",): "unknown command `frobnicate`. The commands are fit, validate, test, predict, verify",
+    ("recipes", "show", "quickstrat"): "unknown recipe `quickstrat`. Did you mean `quickstart`?",
+    ("recipes",): "the following arguments are required: action. See `lightning-hybrid recipes --help`.",
+    ("check", "none.ckpt", "--vrbose"): "unknown argument `--vrbose`. See `lightning-hybrid check --help`.",
+    ("consolidate", "a", "b", "--weight_only"): "unknown argument `--weight_only`. Did you mean `--weights_only`?",
+    ("consolidate",): "the following arguments are required: checkpoint, out.",
+    ("verify", "--config", "good.yaml", "--layot=dp2"): "Got `--layot=dp2`. Did you mean `--layout`?",
+    ("verify", "--config", "good.yaml", "--layout=td2"): "unknown axis 'td'. Did you mean 'tp2'?",
+    ("fit", "--config", "god.yaml"): "`--config`: there is no file god.yaml. Did you mean `good.yaml`?",
+    ("fit", "--config", "quickstrat"): "`--config`: there is no file quickstrat. Did you mean `quickstart`?",
+    ("fit", "--config", "."): "`--config` must be a file. Got the folder .",
+    ("fit", "--config=syntax.yaml"): "syntax.yaml:3:8: this is not YAML: expected ',' or ']', but got ':', while",
+}
+
+
+@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
+def test_a_wrong_command_ends_with_one_line(
+    folder: Path, args: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert COMMANDS[args] in last_line(capsys, *args)
+
+
+OPTIONS = {
+    "--trainer.max_stepz=3": "unknown option `--trainer.max_stepz`. Did you mean `--trainer.max_steps`?",
+    "extra": "unexpected argument `extra`.",
+    "--trainer.max_steps=ten": "`trainer.max_steps` must be int. Got 'ten'.",
+    "--trainer.precision=bf16-mixd": "'bf16' or null. Got 'bf16-mixd'. Did you mean `bf16-mixed`?",
+    "--trainer.strategy=hybird": "`trainer.strategy`: there is no strategy `hybird`. Did you mean `hybrid`?",
+    "--trainer.strategy=hybrid-td2": "Got 'td2' with the unknown axis 'td'. Did you mean 'tp2'?",
+    f"{HYBRID} --trainer.strategy.layout=dp2": "`layout` must use every device once. Got 'dp2', which needs 2, with",
+    f"{HYBRID} --trainer.strategy.layot=dp2": "`trainer.strategy`: `lightning_hybrid.HybridStrategy` has no parameter "
+    "`layot`. Did you mean `layout`?",
+    f"{HYBRID} --trainer.strategy.schedule=1F2B": "'DualPipeV'. Got '1F2B'. Did you mean `1F1B`?",
+    "--trainer.devices=0": "`Trainer(devices='0')` value is not a valid input using cpu accelerator.",
+    "--model=lightning_hybrid.modls.CausalLM": "`model`: `lightning_hybrid` has no `modls`. Did you mean "
+    "`lightning_hybrid.models.CausalLM`?",
+    "--model=user_net.Net": "there is no module `user_net` for `user_net.Net`. Did you mean `users_net.Net`?",
+    "--model=users_net.Nett": "`model`: `users_net` has no `Nett`. Did you mean `users_net.Net`?",
+    "--model=users_net.L": "`model`: `users_net.L` is no LightningModule.",
+    "--model=users_net.Net --model.width=x": "`model.width` must be int. Got 'x'.",
+    "--model=half_done.Net": "the module of `half_done.Net` cannot be imported: No module named 'no_such_requirement'.",
+    "--ckpt_path=bset.ckpt": "`--ckpt_path`: there is no checkpoint bset.ckpt. Did you mean `best.ckpt`?",
+    "--phases=[{layout: dp4, sequence_lenght: 64}]": "has no parameter `sequence_lenght`. Did you mean "
+    "`sequence_length`?",
+}
+
+
+@pytest.mark.parametrize("options", quick(OPTIONS, *list(OPTIONS)[::4]))
+def test_a_wrong_option_ends_with_one_line(folder: Path, options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    separated = re.split(r" (?=--)", options)
+    assert OPTIONS[options] in last_line(capsys, "fit", "--config", "good.yaml", *separated)
+
+
+def _rename(tree: dict[str, Any], old: str, new: str) -> None:
+    tree[new] = tree.pop(old)
+
+
+CALLBACK = "lightning.pytorch.callbacks.ModelCheckpoint"
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "top": (lambda c: _rename(c, "model", "modle"), r"bad.yaml:\d+: unknown key `modle`. Did you mean `model`\?"),
+    "trainer": (
+        lambda c: _rename(c["trainer"], "max_steps", "max_step"),
+        r"bad.yaml:\d+: unknown key `trainer.max_step`. Did you mean `trainer.max_steps`\?",
+    ),
+    "type": (
+        lambda c: c["trainer"].update(max_steps="ten"),
+        r"bad.yaml:\d+: `trainer.max_steps` must be int. Got 'ten'.",
+    ),
+    "model": (
+        lambda c: c["model"]["init_args"].update(transfomer={"width": 8}),
+        r"bad.yaml:\d+: `model`: `lightning_hybrid.models.CausalLM` has no parameter `transfomer`. Did you mean "
+        r"`transformer`\?",
+    ),
+    "nested": (
+        lambda c: _rename(c["model"]["init_args"]["transformer"], "width", "widht"),
+        r"bad.yaml:\d+: `model`: `lightning_hybrid.models.CausalLM\(transformer=...\)` has no parameter `widht`. "
+        r"Did you mean `width`\?",
+    ),
+    "class": (
+        lambda c: c["trainer"].update(callbacks=[{"class_path": "lightning.pytorch.callbacks.ModelCheckpont"}]),
+        rf"bad.yaml:\d+: `trainer.callbacks`: .* has no `ModelCheckpont`. Did you mean `{CALLBACK}`\?",
+    ),
+    "callback": (
+        lambda c: c["trainer"].update(callbacks=[{"class_path": CALLBACK, "init_args": {"monitr": "x"}}]),
+        rf"bad.yaml:\d+: `trainer.callbacks`: `{CALLBACK}` has no parameter `monitr`. Did you mean `monitor`\?",
+    ),
+    "value": (
+        lambda c: c["model"]["init_args"]["transformer"].update(heads=3),
+        r"`width` must be a multiple of 2 \* `heads`.* Got width 16 with 3 heads. Use 18.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", quick(EDITS, "nested", "value"))
+def test_a_wrong_file_ends_with_one_line_and_its_place(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit, expected = EDITS[name]
+    content = deepcopy(CONFIG)
+    edit(content)
+    (folder / "bad.yaml").write_text(yaml.safe_dump(content))
+    last = last_line(capsys, "fit", "--config", "bad.yaml")
+    assert re.search(expected, last), last
+    if line := re.match(r"bad.yaml:(\d+)", last):
+        (key,) = re.findall(r"(?:key|parameter) `(?:\w+\.)*(\w+)`", last) or ["class_path|callbacks|max_steps"]
+        assert re.search(key, (folder / "bad.yaml").read_text().splitlines()[int(line[1]) - 1])
+
+
+def test_nothing_is_required_without_a_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert last_line(capsys, "fit").startswith("`model` and `data` must be given, in the file of `--config`")
+
+
+def test_an_error_of_a_users_constructor_keeps_its_traceback(folder: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="of the user") as raised:
+        main(["fit", "--config", "good.yaml", "--model=users_net.Net"])
+    assert raised.traceback[-1].path == folder / "users_net.py"

@@ -1,0 +1,51 @@
+"""`recipes ls|cp|show`, and recipes by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_hybrid.cli import main
+from lightning_hybrid.cli.configs import Configs
+from lightning_hybrid.cli.recipes import recipes, summary
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+
+
+def test_all_are_listed_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", "ls"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(recipes())
+    assert {path.stem for path in RECIPES.glob("*.yaml")} <= set(recipes())
+    for path in recipes().values():
+        assert 10 < len(summary(path)) < 100, path
+
+
+def test_one_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", "show", "quickstart"])
+    assert capsys.readouterr().out == (RECIPES / "quickstart.yaml").read_text()
+
+
+def test_one_is_copied_and_no_file_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", "cp", "quickstart", str(tmp_path / "mine")])
+    copied = tmp_path / "mine/quickstart.yaml"
+    assert yaml.safe_load(copied.read_text()) == yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
+    assert f"lightning-hybrid fit --config {copied}" in capsys.readouterr().out
+    copied.write_text("changed")
+    with pytest.raises(SystemExit, match="1"):
+        main(["recipes", "cp", "quickstart", str(tmp_path / "mine")])
+    assert "quickstart.yaml exists. Remove it, or choose another folder" in capsys.readouterr().err
+    assert copied.read_text() == "changed"
+
+
+def test_a_configuration_may_be_the_name_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = str(recipes()["quickstart"])
+    assert Configs(["--config", "quickstart", "--trainer.max_steps=1"]).args[1] == expected
+    assert Configs(["--config=quickstart"]).args == [f"--config={expected}"]
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").write_text("trainer: {}")
+    assert Configs(["-c", "quickstart"]).args == ["-c", "quickstart"]  # a file has precedence
+    inline = ["--config", "{trainer: {max_steps: 1}}"]
+    assert Configs(inline).args == inline
