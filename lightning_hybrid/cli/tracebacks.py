@@ -27,7 +27,7 @@ _LIGHTNING = tuple(
     f"{folder}/"
     for folder in (_PACKAGE, *(_INSTALLED / n for n in ("lightning", "pytorch_lightning", "lightning_fabric")))
 )
-_FOLDED = (*_LIGHTNING, f"{_INSTALLED / 'jsonargparse'}/")
+_FOLDED = (*_LIGHTNING, *(f"{_INSTALLED / name}/" for name in ("torch", "jsonargparse")))
 _NOT_USERS = (*_FOLDED, f"{_INSTALLED}/", f"{sysconfig.get_path('stdlib')}/", "<")
 _REFUSALS = (PartitionError, CheckpointError, NonFiniteError, RankError)
 _HAS_PLACE = re.compile(r"\.py:\d+")
@@ -73,17 +73,20 @@ def _places(trace: TracebackType | None) -> tuple[str | None, str | None]:
 
 
 def folded(error: traceback.TracebackException) -> Iterator[str]:
-    """Yields the lines of a traceback, with one line for successive frames of Lightning and this package."""
+    """Yields the lines of a traceback, with one line for successive frames of Lightning, torch and this package."""
     earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     if earlier is not None:
         yield from folded(earlier)
         cause = "The error above is the cause of this one" if error.__cause__ else "This error followed the one above"
         yield f"\n{cause}:\n\n"
     yield "Traceback (most recent call last):\n"
-    for hidden, frames in groupby(error.stack, lambda f: f.filename.startswith(_FOLDED)):
+    *outer, innermost = error.stack or [None]
+    for hidden, frames in groupby(outer, lambda frame: frame.filename.startswith(_FOLDED)):
         listed = list(frames)
-        if hidden and len(listed) > 1:
-            yield f"  ... {len(listed)} frames of Lightning\n"
+        if hidden:
+            yield f"  ... {len(listed)} frames of Lightning and torch\n"
         else:
             yield from traceback.StackSummary.from_list(listed).format()
+    if innermost is not None:
+        yield from traceback.StackSummary.from_list([innermost]).format()
     yield from error.format_exception_only()
