@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import multiprocessing
 
 import pytest
@@ -43,9 +45,9 @@ def test_a_layout_that_is_refused_has_a_problem() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "status"), [("dp2", 0), ("tp7", 1)])
 def test_the_exit_status_tells(layout: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["verify", "--config", "recipes/quickstart.yaml", "--layout", layout, *SMALL])
-    assert end.value.code == status
+    with pytest.raises(SystemExit) if status else nullcontext() as end:
+        main(["verify", "--config", "quickstart", "--layout", layout, *SMALL])
+    assert end is None or end.value.code == status
     assert layout in capsys.readouterr().out
 
 
