@@ -35,7 +35,8 @@ import lightning_hybrid
 assert "torch" not in sys.modules and "lightning" not in sys.modules
 import {package} as pl
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="hybrid-dp2", logger=False)
-print(type(trainer.strategy).__name__, trainer.strategy.layout, [f for f in sys.meta_path if "AfterImport" in str(f) and f._name.startswith("{package}")])
+left = [f for f in sys.meta_path if "AfterImport" in str(f) and f._name.startswith("{package}")]
+print(type(trainer.strategy).__name__, trainer.strategy.layout, left)
 """
 
 
