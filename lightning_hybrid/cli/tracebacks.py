@@ -80,13 +80,11 @@ def folded(error: traceback.TracebackException) -> Iterator[str]:
         cause = "The error above is the cause of this one" if error.__cause__ else "This error followed the one above"
         yield f"\n{cause}:\n\n"
     yield "Traceback (most recent call last):\n"
-    *outer, innermost = error.stack or [None]
-    for hidden, frames in groupby(outer, lambda frame: frame.filename.startswith(_FOLDED)):
+    for hidden, frames in groupby(error.stack[:-1], lambda frame: frame.filename.startswith(_FOLDED)):
         listed = list(frames)
         if hidden:
             yield f"  ... {len(listed)} frames of Lightning and torch\n"
         else:
             yield from traceback.StackSummary.from_list(listed).format()
-    if innermost is not None:
-        yield from traceback.StackSummary.from_list([innermost]).format()
+    yield from traceback.StackSummary.from_list(error.stack[-1:]).format()
     yield from error.format_exception_only()
