@@ -4,17 +4,23 @@ Importing this package imports neither torch nor Lightning; the first use of a n
 """
 
 import importlib
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from lightning_hybrid.registration import register_strategy
 
 if TYPE_CHECKING:
+    from lightning_hybrid import callbacks as callbacks
+    from lightning_hybrid import data as data
+    from lightning_hybrid import models as models
     from lightning_hybrid.checkpoint.options import CheckpointOptions
     from lightning_hybrid.compare_layouts import verify
     from lightning_hybrid.float8 import Float8Precision
     from lightning_hybrid.spec.errors import CheckpointError, NonFiniteError, PartitionError, RankError
     from lightning_hybrid.spec.layout import Layout
     from lightning_hybrid.strategy import HybridStrategy
+
+    __version__: str
 
 __all__ = [
     "CheckpointError",
@@ -27,6 +33,8 @@ __all__ = [
     "RankError",
     "verify",
 ]
+"""The public API, with `__all__` of the subpackages `callbacks`, `data` and `models`. A name is removed only after a
+release in which its use warns."""
 
 _PLACES = {
     "CheckpointError": "spec.errors",
@@ -43,7 +51,9 @@ _PLACES = {
 _SUBPACKAGES = ("callbacks", "data", "models")
 
 
-def __getattr__(name: str) -> Any:
+def _load(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("lightning-hybrid")
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _PLACES:
@@ -57,8 +67,11 @@ def __dir__() -> list[str]:
 
 
 def _make_strategy(layout: str | None = None) -> Any:
-    return __getattr__("HybridStrategy")(layout)
+    return _load("HybridStrategy")(layout)
 
+
+if not TYPE_CHECKING:  # a type checker would accept any name
+    __getattr__ = _load
 
 register_strategy(
     "hybrid", _make_strategy, "Replicas, sharding, experts, tensors and a pipeline for any LightningModule"
