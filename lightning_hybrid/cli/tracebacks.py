@@ -19,6 +19,8 @@ from lightning_hybrid._torch_private import explicitly_raised
 from lightning_hybrid.cli.errors import paragraph
 from lightning_hybrid.spec.errors import CheckpointError, NonFiniteError, PartitionError, RankError
 
+_COMMAND_LINE = f"{Path(__file__).parent}/"
+"""Frames outside of this folder are those of the interpreter and of the script that pip has installed."""
 _PACKAGE = Path(__file__).parents[1]
 _INSTALLED = Path(jsonargparse.__file__).parents[1]
 _USER_LIKE = tuple(f"{_PACKAGE / name}/" for name in ("models", "data"))
@@ -66,7 +68,9 @@ def _places(trace: TracebackType | None) -> tuple[str | None, str | None]:
     innermost, line = None, None
     while trace is not None:
         innermost = trace.tb_frame.f_code.co_filename
-        if not innermost.startswith(_NOT_USERS):
+        if innermost.startswith(_COMMAND_LINE):
+            line = None
+        elif not innermost.startswith(_NOT_USERS):
             line = f"{innermost}:{trace.tb_lineno}"
         trace = trace.tb_next
     return innermost, line
@@ -80,7 +84,8 @@ def folded(error: traceback.TracebackException) -> Iterator[str]:
         cause = "The error above is the cause of this one" if error.__cause__ else "This error followed the one above"
         yield f"\n{cause}:\n\n"
     yield "Traceback (most recent call last):\n"
-    for hidden, frames in groupby(error.stack[:-1], lambda frame: frame.filename.startswith(_FOLDED)):
+    first = next((i for i, frame in enumerate(error.stack) if frame.filename.startswith(_COMMAND_LINE)), 0)
+    for hidden, frames in groupby(error.stack[first:-1], lambda frame: frame.filename.startswith(_FOLDED)):
         listed = list(frames)
         if hidden:
             yield f"  ... {len(listed)} frames of Lightning and torch\n"
