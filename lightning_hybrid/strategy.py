@@ -266,6 +266,7 @@ class HybridStrategy(StrategyOfEither):
         self._world.connect(self._environment, device, trainer, self.request.arguments())
         self._run = Run(trainer, self._world, self.layout, device, lambda *args: self.engine.runner.padding_step(*args))
         self._run.start()
+        self._run.patches.enter_context(self.checkpoints.loggers_follow(trainer, lambda: self._failed))
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

@@ -21,7 +21,12 @@ from lightning_hybrid._lightning_private.callbacks import (
     set_average,
     users_callbacks,
 )
-from lightning_hybrid._lightning_private.checkpoints import checkpoint_folders, checkpoint_of_run, last_found_by
+from lightning_hybrid._lightning_private.checkpoints import (
+    checkpoint_folders,
+    checkpoint_of_run,
+    last_checkpoint_of_run,
+    last_found_by,
+)
 from lightning_hybrid._lightning_private.loaders import (
     batch_on_device,
     behind_index_batches,
@@ -95,8 +100,27 @@ from lightning_hybrid._lightning_private.trainer import (
     sigterm_routed,
     training_batch,
 )
+from lightning_hybrid._lightning_private.wandb import (
+    artifact_name,
+    checkpoints_passed,
+    logged_times,
+    options_of,
+    run_id,
+    saved_scores,
+    set_run_id,
+    wandb_loggers,
+)
 
 __all__ = [
+    "artifact_name",
+    "checkpoints_passed",
+    "last_checkpoint_of_run",
+    "logged_times",
+    "options_of",
+    "run_id",
+    "saved_scores",
+    "set_run_id",
+    "wandb_loggers",
     "fetching_seen",
     "logged_step",
     "logs_after_batch",

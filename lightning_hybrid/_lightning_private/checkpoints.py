@@ -26,18 +26,25 @@ def last_found_by(trainer: pl.Trainer, find: Callable[[], str | None]) -> Abstra
 
     def parse(state_fn: Any, ckpt_path: Any, *, model_provided: bool, model_connected: bool) -> Any:
         found = find() if ckpt_path == "last" else None
+        connector._hybrid_last = found
         connector._hybrid_path = found or original(
             connector, state_fn, ckpt_path, model_provided=model_provided, model_connected=model_connected
         )
         return connector._hybrid_path
 
-    return patched(connector, _parse_ckpt_path=parse, _hybrid_path=None)
+    return patched(connector, _parse_ckpt_path=parse, _hybrid_path=None, _hybrid_last=None)
 
 
 def checkpoint_of_run(trainer: pl.Trainer) -> str | None:
     """Returns the path of the checkpoint that the trainer is about to load; known from `setup` on."""
     connector: Any = trainer._checkpoint_connector
     return connector._hpc_resume_path or connector.__dict__.get("_hybrid_path")
+
+
+def last_checkpoint_of_run(trainer: pl.Trainer) -> str | None:
+    """Returns the path that `ckpt_path="last"` has been resolved to; None for another `ckpt_path`."""
+    connector: Any = trainer._checkpoint_connector
+    return connector.__dict__.get("_hybrid_last")
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[str]:

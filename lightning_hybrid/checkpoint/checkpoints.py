@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_hybrid.checkpoint import state
 from lightning_hybrid.checkpoint.options import CheckpointOptions
 from lightning_hybrid.checkpoint.reader import SavedCheckpoint
 from lightning_hybrid.checkpoint.save import Saver
+from lightning_hybrid.checkpoint.wandb import continue_runs, logged_artifacts, runs_of
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.rng.state import RNGState, default_generators
 
@@ -51,7 +53,18 @@ class Checkpoints:
             if engine.diloco is not None:
                 more["local_steps"] = {**engine.diloco.state_dict(), "optimizers": state.own_optimizer_states(engine)}
             content = state.content_of(engine, {**checkpoint, **more})
-            self.saver.save(path, content, loading.manifest_facts(checkpoint, engine.mesh.layout))
+            facts = loading.manifest_facts(checkpoint, engine.mesh.layout, **runs_of(engine.run.trainer))
+            self.saver.save(path, content, facts)
+
+    def loggers_follow(self, trainer: pl.Trainer, failed: Callable[[], bool]) -> AbstractContextManager:
+        """Lets loggers of W&B continue the run of the last checkpoint, and upload checkpoints within the context.
+
+        Args:
+            trainer: The trainer.
+            failed: Returns True if the run has failed.
+        """
+        continue_runs(trainer)
+        return logged_artifacts(trainer, self._options.reference_bytes, failed)
 
     def find_last(self, trainer: pl.Trainer) -> str | None:
         """Returns the newest checkpoint of the callbacks' folders (`ckpt_path="last"`); older ones are the fallback."""

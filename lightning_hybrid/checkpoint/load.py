@@ -24,7 +24,7 @@ from lightning_hybrid.spec.errors import CheckpointError
 from lightning_hybrid.spec.layout import Layout
 
 
-def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout, **more: Any) -> dict[str, Any]:
     """Returns the entries of the manifest that describe a checkpoint."""
     return {
         "step": checkpoint.get("global_step", 0),
@@ -36,6 +36,7 @@ def manifest_facts(checkpoint: Mapping[str, Any], layout: Layout) -> dict[str, A
             "lightning": lightning.__version__,
             "python": platform.python_version(),
         },
+        **more,
     }
 
 

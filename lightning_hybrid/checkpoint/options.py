@@ -21,6 +21,9 @@ class CheckpointOptions:
     on_error: Literal["warn", "raise"] = "warn"
     """Policy for checkpoints that cannot be written (disk full): warn and continue training, or raise on all ranks.
     Earlier checkpoints are unchanged in both cases."""
+    reference_bytes: int | None = None
+    """Size of a checkpoint from which `WandbLogger(log_model=...)` logs a reference to its folder instead of uploading
+    its files; None: all checkpoints are uploaded."""
     trust_pickle: bool = False
     """True if pickles in checkpoints are run. Pickles can execute any code: use only for files that you trust."""
 

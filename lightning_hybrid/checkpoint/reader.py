@@ -102,7 +102,7 @@ class SavedCheckpoint:
 
     def __init__(self, path: str | Path, trust_pickle: bool = False) -> None:
         self.path, self.trust_pickle = Path(path), trust_pickle
-        self.about = _read_manifest(self.path)
+        self.about = read_manifest(self.path)
         self._open: dict[int, Any] = {}
         self._indexes: dict[int, dict[str, Any]] = {}
 
@@ -244,7 +244,12 @@ class SavedCheckpoint:
         return self._indexes[rank]
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Returns the content of a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, or its manifest is damaged.
+    """
     file = path / MANIFEST
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint {path}.")
@@ -286,7 +291,7 @@ def newest_first(paths: Sequence[Path]) -> list[Path]:
     found = []
     for path in paths:
         try:
-            about = _read_manifest(path)
+            about = read_manifest(path)
         except CheckpointError:
             continue
         staging = path.name.endswith((STAGED, REPLACED))

@@ -38,7 +38,9 @@ def make_trainer(layout: str | None, **options: Any) -> tuple[L.Trainer, int]:
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 2,
     }
-    return L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, **{**defaults, **options}), replicas
+    return L.Trainer(
+        **{"accelerator": "cpu", "devices": devices, "strategy": strategy, **defaults, **options}
+    ), replicas
 
 
 def loader(replicas: int, samples: int = SAMPLES, batch: int = BATCH) -> DataLoader:

@@ -3,58 +3,24 @@
 from __future__ import annotations
 
 import csv
-import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] -- made at import
 
+from tests import wandb_files
 from tests.distributed.contract import jobs
 from tests.distributed.contract.layouts import FOUR, TWO, assert_equal, call
 from tests.harness import RankGroup
 from tests.pairwise import quick
 
-BLOCK, HEADER = 32768, 7
-"""Bytes of a block, and of the header of the file and of each of its chunks: checksum, length and kind."""
-
-
-def records(data: bytes) -> Iterator[bytes]:
-    """The records of a W&B file, which is a log of LevelDB: chunks that are whole records, or parts from 2 to 4."""
-    assert data[:4] == b":W&B"
-    place, parts = HEADER, b""
-    while place + HEADER <= len(data):
-        if BLOCK - place % BLOCK < HEADER:
-            place += BLOCK - place % BLOCK  # too little is left of the block for a header
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])
-        assert kind in (1, 2, 3, 4), f"no kind of chunk: {kind}"
-        parts += data[place + HEADER : place + HEADER + length]
-        place += HEADER + length
-        if kind in (1, 4):
-            yield parts
-            parts = b""
-
 
 def read_wandb(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The lines and the configuration in the only W&B run of a folder."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    lines: list[dict[str, Any]] = []
-    config: dict[str, Any] = {}
-    for data in records(path.read_bytes()):
-        record = Record.FromString(data)
-        kind = record.WhichOneof("record_type")
-        if kind == "history":
-            line = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-            lines.append({k: v for k, v in line.items() if not k.startswith("_")})
-        updates = record.config.update if kind == "config" else record.run.config.update if kind == "run" else []
-        for item in updates:
-            config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-    return lines, config
+    (path,) = wandb_files.files(folder)
+    return wandb_files.read(path)
 
 
 def read_csv(folder: Path) -> list[dict[str, float]]:
