@@ -112,7 +112,7 @@ def _import_problem(class_path: str, problem: str) -> str | None:
     """Explains why `class_path` cannot be imported; None if that is not the problem."""
     if found := re.search(r"No module named '([^']+)'", problem):
         if not f"{class_path}.".startswith(f"{found[1]}."):
-            return f"the module of `{class_path}` cannot be imported: {paragraph(problem)}."
+            return f"the module of `{class_path}` cannot be imported: {problem.strip().splitlines()[0]}."
         return f"there is no module `{found[1]}` for `{class_path}`. {_nearest_class(class_path)}"
     if found := re.search(r"module '([^']+)' has no attribute '([^']+)'", problem):
         return f"`{found[1]}` has no `{found[2]}`. {_nearest_class(class_path)}"

@@ -12,8 +12,13 @@ from pathlib import Path
 from types import TracebackType
 
 import jsonargparse
+import lightning
+import lightning_fabric
+import pytorch_lightning
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+import lightning_hybrid
 from lightning_hybrid._lightning_private import twins
 from lightning_hybrid._torch_private import explicitly_raised
 from lightning_hybrid.cli.errors import paragraph
@@ -21,16 +26,12 @@ from lightning_hybrid.spec.errors import CheckpointError, NonFiniteError, Partit
 
 _COMMAND_LINE = f"{Path(__file__).parent}/"
 """Frames outside of this folder are those of the interpreter and of the script that pip has installed."""
-_PACKAGE = Path(__file__).parents[1]
-_INSTALLED = Path(jsonargparse.__file__).parents[1]
-_USER_LIKE = tuple(f"{_PACKAGE / name}/" for name in ("models", "data"))
-"""Parts of this package that are written like user code."""
 _LIGHTNING = tuple(
-    f"{folder}/"
-    for folder in (_PACKAGE, *(_INSTALLED / n for n in ("lightning", "pytorch_lightning", "lightning_fabric")))
+    f"{Path(module.__file__ or '').parent}/"
+    for module in (lightning_hybrid, lightning, pytorch_lightning, lightning_fabric)
 )
-_FOLDED = (*_LIGHTNING, *(f"{_INSTALLED / name}/" for name in ("torch", "jsonargparse")))
-_NOT_USERS = (*_FOLDED, f"{_INSTALLED}/", f"{sysconfig.get_path('stdlib')}/", "<")
+_FOLDED = (*_LIGHTNING, *(f"{Path(module.__file__ or '').parent}/" for module in (torch, jsonargparse)))
+_NOT_USERS = (*_FOLDED, f"{sysconfig.get_path('stdlib')}/", f"{sysconfig.get_path('purelib')}/", "<")
 _REFUSALS = (PartitionError, CheckpointError, NonFiniteError, RankError)
 _HAS_PLACE = re.compile(r"\.py:\d+")
 

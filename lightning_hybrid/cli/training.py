@@ -8,10 +8,10 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import add_instantiator
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
@@ -60,6 +60,7 @@ class _CLI(LightningCLI):
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=_Parser,
             parser_kwargs=parser_options | {str(name): {"exit_on_error": False}} if name else parser_options,
             args=[name, *configs.args] if name else configs.args,
             run=name is not None,
@@ -87,6 +88,7 @@ class _CLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        self.parser.add_instantiator(_construct, object)  # type: ignore[arg-type] -- of any class
         _check_strategy(self._get(self.config, "trainer")["strategy"])
         if self.subcommand:
             _check_checkpoint(self._get(self.config, "ckpt_path"))
@@ -97,7 +99,7 @@ class _CLI(LightningCLI):
             with _constructors_seen():
                 super().instantiate_classes()
         except (Exception, _Raised) as error:
-            cause = _cause(error)
+            cause = error.error if isinstance(error, _Raised) else error
             message = refusal(cause)
             if message is None:
                 raise cause from None
@@ -150,21 +152,23 @@ def _constructors_seen() -> Iterator[None]:
 
 
 def _construct(class_type: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
-        return class_type(*args, **kwargs)
-    except Exception as error:
-        if _seen.get():
-            raise _Raised(error) from None
-        raise
+    return class_type(*args, **kwargs)
 
 
-add_instantiator(_construct, object)
+class _Parser(LightningArgumentParser):
+    """LightningCLI's parser, which lets errors of constructors through."""
 
+    @override
+    def add_instantiator(self, instantiator: Callable[..., Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        @wraps(instantiator)
+        def seen(*values: Any, **options: Any) -> Any:
+            try:
+                return instantiator(*values, **options)
+            except Exception as error:
+                if _seen.get():
+                    raise _Raised(error) from None
+                raise
 
-def _cause(error: BaseException) -> BaseException:
-    """Returns the error of a constructor that jsonargparse has made `error` of, or `error`."""
-    if isinstance(error, _Raised):
-        return error.error
-    while error.__cause__ is not None and str(error).startswith("Does not validate against"):
-        error = error.__cause__
-    return error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the only way that LightningCLI has
+            super().add_instantiator(seen, *args, **kwargs)

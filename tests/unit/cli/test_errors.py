@@ -81,7 +81,7 @@ OPTIONS = {
     "--trainer.max_stepz=3": "unknown option `--trainer.max_stepz`. Did you mean `--trainer.max_steps`?",
     "extra": "unexpected argument `extra`.",
     "--trainer.max_steps=ten": "`trainer.max_steps` must be int. Got 'ten'.",
-    "--trainer.precision=bf16-mixd": "'bf16' or null. Got 'bf16-mixd'. Did you mean `bf16-mixed`?",
+    "--trainer.precision=bf16-mixd": "Got 'bf16-mixd'. Did you mean `bf16-mixed`?",
     "--trainer.strategy=hybird": "`trainer.strategy`: there is no strategy `hybird`. Did you mean `hybrid`?",
     "--trainer.strategy=hybrid-td2": "Got 'td2' with the unknown axis 'td'. Did you mean 'tp2'?",
     f"{HYBRID} --trainer.strategy.layout=dp2": "`layout` must use every device once. Got 'dp2', which needs 2, with",
