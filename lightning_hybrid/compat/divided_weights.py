@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_hybrid._torch_private import DispatchMode, local_part, storage_key, user_location
 from lightning_hybrid.collectives import to_full
@@ -157,7 +157,10 @@ class _OfWholeWeights(DispatchMode):
         self._names: dict[tuple, str] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {} if kwargs is None else kwargs
+        if any(isinstance(t, Ghost) for t in tree_leaves((args, kwargs))):  # the result is a ghost, or an error
+            args = tree_map_only(DTensor, _of_any_values, args)
+            kwargs = dict(tree_map_only(DTensor, _of_any_values, kwargs))
         order = self._order(func, args, kwargs) if self._weights.moved else None
         if torch.Tag.nondeterministic_seeded in func.tags and args and isinstance(args[0], Tensor):
             out = self._drawn(func, args[0], args, kwargs)
@@ -207,6 +210,9 @@ class _OfWholeWeights(DispatchMode):
         name = self._divided().get(_place_of(given))
         if name is None and not isinstance(given, DTensor):
             return func(*args, **kwargs)
+        if name is None and all(p.is_replicate() for p in given.placements):  # type: ignore[attr-defined]
+            drawn = func(local_part(given), *args[1:], **kwargs)
+            return given if _writes(func) else _replicated(drawn, given)
         if name is None or func.overloadpacket in _VALUES_USED:
             raise PartitionError(
                 f"`layout='{self._weights.layout}'`: {user_location()} draws random numbers (`{func}`) for a "
@@ -231,6 +237,14 @@ class _OfWholeWeights(DispatchMode):
                     if tensor is not None:
                         self._names[_place_of(tensor.detach())] = name
         return self._names
+
+
+def _replicated(tensor: Tensor, like: Any) -> DTensor:
+    return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False)
+
+
+def _of_any_values(tensor: DTensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _place_of(tensor: Tensor) -> tuple:

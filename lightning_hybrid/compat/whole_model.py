@@ -17,6 +17,9 @@ from lightning_hybrid.patching import patched
 def whole_model(engine: Engine, weights: DividedWeights) -> Iterator[None]:
     """Shows parameters of all stages and all experts, and lets code change divided ones as on one process."""
     layout, parameters = engine.plan.layout, engine.partition.parameters
+    if engine.partition.shows_whole:
+        yield
+        return
     with ExitStack() as stack:
         stack.enter_context(weights.shown())
         if layout.pp > 1 or layout.ep > 1:

@@ -7,7 +7,16 @@ import itertools
 import pytest
 import torch
 
-from tests.distributed.contract.hook_jobs import add_noise, read, run
+from tests.distributed.contract.hook_jobs import (
+    add_noise,
+    add_noise_by_groups,
+    halve_queries,
+    read,
+    read_by_groups,
+    read_fused,
+    run,
+    train,
+)
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
 
@@ -68,3 +77,60 @@ def test_hooks_that_need_values_of_other_stages_are_refused(ranks2: RankGroup, l
         RankError, match=r"a hook needs one of another stage: .*hook_jobs.py:\d+ \(.*\) reads the value"
     ):
         ranks2.call(run, layout, hook, read)
+
+
+@pytest.mark.feature("hooks that change the parameters in optimizers")
+@pytest.mark.parametrize(
+    ("layout", "hook"),
+    quick(
+        itertools.product(["fsdp2", "tp2", "pp2"], ["on_before_optimizer_step", "on_train_batch_end"]),
+        ("pp2", "on_train_batch_end"),
+    ),
+)
+def test_groups_of_optimizers_have_all_parameters(ranks2: RankGroup, layout: str, hook: str) -> None:
+    compare(
+        train(None, hook, add_noise_by_groups, "Whole"), ranks2.call(train, layout, hook, add_noise_by_groups, "Whole")
+    )
+
+
+@pytest.mark.slow
+def test_values_of_other_stages_in_groups_are_refused(ranks2: RankGroup) -> None:
+    with pytest.raises(RankError, match=r"a hook needs one of another stage: .*hook_jobs.py:\d+"):
+        ranks2.call(train, "pp2", "on_train_batch_end", read_by_groups, "Whole")
+
+
+@pytest.mark.feature("hooks that read or change weights of experts")
+@pytest.mark.parametrize(
+    ("do", "hook"),
+    quick(
+        itertools.product([read, read_by_groups, add_noise], ["on_after_backward", "on_train_batch_end"]),
+        (read_by_groups, "on_after_backward"),
+        (add_noise, "on_train_batch_end"),
+    ),
+)
+def test_weights_of_experts_are_whole(ranks2: RankGroup, do, hook: str) -> None:
+    compare(train(None, hook, do, "Mixture"), ranks2.call(train, "ep2", hook, do, "Mixture"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp2-ep2", "ep2-tp2", "ep2-pp2", "ep4"])
+def test_weights_of_experts_change_in_products(ranks4: RankGroup, layout: str) -> None:
+    expected = train(None, "on_train_batch_end", add_noise, "Mixture")
+    compare(expected, ranks4.call(train, layout, "on_train_batch_end", add_noise, "Mixture"))
+
+
+@pytest.mark.feature("hooks that read weights whose order ranks of `tp` change")
+def test_order_of_a_fused_weight_is_that_of_the_model(ranks2: RankGroup) -> None:
+    compare(
+        train(None, "on_train_batch_end", read_fused, "Fused"),
+        ranks2.call(train, "tp2", "on_train_batch_end", read_fused, "Fused"),
+    )
+
+
+@pytest.mark.feature("hooks that use positions in weights whose order ranks of `tp` change", refused=True)
+def test_positions_in_a_fused_weight_are_refused(ranks2: RankGroup) -> None:
+    with pytest.raises(
+        RankError,
+        match=r"hook_jobs.py:\d+ \(halve_queries\) computes with elements of `model.transformer.h.0.attn.c_attn",
+    ):
+        ranks2.call(train, "tp2", "on_train_batch_end", halve_queries, "Fused")
