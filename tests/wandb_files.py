@@ -48,7 +48,11 @@ def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind == "history":
-            line = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+            line: dict[str, Any] = {}
+            for item in record.history.item:
+                key, *rest = [item.key] if item.key else item.nested_key
+                value = json.loads(item.value_json)
+                line[key] = {**line.get(key, {}), "/".join(rest): value} if rest else value
             lines.append({k: v for k, v in line.items() if not k.startswith("_")})
         updates = record.config.update if kind == "config" else record.run.config.update if kind == "run" else []
         for item in updates:

@@ -20,20 +20,26 @@ from lightning_hybrid._lightning_private import (
     logged_step,
     logs_after_batch,
     steps_after_batch,
+    wandb_loggers,
 )
 from lightning_hybrid._torch_private import FlopCount, tree_leaves
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.callbacks.adaptive_batch_size import AdaptiveBatchSize
+from lightning_hybrid.callbacks.events import Events
 from lightning_hybrid.callbacks.monitor_values import NORM, RankMeasurements, expert_values, values_of
 from lightning_hybrid.callbacks.peak_flops import peak_flops
 from lightning_hybrid.callbacks.required import hybrid_strategy
 from lightning_hybrid.callbacks.step_window import StepWindow
+from lightning_hybrid.callbacks.wandb_report import WandbReport, join_run
 from lightning_hybrid.collectives import all_gather_single
 from lightning_hybrid.device_memory import peak_bytes
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.step_times import StepTimes
 from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.request import Request
+
+_FLOP_TRIES = 3
+"""Batches in which operations are counted at most: a count is void if a pipeline has prepared a new form of batches."""
 
 
 class HybridMonitor(Callback):
@@ -52,6 +58,9 @@ class HybridMonitor(Callback):
         peak_tflops: Highest rate of a device, in units of 10^12 operations per second, for MFU. None: from a table of
             data sheets, by the device's name and the Trainer's precision.
         progress_bar: Show tokens (or samples) per second in the progress bar.
+        wandb_pictures: Draw the balance of stages and experts for loggers of Weights & Biases.
+        wandb_every_node: Show the system metrics of every node in Weights & Biases, not only of the first one; needs a
+            run in the mode `"shared"`.
 
     Raises:
         ValueError: If an argument is not one of its possible values.
@@ -64,6 +73,8 @@ class HybridMonitor(Callback):
         count_flops: bool = True,
         peak_tflops: float | None = None,
         progress_bar: bool = True,
+        wandb_pictures: bool = True,
+        wandb_every_node: bool = False,
     ) -> None:
         if not (tokens is None or tokens == "auto" or callable(tokens)):
             raise ValueError(f"`tokens` must be 'auto', a function or None. Got {tokens!r}.")
@@ -71,6 +82,11 @@ class HybridMonitor(Callback):
             raise ValueError(f"`peak_tflops` must be larger than 0. Got {peak_tflops}.")
         self._count_tokens = count_integers if tokens == "auto" else tokens
         self._counts_flops, self._peak_tflops, self._progress_bar = count_flops, peak_tflops, progress_bar
+        self._pictures, self._every_node = wandb_pictures, wandb_every_node
+        self._report: WandbReport | None = None
+        self._events: Events | None = None
+        self._node_client: Any = None
+        self._layout = ""
         self._window = StepWindow()
         self._engine: Engine | None = None
         self._times: StepTimes | None = None
@@ -79,6 +95,11 @@ class HybridMonitor(Callback):
         self._step_samples = self._step_tokens = 0.0
         self._flops_per_unit: tuple[float, float] | None = None
         """Operations per token, or per sample where tokens are not counted, without and of recomputation."""
+        self._flop_tries = 0
+        """Batches in which operations may still be counted in the present layout."""
+        self._forms: set[Any] = set()
+        self._begun: Engine | None = None
+        """The engine of the running batch."""
         self._peak: float | None = None
         self._compiled = 0
         self._shown: dict[str, str] = {}
@@ -99,10 +120,16 @@ class HybridMonitor(Callback):
         strategy = hybrid_strategy(trainer, self)
         self._compiled, self._shown = _compiled_frames(), {}
         self._peak = self._find_peak(trainer, strategy.root_device)
+        self._events, self._report = Events(trainer), None
+        if wandb_loggers(trainer) and trainer.is_global_zero:
+            self._report = WandbReport(trainer, self._pictures)
+            self._report.show_plan(strategy.plan, logged_step(trainer))
+        if self._every_node:
+            self._node_client = join_run(trainer)
         self._follow(strategy.engine)
         strategy.listeners.append(self)
         patches = strategy.engine.run.patches
-        patches.callback(self._end)
+        patches.callback(self._end_run)
         patches.enter_context(fetching_seen(trainer, self._window.fetching_begins, self._window.fetching_ends))
         bar = trainer.progress_bar_callback
         if self._progress_bar and bar is not None:
@@ -113,7 +140,8 @@ class HybridMonitor(Callback):
         """Measures steps of `engine`. Collective."""
         self._engine, self._times = engine, StepTimes(engine.runner)
         self._times.install()
-        self._batches, self._flops_per_unit = 0, None
+        self._layout = str(engine.plan.layout)
+        self._batches, self._flops_per_unit, self._flop_tries = 0, None, _FLOP_TRIES
         self._step_samples = self._step_tokens = 0.0
         self._window.restart(None)
         engine.expert_loads(self)
@@ -125,14 +153,27 @@ class HybridMonitor(Callback):
             self._engine.optimizers.nonfinite.keeps_norms = False
         self._engine = self._times = None
 
+    def _end_run(self) -> None:
+        self._end()
+        self._report = self._events = None
+        if self._node_client is not None:
+            self._node_client.finish()
+        self._node_client = None
+
     def check_layout(self, request: Request) -> None:
         """Accepts every layout."""
 
     def layout_changed(self, engine: Engine) -> None:
         """Measures in the new layout."""
-        if self._engine is not None:
-            self._end()
-            self._follow(engine)
+        if self._engine is None:
+            return
+        trainer, before = engine.run.trainer, self._layout
+        self._end()
+        self._follow(engine)
+        if self._events is not None and self._layout != before:
+            self._events.add(trainer.global_step, "relayout", f"{before} -> {self._layout}")
+        if self._report is not None:
+            self._report.show_plan(engine.plan, logged_step(trainer), changed=True)
 
     # ---- batches
 
@@ -145,15 +186,17 @@ class HybridMonitor(Callback):
             return
         engine.optimizers.nonfinite.keeps_norms = logs_after_batch(trainer)
         times.measures = self._window.begin_batch()
-        if self._batches == 1 and self._can_count_flops(engine):
-            engine.runner.flops = FlopCount()
+        self._begun = engine
+        if self._batches and self._flops_per_unit is None and self._flop_tries and self._can_count_flops(engine):
+            engine.runner.flops, self._forms = FlopCount(), _forms(engine)
+            self._flop_tries -= 1
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         engine, times = self._engine, self._times
-        if engine is None or times is None:
+        if engine is None or times is None or engine is not self._begun:  # a callback has changed the layout
             return
         times.measures = False
         samples, tokens = self._count(engine, batch)
@@ -202,7 +245,7 @@ class HybridMonitor(Callback):
     def _note_flops(self, engine: Engine, samples: float, tokens: float) -> None:
         counter, engine.runner.flops = engine.runner.flops, None
         unit = tokens if tokens > 0 else samples
-        if counter is not None and unit > 0:
+        if counter is not None and unit > 0 and _forms(engine) == self._forms:
             self._flops_per_unit = counter.flops / unit, counter.recomputed_flops / unit
 
     def _find_peak(self, trainer: pl.Trainer, device: torch.device) -> float | None:
@@ -229,12 +272,17 @@ class HybridMonitor(Callback):
         noise = _noise_scale(trainer)
         if noise is not None:
             values["batch/noise_scale"] = noise
+        events = self._events.collect(trainer.global_step) if self._events is not None else []
+        values |= {f"events/{kind}": float(n) for kind, n in (self._events.counts if self._events else {}).items()}
         self.values = values
         for unit in ("samples", "tokens"):
             if (rate := values.get(f"throughput/{unit}_per_second")) is not None:
                 self._shown = {f"{unit}_per_second": f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=logged_step(trainer))
+        if self._report is not None:
+            self._report.show_events(events, logged_step(trainer))
+            self._report.draw(values, self.expert_loads, engine.plan, logged_step(trainer))
 
     def _gather(self, engine: Engine, times: StepTimes) -> list[list[float]]:
         """Returns the measurements of each rank, followed by the seconds of all stages, by rank. Collective."""
@@ -269,6 +317,12 @@ def count_integers(batch: Any) -> int | None:
     kinds = (torch.int32, torch.int64)
     leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
     return next((leaf.numel() for leaf in leaves if leaf.ndim == 2 and leaf.dtype in kinds), None)
+
+
+def _forms(engine: Engine) -> set[Any]:
+    """Returns the forms of batches that the pipeline has prepared; preparing one runs the step on ghosts."""
+    pipeline = engine.runner.pipeline
+    return set() if pipeline is None else set(pipeline.prepared)
 
 
 def _noise_scale(trainer: pl.Trainer) -> float | None:

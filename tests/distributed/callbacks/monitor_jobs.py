@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import grad_norm
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_hybrid.callbacks import HybridMonitor
+from lightning_hybrid.callbacks import HybridMonitor, Phase, PhaseSchedule
+from tests.distributed.checkpoint.wandb_jobs import offline
 from tests.distributed.contract.jobs import make_trainer, start
 from tests.distributed.contract.modules import Memory
+from tests.distributed.experts.expert_jobs import Mixture
+from tests.distributed.jobs import Numbers
 
 TIME, WIDTH, BATCH = 8, 32, 16
 SLOW_SECONDS = 0.05
@@ -112,3 +117,43 @@ def of_one_process() -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter:
         module.training_step(Tokens(BATCH)._tokens, 0).backward()
     return {"norms": norms.norms, "flops": counter.get_total_flops() / BATCH}
+
+
+def changing(layout: str, folder: Path) -> dict[str, Any]:
+    """Trains in two layouts with W&B (offline), TensorBoard and CSV; the last values, on each rank."""
+    start()
+    loggers = [
+        WandbLogger(save_dir=folder, project="test"),
+        TensorBoardLogger(folder, "tensorboard", "0"),
+        CSVLogger(folder, "csv", "0"),
+    ]
+    callback = HybridMonitor(peak_tflops=PEAK_TFLOPS)
+    phases = PhaseSchedule([Phase(), Phase(at_step=6, layout="dp2" if layout != "dp2" else "pp2")])
+    options: dict[str, Any] = {"max_steps": 12, "log_every_n_steps": 2}
+    trainer, n = make_trainer(layout, logger=loggers, callbacks=[callback, phases], **options)
+    with offline():
+        trainer.fit(Words(), DataLoader(Tokens(256), batch_size=BATCH // n))
+    return callback.values
+
+
+def experts(folder: Path) -> dict[str, Any]:
+    """Trains experts on two ranks with W&B (offline), and with a callback that reads their load at other steps."""
+    start()
+    callback, loads = HybridMonitor(), Loads()
+    logger = WandbLogger(save_dir=folder, project="test")
+    options: dict[str, Any] = {"max_steps": 8, "log_every_n_steps": 4, "max_epochs": -1}
+    trainer, n = make_trainer("ep2", logger=logger, callbacks=[callback, loads], **options)
+    with offline():
+        trainer.fit(Mixture(), DataLoader(Numbers(), batch_size=BATCH // n))
+    return {"values": callback.values, "loads": callback.expert_loads, "read": loads.read}
+
+
+class Loads(L.Callback):
+    """Reads the load of experts after every third step."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step % 3 == 0:
+            self.read.append(sum(int(x.sum()) for x in trainer.strategy.expert_loads().values()))  # type: ignore[attr-defined]
