@@ -54,7 +54,7 @@ class WandbReport:
             self._log(logger, {"events/table": wandb.Table(columns=_EVENT_COLUMNS, data=rows)}, step)
 
     def draw(self, values: Mapping[str, float], loads: Mapping[str, Sequence[int]], plan: Plan, step: int) -> None:
-        """Draws the balance of stages and experts, the first, second, fourth time and so on that it is known in a layout.
+        """Draws the balance of stages and experts, at the first logged step that has it, the second, fourth and so on.
 
         Args:
             values: The values that are logged with this step.

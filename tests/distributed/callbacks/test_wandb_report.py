@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +83,12 @@ def test_the_load_of_experts_is_drawn(ranks2: RankGroup, tmp_path: Path) -> None
     assert all(run.is_picture(line["experts/load"]) for line in pictures)
 
 
+@pytest.mark.slow
+def test_nothing_else_imports_wandb() -> None:
+    code = "import sys, lightning_hybrid.cli, lightning_hybrid.callbacks; sys.exit('wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
 # ---- every node, without a network
 
 
@@ -112,7 +120,7 @@ def test_every_node_needs_a_shared_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_matplotlib_there_are_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     table = wandb_report.expert_picture({"a": [1, 3]})
     assert table.data == [["a", 0, 0.5], ["a", 1, 1.5]]
     assert type(wandb_report.stage_picture([0.25, 0.75], [0.5, 0.5])).__name__ == "CustomChart"
