@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_hybrid._lightning_private import plain_optimizer
 from lightning_hybrid.checkpoint.content import Content, Part
 from lightning_hybrid.checkpoint.reader import SavedTensor
+from lightning_hybrid.checkpoint.whole_values import whole_values
 from lightning_hybrid.collectives import gather_objects, to_local
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.ghosts.ghost import Ghost
@@ -92,6 +93,7 @@ def content_of(engine: Engine, checkpoint: Mapping[str, Any]) -> Content:
             document[key] = value
     document["names"] = _shown_names(engine)
     document["aliases"] = {n: f for n, f in engine.partition.parameters.first_names.items() if n != f}
+    document |= whole_values(engine, {k: v for k, v in document.items() if k not in PER_RANK})
     kept = document if first else {k: v for k, v in document.items() if k in PER_RANK}
     return Content(parts=content.parts, values=content.values, document=kept)
 

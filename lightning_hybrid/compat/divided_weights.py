@@ -11,8 +11,8 @@ returns the user's order, and what depends on the position of an element is refu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -109,29 +109,36 @@ class DividedWeights:
         known = self._laid_out.get(_memory(local_part(tensor)))
         return None if known is None or known.storage.expired() else known.name
 
-    @contextmanager
-    def _full_tensors(self) -> Iterator[None]:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
+        """Returns the whole of a DTensor in the order of the model. Collective over the ranks that have parts."""
+        name = self.moved_as(tensor)
+        return to_full(tensor) if name is None else self._in_order(tensor, name)
+
+    def _in_order(self, tensor: Tensor, name: str) -> Tensor:
+        experts = self.partition.experts
+        if experts is not None and name in self.experts.shapes:
+            return experts.gathered(name, to_full(self.experts.like_part(name, tensor)))
+        return self.partition.gathered(name, tensor)
+
+    def _full_tensors(self) -> AbstractContextManager:
         """Makes `DTensor.full_tensor` return the user's order."""
         original = DTensor.full_tensor
 
         def full_tensor(tensor: DTensor, **options: Any) -> Tensor:
-            name = self.moved_as(tensor.detach()) if isinstance(tensor, DTensor) else None
-            if name is None:
-                return original(tensor, **options)
-            DTensor.full_tensor = original  # type: ignore[method-assign]
-            try:
-                part = self.experts.like_part(name, tensor.detach()) if name in self.experts.shapes else tensor.detach()
-                if self.partition.experts is not None and name in self.experts.shapes:
-                    return self.partition.experts.gathered(name, to_full(part))
-                return self.partition.gathered(name, part)
-            finally:
-                DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
+            name = self.moved_as(tensor.detach())
+            with _full_tensor_is(original):
+                return original(tensor, **options) if name is None else self._in_order(tensor.detach(), name)
 
-        DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            DTensor.full_tensor = original  # type: ignore[method-assign]
+        return _full_tensor_is(full_tensor)
+
+
+@contextmanager
+def _full_tensor_is(method: Callable[..., Tensor]) -> Iterator[None]:
+    present, DTensor.full_tensor = DTensor.full_tensor, method  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DTensor.full_tensor = present  # type: ignore[method-assign]
 
 
 class _SetData(TorchFunctionMode):

@@ -52,6 +52,7 @@ def patched_hooks(engine: Engine) -> AbstractContextManager:
     """Patches the user's hooks to see whole parameters; closing the returned context removes the patches."""
     stack = ExitStack()
     children, weights = list(_children_with_parameters(engine.root)), DividedWeights(engine.partition)
+    stack.enter_context(patched(engine, full_tensor=weights.full_tensor))
     ended: list[bool] = []
     stack.callback(ended.append, True)
     users = [c for c in users_callbacks(engine.run.trainer) if not isinstance(c, _ADAPTED)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_hybrid._lightning_private import is_overridden
 from lightning_hybrid._torch_private import whole_scalars
+from lightning_hybrid.collectives import to_full
 from lightning_hybrid.engine.first_batch import Sample
 from lightning_hybrid.engine.hook_view import HookView
 from lightning_hybrid.engine.optimizer import OptimizerWrapper
@@ -80,6 +81,8 @@ class Engine:
         partition.on_remove = self.runner.gradients.release
         self.hook_view: HookView | None = None
         """Of the hook of the user that runs at present."""
+        self.full_tensor: Callable[[Tensor], Tensor] = to_full
+        """Returns the whole of a DTensor that code of the user has kept, in the order of the model. Collective."""
         self.whole = WholeModule(partition)
         self.refusals = Refusals(self.root, partition.plan.layout)
         self.is_running = self.is_removed = False
