@@ -74,20 +74,26 @@ class _AfterImport(MetaPathFinder):
 
     def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
         self._name, self._function = name, function
+        self._searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self._name or self._searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
         if spec is not None and spec.loader is not None:
             execute: Callable[[ModuleType], None] = spec.loader.exec_module
 
             def execute_and_call(module: ModuleType) -> None:
                 execute(module)
-                self._function(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self._function(module)
 
             spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec

@@ -31,8 +31,10 @@ def test_an_unknown_layout_and_an_unknown_name() -> None:
 
 SCRIPT = """
 import sys
+import importlib.util
 import lightning_hybrid
 assert "torch" not in sys.modules and "lightning" not in sys.modules
+assert importlib.util.find_spec("{package}.strategies")  # does not import it
 import {package} as pl
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="hybrid-dp2", logger=False)
 left = [f for f in sys.meta_path if "AfterImport" in str(f) and f._name.startswith("{package}")]

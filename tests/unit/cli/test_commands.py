@@ -45,19 +45,30 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("lightning-hybrid 0.")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["recipes", "ls"]], ids=" ".join)
-def test_commands_without_a_model_import_neither_torch_nor_lightning(args: list[str]) -> None:
+def _imported(*args: str) -> set[str]:
+    """Returns the modules that a command imports."""
     run = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "lightning_hybrid.cli", *args],
         env=script_environment(),
         capture_output=True,
         text=True,
         timeout=60,
-        check=True,
     )
-    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    return {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["recipes", "ls"]], ids=" ".join)
+def test_commands_without_a_model_import_neither_torch_nor_lightning(args: list[str]) -> None:
+    imported = _imported(*args)
     assert "lightning_hybrid.cli.commands" in imported
     assert not imported & {"torch", "lightning", "lightning.pytorch", "jsonargparse", "lightning_hybrid.strategy"}
+
+
+@pytest.mark.slow
+def test_the_doctor_imports_torch_alone() -> None:
+    imported = _imported("doctor")
+    assert "torch" in imported
+    assert not imported & {"lightning", "lightning.pytorch", "jsonargparse", "lightning_hybrid.strategy"}
 
 
 def test_options_may_precede_the_command(capsys: pytest.CaptureFixture[str]) -> None:
