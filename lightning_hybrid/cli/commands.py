@@ -10,7 +10,7 @@ from importlib import import_module
 from types import TracebackType
 
 from lightning_hybrid.cli.errors import CommandError, UsageError, did_you_mean, paragraph
-from lightning_hybrid.cli.installed import version
+from lightning_hybrid.cli.installed import NAME, version
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _run(args: list[str]) -> int | None:
         sys.stdout.write(_help())
         return None
     if args[0] == "--version":
-        sys.stdout.write(f"lightning-hybrid {version('lightning-hybrid')}\n")
+        sys.stdout.write(f"lightning-hybrid {version(NAME) or '(not installed)'}\n")
         return None
     name = next((arg for arg in args if arg in {command.name for command in COMMANDS}), None)
     if args[0].startswith("-") and name is not None:  # options of LightningCLI for all of its commands

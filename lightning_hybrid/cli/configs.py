@@ -28,7 +28,7 @@ class Configs:
 
     def __init__(self, args: list[str]) -> None:
         self.args = list(args)
-        self._documents: list[tuple[Path, yaml.Node | None]] = []
+        self._documents: list[tuple[Path, yaml.MappingNode]] = []
         for at, before, value in _values(args):
             if not _PLAIN_PATH.fullmatch(value):
                 continue
@@ -77,9 +77,9 @@ def _names_in(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
-def _read(path: Path) -> yaml.Node | None:
+def _read(path: Path) -> yaml.MappingNode:
     try:
-        return yaml.compose(path.read_text(), yaml.SafeLoader)
+        document = yaml.compose(path.read_text(), yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -88,13 +88,14 @@ def _read(path: Path) -> yaml.Node | None:
         raise UsageError(f"{path}{at}: this is not YAML: {error.problem}{since}.") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: this is not YAML: {error}") from None
+    if not isinstance(document, yaml.MappingNode):
+        raise UsageError(f"{path}: a configuration has keys such as `model:` and `trainer:`. This file has none.")
+    return document
 
 
-def _line(document: yaml.Node | None, key: str) -> int | None:
+def _line(document: yaml.MappingNode, key: str) -> int | None:
     """Returns the line of the last part of `key` below the first one."""
     first, _, rest = key.partition(".")
-    if not isinstance(document, yaml.MappingNode):
-        return None
     for name, value in document.value:
         if name.value == first:
             return next(_lines(value, rest.rpartition(".")[2]), None) if rest else name.start_mark.line + 1

@@ -20,6 +20,7 @@ from typing_extensions import override
 from lightning_hybrid.adapt.phases import Phase
 from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.callbacks.save_config import SaveConfig
+from lightning_hybrid.cli.class_paths import nearest_class
 from lightning_hybrid.cli.configs import Configs
 from lightning_hybrid.cli.errors import UsageError, did_you_mean
 from lightning_hybrid.cli.explain import explain
@@ -117,7 +118,8 @@ class _CLI(LightningCLI):
 def _check_strategy(strategy: Any) -> None:
     known = ["auto", *StrategyRegistry.available_strategies()]
     if isinstance(strategy, str) and strategy not in known:
-        raise UsageError(f"`trainer.strategy`: there is no strategy `{strategy}`. {did_you_mean(strategy, known)}")
+        near = nearest_class(strategy) if "." in strategy else did_you_mean(strategy, known)
+        raise UsageError(f"`trainer.strategy`: there is no strategy `{strategy}`. {near}")
 
 
 def _check_checkpoint(path: Any) -> None:

@@ -25,6 +25,10 @@ class Net(L.LightningModule):
         super().__init__()
         if width == 3:
             raise ZeroDivisionError("of the user")
+
+class Needs(Net):
+    def __init__(self, depth: int, kind: str):
+        super().__init__()
 """
 
 
@@ -38,6 +42,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(CONFIG))
     (tmp_path / "users_net.py").write_text(USERS_MODULE)
     (tmp_path / "half_done.py").write_text("import no_such_requirement")
+    (tmp_path / "fails.py").write_text("x = 1\nraise RuntimeError('at its import')")
+    (tmp_path / "list.yaml").write_text("- a")
     (tmp_path / "syntax.yaml").write_text("model:\n  class_path: [a\ntrainer: 3\n")
     (tmp_path / "best.ckpt").touch()
     yield tmp_path
@@ -66,6 +72,7 @@ COMMANDS = {
     ("fit", "--config", "god.yaml"): "`--config`: there is no file god.yaml. Did you mean `good.yaml`?",
     ("fit", "--config", "quickstrat"): "`--config`: there is no file quickstrat. Did you mean `quickstart`?",
     ("fit", "--config", "."): "`--config` must be a file. Got the folder .",
+    ("fit", "--config", "list.yaml"): "list.yaml: a configuration has keys such as `model:` and `trainer:`.",
     ("fit", "--config=syntax.yaml"): "syntax.yaml:3:8: this is not YAML: expected ',' or ']', but got ':', while",
 }
 
@@ -96,6 +103,12 @@ OPTIONS = {
     "--model=users_net.L": "`model`: `users_net.L` is no LightningModule.",
     "--model=users_net.Net --model.width=x": "`model.width` must be int. Got 'x'.",
     "--model=half_done.Net": "the module of `half_done.Net` cannot be imported: No module named 'no_such_requirement'.",
+    "--model=fails.Net": "the module of `fails.Net` cannot be imported: RuntimeError: at its import (",
+    "--model=users_net.Needs": "`model`: `users_net.Needs` needs `depth` and `kind`, such as `--model.depth VALUE`.",
+    "--trainer.callbacks+=TokenThrouput": "`trainer.callbacks`: there is no class `TokenThrouput`. Did you mean "
+    "`lightning_hybrid.callbacks.TokenThroughput`?",
+    "--trainer.strategy=lightning_hybrid.HybridStrateg": "Did you mean `lightning_hybrid.HybridStrategy`?",
+    f"{HYBRID} --trainer.strategy.timeout=abc": "`trainer.strategy.timeout`: Not of type timedelta: Expected a string",
     "--ckpt_path=bset.ckpt": "`--ckpt_path`: there is no checkpoint bset.ckpt. Did you mean `best.ckpt`?",
     "--phases=[{layout: dp4, sequence_lenght: 64}]": "has no parameter `sequence_lenght`. Did you mean "
     "`sequence_length`?",
