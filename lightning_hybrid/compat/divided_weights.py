@@ -20,9 +20,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_hybrid._torch_private import DispatchMode, local_part, storage_key, user_location
+from lightning_hybrid._torch_private import (
+    DispatchMode,
+    local_part,
+    storage_key,
+    tree_leaves,
+    tree_map_only,
+    user_location,
+)
 from lightning_hybrid.collectives import to_full
 from lightning_hybrid.compat.expert_weights import ExpertWeights
 from lightning_hybrid.ghosts.ghost import Ghost
