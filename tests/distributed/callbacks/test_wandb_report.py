@@ -61,6 +61,8 @@ def test_plan_pictures_and_events_are_in_the_run(ranks2: RankGroup, tmp_path: Pa
     assert [relayouts[0], relayouts[-1]] == [0, 1], "on the time axis"
     last = run.of("layout/pp")[-1]
     assert {k: v for k, v in last.items() if k in values} == pytest.approx(values)
+    per_sample = values["throughput/tflops_per_device"] * 2e12 / values["throughput/samples_per_second"]
+    assert per_sample == pytest.approx(jobs.of_one_process()["flops"]), "counted again in the new layout"
     # the same values in other loggers
     with (tmp_path / "csv/0/metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("layout/pp")]
