@@ -236,6 +236,7 @@ class HybridMonitor(Callback):
 
     def _can_count_flops(self, engine: Engine) -> bool:
         if self._counts_flops and (engine.plan.compile or _compiled_frames() > self._compiled):
+            self._flop_tries = 0
             rank_zero_info(
                 "HybridMonitor: operations are not counted, because code is compiled: no TFLOP/s and no MFU."
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as L
 import torch
@@ -16,7 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_hybrid import HybridStrategy
 from lightning_hybrid.callbacks import HybridMonitor, Phase, PhaseSchedule
+from lightning_hybrid.callbacks import monitor as monitor_module
 from tests.distributed.checkpoint.wandb_jobs import offline
 from tests.distributed.contract.jobs import make_trainer, start
 from tests.distributed.contract.modules import Memory
@@ -85,16 +88,23 @@ def fit(
     seconds_per_sample: float = 0.0,
     monitor: dict[str, Any] | None = None,
     checkpointing: bool = False,
+    compiled: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains 8 steps, of which every fourth is logged; the lines of the logger with values of the monitor."""
     start()
     memory, callback = Memory(), HybridMonitor(**(monitor or {}))
     defaults: dict[str, Any] = {"max_steps": 8, "log_every_n_steps": 4}
+    if compiled:
+        defaults["strategy"] = HybridStrategy(layout, compile=True)
     trainer, n = make_trainer(layout, logger=memory, callbacks=[callback], **{**defaults, **options})
-    trainer.fit(Words(slow_ranks, checkpointing), DataLoader(Tokens(128, seconds_per_sample), batch_size=BATCH // n))
+    with patch.object(monitor_module, "rank_zero_info") as told:
+        trainer.fit(
+            Words(slow_ranks, checkpointing), DataLoader(Tokens(128, seconds_per_sample), batch_size=BATCH // n)
+        )
+    compiling = [call for call in told.call_args_list if "compiled" in call.args[0]]
     lines = [{"step": step, **line} for step, line in memory.lines if "layout/pp" in line]
-    return {"lines": lines, "bubble": trainer.strategy.plan.bubble, "values": callback.values}  # type: ignore[attr-defined]
+    return {"lines": lines, "bubble": trainer.strategy.plan.bubble, "values": callback.values, "told": len(compiling)}  # type: ignore[attr-defined]
 
 
 class Norms(L.Callback):

@@ -83,6 +83,14 @@ def test_recomputation_is_no_use_of_the_model(ranks2: RankGroup, layout: str) ->
 
 
 @pytest.mark.slow
+def test_operations_of_compiled_code_are_not_counted(ranks2: RankGroup) -> None:
+    found = ranks2.call(jobs.fit, "dp2", compiled=True)[0]
+    assert found["lines"][-1]["throughput/tokens_per_second"] > 0
+    assert not [key for key in found["lines"][-1] if "flops" in key or "mfu" in key]
+    assert found["told"] == 1, "once, not for every batch"
+
+
+@pytest.mark.slow
 def test_nothing_is_said_of_what_is_not_known(ranks2: RankGroup) -> None:
     last = ranks2.call(jobs.fit, "dp2", monitor={"tokens": None, "count_flops": False})[0]["lines"][-1]
     assert last["throughput/samples_per_second"] > 0
