@@ -49,7 +49,7 @@ from lightning_hybrid._torch_private.dispatch import (
     wrap_others,
     written_arguments,
 )
-from lightning_hybrid._torch_private.flops import FlopCount, flops_of
+from lightning_hybrid._torch_private.flops import FlopCount, flops_of, has_compiled_parts
 from lightning_hybrid._torch_private.frames import (
     WATCHING,
     called_by_torch,
@@ -120,6 +120,7 @@ __all__ = [
     "DispatchMode",
     "FlopCount",
     "flops_of",
+    "has_compiled_parts",
     "timed_collectives",
     "waits_seen",
     "GROUPED_MM",

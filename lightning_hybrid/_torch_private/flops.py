@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -78,3 +79,9 @@ def _recomputes() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def has_compiled_parts(module: nn.Module) -> bool:
+    """Returns True if a part of `module` is the result of `torch.compile`."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # nothing is compiled before it has been imported
+    return dynamo is not None and any(isinstance(m, dynamo.OptimizedModule) for m in module.modules())

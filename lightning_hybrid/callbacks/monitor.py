@@ -22,7 +22,7 @@ from lightning_hybrid._lightning_private import (
     steps_after_batch,
     wandb_loggers,
 )
-from lightning_hybrid._torch_private import FlopCount, tree_leaves
+from lightning_hybrid._torch_private import FlopCount, has_compiled_parts, tree_leaves
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from lightning_hybrid.callbacks.events import Events
@@ -235,7 +235,8 @@ class HybridMonitor(Callback):
     # ---- floating point operations
 
     def _can_count_flops(self, engine: Engine) -> bool:
-        if self._counts_flops and (engine.plan.compile or _compiled_frames() > self._compiled):
+        compiled = engine.plan.compile or _compiled_frames() > self._compiled or has_compiled_parts(engine.root)
+        if self._counts_flops and compiled:
             self._flop_tries = 0
             rank_zero_info(
                 "HybridMonitor: operations are not counted, because code is compiled: no TFLOP/s and no MFU."

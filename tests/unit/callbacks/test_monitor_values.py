@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_hybrid import Layout
+from lightning_hybrid._torch_private import has_compiled_parts
 from lightning_hybrid.callbacks import HybridMonitor, peak_flops
 from lightning_hybrid.callbacks.monitor import count_integers
 from lightning_hybrid.callbacks.monitor_values import RankMeasurements, expert_values, values_of
@@ -86,3 +87,9 @@ def test_peaks_are_those_without_sparsity(monkeypatch: pytest.MonkeyPatch) -> No
 def test_arguments_are_checked(options: dict) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be .* Got"):
         HybridMonitor(**options)
+
+
+def test_compiled_parts_of_a_module_are_found() -> None:
+    layer = torch.nn.Linear(2, 2)
+    assert not has_compiled_parts(torch.nn.Sequential(layer))
+    assert has_compiled_parts(torch.nn.Sequential(torch.compile(layer, backend="eager")))  # type: ignore[arg-type]
