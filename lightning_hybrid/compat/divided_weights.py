@@ -22,12 +22,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from lightning_hybrid._torch_private import (
+    READ_SCALAR,
     DispatchMode,
     local_part,
     storage_key,
     tree_leaves,
     tree_map_only,
     user_location,
+    written_arguments,
 )
 from lightning_hybrid.collectives import to_full
 from lightning_hybrid.compat.expert_weights import ExpertWeights
@@ -45,11 +47,11 @@ _BY_ELEMENT = {
     *("full_like", "empty_like", "rand_like", "randn_like", "normal_", "uniform_", "bernoulli_"),
 }
 """Operators on each element that torch does not tag as such."""
-_OF_ALL_ELEMENTS = {
+_REDUCTIONS = {
     *("sum", "mean", "prod", "norm", "linalg_vector_norm", "_foreach_norm", "max", "min", "amax", "amin", "std", "var"),
     *("any", "all", "count_nonzero", "equal", "_local_scalar_dense"),
 }
-"""Operators whose results do not depend on the order of the elements, if they are of all elements."""
+"""Operators whose results do not depend on the order of the elements that they combine."""
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -74,9 +76,15 @@ class DividedWeights:
         self.shapes: dict[str, torch.Size] = {}
         """Shapes of the whole weights."""
         self.indices: dict[str, Index] = {}
-        self.moved: set[str] = set()
-        """Weights whose elements are in another order than the user's."""
+        self.moved: dict[str, int] = {}
+        """Weights whose elements are in another order than the user's: the dim of the order, counted from the last."""
         self._laid_out: dict[tuple[int, int], _Moved] = {}
+        self.copies: dict[int, StorageWeakRef] = {}
+        """Memory of views of DTensors for which torch has gathered values, so that writing into them is lost."""
+        self.drawn_for_others = False
+        """True if random numbers have been drawn for weights of other pipeline stages."""
+        self.share: Callable[[Any], None] | None = None
+        """Sends a value that is read to the other pipeline stages, where all run the same code."""
         for name in partition.parameters.local() if self.layout.devices > self.layout.dp else ():
             shape, index = partition.shape_of(name), index_of(partition, name)
             if index != whole_index(shape):
@@ -85,7 +93,8 @@ class DividedWeights:
                 in_order = (tensor is None or tensor.order is None) and (
                     experts is None or (experts.order is None and self.layout.fsdp == 1)
                 )
-                self.moved |= set() if in_order else {name}
+                if not in_order:
+                    self.moved[name] = (0 if tensor is None else tensor.dim) - len(shape)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -171,21 +180,54 @@ class _OfWholeWeights(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        groups = self._groups(args) if func.overloadpacket.__name__.startswith("_foreach_") else []
+        if len(groups) > 1:
+            return self._in_groups(func, groups, args, kwargs)
         if any(isinstance(t, Ghost) for t in tree_leaves((args, kwargs))):  # the result is a ghost, or an error
             args = tree_map_only(DTensor, _of_any_values, args)
             kwargs = dict(tree_map_only(DTensor, _of_any_values, kwargs))
         order = self._order(func, args, kwargs) if self._weights.moved else None
+        self._check_written(func, args)
         if torch.Tag.nondeterministic_seeded in func.tags and args and isinstance(args[0], Tensor):
             out = self._drawn(func, args[0], args, kwargs)
         else:
             out = func(*args, **kwargs)
+        if func.is_view and isinstance(args[0], DTensor):
+            self._note_copies(storage_key(local_part(args[0])), out)
         if order is not None:
-            tensors = [t for t in tree_leaves(out) if isinstance(t, DTensor) and t.numel() > 1]
-            if tensors and func.overloadpacket.__name__ in _OF_ALL_ELEMENTS:
-                raise self._refused(func, order)
-            for tensor in tensors:
-                self._weights.mark(tensor, order)
+            self._mark_results(func, args[0], out, order)
+        if self._weights.share is not None and func.overloadpacket is READ_SCALAR and not isinstance(args[0], Ghost):
+            self._weights.share(out)
         return out
+
+    def _groups(self, args: tuple) -> list[list[int]]:
+        """Returns the positions in lists of tensors, by the class, mesh and order of the tensors."""
+        groups: dict[Any, list[int]] = {}
+        for i in range(len(args[0])):
+            found = [a[i] for a in args if _is_list_of(a, len(args[0])) and isinstance(a[i], Tensor)]
+            kinds = [(str(t.device_mesh), self._weights.moved_as(t)) for t in found if isinstance(t, DTensor)]
+            others = [type(t).__name__ for t in found if not isinstance(t, DTensor)]
+            groups.setdefault((*kinds, *others), []).append(i)
+        return list(groups.values())
+
+    def _in_groups(self, func: Any, groups: list[list[int]], args: tuple, kwargs: dict) -> Any:
+        """Runs an operator on lists of tensors, which torch runs on tensors of one class and mesh only."""
+        count = sum(map(len, groups))
+        results: dict[int, Any] = {}
+        for group in groups:
+            part = tuple([a[i] for i in group] if _is_list_of(a, count) else a for a in args)
+            out = self.__torch_dispatch__(func, (), part, kwargs)
+            results |= {} if out is None else dict(zip(group, out, strict=True))
+        return [results[i] for i in range(count)] if results else None
+
+    def _mark_results(self, func: Any, given: Any, out: Any, order: str) -> None:
+        for tensor in (t for t in tree_leaves(out) if isinstance(t, DTensor) and t.numel() > 1):
+            if (
+                func.overloadpacket.__name__ in _REDUCTIONS and tensor.ndim != given.ndim
+            ):  # which dim it has is not known
+                raise self._refused(func, order)
+            if tensor.shape[self._weights.moved[order]] > 1:
+                self._weights.mark(tensor, order)
 
     def _order(self, func: Any, args: tuple, kwargs: dict) -> str | None:
         """Returns the weight whose order the arguments have, if it is not the user's.
@@ -203,10 +245,32 @@ class _OfWholeWeights(DispatchMode):
             or func.overloadpacket.__name__ in _BY_ELEMENT
             or func.overloadpacket.__name__.startswith("_foreach_")
         )
-        mixed = any(name is None and t.numel() > 1 for name, t in zip(found, tensors, strict=True))
-        if mixed or not (by_element or func.overloadpacket.__name__ in _OF_ALL_ELEMENTS):
+        dim = self._weights.moved[order]
+        mixed = any(
+            name is None and t.ndim >= -dim and t.shape[dim] > 1 for name, t in zip(found, tensors, strict=True)
+        )
+        if mixed or not (by_element or func.overloadpacket.__name__ in _REDUCTIONS):
             raise self._refused(func, order)
         return order
+
+    def _note_copies(self, viewed: int, views: Any) -> None:
+        for view in (v for v in tree_leaves(views) if isinstance(v, DTensor)):
+            storage = storage_key(local_part(view))
+            if storage != viewed or viewed in self._weights.copies:
+                self._weights.copies[storage] = StorageWeakRef(local_part(view).untyped_storage())
+
+    def _check_written(self, func: Any, args: tuple) -> None:
+        """Refuses to write into values that torch has gathered from several ranks: the weight would not change."""
+        for tensor, written in zip(args, written_arguments(func), strict=False) if self._weights.copies else ():
+            if written and isinstance(tensor, DTensor):
+                known = self._weights.copies.get(storage_key(local_part(tensor)))
+                if known is not None and not known.expired():
+                    raise PartitionError(
+                        f"`layout='{self._weights.layout}'`: {user_location()} writes into a part of a weight or "
+                        f"gradient (`{func}`) that several ranks have, which torch does not do. Change a whole weight, "
+                        "as by `weight.mul_(mask)` with a mask made of it, or write in `with "
+                        "self.trainer.strategy.whole(self):`, where every rank has the weights whole."
+                    )
 
     def _refused(self, func: Any, name: str) -> PartitionError:
         return PartitionError(
@@ -218,6 +282,7 @@ class _OfWholeWeights(DispatchMode):
 
     def _drawn(self, func: Any, given: Tensor, args: tuple, kwargs: dict) -> Any:
         if isinstance(given, Ghost):
+            self._weights.drawn_for_others = True
             func(torch.empty(given.shape, dtype=given.dtype, device=given.device), *args[1:], **kwargs)
             return func(*args, **kwargs)
         name = self._divided().get(_place_of(given))
@@ -258,6 +323,10 @@ def _replicated(tensor: Tensor, like: Any) -> DTensor:
 
 def _of_any_values(tensor: DTensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _is_list_of(value: Any, count: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count
 
 
 def _place_of(tensor: Tensor) -> tuple:

@@ -28,17 +28,17 @@ class ExpertWeights:
         self._shown: dict[str, nn.Parameter] = {}
 
     @contextmanager
-    def shown(self) -> Iterator[dict[int, nn.Parameter]]:
+    def shown(self) -> Iterator[dict[int, tuple[str, nn.Parameter]]]:
         """Registers DTensors, which share the memory of this rank's parts.
 
         Yields:
-            This rank's parts by the `id` of the DTensor in place of each.
+            Names of the weights and this rank's parts, by the `id` of the DTensor in place of each.
         """
         parts: dict[str, nn.Parameter] = {name: self._parameters[name] for name in self.shapes}  # type: ignore[misc]
         self._shown = {name: self._whole(name, part) for name, part in parts.items()}
         self._parameters.put_all(self._shown)
         try:
-            yield {id(self._shown[name]): part for name, part in parts.items()}
+            yield {id(self._shown[name]): (name, part) for name, part in parts.items()}
         finally:
             for name, part in parts.items():
                 whole = self._shown[name]
@@ -55,15 +55,16 @@ class ExpertWeights:
     def _whole(self, name: str, part: nn.Parameter) -> nn.Parameter:
         known = self._shown.get(name)  # the same object in every hook: users keep values by parameter
         if known is None or to_local(known.detach()).data_ptr() != to_local(part.detach()).data_ptr():
-            known = nn.Parameter(self._spread(name, part.detach()), requires_grad=False)
+            known = nn.Parameter(self.spread(name, part.detach()), requires_grad=False)
             for key, value in part.__dict__.items():
                 if not key.startswith("_"):
                     setattr(known, key, value)
         known.requires_grad_(part.requires_grad)
-        known.grad = None if part.grad is None else self._spread(name, part.grad)
+        known.grad = None if part.grad is None else self.spread(name, part.grad)
         return known
 
-    def _spread(self, name: str, part: Tensor) -> DTensor:
+    def spread(self, name: str, part: Tensor) -> DTensor:
+        """Returns a tensor laid out like this rank's part of `name` as a DTensor of the whole shape, in its memory."""
         shape, sharded = self.shapes[name], isinstance(part, DTensor) and self._partition.plan.layout.fsdp > 1
         mesh = self._partition.mesh.device_mesh["fsdp", "ep"] if sharded else self._partition.mesh.device_mesh["ep"]
         stride = torch.empty(shape, device="meta").stride()

@@ -19,6 +19,7 @@ from torch import nn
 from lightning_hybrid._lightning_private import is_overridden, twins, users_callbacks
 from lightning_hybrid._torch_private import location_of, own_modules, own_parameters
 from lightning_hybrid.compat.divided_weights import DividedWeights
+from lightning_hybrid.compat.optimizers import view_of_updates
 from lightning_hybrid.compat.whole_model import whole_model
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.hook_view import HookView
@@ -53,6 +54,7 @@ def patched_hooks(engine: Engine) -> AbstractContextManager:
     stack = ExitStack()
     children, weights = list(_children_with_parameters(engine.root)), DividedWeights(engine.partition)
     stack.enter_context(patched(engine, full_tensor=weights.full_tensor))
+    stack.enter_context(patched(engine.optimizers, view_of=view_of_updates(engine, weights)))
     ended: list[bool] = []
     stack.callback(ended.append, True)
     users = [c for c in users_callbacks(engine.run.trainer) if not isinstance(c, _ADAPTED)]

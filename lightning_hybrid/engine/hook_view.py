@@ -24,8 +24,8 @@ class HookView:
     def __enter__(self) -> None:
         self._entered.enter_context(self._make())
 
-    def __exit__(self, *_: Any) -> None:
-        self._entered.close()
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.__exit__(*error)
 
     @contextmanager
     def left(self) -> Iterator[None]:

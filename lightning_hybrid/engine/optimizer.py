@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from lightning_hybrid._lightning_private import after_closure_of, post_backward_
 from lightning_hybrid._torch_private import agree_on_overflow
 from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.engine.clipping import clip_by_norm, clip_by_value
+from lightning_hybrid.engine.hook_view import HookView
 from lightning_hybrid.engine.nonfinite import NonFiniteCheck, SkipStep
 from lightning_hybrid.engine.norms import global_norm
 from lightning_hybrid.engine.step import StepRunner
@@ -47,6 +48,9 @@ class OptimizerWrapper:
         self._patches = ExitStack()
         self.names: dict[int, list[list[str]]] = {}
         """Names of the parameters of each group, including those of other stages, by the `id` of the optimizer."""
+        self.view_of: Callable[[Optimizer], HookView | None] = lambda optimizer: None
+        """Returns the context for the update of an optimizer that does more than compute each element by itself."""
+        self._view: HookView | None = None
         self.learning_rate_factor = 1.0
         """Factor on the learning rates in the update only: schedulers and checkpoints have those of the user."""
 
@@ -113,6 +117,10 @@ class OptimizerWrapper:
 
     def _checked(self, model: Any, optimizer: Any) -> None:
         """Checks the complete gradients, and continues with hooks and clipping, before the update."""
+        with nullcontext() if self._view is None else self._view.left():
+            self._check_and_call_hooks(model, optimizer)
+
+    def _check_and_call_hooks(self, model: Any, optimizer: Any) -> None:
         if self._scaler is None:  # a scaler expects infinite gradients, and skips the step on all ranks
             self._known_norm = self.nonfinite.check(optimizer, model.trainer)
         else:
@@ -139,7 +147,8 @@ class OptimizerWrapper:
         rates = [group["lr"] for group in optimizer.param_groups] if self.learning_rate_factor != 1.0 else []
         try:
             self._exchange.check_follows = self.logs_wait
-            out = step(optimizer, closure, *args, **kwargs)
+            with self._seen_by(optimizer) as outside:
+                out = step(optimizer, outside(closure), *args, **kwargs)
             if self._exchange.logs.pending:  # a precision plugin of the user has not run the check
                 self._exchange.run()
             if self.runner.gradients.diloco is not None:
@@ -151,6 +160,24 @@ class OptimizerWrapper:
             self._exchange.check_follows = False
             for group, rate in zip(optimizer.param_groups, rates, strict=False):
                 group["lr"] = rate
+
+    @contextmanager
+    def _seen_by(self, optimizer: Optimizer) -> Iterator[Callable[[Callable[[], Any]], Callable[[], Any]]]:
+        """Runs an update in its `view_of`; yields a function that makes a closure run outside of the view."""
+        view = self.view_of(optimizer)
+        if view is None:
+            yield lambda closure: closure
+            return
+
+        def outside(closure: Callable[[], Any]) -> Callable[[], Any]:
+            def run() -> Any:
+                with view.left():
+                    return closure()
+
+            return run
+
+        with patched(self, _view=view), view:
+            yield outside
 
     def _of_all_replicas(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Returns a closure with the mean loss of all replicas: by the loss LBFGS decides how often to call it."""

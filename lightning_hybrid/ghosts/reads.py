@@ -197,16 +197,18 @@ class StageObserver(AnsweredReads):
         self.gradients = False
         self.reworded = False
         """True while errors are reworded by who runs the user's code: in a step, and in hooks."""
+        self.fetch: Callable[[], Any] | None = None
+        """Returns a value that is read from the stage that has it, where all stages run the same code."""
 
     def read(self, ghost: Ghost) -> Any:
-        """Returns the value of the dry run.
+        """Returns the value of another stage, if all run the same code, and otherwise that of the dry run.
 
         Raises:
             GhostReadError: If the read decides something, or was not part of the dry run.
             PartitionError: The same, outside of steps and hooks.
         """
         with self._worded():
-            return super().read(ghost)
+            return super().read(ghost) if self.fetch is None else self.fetch()
 
     def shaped_by(self, ghost: Ghost) -> None:
         """Raises as `read` does."""
