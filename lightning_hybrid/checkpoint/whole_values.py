@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_hybrid._torch_private import tree_flatten, tree_unflatten
 from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.ghosts.ghost import Ghost
