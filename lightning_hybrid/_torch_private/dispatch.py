@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,12 @@ from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[r
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 _aten = torch.ops.aten
 GROUPED_MM = _aten._grouped_mm
@@ -145,6 +150,26 @@ def storage_key(tensor: torch.Tensor) -> int:
 def disable_torch_function() -> AbstractContextManager:
     """Returns a context in which functions run without `__torch_function__` of tensor subclasses."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+@contextmanager
+def running_mode(mode: TorchDispatchMode | TorchFunctionMode) -> Iterator[None]:
+    """Runs a mode; code in the context may enter and leave other modes, which outlive the context.
+
+    A mode that is left takes the last one from torch's stack, which may be another one.
+    """
+    of_functions = isinstance(mode, TorchFunctionMode)
+    stack = torch.overrides._get_current_function_mode_stack if of_functions else _get_current_dispatch_mode_stack
+    pop, push = (torch.overrides._pop_mode, torch.overrides._push_mode) if of_functions else (_pop_mode, _push_mode)
+    with ExitStack() as above:
+        mode.__enter__()
+        try:
+            yield
+        finally:
+            present: list[Any] = stack()
+            for _ in range(len(present) - 1 - present.index(mode) if mode in present else 0):
+                above.callback(push, pop())
+            mode.__exit__(None, None, None)
 
 
 def is_mutable(func: Any) -> bool:

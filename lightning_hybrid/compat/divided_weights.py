@@ -25,6 +25,7 @@ from lightning_hybrid._torch_private import (
     READ_SCALAR,
     DispatchMode,
     local_part,
+    running_mode,
     storage_key,
     tree_leaves,
     tree_map_only,
@@ -109,8 +110,8 @@ class DividedWeights:
                     self.mark(tensor, name)
         with ExitStack() as stack:
             stack.enter_context(self._full_tensors())
-            stack.enter_context(_SetData())
-            stack.enter_context(_OfWholeWeights(self))
+            stack.enter_context(running_mode(_SetData()))
+            stack.enter_context(running_mode(_OfWholeWeights(self)))
             yield
 
     def mark(self, tensor: Tensor, name: str) -> None:

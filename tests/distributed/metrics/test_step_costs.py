@@ -164,7 +164,7 @@ def test_a_step_has_one_read_and_one_small_collective(ranks2: RankGroup, layout:
     limit = 2 if layout == "pp2" else 1
     for found in ranks2.call(costs, layout, *CASES[case]):
         assert found["reads"] <= of_one_process["reads"] + limit
-        assert found["collectives"] <= limit
+        assert 1 <= found["collectives"] <= limit  # none would mean that the test counts nothing
 
 
 @pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "fsdp2"))
