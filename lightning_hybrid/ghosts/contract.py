@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 
 class StatePlace(NamedTuple):
-    """A place that holds state: an attribute or a buffer of a module, or an attribute of a class."""
+    """A place that holds state: an attribute or a buffer of a module, an attribute of a class, or a variable."""
 
     owner: str
-    """Name of the module; `class NAME` for an attribute of a class of the user."""
+    """Name of the module; `class NAME` for an attribute of a class of the user, `module NAME` for a
+    global variable, and `function NAME` for a variable of an enclosing function."""
     key: str
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_hybrid._torch_private import own_buffers
 from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.objects import Copy
+from lightning_hybrid.ghosts.outside import Outside
 
 _OTHERS = ("lightning_hybrid.", "torch.", "lightning.", "pytorch_lightning.", "torchmetrics.")
 """Packages whose classes have no attributes of the user."""
@@ -37,6 +38,8 @@ class ModuleState:
                 continue  # metrics are synchronized by `metrics.torchmetrics`
             self._holders[name] = module
             classes |= dict.fromkeys(k for k in type(module).__mro__ if not f"{k.__module__}.".startswith(_OTHERS))
+        self._outside = Outside(classes)
+        classes |= self._outside.classes
         self._classes = {f"class {k.__module__}.{k.__qualname__}": k for k in classes if k.__module__ != "builtins"}
 
     def places(self, *, without: Collection[str] = ()) -> Iterator[tuple[StatePlace, Any]]:
@@ -54,23 +57,30 @@ class ModuleState:
             for key, value in list(vars(kind).items()):
                 if isinstance(value, _CLASS_STATE) and not key.startswith("__"):
                     yield StatePlace(name, key), value
+        yield from self._outside.places()
 
     def owner(self, place: StatePlace) -> Any:
-        """Returns the module, or the class, that has `place`."""
-        holder = self._holders.get(place.owner)
-        return self._classes[place.owner] if holder is None else holder
+        """Returns the module, the class or the variables that have `place`."""
+        owners = (self._holders, self._classes)
+        return next((o[place.owner] for o in owners if place.owner in o), self._outside.variables(place.owner))
 
     def get(self, place: StatePlace) -> Any:
         """Returns what `place` holds; `MISSING` if it does not exist."""
-        holder = self._holders.get(place.owner)
+        variables, holder = self._outside.variables(place.owner), self._holders.get(place.owner)
+        if variables is not None:
+            return variables.get(place.key, MISSING)
         if holder is None:
             return vars(self._classes[place.owner]).get(place.key, MISSING)
         return holder.__dict__.get(place.key, own_buffers(holder).get(place.key, MISSING))
 
     def set(self, place: StatePlace, value: Any) -> None:
         """Sets what `place` holds; `MISSING` removes the attribute."""
-        holder = self._holders.get(place.owner)
-        if holder is None and value is MISSING:
+        variables, holder = self._outside.variables(place.owner), self._holders.get(place.owner)
+        if variables is not None and value is MISSING:
+            variables.pop(place.key, None)
+        elif variables is not None:
+            variables[place.key] = value
+        elif holder is None and value is MISSING:
             delattr(self._classes[place.owner], place.key)
         elif holder is None:
             setattr(self._classes[place.owner], place.key, value)

@@ -6,6 +6,7 @@ import random
 import warnings
 import zlib
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L
@@ -41,8 +42,8 @@ class NoisyBlock(nn.Module):
         return x + self.outside(y)
 
 
-DRAWN: dict[str, list[int]] = {"masks": [], "inner": [], "in step": []}
-"""Checksums of what this rank has drawn; not in the module, whose state all ranks of a pipeline share."""
+DRAWN = SimpleNamespace(masks=[], inner=[], in_step=[])
+"""Checksums of what this rank has drawn; no container, since a pipeline shares those that a step changes."""
 
 
 class Noisy(L.LightningModule):
@@ -63,7 +64,7 @@ class Noisy(L.LightningModule):
         self.losses: list[float] = []
         for name, module in self.named_modules():
             if name.endswith("side"):
-                kept = DRAWN["masks" if name.endswith("outside") else "inner"]
+                kept = DRAWN.masks if name.endswith("outside") else DRAWN.inner
                 module.register_forward_hook(partial(self._note, kept))
 
     def _note(self, masks: list[int], module: nn.Module, args: tuple, out: torch.Tensor) -> None:
@@ -83,7 +84,7 @@ class Noisy(L.LightningModule):
     def training_step(self, batch, batch_idx):
         loss = nn.functional.cross_entropy(self(batch["x"]), batch["y"])
         if not isinstance(loss, Ghost):
-            DRAWN["in step"].append(_crc(torch.get_rng_state()))
+            DRAWN.in_step.append(_crc(torch.get_rng_state()))
         self.log("loss", loss)
         return loss
 
@@ -121,7 +122,7 @@ def dropout(
     """Trains with dropout; what was drawn, and the shared RNG state afterwards."""
     quiet()
     L.seed_everything(seed, verbose=False)
-    for drawn in DRAWN.values():
+    for drawn in vars(DRAWN).values():
         drawn.clear()
     module = Noisy(**module_options)
     states: list[Any] = []
@@ -140,7 +141,7 @@ def dropout(
     return {
         "weights": weights(trainer, module),
         "losses": module.losses,
-        **{name: list(drawn) for name, drawn in DRAWN.items()},
+        **{name: list(drawn) for name, drawn in vars(DRAWN).items()},
         "shared": states,
         "noise": float(trainer.callback_metrics["noise"]),
     }

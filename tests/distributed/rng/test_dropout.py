@@ -73,7 +73,7 @@ def test_tp_peers_agree_on_whole_values_and_differ_in_regions(ranks2: RankGroup)
     assert len(set(a["masks"])) == len(a["masks"])
     assert not set(a["inner"]) & set(b["inner"])
     assert len(set(a["inner"])) == len(a["inner"])
-    assert a["in step"] == b["in step"], "the common RNG state is that of the peer"
+    assert a["in_step"] == b["in_step"], "the common RNG state is that of the peer"
     assert a["losses"] == b["losses"]
 
 

@@ -50,7 +50,7 @@ def test_a_step_is_on_the_mean_over_its_tokens(
 
 def test_a_mean_over_samples_is_weighted_by_tokens_with_a_warning(ranks2: RankGroup) -> None:
     with pytest.raises(RankError, match=r"UserWarning: .*a loss that is not the mean over the tokens of its batch"):
-        ranks2.call(jobs.train, "dp2", over="samples")
+        ranks2.call(jobs.train, "dp2", over="samples", strategy_options={"verify": "start"})
 
 
 @pytest.mark.slow
