@@ -112,7 +112,13 @@ class DividedWeights:
             stack.enter_context(self._full_tensors())
             stack.enter_context(running_mode(_SetData()))
             stack.enter_context(running_mode(_OfWholeWeights(self)))
+            stack.callback(self._forget_freed)
             yield
+
+    def _forget_freed(self) -> None:
+        """Drops notes of memory that was freed; they would add up over the steps, and keep its address in use."""
+        self._laid_out = {k: moved for k, moved in self._laid_out.items() if not moved.storage.expired()}
+        self.copies = {k: storage for k, storage in self.copies.items() if not storage.expired()}
 
     def mark(self, tensor: Tensor, name: str) -> None:
         """Notes that `tensor` is laid out like the weight `name`, as long as its memory exists."""
@@ -223,9 +229,8 @@ class _OfWholeWeights(DispatchMode):
 
     def _mark_results(self, func: Any, given: Any, out: Any, order: str) -> None:
         for tensor in (t for t in tree_leaves(out) if isinstance(t, DTensor) and t.numel() > 1):
-            if (
-                func.overloadpacket.__name__ in _REDUCTIONS and tensor.ndim != given.ndim
-            ):  # which dim it has is not known
+            # if dims are dropped, it is not known which one has the order
+            if func.overloadpacket.__name__ in _REDUCTIONS and tensor.ndim != given.ndim:
                 raise self._refused(func, order)
             if tensor.shape[self._weights.moved[order]] > 1:
                 self._weights.mark(tensor, order)

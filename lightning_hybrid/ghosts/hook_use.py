@@ -6,14 +6,15 @@ import contextlib
 import inspect
 import io
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from types import CodeType, FunctionType, SimpleNamespace
+from collections.abc import Callable, Collection, Mapping
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from lightning.pytorch import LightningModule
 
 from lightning_hybrid._lightning_private import is_overridden, users_callbacks
 from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.ghosts.outside import names_in
 from lightning_hybrid.ghosts.preserve import preserved_objects
 
 _HOOKS: dict[str, Callable[[tuple, Any], tuple]] = {
@@ -110,7 +111,7 @@ def _names_of(owner: Any, hook: str) -> set[str]:
         if code is None or code in seen:
             continue
         seen.add(code)
-        names = set(_names_in(code))
+        names = names_in(code)
         found |= names
         known = getattr(inspect.unwrap(function), "__globals__", {})
         called = [getattr(type(owner), n, known.get(n)) for n in names]
@@ -120,10 +121,3 @@ def _names_of(owner: Any, hook: str) -> set[str]:
 
 def _is_of_others(value: Any) -> bool:
     return f"{getattr(value, '__module__', '')}.".startswith(_OTHERS)
-
-
-def _names_in(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names_in(constant)

@@ -38,7 +38,7 @@ class Outside:
             if code is None or id(code) in seen or "-packages" in code.co_filename:
                 continue
             seen.add(id(code))
-            functions += self._take(f"module {_module(function)}", function.__globals__, _names_in(code))
+            functions += self._take(f"module {_module(function)}", function.__globals__, names_in(code))
             cells = _Cells(dict(zip(code.co_freevars, function.__closure__ or (), strict=True)))
             functions += self._take(f"function {function.__qualname__}", cells, code.co_freevars)
 
@@ -104,6 +104,7 @@ def _module(function: Any) -> str:
 
 
 @cache
-def _names_in(code: CodeType) -> frozenset[str]:
-    inner = [_names_in(c) for c in code.co_consts if isinstance(c, CodeType)]
+def names_in(code: CodeType) -> frozenset[str]:
+    """Returns the names of attributes and global variables in the code of a function and the functions inside."""
+    inner = [names_in(c) for c in code.co_consts if isinstance(c, CodeType)]
     return frozenset(code.co_names).union(*inner)

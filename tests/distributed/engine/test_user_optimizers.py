@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from tests.distributed.engine.user_optimizer_jobs import OPTIMIZERS, fit
+from tests.distributed.engine.user_optimizer_jobs import OPTIMIZERS, fit, notes_by_step
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
 
@@ -60,3 +60,9 @@ def test_refused(ranks2: RankGroup, layout: str, module: str, optimizer: str) ->
     with pytest.raises(RankError, match=r"user_optimizer_jobs.py:\d+ \((update|step)\)") as error:
         ranks2.call(fit, layout, module, optimizer)
     assert error.value.kind == "PartitionError"
+
+
+def test_notes_of_tensors_do_not_add_up(ranks2: RankGroup) -> None:
+    for found in ranks2.call(notes_by_step, "tp2"):
+        assert len(found) == 9
+        assert 0 < found[-1] == found[1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.contract.hook_jobs import Fused
@@ -127,3 +128,19 @@ def fit(layout: str | None, module: str, optimizer: str) -> dict[str, torch.Tens
     samples = {"Mixture": Numbers(24), "Fused": TensorDataset(tokens)}.get(module)
     trainer.fit(model, data(replicas) if samples is None else DataLoader(samples, batch_size=8 // replicas))
     return weights(trainer, model)
+
+
+def notes_by_step(layout: str) -> list[int]:
+    """Trains GPT-2 with `Langevin`; how many tensors are noted as laid out like a fused weight, after each update."""
+    quiet()
+    model = type("Optimized", (Fused,), {"configure_optimizers": lambda self: Langevin(self.parameters())})()
+    found: list[int] = []
+
+    def note(trainer: Any, *_: Any) -> None:
+        weights_shown = trainer.strategy.engine.full_tensor.__self__
+        found.append(len(weights_shown._laid_out))
+
+    trainer, replicas = trainer_for(layout, max_epochs=3, callbacks=[LambdaCallback(on_train_batch_end=note)])
+    tokens = TensorDataset(torch.randint(16, (12, 8), generator=torch.Generator().manual_seed(1)))
+    trainer.fit(model, DataLoader(tokens, batch_size=4 // replicas))
+    return found
