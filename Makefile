@@ -8,7 +8,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 WORKERS := 2
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-slow lint clean
+# The theme announces its successor at each build; the versions are pinned.
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: quickstart test test-slow lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lightning-hybrid fit --config recipes/quickstart.yaml
@@ -27,9 +30,14 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --strict --quiet
+
+# The site in `site/`.
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
 
 # Some distributions ship Python without the wheels that `venv` takes pip from; there the system's pip fetches it.
 $(BIN)/python:
