@@ -6,6 +6,7 @@ Checked with Lightning 2.6.6 and torchmetrics 1.9.
 from lightning_hybrid._lightning_private.accumulation import (
     batches_left_in_window,
     begin_window,
+    begins_window,
     between_steps,
     end_windows,
     steps_after_batch,
@@ -44,6 +45,7 @@ from lightning_hybrid._lightning_private.loaders import (
     set_epoch,
     set_epoch_length,
     state_left,
+    takes_iterator,
     training_loaders,
 )
 from lightning_hybrid._lightning_private.metrics import (
@@ -162,6 +164,7 @@ __all__ = [
     "batch_on_device",
     "batches_left_in_window",
     "begin_window",
+    "begins_window",
     "behind_index_batches",
     "between_steps",
     "checkpoint_folders",
@@ -198,6 +201,7 @@ __all__ = [
     "share_cores",
     "state_left",
     "steps_after_batch",
+    "takes_iterator",
     "training_batch",
     "training_loaders",
     "training_loaders_set",

@@ -33,11 +33,20 @@ def end_windows(trainer: pl.Trainer) -> None:
 
 def batches_left_in_window(trainer: pl.Trainer) -> int:
     """Returns the number of batches up to the optimizer's next step, including the one that is about to run."""
+    left = trainer.accumulate_grad_batches - _batches_of_window(trainer)
+    return int(min(left, trainer.num_training_batches - trainer.fit_loop.epoch_loop.batch_progress.current.ready + 1))
+
+
+def begins_window(trainer: pl.Trainer) -> bool:
+    """Returns True if the training batch that is about to run is the first one since the optimizer's last step."""
+    return _batches_of_window(trainer) == 0
+
+
+def _batches_of_window(trainer: pl.Trainer) -> int:
+    """Returns the number of batches since the optimizer's last step, without the one that is about to run."""
     loop: Any = trainer.fit_loop.epoch_loop
     done = loop.batch_progress.current.ready - 1
-    whole = trainer.accumulate_grad_batches
-    left = whole - (done - loop.__dict__.get("_first_of_window", 0)) % whole
-    return int(min(left, trainer.num_training_batches - done))
+    return (done - loop.__dict__.get("_first_of_window", 0)) % trainer.accumulate_grad_batches
 
 
 def steps_after_batch(trainer: pl.Trainer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_hybrid._lightning_private.packages import of_package, twins
 
@@ -35,6 +37,11 @@ def reads_in_turn(combined: Any) -> bool:
 def hands_out_its_iterator(trainer: pl.Trainer) -> bool:
     """Returns True if the step has an iterator (`dataloader_iter`) as argument instead of a batch."""
     return isinstance(trainer._active_loop._data_fetcher, twins(_DataLoaderIterDataFetcher))  # type: ignore[union-attr]
+
+
+def takes_iterator(step: Callable[..., Any]) -> bool:
+    """Returns True if a step has an iterator (`dataloader_iter`) as argument instead of a batch."""
+    return is_param_in_hook_signature(step, "dataloader_iter", explicit=True)
 
 
 def state_left(trainer: pl.Trainer, shard: Any) -> dict[str, Any] | None:

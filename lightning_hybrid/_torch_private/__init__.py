@@ -77,6 +77,7 @@ from lightning_hybrid._torch_private.fsdp import (
     keep_inputs,
     scale_sharded_gradients,
     sharding_hidden,
+    unreduced_gradients_kept,
     waits_seen,
 )
 from lightning_hybrid._torch_private.loaders import replace_parts
@@ -199,6 +200,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "unreduced_gradients_kept",
     "unscales_itself",
     "user_lines_seen",
     "user_location",

@@ -147,6 +147,24 @@ def forget_sharded_step(module: FSDPModule) -> None:
     module.set_requires_gradient_sync(True)
 
 
+@contextmanager
+def unreduced_gradients_kept(module: FSDPModule) -> Iterator[None]:
+    """Sets aside the gradients that a fully sharded module has accumulated without reduction; restores them."""
+    root = fully_shard.state(module)  # type: ignore[attr-defined]
+    kept: list[tuple[Any, str, torch.Tensor]] = []
+    for state in () if root._is_root is None else root._state_ctx.all_states:
+        for parameter in (p for group in _sharding_groups(state) for p in group.fsdp_params):
+            places = ((parameter, "unsharded_accumulated_grad"), (getattr(parameter, "_unsharded_param", None), "grad"))
+            kept += [(o, name, gradient) for o, name in places if (gradient := getattr(o, name, None)) is not None]
+    for owner, name, _ in kept:
+        setattr(owner, name, None)
+    try:
+        yield
+    finally:
+        for owner, name, gradient in kept:
+            setattr(owner, name, gradient)
+
+
 class _Announced(AllGather, ReduceScatter):
     """A collective of `fully_shard` that is announced before it runs."""
 

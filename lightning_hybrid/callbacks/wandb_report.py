@@ -40,7 +40,7 @@ class WandbReport:
         for logger in self._loggers:
             if changed and self._trainer.enable_autolog_hparams:
                 logger.log_hyperparams({KEY: record})
-            self._log(logger, {"plan/table": wandb.Table(columns=_PLAN_COLUMNS, data=plan_rows(plan))}, step)
+            self._log(logger, {"plan/table": wandb.Table(columns=_PLAN_COLUMNS, data=[*plan_rows(plan)])}, step)
 
     def show_events(self, new: Sequence[Event], step: int) -> None:
         """Logs all events so far as a table, if there are new ones."""
@@ -98,7 +98,7 @@ def stage_picture(measured: Sequence[float], predicted: Sequence[float]) -> Any:
 
     figure = _figure()
     if figure is None:
-        rows = [[f"stage {i}", share] for i, share in enumerate(measured)]
+        rows: list[Any] = [[f"stage {i}", share] for i, share in enumerate(measured)]
         columns: list[Any] = ["stage", "share"]
         table = wandb.Table(columns=columns, data=rows)
         return wandb.plot.bar(table, "stage", "share", title="Share of computation")
@@ -119,7 +119,9 @@ def expert_picture(loads: Mapping[str, Sequence[int]]) -> Any:
     shares = {name: [n * len(counts) / max(1, sum(counts)) for n in counts] for name, counts in loads.items()}
     figure = _figure()
     if figure is None:
-        rows = [[name, expert, share] for name, of_module in shares.items() for expert, share in enumerate(of_module)]
+        rows: list[Any] = [
+            [name, expert, share] for name, of_module in shares.items() for expert, share in enumerate(of_module)
+        ]
         columns: list[Any] = ["module", "expert", "tokens, relative to the mean"]
         return wandb.Table(columns=columns, data=rows)
     axes = figure.add_subplot()

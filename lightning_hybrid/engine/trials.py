@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lightning_hybrid._torch_private import forget_sharded_step
+from lightning_hybrid._torch_private import forget_sharded_step, unreduced_gradients_kept
 from lightning_hybrid.collectives import to_local
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.engine.step import StepRunner
@@ -26,7 +26,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 @contextmanager
 def step_undone(runner: StepRunner) -> Iterator[None]:
-    """Restores everything but gradients and weights after a step, whether the step ended or failed.
+    """Restores everything but weights and reduced gradients after a step, whether the step ended or failed.
 
     Restores modules with their buffers and metrics, the RNG state, and all objects of this package that attributes of
     `runner` refer to: reducers, pipeline stages, metrics and counters.
@@ -37,8 +37,9 @@ def step_undone(runner: StepRunner) -> Iterator[None]:
         stack.enter_context(preserved_rng(runner.device))
         stack.enter_context(preserved_objects([*_objects_of(runner), *([] if scaler is None else [scaler])]))
         stack.enter_context(preserved_module_state(step_module))
-        if isinstance(step_module, FSDPModule):  # before its attributes are restored
-            stack.callback(forget_sharded_step, step_module)
+        if isinstance(step_module, FSDPModule):
+            stack.enter_context(unreduced_gradients_kept(step_module))
+            stack.callback(forget_sharded_step, step_module)  # before its attributes are restored
         stack.enter_context(runner.clocks.paused())
         stack.enter_context(patched(runner, flops=None))
         yield

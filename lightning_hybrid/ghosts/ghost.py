@@ -133,7 +133,7 @@ class Ghost(torch.Tensor):
         """The gradient of a parameter of another stage: a ghost for user code in hooks, None for functions of torch."""
         if not (self.observer.gradients and self.wants_grad) or called_by_torch():
             return None
-        return Ghost(self.meta, self.device, self.observer)
+        return Ghost(torch.empty_like(self.meta), self.device, self.observer)  # writes to it are not to the parameter
 
     @grad.setter
     def grad(self, value: Any) -> None:

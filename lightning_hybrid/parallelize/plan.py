@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,7 +20,7 @@ from lightning.pytorch.plugins.precision import (
     Precision,
 )
 
-from lightning_hybrid._lightning_private import detects_anomalies, twins
+from lightning_hybrid._lightning_private import detects_anomalies, takes_iterator, twins
 from lightning_hybrid._torch_private import location_of, own_buffers
 from lightning_hybrid.batches import copied_batch, find_samples, split_batch
 from lightning_hybrid.dataloader.peek import Share
@@ -207,11 +208,14 @@ class _DryRun:
         self, step: Callable[..., Any], name: str, args: tuple, watched: Collection[str] | None = None
     ) -> Trace:
         _move_buffers(self.root, self.device)
+        given = copied_batch(args)  # a step may change its batch
+        if takes_iterator(getattr(self.root, name)):
+            given = (repeat((given[0], 0, 0)), *given[1:])
         return trace_step(
             self.root,
             self.interceptor,
             step,
-            copied_batch(args),  # a step may change its batch
+            given,
             device=self.device,
             context=self.precision,
             use_of=watched,
@@ -319,6 +323,12 @@ def _check_pipeline(root: pl.LightningModule, request: Request, name: str) -> No
             "(`automatic_optimization = False`): its `training_step` calls the optimizer itself, and a pipeline has "
             "to run forward and backward of several microbatches interleaved. Use a layout without `pp`, such as "
             f"'{request.layout.moved('pp', 'dp')}'."
+        )
+    if request.layout.pp > 1 and takes_iterator(getattr(root, name)):
+        raise PartitionError(
+            f"`layout='{request.layout}'` has `pp={request.layout.pp}`, but {location_of(getattr(root, name))} takes "
+            "an iterator (`dataloader_iter`), so its batch cannot be split into microbatches. Give the step an "
+            f"argument `batch`, or use a layout without `pp`, such as '{request.layout.moved('pp', 'dp')}'."
         )
 
 

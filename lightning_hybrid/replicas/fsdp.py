@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.mesh import Mesh
@@ -54,8 +53,10 @@ def shard_replicas(
         make_real(whole)
     ignored: set[Any] = {parameters[name] for name in whole}
     for module in experts:
+        own = {name for name in local if any(slot.module is module for slot in parameters.slots[name])}
+        sharded |= own
         if make_real is not None:
-            make_real({name for name in local if any(slot.module is module for slot in parameters.slots[name])})
+            make_real(own)
         fully_shard(module, mesh=mesh.sharding(experts=True), reshard_after_forward=reshard)
         # experts receive tokens of all ranks of `ep`, so their gradients are sums over `ep`
         module.set_gradient_divide_factor(float(mesh.layout.replicas))  # type: ignore[operator]
@@ -78,10 +79,8 @@ def shard_replicas(
     if make_real is not None:
         make_real(local)
     if step_module is None:
-        return {name for name in local if not isinstance(parameters[name], DTensor)}, overrides
-    others = _of_other_dtypes(
-        {n for n in set(local) - whole - sharded if not isinstance(parameters[n], DTensor)}, parameters
-    )
+        return set(local) - sharded, overrides
+    others = _of_other_dtypes(set(local) - whole - sharded, parameters)
     whole |= others
     ignored |= {parameters[name] for name in others}
     if len(whole) < len(local):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_hybrid._lightning_private import begins_window
 from lightning_hybrid._torch_private import user_lines_seen
 from lightning_hybrid.batches import count_samples, split_batch
 from lightning_hybrid.collectives import gather_objects, share_object, to_local
@@ -75,7 +76,7 @@ class ReplicaState:
         self._state = ModuleState(engine.runner.root)
         self._before = self._state.copies()
         self._judged: set[StatePlace] = set()
-        self._steps = -1
+        self._updates = -1
 
     def before_step(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Compares the replicas, if it is time. Collective over all ranks.
@@ -87,9 +88,10 @@ class ReplicaState:
         Raises:
             PartitionError: On all ranks, if the step computes with values that are not those of one process.
         """
-        self._steps += 1
-        updates, rest = divmod(self._steps, self._engine.runner.root.trainer.accumulate_grad_batches)
-        if rest or not updates or updates & (updates - 1):
+        if not begins_window(self._engine.runner.root.trainer):
+            return
+        self._updates += 1
+        if not self._updates or self._updates & (self._updates - 1):
             return
         found = self._differing(count_samples(args[0]))
         if self._engine.run.world.any_rank(bool(found)):

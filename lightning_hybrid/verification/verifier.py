@@ -104,8 +104,8 @@ class Verifier:
         if self._verify.at_start and exchange.kinds is None and not hands_out_its_iterator(trainer):
             exchange.kinds = BatchKinds(engine.device, partial(hook_lines, engine.runner))
         self._kinds = exchange.kinds
-        if self._kinds is None or (self._batches - 1) % trainer.accumulate_grad_batches:
-            return None  # gradients of accumulated batches must stay
+        if self._kinds is None:
+            return None
         due, self._kinds.due = self._kinds.due, None
         return due
 

@@ -159,6 +159,32 @@ class TorchClipped(Manual):
         head.step()
 
 
+class Bounded(Manual):
+    """The step bounds weights after the update, as a Wasserstein GAN does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        blocks, head = self.both()
+        self.manual_backward(self.loss(batch))
+        blocks.step()
+        head.step()
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.clamp_(-0.1, 0.1)
+
+
+class Tied(Manual):
+    """Two blocks share their weights."""
+
+    def build(self) -> None:
+        self.blocks[2][0].weight = self.blocks[1][0].weight
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        blocks, head = self.both()
+        self.manual_backward(self.loss(batch))
+        blocks.step()
+        head.step()
+
+
 class Retained(Manual):
     """Two backward passes through the same graph."""
 

@@ -40,7 +40,7 @@ def test_weights_are_those_of_one_process(ranks2: RankGroup, layout: str, kind: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2-tp2", "fsdp2-tp2", "dp2-fsdp2"])
-@pytest.mark.parametrize("kind", ["Toggled", "Gan", "ReadGradients", "TorchClipped", "Accumulated"])
+@pytest.mark.parametrize("kind", ["Toggled", "Gan", "ReadGradients", "TorchClipped", "Accumulated", "Bounded", "Tied"])
 def test_products(ranks4: RankGroup, layout: str, kind: str) -> None:
     compare(fit(None, kind), ranks4.call(fit, layout, kind))
 

@@ -68,6 +68,18 @@ def test_verification_has_no_effect(ranks2: RankGroup, layout: str) -> None:
         assert torch.equal(with_it["weights"][name], value), name
 
 
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2", "pp2"], "fsdp2"))
+def test_accumulated_gradients_stay(ranks2: RankGroup, layout: str) -> None:
+    """In each batch, also between the two of an update; the last update of an epoch has one."""
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 2}
+    with_it = ranks2.call(fit, layout, "every 1 step", **options)[0]
+    without = ranks2.call(fit, layout, "off", **options)[0]
+    assert "largest relative difference" in with_it["rows"][0][1], with_it["rows"]
+    assert with_it["logs"] == without["logs"]
+    for name, value in without["weights"].items():
+        assert torch.equal(with_it["weights"][name], value), name
+
+
 class Tied(Classifier):
     """With one weight at both ends of the model."""
 
