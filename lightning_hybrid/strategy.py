@@ -30,6 +30,7 @@ from lightning_hybrid.engine.engine import Engine, Listener
 from lightning_hybrid.engine.norms import gradient_norms
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.launch.launcher import HybridLauncher
+from lightning_hybrid.launch.notebook import NOT_IN_NOTEBOOK, NotebookLauncher, launcher_here
 from lightning_hybrid.launch.world import World, set_ranks
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.patching import patched
@@ -136,6 +137,8 @@ class HybridStrategy(StrategyOfEither):
     @property
     def engine(self) -> Engine:
         """The engine of the partitioned module, once the strategy has been set up."""
+        if self._engine is None and isinstance(self._launcher, NotebookLauncher):
+            raise RuntimeError(NOT_IN_NOTEBOOK)
         return _there(self._engine, "engine")
 
     @property
@@ -253,9 +256,10 @@ class HybridStrategy(StrategyOfEither):
     def _configure_launcher(self) -> None:
         if isinstance(self.precision_plugin, EitherPackage):
             self.precision_plugin.belong_to(self.accelerator)
-        self._launcher = HybridLauncher(
+        ranks = HybridLauncher(
             self._environment, self.num_processes, self.num_nodes, self.layout, self._world.monitor
         )
+        self._launcher = launcher_here(self, ranks)
 
     @override
     def setup_environment(self) -> None:

@@ -74,10 +74,14 @@ from lightning_hybrid._lightning_private.packages import (
     twins,
 )
 from lightning_hybrid._lightning_private.processes import (
+    MultiProcessingLauncher,
     SubprocessScriptLauncher,
     default_backend,
     init_process_group,
+    is_interactive,
+    loops_state,
     reduce_tensor,
+    run_as_trainer_does,
 )
 from lightning_hybrid._lightning_private.trainer import (
     PlaceInEpoch,
@@ -156,7 +160,11 @@ __all__ = [
     "users_callbacks",
     "recorded_indices",
     "PlaceInEpoch",
+    "MultiProcessingLauncher",
     "SubprocessScriptLauncher",
+    "is_interactive",
+    "loops_state",
+    "run_as_trainer_does",
     "Synchronize",
     "TunerExit",
     "averaged_once_per_epoch",

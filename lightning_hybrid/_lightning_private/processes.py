@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.distributed import (
@@ -12,10 +14,31 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
     _sync_ddp_if_available,
 )
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.call import _call_and_handle_interrupt
 from torch import Tensor
 
+from lightning_hybrid._lightning_private.packages import of_package
+
 SubprocessScriptLauncher = _SubprocessScriptLauncher
+MultiProcessingLauncher = _MultiProcessingLauncher
+
+
+def is_interactive() -> bool:
+    """Returns True in a notebook, or at the prompt of Python."""
+    return _IS_INTERACTIVE
+
+
+def run_as_trainer_does(trainer: pl.Trainer, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Runs `function` by the launcher of the strategy, and ends the run as `trainer.fit` does if it raises."""
+    return of_package(trainer, _call_and_handle_interrupt)(trainer, function, *args, **kwargs)
+
+
+def loops_state(trainer: pl.Trainer) -> dict[str, Any]:
+    """Returns the progress of the trainer's loops, as in a checkpoint."""
+    return trainer._checkpoint_connector._get_loops_state_dict()
 
 
 def default_backend(device: torch.device) -> str:

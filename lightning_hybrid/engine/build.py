@@ -122,7 +122,8 @@ def _agree_on_weights(root: pl.LightningModule, device: torch.device) -> None:
 def _report(run: Run, plan: Plan, whole_batch: str | None) -> None:
     """Prints the plan on rank 0, with the reason for a single microbatch, and passes the plan to the loggers."""
     if dist.get_rank() == 0:
-        print(plan, file=sys.stderr)  # noqa: T201 -- where progress bars and warnings go
+        # one write: rich prints lines under its progress bar as they come
+        print(f"{plan}\n", end="", file=sys.stderr)  # noqa: T201 -- where progress bars and warnings go
         if plan.layout.pp > 1 and whole_batch is not None:
             print(f"1 microbatch: {whole_batch}.", file=sys.stderr)  # noqa: T201
     log_plan(run.trainer, plan.record())

@@ -7,7 +7,8 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,19 @@ from lightning_hybrid.spec.layout import Layout
 
 _MAIN_PID = "LIGHTNING_HYBRID_MAIN_PID"
 """Environment variable with the pid of the process that has started this rank."""
+
+
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """Restores the variables of launchers, which a run sets in its process: the next run may have several ranks."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 class HybridLauncher(SubprocessScriptLauncher):
@@ -50,7 +64,8 @@ class HybridLauncher(SubprocessScriptLauncher):
         watch: FailureMonitor,
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
-        self._watch = watch
+        self.watch = watch
+        """The failure monitor."""
         try:
             layout.validate(num_nodes * num_processes)
         except ValueError:
@@ -59,8 +74,19 @@ class HybridLauncher(SubprocessScriptLauncher):
                 sys.exit(1)
             raise
 
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return self.num_processes * self.num_nodes == 1  # more: by a `NotebookLauncher`
+
     @override
     def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        if self.num_processes * self.num_nodes > 1:
+            return self._launch_for(trainer, function, *args, **kwargs)
+        with environment_kept():
+            return self._launch_for(trainer, function, *args, **kwargs)
+
+    def _launch_for(self, trainer: pl.Trainer | None, function: Callable, *args: Any, **kwargs: Any) -> Any:
         if trainer is None:
             return self._launch(function, *args, **kwargs)
         find: Callable = trainer.strategy.checkpoints.find_last  # type: ignore[attr-defined] -- a HybridStrategy
@@ -76,23 +102,23 @@ class HybridLauncher(SubprocessScriptLauncher):
         share_cores(self.num_processes)  # also of existing processes, each of which would use all cores
         if self.num_processes * self.num_nodes == 1:
             return function(*args, **kwargs)
-        self._watch.begin(self.procs, self._main_pid())
+        self.watch.begin(self.procs, self._main_pid())
         try:
             result = function(*args, **kwargs)
         except twins(SIGTERMException, TunerExit):
-            self._watch.interrupted()
+            self.watch.interrupted()
             raise
         except BaseException as raised:
             error = explained(raised)
-            replacement = self._watch.failed(error)
-            if not self._watch.connected:
+            replacement = self.watch.failed(error)
+            if not self.watch.connected:
                 atexit.register(self._reap)  # connected ranks end themselves, and may run callbacks first
             if replacement is not None:
                 raise replacement from None
             if error is raised:
                 raise
             raise error from raised
-        failure = self._watch.finish()
+        failure = self.watch.finish()
         if failure is not None:
             raise failure
         return result

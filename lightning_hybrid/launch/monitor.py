@@ -195,6 +195,15 @@ class FailureMonitor:
                 stacklevel=2,
             )
 
+    def failed_elsewhere(self, text: str) -> None:
+        """Records the failure of ranks of which this process is none, so that it saves no checkpoint of the run."""
+        self._raising = True
+        self._decision.cause = Cause(kind="raised", rank=None, text=text, reporter=None)
+
+    def forget(self) -> None:
+        """Forgets the failure of an earlier run."""
+        self._reset((), None)
+
     def interrupted(self) -> None:
         """Records that all ranks raise an exception together in order to stop."""
         self._raising = True

@@ -166,7 +166,7 @@ class _Comparison:
             self.rows.append(("loss and gradients", f"not compared with one process: {problem}"))
         if dist.get_rank() == 0:
             headings = (("verified on the first batch", False), ("result", False))
-            print(table_text("", headings, self.rows), file=sys.stderr)  # noqa: T201 -- beside the plan
+            print(f"{table_text('', headings, self.rows)}\n", end="", file=sys.stderr)  # noqa: T201 -- beside the plan
         return self.rows
 
     def _obstacle(self) -> str | None:
