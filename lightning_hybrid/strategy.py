@@ -256,9 +256,7 @@ class HybridStrategy(StrategyOfEither):
     def _configure_launcher(self) -> None:
         if isinstance(self.precision_plugin, EitherPackage):
             self.precision_plugin.belong_to(self.accelerator)
-        ranks = HybridLauncher(
-            self._environment, self.num_processes, self.num_nodes, self.layout, self._world.monitor
-        )
+        ranks = HybridLauncher(self._environment, self.num_processes, self.num_nodes, self.layout, self._world.monitor)
         self._launcher = launcher_here(self, ranks)
 
     @override

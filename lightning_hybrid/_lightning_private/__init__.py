@@ -82,6 +82,7 @@ from lightning_hybrid._lightning_private.processes import (
     loops_state,
     reduce_tensor,
     run_as_trainer_does,
+    set_launcher,
 )
 from lightning_hybrid._lightning_private.trainer import (
     PlaceInEpoch,
@@ -165,6 +166,7 @@ __all__ = [
     "is_interactive",
     "loops_state",
     "run_as_trainer_does",
+    "set_launcher",
     "Synchronize",
     "TunerExit",
     "averaged_once_per_epoch",

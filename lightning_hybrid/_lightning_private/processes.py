@@ -36,6 +36,11 @@ def run_as_trainer_does(trainer: pl.Trainer, function: Callable, *args: Any, **k
     return of_package(trainer, _call_and_handle_interrupt)(trainer, function, *args, **kwargs)
 
 
+def set_launcher(strategy: Any, launcher: Any) -> None:
+    """Replaces the launcher of a strategy whose processes run already."""
+    strategy._launcher = launcher
+
+
 def loops_state(trainer: pl.Trainer) -> dict[str, Any]:
     """Returns the progress of the trainer's loops, as in a checkpoint."""
     return trainer._checkpoint_connector._get_loops_state_dict()

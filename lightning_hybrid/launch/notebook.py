@@ -26,7 +26,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException
 from typing_extensions import override
 
 from lightning_hybrid._lightning_private import (
@@ -35,6 +35,7 @@ from lightning_hybrid._lightning_private import (
     is_overridden,
     loops_state,
     run_as_trainer_does,
+    set_launcher,
 )
 from lightning_hybrid.launch.launcher import HybridLauncher, environment_kept
 from lightning_hybrid.launch.processes import exit_text
@@ -51,9 +52,9 @@ _OF_CHECKPOINT_CALLBACK = ("best_model_path", "best_model_score", "last_model_pa
 _OF_TRAINER = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 
 NOT_IN_NOTEBOOK = (
-    "The ranks of a notebook end with `fit`, and with them optimizers and the partitioned module. What needs them, such "
-    "as `trainer.save_checkpoint`, belongs into a callback (`ModelCheckpoint`). The module of the notebook has all "
-    "weights: `torch.save(model.state_dict(), path)`."
+    "The ranks of a notebook end with `fit`, and with them optimizers and the partitioned module. What needs them, "
+    "such as `trainer.save_checkpoint`, belongs into a callback (`ModelCheckpoint`). The module of the notebook has "
+    "all weights: `torch.save(model.state_dict(), path)`."
 )
 """Error of uses of the partitioned module in the notebook's process."""
 
@@ -176,12 +177,12 @@ class NotebookLauncher(MultiProcessingLauncher):
     def _wrapping_function(
         self, process_idx: int, trainer: Any, function: Callable, args: Any, kwargs: Any, *rest: Any
     ) -> None:
-        atexit._clear()  # type: ignore[attr-defined] -- those of the notebook's process
+        atexit._clear()  # noqa: SLF001 -- those of the notebook's process
         os.environ |= {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(process_idx)}
         torch.set_num_threads(1)
         set_ranks(self._environment, 1, self._strategy.num_processes)
         sys.excepthook = self._report
-        self._strategy._launcher = self._ranks
+        set_launcher(self._strategy, self._ranks)
         run = partial(run_as_trainer_does, trainer, partial(self._run, trainer, function))
         try:
             super()._wrapping_function(process_idx, trainer, run, args, kwargs, *rest)
@@ -191,13 +192,11 @@ class NotebookLauncher(MultiProcessingLauncher):
             sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
             sys.exit(1)
         finally:
-            atexit._run_exitfuncs()  # Python does not before 3.13
+            atexit._run_exitfuncs()  # noqa: SLF001 -- as Python does from 3.13 on
 
     @property
     def _environment(self) -> ClusterEnvironment:
-        environment = self._strategy.cluster_environment
-        assert environment is not None, "a strategy with a launcher has one"
-        return environment
+        return self._ranks.cluster_environment
 
     def _run(self, trainer: pl.Trainer, function: Callable, *args: Any, **kwargs: Any) -> None:
         self._results = function(*args, **kwargs)

@@ -93,12 +93,15 @@ def _all_end(pids: list[int]) -> bool:
 @pytest.mark.parametrize("only_kernel", [False, True])
 def test_interrupt_ends_the_ranks(kernel: tuple[Any, Any], tmp_path: Path, only_kernel: bool) -> None:
     manager, client = kernel
-    client.execute(LONG)
+    cell = client.execute(LONG)
     pids = _ranks(tmp_path)
     if only_kernel:
         os.kill(manager.provisioner.pid, signal.SIGINT)
     else:
         manager.interrupt_kernel()
+    while (reply := client.get_shell_msg(timeout=SECONDS))["parent_header"]["msg_id"] != cell:
+        pass
+    assert reply["content"]["ename"] in ("SystemExit", "KeyboardInterrupt")
     assert _all_end(pids)
     reply = client.execute("trainer('fsdp2').fit(Model(), data)", reply=True, timeout=SECONDS)
     assert reply["content"]["status"] == "ok", reply
