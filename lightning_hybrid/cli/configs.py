@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from lightning_hybrid.cli.errors import UsageError, did_you_mean
-from lightning_hybrid.cli.recipes import recipes
+from lightning_hybrid.cli.recipe_files import recipes
 
 _PLAIN_PATH = re.compile(r"[\w./~@+=,-][\w./~@+=, -]*")
 """A path on this machine; LightningCLI also takes URLs, and YAML instead of a file."""

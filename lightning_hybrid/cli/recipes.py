@@ -1,4 +1,4 @@
-"""`recipes ls`, `recipes cp NAME [FOLDER]`, `recipes show NAME`: the configurations that come with the package."""
+"""`recipes ls`, `recipes cp NAME [FOLDER]`, `recipes show NAME [--sample]`: example configurations."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from lightning_hybrid.cli.errors import ArgumentParser, CommandError, UsageError, did_you_mean
+from lightning_hybrid.cli.errors import ArgumentParser, CommandError
+from lightning_hybrid.cli.recipe_files import recipe_path, recipes
 
-_PACKAGE = Path(__file__).parents[1]
-_FOLDERS = (_PACKAGE / "_recipes", _PACKAGE.parent / "recipes")
-"""The folder in a wheel, and the one of a repository from which the package is installed as editable."""
 _SUMMARY_LENGTH = 90
 """Characters of a description."""
+_SAMPLES = 3
 
 
 def run(name: str, args: list[str]) -> None:
@@ -25,36 +24,33 @@ def run(name: str, args: list[str]) -> None:
     copied.add_argument("recipe", help="its name, as `recipes ls` shows it")
     copied.add_argument("folder", nargs="?", type=Path, default=Path(), help="the folder; default: the current one")
     shown = actions.add_parser("show", description="Prints a recipe.", help="print a recipe")
-    shown.add_argument("recipe", help="its name, as `recipes ls` shows it")
-    parsed = parser.parse_args(args)
+    shown.add_argument("recipe", help="its name, as `recipes ls` shows it, or a file")
+    shown.add_argument(
+        "--sample",
+        nargs="?",
+        type=int,
+        const=_SAMPLES,
+        metavar="COUNT",
+        help=f"print the first training samples (default: {_SAMPLES}) with their loss mask instead; "
+        "options of `fit`, such as `--data.path FILE`, override the recipe",
+    )
+    parsed, overrides = parser.parse_known_args(args)
+    if overrides and getattr(parsed, "sample", None) is None:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     if parsed.action == "ls":
         _list()
+    elif parsed.action == "show" and parsed.sample is not None:
+        from lightning_hybrid.cli import samples  # imports torch
+
+        samples.show(parsed.recipe, overrides, parsed.sample)
     elif parsed.action == "show":
-        sys.stdout.write(recipe_path(parsed.recipe).read_text())
+        sys.stdout.write(_file(parsed.recipe).read_text())
     else:
         _copy(parsed.recipe, parsed.folder)
 
 
-def recipes() -> dict[str, Path]:
-    """Returns the files of all recipes by name; a recipe in a folder of its own has the folder in its name."""
-    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
-    if folder is None:
-        raise CommandError(f"the recipes are missing: there is no folder {_FOLDERS[0]}. Install the package again.")
-    files = sorted(folder.rglob("*.yaml"))
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
-
-
-def recipe_path(name: str) -> Path:
-    """Returns the file of a recipe.
-
-    Raises:
-        UsageError: If there is none of this name.
-    """
-    known = recipes()
-    name = name.removesuffix(".yaml")
-    if name not in known:
-        raise UsageError(f"unknown recipe `{name}`. {did_you_mean(name, known)} See `lightning-hybrid recipes ls`.")
-    return known[name]
+def _file(name: str) -> Path:
+    return Path(name) if Path(name).is_file() else recipe_path(name)
 
 
 def _list() -> None:

@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
@@ -38,6 +39,11 @@ def run(name: str, args: list[str]) -> None:
 def make(args: list[str]) -> LightningCLI:
     """Returns a LightningCLI with model, data module and trainer, which runs nothing."""
     return _CLI(None, Configs(args), save_config_callback=None)
+
+
+def make_data(args: list[str]) -> LightningDataModule | None:
+    """Returns the data module of a configuration; makes neither its model nor its trainer."""
+    return _DataCLI(None, Configs(args), save_config_callback=None).datamodule
 
 
 class _CLI(LightningCLI):
@@ -98,13 +104,16 @@ class _CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             with _constructors_seen():
-                super().instantiate_classes()
+                self._instantiate()
         except (Exception, _Raised) as error:
             cause = error.error if isinstance(error, _Raised) else error
             message = refusal(cause)
             if message is None:
                 raise cause from None
             raise UsageError(message) from None
+
+    def _instantiate(self) -> None:
+        super().instantiate_classes()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -113,6 +122,14 @@ class _CLI(LightningCLI):
         if phases:
             trainer.callbacks.append(PhaseSchedule(phases))  # type: ignore[attr-defined] -- set by a connector
         return trainer
+
+
+class _DataCLI(_CLI):
+    """Makes the data module only."""
+
+    @override
+    def _instantiate(self) -> None:
+        self.datamodule = self.parser.instantiate(Namespace(data=self.config["data"]))["data"]
 
 
 def _check_strategy(strategy: Any) -> None:

@@ -1,12 +1,12 @@
 """`StdlibText`: a data module over the sources of Python's standard library."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
+from lightning_hybrid.data.global_batches import EpochOrder, share
 from lightning_hybrid.data.text import ByteWindows, read_bytes, stdlib_modules, stdlib_sources
 
 Batches = DataLoader[tuple[Tensor, Tensor]]
@@ -93,45 +93,8 @@ class StdlibText(LightningDataModule):
     def _loader(self, windows: ByteWindows | None, *, shuffle: bool) -> Batches:
         if windows is None:
             raise RuntimeError("The data must be read before it is loaded. Call `setup` with the stage first.")
-        replicas = self._replicas()
-        if self.batch_size % replicas:
-            raise ValueError(
-                f"`batch_size` is that of the global batch and must be a multiple of the {replicas} data-parallel "
-                f"replicas. Got {self.batch_size}. Use {self.batch_size // replicas * replicas or replicas}."
-            )
+        batch_size = share(self.batch_size, "batch_size", self.trainer)
         # The strategy assigns windows r, r + n, ... of this order to replica r of n, so its k-th batch is a part of the
         # k-th global batch. The order is the same for all strategies; Lightning's samplers would shuffle differently.
         sampler = EpochOrder(len(windows), shuffle=shuffle, seed=self.seed)
-        return DataLoader(windows, batch_size=self.batch_size // replicas, sampler=sampler, drop_last=True)
-
-    def _replicas(self) -> int:
-        """Return the number of data-parallel replicas."""
-        layout = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return layout["num_replicas"] if layout else 1
-
-
-class EpochOrder(Sampler[int]):
-    """All indices, in an order given by the seed and the epoch.
-
-    Args:
-        size: Number of indices.
-        shuffle: True: shuffle the indices.
-        seed: Seed of the order.
-    """
-
-    def __init__(self, size: int, *, shuffle: bool, seed: int) -> None:
-        self._size, self._shuffle, self._seed, self._epoch = size, shuffle, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the number of the next epoch. Called by Lightning."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[int]:
-        if not self._shuffle:
-            return iter(range(self._size))
-        generator = torch.Generator()
-        generator.manual_seed(self._seed + self._epoch)
-        return iter(torch.randperm(self._size, generator=generator).tolist())
+        return DataLoader(windows, batch_size=batch_size, sampler=sampler, drop_last=True)

@@ -12,6 +12,8 @@ from lightning_hybrid.models.config import (
 from lightning_hybrid.models.experts import MixtureOfExperts
 from lightning_hybrid.models.latent_attention import LatentAttention
 from lightning_hybrid.models.optimizers import AdamWBF16, Muon
+from lightning_hybrid.models.pretrained import PretrainedLM
+from lightning_hybrid.models.supervised import SupervisedLM
 from lightning_hybrid.models.transformer import Transformer
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "Muon",
     "OptimizerConfig",
     "PredictionConfig",
+    "PretrainedLM",
     "StreamsConfig",
+    "SupervisedLM",
     "Transformer",
     "TransformerConfig",
 ]

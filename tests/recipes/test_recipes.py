@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_hybrid import Layout
 from lightning_hybrid.checkpoint.consolidate import consolidate
+from lightning_hybrid.data import SampleData
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.plan import make_partition
@@ -25,6 +28,18 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 TIMEOUT_SECONDS = 180
 STEPS = 4
 LARGE = ("pretrain_dense_4b4", "pretrain_dense_1b6", "pretrain_deepseek_1b6", "parallel_streams_1b6")
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+"""The shape of Llama 3.1 with 8 B parameters, whose weights are not on this machine."""
+APPLICATIONS: dict[str, tuple[dict[str, Any] | None, float]] = {"chat_8b": (LLAMA_8B, 8.03e9)}
+"""Recipes of applications at full size: the configuration in place of a pretrained model, and the parameters."""
 
 
 def fit(recipe: str, directory: Path, *arguments: str, devices: int = 4) -> str:
@@ -65,6 +80,8 @@ def plan(recipe: str) -> Partition:
     """Plans a recipe for its own layout, as rank 0 of a fake process group, the weights on the meta device."""
     # the options that name the hardware; a machine without it can't make the Trainer
     args = ["--config", str(RECIPES / f"{recipe}.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    if recipe in APPLICATIONS:
+        args[2:2] = ["--config", without_downloads(recipe)]
     sys.argv[1:] = []  # this rank's, with which Lightning warns: they are not its arguments
     cli = LightningCLI(
         LightningModule,
@@ -86,13 +103,34 @@ def plan(recipe: str) -> Partition:
         for key, buffer in owner._buffers.items():
             owner._buffers[key] = None if buffer is None else torch.zeros(buffer.shape)
     module.trainer = cli.trainer
-    data: Any = cli.datamodule
-    tokens = torch.zeros(data.batch_size // layout.replicas, data.context_length, dtype=torch.long)
-    sample = ("training_step", ((tokens, tokens), 0), len(tokens))
+    batch, samples = first_batch(cli.datamodule, layout.replicas)
+    sample = ("training_step", (batch, 0), samples)
     context = strategy.precision_plugin.forward_context
     return make_partition(
         module, strategy.request, Mesh.create(layout, "cpu"), torch.device("cpu"), context, lambda share: sample
     )
+
+
+def without_downloads(recipe: str) -> str:
+    """A file that puts a configuration and bytes in place of a pretrained model and its tokenizer."""
+    config, _ = APPLICATIONS[recipe]
+    changes: dict[str, Any] = {"data": {"init_args": {"path": str(RECIPES), "samples": {"tokenizer": None}}}}
+    if config is not None:
+        changes["model"] = {"init_args": {"path": None, "config": config}}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
+        yaml.safe_dump(changes, file)
+    return file.name
+
+
+def first_batch(data: Any, replicas: int) -> tuple[Any, int]:
+    """Returns a batch of a replica, as the data module makes them, and its number of samples."""
+    if isinstance(data, SampleData):
+        config = data.config
+        size = config.batch_size if config.max_tokens is None else config.max_tokens // config.max_length
+        ones = torch.ones(size // replicas, config.max_length, dtype=torch.long)
+        return {"input_ids": ones, "attention_mask": ones, "labels": ones}, len(ones)
+    tokens = torch.zeros(data.batch_size // replicas, data.context_length, dtype=torch.long)
+    return (tokens, tokens), len(tokens)
 
 
 def facts(recipe: str) -> dict[str, Any]:
@@ -108,6 +146,7 @@ def facts(recipe: str) -> dict[str, Any]:
         "active": active,
         "experts": [p.experts for p in made.plan.expert_plans.values()],
         "stages": [len(stage.units) for stage in made.plan.stages],
+        "parameters": sum(p.numel() for p in made.root.parameters()),
     }
 
 
@@ -122,6 +161,15 @@ def test_plan_at_real_size(recipe: str) -> None:
         assert found["experts"] == [64] * 36  # of 35 blocks and of the further token
     if "pp" in found["layout"]:
         assert found["stages"] == [19, 21]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", APPLICATIONS)
+def test_plan_of_an_application_at_real_size(recipe: str) -> None:
+    with RankGroup(1, timeout_seconds=150) as ranks:
+        (found,) = ranks.call(facts, recipe)
+    assert found["layout"] in found["table"]
+    assert found["parameters"] == pytest.approx(APPLICATIONS[recipe][1], rel=0.01)
 
 
 @pytest.mark.slow

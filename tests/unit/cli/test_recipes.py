@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import yaml
 
 from lightning_hybrid.cli import main
 from lightning_hybrid.cli.configs import Configs
-from lightning_hybrid.cli.recipes import recipes, summary
+from lightning_hybrid.cli.recipe_files import recipes
+from lightning_hybrid.cli.recipes import summary
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
@@ -49,3 +51,34 @@ def test_a_configuration_may_be_the_name_of_a_recipe(tmp_path: Path, monkeypatch
     assert Configs(["-c", "quickstart"]).args == ["-c", "quickstart"]  # a file has precedence
     inline = ["--config", "{trainer: {max_steps: 1}}"]
     assert Configs(inline).args == inline
+
+
+def _conversations(folder: Path) -> Path:
+    file = folder / "talk.jsonl"
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    file.write_text(f"{json.dumps({'conversations': turns})}\n" * 3)
+    return file
+
+
+def test_samples_are_shown_with_their_loss_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", "show", "chat", "--sample", "1", f"--data.path={_conversations(tmp_path)}"])
+    assert capsys.readouterr().out.splitlines() == [
+        "sample 0: 11 tokens, 6 with loss",
+        "       | <|user|>Hi<|end|><|assistant|>",
+        "  loss | Hello<|end|>",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["chat", "--sample", "--data.path=none.jsonl"], "error: `path`: there is no file or folder none.jsonl."),
+        (["quickstart", "--sample"], "error: `--sample` needs a data module with labels. quickstart has StdlibText."),
+        (["chat", "--data.path=x"], "error: unknown argument `--data.path`."),
+        (["chat", "--sample", "--data.pat=x"], "has no parameter `pat`. Did you mean `path`?"),
+    ],
+)
+def test_samples_that_cannot_be_shown(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["recipes", "show", *args])
+    assert message in capsys.readouterr().err
