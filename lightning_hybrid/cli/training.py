@@ -61,14 +61,15 @@ class _CLI(LightningCLI):
             "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
         )
         self._name, self._configs = name, configs
-        parser_options: dict[str, Any] = {"prog": "lightning-hybrid", "exit_on_error": False}
+        own_options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
+        parser_options = {"prog": "lightning-hybrid"} | own_options
         super().__init__(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=_Parser,
-            parser_kwargs=parser_options | {str(name): {"exit_on_error": False}} if name else parser_options,
+            parser_kwargs=parser_options | {str(name): own_options} if name else parser_options,
             args=[name, *configs.args] if name else configs.args,
             run=name is not None,
             **options,

@@ -14,8 +14,8 @@ import lightning_hybrid
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = ("lightning_hybrid", "lightning_hybrid.callbacks", "lightning_hybrid.data", "lightning_hybrid.models")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").rglob("*.yaml"))]
-CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").rglob("*.yaml"))]
+CODE = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PATHS = re.compile(r"\blightning_hybrid((?:\.\w+)+)")
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from lightning_hybrid.cli import machine, main
+from tests.documents import ROOT, blocks, write_files
 
-PAGE = (Path(__file__).parents[3] / "docs/cli.md").read_text()
+PAGE = ROOT / "docs/cli.md"
 
 
 def _examples() -> list[tuple[str, str]]:
     """Returns the commands that follow a `$`, each with its output."""
-    blocks = re.findall(r"^```\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
-    return [(c, out) for block in blocks for c, out in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)]
+    texts = [block.text for block in blocks(PAGE) if not block.kind]
+    return [(c, out) for text in texts for c, out in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)]
 
 
 @pytest.fixture
@@ -29,11 +30,7 @@ def _files_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in machine.launcher_variables():
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
-    (python, _), (yaml, *_) = (
-        re.findall(rf"^```{kind}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE) for kind in ("python", "yaml")
-    )
-    Path("my_module.py").write_text(python)
-    Path("my_run.yaml").write_text(yaml)
+    write_files(PAGE, tmp_path)
 
 
 @pytest.mark.usefixtures("_files_of_the_page")
