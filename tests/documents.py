@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 _FENCE = re.compile(
-    r"^(?:<!-- not run: (?P<reason>.+) -->\n+)?```(?P<kind>\w*)(?: title=\"(?P<title>[\w./]+)\")?\n(?P<text>.*?)^```$",
-    re.DOTALL | re.MULTILINE,
+    r"""^(?:<!--\ not\ run:\ (?P<reason>[^\n]+)\ -->\n+)?
+    ```(?P<kind>\w*)(?:\ title="(?P<title>[\w./]+)")?\n(?P<text>.*?)^```$""",
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
 )
 
 
@@ -41,9 +42,7 @@ def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text()
     for found in _FENCE.finditer(text):
         line = text.count("\n", 0, found.start("text")) + 1
-        yield Block(
-            kind=found["kind"], text=found["text"], line=line, title=found["title"], not_run=found["reason"]
-        )
+        yield Block(kind=found["kind"], text=found["text"], line=line, title=found["title"], not_run=found["reason"])
 
 
 def write_files(page: Path, folder: Path) -> None:

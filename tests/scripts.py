@@ -182,6 +182,7 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = command
+            sys.path.insert(0, str(Path(command[0]).resolve().parent))
             runpy.run_path(command[0], run_name="__main__")
     except SystemExit as error:
         code = error.code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,11 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
+import lightning_hybrid
 import lightning_hybrid.callbacks as callbacks
 from lightning_hybrid import CheckpointOptions, Float8Precision, HybridStrategy, Layout
 from tests.documents import PAGES, ROOT, blocks, write_files
@@ -108,25 +111,26 @@ def _one_process(folder: Path) -> Iterator[None]:
         if isinstance(strategy, HybridStrategy) and strategy._request.plan is None:
             (strategy._layout or Layout(fsdp=devices)).validate(devices)
             strategy._layout = None
-        small_ones = {"max_steps": 2, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
-        quiet = {"enable_model_summary": False, "log_every_n_steps": 1, "default_root_dir": folder}
+        small_ones: dict[str, Any] = {"max_steps": 2, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
+        quiet: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": 1, "default_root_dir": folder}
         saves = any(isinstance(callback, ModelCheckpoint) for callback in options.get("callbacks", ()))
-        given = {"logger": False, "enable_checkpointing": saves} | options
+        given: dict[str, Any] = {"logger": False, "enable_checkpointing": saves} | options
         start(trainer, **given | small_ones | quiet, strategy=strategy)
 
     with mock.patch.object(L.Trainer, "__init__", small):
         yield
     if dist.is_initialized():
         dist.destroy_process_group()
+    wandb.finish()
 
 
-def _train_with_methods(names: dict[str, Any]) -> None:
-    """Trains a module with the functions of a block whose first argument is `self`."""
+def _train(names: dict[str, Any]) -> None:
+    """Trains the modules of a block, and one with its functions whose first argument is `self`."""
     functions = {name: value for name, value in names.items() if isinstance(value, FunctionType)}
     methods = {name: value for name, value in functions.items() if [*signature(value).parameters][:1] == ["self"]}
-    if methods:
-        module = type("Module", (Model,), methods)()
-        L.Trainer(strategy=HybridStrategy()).fit(module, Data())
+    kinds = [kind for kind in names.values() if isinstance(kind, type) and issubclass(kind, L.LightningModule)]
+    for kind in [*kinds, *([type("Module", (Model,), methods)] if methods else [])]:
+        L.Trainer(strategy=HybridStrategy()).fit(kind(), Data())
 
 
 def _pages() -> list[Path]:
@@ -139,6 +143,8 @@ def test_blocks_of_python_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(sys, "argv", [""])
+    monkeypatch.setattr(lightning_hybrid, "verify", mock.create_autospec(lightning_hybrid.verify))
     write_files(page, tmp_path)
     for block in blocks(page):
         if block.kind != "python":
@@ -148,4 +154,5 @@ def test_blocks_of_python_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
             names = {"__name__": "__main__"} | ({} if block.title else _names())
             with _one_process(tmp_path), mock.patch.dict(os.environ):
                 exec(code, names)
-                _train_with_methods(names)
+                if not block.title:
+                    _train(names)

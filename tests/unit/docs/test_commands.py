@@ -86,7 +86,9 @@ def _pip(words: list[str]) -> None:
     for extra in ",".join(re.findall(r"\[([\w,]+)\]", " ".join(words))).split(","):
         assert not extra or extra in EXTRAS, words
     for option, value in zip(words, words[1:], strict=False):
-        assert option not in ("-c", "-r", "--constraint") or (ROOT / value).exists() or value.startswith("https:"), words
+        assert option not in ("-c", "-r", "--constraint") or (ROOT / value).exists() or value.startswith("https:"), (
+            words
+        )
 
 
 def _make(words: list[str]) -> None:
