@@ -18,7 +18,7 @@ import torch.distributed.run
 from lightning_hybrid.cli import checkpoints, main, verify
 from lightning_hybrid.cli.commands import COMMANDS
 from lightning_hybrid.compare_layouts import VerifyReport
-from tests.documents import PAGES, ROOT, commands, write_files
+from tests.documents import PAGES, ROOT, Block, blocks, commands, write_files
 
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
@@ -132,6 +132,21 @@ def test_a_command_is_understood(
     program = Path(words[0]).name
     if program not in ELSEWHERE:
         PROGRAMS[program](words[1:])
+
+
+def _configurations() -> list[tuple[Path, Block]]:
+    return [(page, b) for page in PAGES for b in blocks(page) if b.kind == "yaml" and "trainer:\n" in b.text]
+
+
+@pytest.mark.parametrize(("page", "block"), _configurations(), ids=lambda value: getattr(value, "name", ""))
+def test_a_configuration_is_understood(
+    page: Path, block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts of a configuration override a recipe."""
+    monkeypatch.chdir(tmp_path)
+    write_files(page, tmp_path)
+    (tmp_path / "part.yaml").write_text(block.text)
+    _hybrid(["fit", "--config", str(ROOT / "recipes/quickstart.yaml"), "--config", "part.yaml"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
