@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -41,6 +42,8 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command.
 
+    Under a launcher such as torchrun, the first rank of each machine shows the error of a command.
+
     The status is 1 if a run fails, is refused, or has found a difference or a damaged file, and 2 if the arguments or
     the configuration are wrong. The process of a command line shows errors as `tracebacks.show` does.
 
@@ -60,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = _run(args)
     except CommandError as error:
         sys.stdout.flush()
-        sys.stderr.write(f"error: {paragraph(str(error))}\n")
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) > 0:
+            time.sleep(1)  # for the report of local rank 0: launchers kill all ranks when the first one exits
+        else:
+            sys.stderr.write(f"error: {paragraph(str(error))}\n")
         status = error.status
     if status:
         sys.exit(status)

@@ -6,8 +6,11 @@ import json
 import os
 import signal
 import socket
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +31,9 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 _LOOK_SECONDS = 0.02
 """Seconds between a rank's polls for the other ranks; only during the start."""
+
+_QUIET_SECONDS, _REPEAT_SECONDS = 10.0, 60.0
+"""Seconds of waiting for other ranks before the first message, and between messages."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +140,21 @@ def meet(
     deadline = time.monotonic() + timeout.total_seconds()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     base = f"lightning_hybrid/watch/{attempt}"
-    store = PrefixStore(base, _connect(environment, rank, world_size, timeout))
+    # other nodes wait for rank 0; on its own node its process is being started
+    quiet = rank == 0 or environment.local_rank() > 0
+    with nullcontext() if quiet else _said_later(f"Rank {rank} of {world_size} waits for rank 0", environment):
+        store = PrefixStore(base, _connect(environment, rank, world_size, timeout))
     run = store.add(f"runs_of_rank/{rank}", 1)
     store = PrefixStore(str(run), store)
     own = this_process()
     store.set(f"here/{rank}", json.dumps({"host": own.host, "pid": own.pid, "facts": facts}))
     keys = [f"here/{r}" for r in range(world_size)]
+    message_at = time.monotonic() + _QUIET_SECONDS
     while not store.check(keys):
         check()
+        if time.monotonic() > message_at:
+            message_at = time.monotonic() + _REPEAT_SECONDS
+            _say_who_is_missing(store, rank, world_size, timeout)
         if time.monotonic() > deadline:
             raise _missing(store, rank, world_size, timeout)
         time.sleep(_LOOK_SECONDS)
@@ -153,6 +166,50 @@ def meet(
         facts=[s["facts"] for s in said],
         rank0_has_store=not _has_agent_store(),
     )
+
+
+@contextmanager
+def _said_later(text: str, environment: ClusterEnvironment) -> Iterator[None]:
+    """Prints `text`, with the address of rank 0, if the context takes long: torch connects without a word."""
+    place = f"{environment.main_address}:{environment.main_port} (MASTER_ADDR, MASTER_PORT)"
+    timer = threading.Timer(_QUIET_SECONDS, print, [f"{text} at {place}."], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say_who_is_missing(store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    here, missing = _who_is_here(store, world_size)
+    if rank != here[0] or not missing:
+        return
+    hosts = sorted({json.loads(store.get(f"here/{r}"))["host"].partition(":")[0] for r in here})
+    print(  # noqa: T201 -- loggers are not set up yet
+        f"Waiting for {_named(missing)}: {len(here)} of {world_size} ranks are here, on {', '.join(hosts)}. The run "
+        f"ends if others do not come within {timeout} (the strategy's `timeout`).",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _who_is_here(store: Store, world_size: int) -> tuple[list[int], list[int]]:
+    """Returns the ranks that have come, and those that are missing."""
+    here = [r for r in range(world_size) if store.check([f"here/{r}"])]
+    return here, sorted(set(range(world_size)) - set(here))
+
+
+def _named(ranks: list[int]) -> str:
+    """Returns `rank 2` or `ranks 2, 4-7`."""
+    runs: list[list[int]] = []
+    for r in ranks:
+        if runs and runs[-1][-1] == r - 1:
+            runs[-1].append(r)
+        else:
+            runs.append([r])
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(texts)}"
 
 
 def _has_agent_store() -> bool:
@@ -185,11 +242,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _missing(store: Store, rank: int, world_size: int, timeout: timedelta) -> BaseException:
-    here = [r for r in range(world_size) if store.check([f"here/{r}"])]
-    missing = [str(r) for r in range(world_size) if r not in here]
-    names = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(missing)} have"
+    here, missing = _who_is_here(store, world_size)
+    have = "has" if len(missing) == 1 else "have"
     message = (
-        f"The run cannot start: {names} not come within {timeout} (the strategy's `timeout`). Of {world_size} ranks "
-        f"{len(here)} are here. See the output of the missing ones, and whether their machines can reach rank 0."
+        f"The run cannot start: {_named(missing)} {have} not come within {timeout} (the strategy's `timeout`). Of "
+        f"{world_size} ranks {len(here)} are here. See the output of the missing ones, and whether their machines can reach rank 0."
     )
     return RankError(message) if rank == here[0] else RankFailed(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -75,6 +76,19 @@ def test_options_may_precede_the_command(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit, match="0"):
         main(["--config", str(ROOT / "recipes/quickstart.yaml"), "fit", "--print_config"])
     assert "max_steps: 500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_one_rank_of_a_machine_reports_wrong_arguments(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    for rank, text in ((0, "error: unknown command"), (1, "")):
+        monkeypatch.setenv(variable, str(rank))
+        with pytest.raises(SystemExit, match="2"):
+            main(["fitt"])
+        shown = capsys.readouterr().err
+        assert shown.startswith(text) if text else not shown
 
 
 # ---- errors that end a run

@@ -97,9 +97,12 @@ def _make(words: list[str]) -> None:
 
 
 def _torchrun(words: list[str]) -> None:
-    """torchrun: its own arguments, and a file of the page."""
+    """torchrun: its own arguments, and a file of the page or a program."""
     options = torch.distributed.run.get_args_parser().parse_args(words)
-    _python([options.training_script, *options.training_script_args])
+    if options.no_python:
+        PROGRAMS[options.training_script](options.training_script_args)
+    else:
+        _python([options.training_script, *options.training_script_args])
 
 
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
