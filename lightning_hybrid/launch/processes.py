@@ -246,6 +246,7 @@ def _missing(store: Store, rank: int, world_size: int, timeout: timedelta) -> Ba
     have = "has" if len(missing) == 1 else "have"
     message = (
         f"The run cannot start: {_named(missing)} {have} not come within {timeout} (the strategy's `timeout`). Of "
-        f"{world_size} ranks {len(here)} are here. See the output of the missing ones, and whether their machines can reach rank 0."
+        f"{world_size} ranks {len(here)} are here. See the output of the missing ones, and whether their machines can "
+        "reach rank 0."
     )
     return RankError(message) if rank == here[0] else RankFailed(message)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents import ROOT, write_files
 from tests.scripts import run_warm
 
-PAGE = (Path(__file__).parents[3] / "docs/cli.md").read_text()
+PAGE = ROOT / "docs/cli.md"
 TIMEOUT_SECONDS = 90.0
 OTHERS = """
 class Small(Classifier):
@@ -27,11 +28,9 @@ class Wrong(Classifier):
 
 def _fit(folder: Path, *arguments: str) -> tuple[int, list[str]]:
     """Runs the command on files of the page; returns the exit code and the lines of the output without ranks."""
-    (python, _), (yaml, *_) = (
-        re.findall(rf"^```{kind}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE) for kind in ("python", "yaml")
-    )
-    (folder / "my_module.py").write_text(python + OTHERS)
-    (folder / "my_run.yaml").write_text(yaml)
+    write_files(PAGE, folder)
+    with (folder / "my_module.py").open("a") as file:
+        file.write(OTHERS)
     command = ("-m", "lightning_hybrid.cli", "fit", "--config", "my_run.yaml", *arguments)
     code, output = run_warm(*command, processes=2, cwd=folder, timeout_seconds=TIMEOUT_SECONDS)
     return code, [line for line in re.sub(r"^\[rank\d\]: ?", "", output, flags=re.MULTILINE).splitlines() if line]
@@ -42,7 +41,7 @@ def _fit(folder: Path, *arguments: str) -> tuple[int, list[str]]:
 def test_the_example_trains(tmp_path: Path, options: str) -> None:
     code, lines = _fit(tmp_path, *options.split(), "--trainer.enable_progress_bar=false")
     assert code == 0, lines
-    assert f"lightning-hybrid fit --config my_run.yaml {options}".strip() in PAGE.splitlines()
+    assert f"lightning-hybrid fit --config my_run.yaml {options}".strip() in PAGE.read_text().splitlines()
     assert any("max_steps=20" in line and "reached" in line for line in lines)
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     assert checkpoint.is_dir()
