@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_hybrid._lightning_private import is_overridden
@@ -60,7 +61,7 @@ def build_engine(run: Run, request: Request, present: Engine | None) -> Engine:
         earlier.remove()
     deferred_init = root.__dict__.get(DEFERRED_INIT)
     if earlier is None:
-        _check_initialized(root)
+        _check_modules(root, trains=trainer.state.fn == TrainerFn.FITTING)
         check_parameters(root)
     if deferred_init is None:
         _agree_on_weights(root, run.device)
@@ -74,13 +75,24 @@ def build_engine(run: Run, request: Request, present: Engine | None) -> Engine:
     return engine
 
 
-def _check_initialized(root: pl.LightningModule) -> None:
-    """Checks that all weights have a shape.
+def _check_modules(root: pl.LightningModule, trains: bool) -> None:
+    """Checks that all weights have a shape, that their gradients have memory, and that modules are Python code.
 
     Raises:
-        PartitionError: If a lazy module (`nn.LazyLinear`) has not run yet.
+        PartitionError: If a lazy module (`nn.LazyLinear`) has not run yet, for sparse embeddings and for TorchScript.
     """
     for name, module in root.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PartitionError(
+                f"`{name}` of {type(root).__name__} is a module of TorchScript (`torch.jit`), whose calls cannot be "
+                "seen, and whose weights cannot be divided. Use the Python module, and `torch.compile` for speed."
+            )
+        if trains and isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise PartitionError(
+                f"`{name}` ({type(module).__name__}) of {type(root).__name__} has `sparse=True`, so its gradient has "
+                "no dense memory that could be summed over ranks or divided. Use `sparse=False`, and another "
+                "optimizer than `torch.optim.SparseAdam`."
+            )
         if any(is_lazy(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
             raise PartitionError(
                 f"`{name}` ({type(module).__name__}) of {type(root).__name__} has weights without a shape, which a "

@@ -255,8 +255,8 @@ class StepRunner:
     def _check_written(self) -> None:
         """Refuses a step that has given parameters or buffers other values on each replica.
 
-        Without a dry run, as under `dp`, it is not known which parameters a step writes: all that are not trained are
-        compared in steps 1, 2, 4, 8 and so on, and so are all buffers.
+        Without a dry run, as under `dp`, it is not known which parameters a step writes: all are compared in steps 1,
+        2, 4, 8 and so on, and so are all buffers.
         """
         if self.mesh.layout.replicas == 1:
             return
@@ -265,7 +265,7 @@ class StepRunner:
         compares_all = self._steps & (self._steps - 1) == 0
         where = location_of(self.root.training_step) if compares_all else ""
         if self.mesh.layout.fsdp == 1 and compares_all:
-            lines = dict.fromkeys((n for n, p in local.items() if not p.requires_grad), where)
+            lines = dict.fromkeys(local if self.gradients.diloco is None else (), where)
         written = {name: (to_local(p.detach()), lines[name]) for name, p in local.items() if name in lines}
         if written:
             check_equal(written, self.mesh.replica_group, self.mesh.layout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,10 +46,15 @@ def step_undone(runner: StepRunner) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_training_state(parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]) -> Iterator[None]:
+def preserved_training_state(
+    parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]
+) -> Iterator[Callable[[], list[bool]]]:
     """Restores weights, gradients and optimizers at the end, and removes the gradients at the beginning.
 
     Restores also which weights are trained.
+
+    Yields:
+        A function that returns for each parameter whether its value has changed since.
     """
     gradients = [p.grad for p in parameters]
     tensors = [to_local(p.detach()) for p in parameters]
@@ -62,7 +67,7 @@ def preserved_training_state(parameters: Sequence[nn.Parameter], optimizers: Seq
             stack.enter_context(_preserved_optimizer(optimizer))
         drop_gradients(parameters)
         try:
-            yield
+            yield lambda: [not torch.equal(tensors[i].cpu(), copies[i]) for i in range(len(parameters))]
         finally:
             with torch.no_grad():
                 for tensor, kept in zip(tensors, copies, strict=True):

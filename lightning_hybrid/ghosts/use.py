@@ -116,6 +116,8 @@ def _written(func: Any, args: tuple, kwargs: dict) -> Any:
     if name == "__set__":
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         return args[:1] if attribute in ("data", "real", "imag") else None
+    if name in ("embedding", "embedding_bag") and kwargs.get("max_norm") is not None:
+        return args[1]  # rows of the weight are scaled to this norm
     in_place = name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES
     if in_place or name in _IN_PLACE:
         return args[:1]

@@ -42,13 +42,14 @@ def shard_replicas(
             at most one block is whole at a time.
 
     Returns:
-        Names of parameters that stay whole (as scalars, which cannot be sharded), and modules with their new `forward`.
+        Names of parameters that stay whole (as scalars and empty ones, which cannot be sharded), and modules with their
+        new `forward`.
     """
     overrides: list[tuple[nn.Module, Callable]] = []
     sharded: set[str] = set()
     # without a step module each block is a root, whose weights would stay gathered where no backward pass follows
     reshard = True if step_module is None else None
-    whole = {name for name in local if parameters[name].ndim == 0 or name in written}
+    whole = {name for name in local if not parameters[name].ndim * parameters[name].numel() or name in written}
     if make_real is not None:
         make_real(whole)
     ignored: set[Any] = {parameters[name] for name in whole}

@@ -107,6 +107,8 @@ class TensorPlan:
     """`nn.MultiheadAttention` modules divided by heads."""
     used_outside: tuple[str, ...] = ()
     """Whole parameters of units that are used outside their unit, too."""
+    written: tuple[str, ...] = ()
+    """Parameters that the step writes in place, which stay whole."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Reason why a module stays replicated, by name."""
     sharded_elements: int = 0

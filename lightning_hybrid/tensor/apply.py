@@ -25,6 +25,7 @@ from lightning_hybrid.tensor.collectives import (
     all_gather,
     copy_to_ranks,
     divided_by_ranks,
+    writable,
 )
 from lightning_hybrid.tensor.modules import (
     add_colwise,
@@ -151,6 +152,9 @@ class TensorParallel:
             kinds |= {f"{prefix}{name}.bias": lambda bias: divided_by_ranks(bias, self._group) for name in plan.rowwise}
         for name in self.plan.attention:
             kinds[f"{name}.out_proj.bias"] = lambda bias: divided_by_ranks(bias, self._group)
+        for name in self.plan.written:
+            then = kinds.get(name)
+            kinds[name] = writable if then is None else lambda to_local, then=then: writable(then(to_local))
         return kinds
 
     # ---- steps

@@ -65,6 +65,17 @@ class _Scale(torch.autograd.Function):
         return gradients[0], None
 
 
+class _Alias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
 class _CopyChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, channels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -97,6 +108,11 @@ def all_gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torc
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor, group=group)
     return torch.cat(parts, dim)
+
+
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns `tensor` with the same memory, to which user code may write in place: for autograd it is not a view."""
+    return _Alias.apply(tensor)
 
 
 def copy_to_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> Any:

@@ -137,6 +137,7 @@ class _Inference:
             gathered=self.singles_of("gathered"),
             attention=self.singles_of("attention"),
             used_outside=self._used_outside(),
+            written=tuple(sorted(self.use.written)) if self.use is not None else (),
             reasons={n: r for n, r in self.reasons.items() if n not in self.singles},
             sharded_elements=sum(s[0].tensor.numel() for i, s in self.aliases.items() if i in divided),
             total_elements=self.total,
@@ -190,7 +191,8 @@ class _Inference:
                 continue
             tied = len(self.aliases[id(slot.tensor)]) > 1
             kept = self.overrides.replicated(slot.name.rpartition(".")[0])
-            if tied or kept or (self.use is not None and self.use.users(slot.name, unit)):
+            used = self.use is not None and (slot.name in self.use.written or self.use.users(slot.name, unit))
+            if tied or kept or used:
                 elsewhere.append(slot.name.removeprefix(prefix))
         unused = self.use.unused_results(unit) if self.use is not None else set()
         return Constraints(
@@ -294,6 +296,9 @@ class _Inference:
                 raise NotDivisible("`tensor_plan` keeps it replicated")
             if self._transformed(name):
                 raise NotDivisible("a transform of `torch.func` runs it")
+            written = sorted(w for w in ([] if self.use is None else self.use.written) if w.startswith(f"{name}."))
+            if written:
+                raise NotDivisible(f"the step writes `{written[0]}`")
             return divide(module, self.size)
         except NotDivisible as error:
             self.reasons[name] = str(error)

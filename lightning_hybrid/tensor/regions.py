@@ -141,7 +141,9 @@ def _check_row(name: str, probe: Probe, numbers: Numbers, ranks: int, constraint
     if name in constraints.replicated:
         raise Rejection("`tensor_plan` keeps it replicated")
     if name in constraints.shared_modules or _weight_name(name) in constraints.used_elsewhere:
-        raise Rejection("its weight is also used outside its block")
+        raise Rejection("its weight is also used outside its block, or written by the step")
+    if _weight_name(name).removesuffix("weight") + "bias" in constraints.used_elsewhere:
+        raise Rejection("its bias is also used outside its block, or written by the step")
     for leaf in probe.whole(name):
         if leaf.kind == "opaque":
             raise Rejection(f"its input depends on the output of `{leaf.name}` directly")

@@ -27,7 +27,7 @@ from lightning_hybrid.ghosts.objects import Copy, map_leaves
 from lightning_hybrid.ghosts.state import MISSING, ModuleState
 from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.spec.errors import PartitionError
-from lightning_hybrid.verification.compare import differences, relative
+from lightning_hybrid.verification.differences import differences, relative
 from lightning_hybrid.verification.state import differing, leaves_of
 from lightning_hybrid.verification.steps import Conditions, Outcome, run_in_one_process, run_under_layout
 from lightning_hybrid.verification.whole import memory_problem

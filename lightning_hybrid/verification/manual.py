@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.ghosts.manual import IdleOptimizer, optimize_idly
-from lightning_hybrid.verification.compare import mean_over
+from lightning_hybrid.verification.differences import mean_over
 
 
 class Replicas:

@@ -21,7 +21,7 @@ from lightning_hybrid.engine.loss_weights import place_of
 from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.batch_norm import has_batch_norm, normalizes_by_batch_only
-from lightning_hybrid.verification.compare import bound_of, differences, relative
+from lightning_hybrid.verification.differences import bound_of, differences, relative
 from lightning_hybrid.verification.steps import Conditions, Outcome, mean_in_one_process
 
 _BOUND = 1e-4

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hybrid._lightning_private import training_batch
 from lightning_hybrid._torch_private import BatchNorm, version_of
@@ -63,6 +63,8 @@ class Outcome:
     """The places of the state that all stages of a pipeline have; None for all places."""
     acts: str | None = None
     """A line of the user's code that acts on gradients within the backward pass; None: there is none."""
+    written: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameters that the step has given other values, by name, as in `gradients`."""
 
 
 def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], how: Conditions) -> Outcome:
@@ -90,7 +92,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
         stack.enter_context(step_undone(runner))
         stack.callback(runner.gradients.release)
         optimizers = [] if root.automatic_optimization else root.trainer.optimizers
-        stack.enter_context(preserved_training_state(list(local.values()), optimizers))
+        changed = stack.enter_context(preserved_training_state(list(local.values()), optimizers))
         outputs = stack.enter_context(_conditions(runner, how))
         if runner.noise is not None:
             runner.noise.measures = False
@@ -114,6 +116,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
         if runner.partition.missing is not None:
             runner.partition.missing.settle()
         gradients = {name: None if p.grad is None else p.grad.clone() for name, p in local.items()}
+        written = {n: p.detach().clone() for (n, p), new in zip(local.items(), changed(), strict=True) if new}
         parts = 1 if runner.pipeline is None else runner.pipeline.parts
         weights = None if runner.context is None else runner.context.loss_weights
         weight = None if weights is None else sum(weights)
@@ -127,6 +130,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
         outputs=outputs,
         state=state,
         shared=shared,
+        written=written,
     )
 
 
@@ -153,7 +157,7 @@ def run_in_one_process(
             the mean of the gradients of all replicas.
     """
     found: list[tuple[Tensor, float]] = []
-    weighted, state = False, State()
+    weighted, state, written = False, State(), dict[str, Tensor]()
     divided = runner.partition.parameters.local()
     with ExitStack() as stack:
         replicas = stack.enter_context(replicas_of(runner, share))
@@ -168,7 +172,7 @@ def run_in_one_process(
                 runner.precision.backward(loss * (weight / len(parts)), runner.root, None, *args, **kwargs)
 
         for part in parts:
-            with _undone(runner):
+            with _undone(runner, whole) as written:
                 manual = optimizes_manually(runner, backward, divided)
                 before = ModuleState(runner.root).copies()
                 loss, weight = _forward(runner, part, kwargs)
@@ -183,7 +187,9 @@ def run_in_one_process(
             raise RuntimeError("the step computes with values of other pipeline stages that hooks have kept")
     loss, weight = mean_of(found), total if weighted else None
     acts = next(iter(lines), None)
-    return Outcome(loss=loss, gradients=gradients, weight=weight, outputs=outputs, state=state, acts=acts)
+    return Outcome(
+        loss=loss, gradients=gradients, weight=weight, outputs=outputs, state=state, acts=acts, written=written
+    )
 
 
 def mean_in_one_process(
@@ -230,7 +236,7 @@ def mean_in_one_process(
             if isinstance(module, BatchNorm):
                 stack.enter_context(patched(module, training=False))
         for args, share in zip(batches, shares, strict=True):
-            with _undone(runner):
+            with _undone(runner, whole):
                 manual = optimizes_manually(runner, backward, divided)
                 written = sum(map(version_of, whole.values()))
                 loss, weight = _forward(runner, args, kwargs)
@@ -268,14 +274,27 @@ def _added_to(sums: dict[str, Tensor], parameters: Mapping[str, Tensor], factor:
 
 
 @contextmanager
-def _undone(runner: StepRunner) -> Iterator[None]:
+def _undone(runner: StepRunner, whole: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Restores everything but gradients after a step; adds whole weights that it has given other values to the result.
+
+    Only at the end: a step may write weights in its backward pass, too.
+    """
     parameters = list(runner.partition.parameters.local().values())
+    kept = {name: weight.detach().cpu().clone() for name, weight in whole.items()}
+    written: dict[str, Tensor] = {}
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(runner.device))
         stack.enter_context(preserved_module_state(runner.root))
         stack.enter_context(silent(runner.root))
         stack.enter_context(preserved_trained(parameters))
-        yield
+        try:
+            yield written
+        finally:
+            with torch.no_grad():
+                for name, weight in whole.items():
+                    if not torch.equal(weight.cpu(), kept[name]):
+                        written[name] = weight.detach().clone()
+                        weight.copy_(kept[name])
 
 
 def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, float | None]:

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from lightning_hybrid._lightning_private import hands_out_its_iterator
-from lightning_hybrid._torch_private import location_of
-from lightning_hybrid.batches import split_batch
-from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.engine.batch_kinds import BatchKinds
 from lightning_hybrid.engine.engine import Engine
-from lightning_hybrid.engine.loss_weights import place_of
-from lightning_hybrid.float8 import Float8Precision
-from lightning_hybrid.parallelize.whole import Weights
-from lightning_hybrid.spec.errors import PartitionError
-from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.spec.verify import Verify
-from lightning_hybrid.verification.compare import Differences, bound_of, differences, mean_over, relative
+from lightning_hybrid.verification.comparison import Comparison, step_bound
 from lightning_hybrid.verification.drift import ReplicaState
 from lightning_hybrid.verification.fingerprint import fingerprint
 from lightning_hybrid.verification.gradient_code import hook_lines
-from lightning_hybrid.verification.mean import MeanCheck
-from lightning_hybrid.verification.state import largest_difference
-from lightning_hybrid.verification.steps import (
-    Conditions,
-    Outcome,
-    run_in_one_process,
-    run_under_layout,
-)
-from lightning_hybrid.verification.whole import gather_weights, memory_problem
-
-_FLOAT8_BOUND = 0.25
-"""Bound of relative differences where matmuls compute in 8 bits; empirical."""
 
 
 class Verifier:
@@ -96,7 +69,7 @@ class Verifier:
 
     def _run(self, engine: Engine, args: tuple, kwargs: dict[str, Any]) -> None:
         with engine.run.during("verify"):
-            self.rows = _Comparison(engine, args, kwargs, self._verify).run()
+            self.rows = Comparison(engine, args, kwargs, self._verify).run()
 
     def _with_new_kinds(self, engine: Engine) -> tuple[tuple, dict[str, Any]] | None:
         """Returns the arguments of an earlier step with kinds of values, or hooks, that no verified step had."""
@@ -121,292 +94,7 @@ class Verifier:
         if new:
             compares = self._verify.at_start and engine.plan.layout.replicas > 1 and engine.diloco is None
             compares = compares and not hands_out_its_iterator(engine.runner.root.trainer)
-            strict, bound = self._verify.strict, _bound(engine)
+            strict, bound = self._verify.strict, step_bound(engine)
             self._replicas = ReplicaState(engine, strict=strict, bound=bound) if compares else None
         if self._replicas is not None:
             self._replicas.before_step(args, kwargs)
-
-
-class _Comparison:
-    """One verification."""
-
-    def __init__(self, engine: Engine, args: tuple, kwargs: dict[str, Any], verify: Verify) -> None:
-        self.engine, self.runner, self.partition = engine, engine.runner, engine.partition
-        self.args, self.kwargs, self.verify = args, kwargs, verify
-        self.layout = engine.plan.layout
-        self.rows: list[tuple[str, str]] = []
-        self.bound = _bound(engine)
-        self.parts = 1
-        self.how = Conditions()
-        self.loss: Tensor | None = None
-        """The loss of this replica's batch in one process."""
-        self.acts: str | None = None
-        """A line of the user's code that acts on gradients within the backward pass; None: there is none."""
-        self.weight = _weight(engine)
-
-    def run(self) -> list[tuple[str, str]]:
-        """Runs the steps, reports on rank 0, and returns the rows of the report.
-
-        Raises:
-            PartitionError: On all ranks, if the step differs from that of one process.
-        """
-        problem = self._obstacle()
-        if problem is None:
-            weights = gather_weights(self.partition)
-            problem = self._compare(weights)
-            if problem is None and self.layout.replicas > 1:
-                check = MeanCheck(self.engine, weights, self.args, self.kwargs, self.how)
-                for what, result, message in check.run(self.loss, self.acts, self.bound, counts=self.weight > 0):
-                    if message is not None and self.verify.strict:
-                        raise PartitionError(f"`verify='strict'`: {message}")
-                    self.rows.append((what, result))
-                    if message is not None:
-                        rank_zero_warn(message)
-        if problem is not None:
-            self.rows.append(("loss and gradients", f"not compared with one process: {problem}"))
-        if dist.get_rank() == 0:
-            headings = (("verified on the first batch", False), ("result", False))
-            print(f"{table_text('', headings, self.rows)}\n", end="", file=sys.stderr)  # noqa: T201 -- beside the plan
-        return self.rows
-
-    def _obstacle(self) -> str | None:
-        """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
-        if hands_out_its_iterator(self.runner.root.trainer):
-            return "the step reads its batches itself (`dataloader_iter`)"
-        return memory_problem(self.engine)
-
-    # ---- one process
-
-    def _compare(self, weights: Weights) -> str | None:
-        """Compares the step with one process; returns why that was not possible, or None."""
-        under = run_under_layout(self.runner, self.args, self.kwargs, self.how)
-        self.parts = under.parts
-        whole, problem = self._in_one_process(weights, [self.args])
-        if whole is None:
-            return problem
-        if not self.how.equal_rows and self.engine.run.world.any_rank(self.runner.rng.has_drawn):
-            self.how = replace(self.how, equal_rows=True)
-            return self._compare(weights)
-        self.loss, self.acts = whole.loss, whole.acts
-        found = self._differences(under, whole, weights)
-        if not found.within(self.bound):
-            repeated, _ = self._in_one_process(weights, [self.args])
-            if repeated is None or not self._differences_of_processes(whole, repeated).within(self.bound):
-                return "two runs of the same step in one process differ from each other"
-            self._diagnose(weights, whole, found)
-            return None
-        self._compare_state(under, whole)
-        trained = len(found.gradients)
-        text = f"largest relative difference {found.largest:.1e} (bound {self.bound:.0e})"
-        self.rows.append((f"loss and gradients of {trained} parameters against one process", text))
-        return None
-
-    def _when(self) -> str:
-        steps = self.runner.root.trainer.global_step
-        return (
-            f"Steps before step {steps} had other kinds of values, or hooks." if steps else "Training has not started."
-        )
-
-    def _compare_state(self, under: Outcome, whole: Outcome) -> None:
-        """Compares the state that the step has changed with that of one process on the same samples. Collective.
-
-        Raises:
-            PartitionError: On all ranks, if it differs on any.
-        """
-        if self.layout.ep > 1:
-            return  # the experts of a rank see other tokens than those of one process
-        shared = whole.state.keys() if under.shared is None else under.shared
-        expected = {place: leaves for place, leaves in whole.state.items() if place in shared}
-        difference, place = largest_difference(under.state, expected)
-        where = location_of(self.runner.root.training_step)
-        text = (
-            f"`layout='{self.layout}'`: the step ({where}) leaves `{place}` in another state than one process does on "
-            f"the same samples: it differs by {difference:.2g} of its size. {self._when()} Change it in a "
-            "hook, such as `on_train_batch_start`, or use `verify='off'` if the difference is intended."
-        )
-        problem = first_problem(text if difference > self.bound else None)
-        if problem is not None:
-            raise PartitionError(problem)
-
-    def _in_one_process(self, weights: Weights, parts: list[tuple]) -> tuple[Outcome | None, str | None]:
-        try:
-            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs, self.how, self.weight), None
-        except Exception as error:  # noqa: BLE001 -- of the user's step, or memory is too short
-            outcome, problem = None, error_message(error)
-        problem = first_problem(problem)
-        return (outcome, None) if problem is None else (None, problem)
-
-    def _differences(self, under: Outcome, whole: Outcome, weights: Weights) -> Differences:
-        """Compares the step under the layout with the mean of the replicas' steps in one process. Collective."""
-        partition, group = self.partition, self.engine.mesh.replica_group
-        names = partition.parameters.names
-        scale = _scale_of(self.engine)
-        own = self.weight if under.weight is None or whole.weight is None else whole.weight
-        weight = torch.tensor(own, dtype=torch.float64, device=self.engine.device)
-        dist.all_reduce(weight, group=group)
-        if under.weight is not None:
-            scale *= self.layout.replicas / (float(weight) or 1.0)
-        flags = torch.tensor([[_has(o.gradients, n) for n in names] for o in (under, whole)], dtype=torch.float32)
-        flags = flags.to(self.engine.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        made, wanted = ([n for n, has in zip(names, row, strict=True) if has] for row in flags.tolist())
-        stage = self.engine.mesh.rank("pp")
-        found = {n: self._found(n, under) * scale for n in made if partition.plan.ranks_of(n)[0] == stage}
-        expected = {n: _or_zero(whole.gradients[n], weights.values[n]) for n in wanted}
-        if self.engine.diloco is None:  # else replicas keep their own gradients
-            expected = mean_over(group, expected, own / (float(weight) or 1.0))
-        here = [n for n in wanted if n not in made] + list(found)
-        gradients = dict.fromkeys([*made, *wanted], 0.0) | differences(found, expected, here)
-        return self._worst(under.loss, whole.loss, gradients)
-
-    def _found(self, name: str, under: Outcome) -> Tensor:
-        """Returns the whole gradient of a parameter of this rank's stage. Collective over the ranks that hold it."""
-        parameter = self.partition.parameters[name]
-        return self.partition.gathered(name, _or_zero(under.gradients.get(name), parameter))
-
-    def _differences_of_processes(self, one: Outcome, other: Outcome) -> Differences:
-        return self._worst(one.loss, other.loss, differences(one.gradients, other.gradients, other.gradients))
-
-    def _worst(self, found: Tensor | None, expected: Tensor | None, gradients: dict[str, float]) -> Differences:
-        """Returns the largest of each difference over all ranks. Collective."""
-        a, b = (0.0 if x is None else float(x) for x in (found, expected))
-        loss = relative(a, b) if self.weight else 0.0  # the loss of padding counts for nothing
-        values = torch.tensor([loss, *gradients.values()], dtype=torch.float64, device=self.engine.device)
-        values = values.nan_to_num(nan=torch.inf)
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        loss, *worst = values.tolist()
-        return Differences(loss, a, b, dict(zip(gradients, worst, strict=True)))
-
-    # ---- causes
-
-    def _diagnose(self, weights: Weights, whole: Outcome, found: Differences) -> None:
-        """Finds the cause of a difference. Collective.
-
-        Raises:
-            PartitionError: Unless another number of microbatches, which the user has left open, is right.
-        """
-        if self.parts > 1:
-            batches = [
-                (part, *self.args[1:]) for part in split_batch(self.args[0], self.parts, self.runner.known_samples())
-            ]
-            split, _ = self._in_one_process(weights, batches)
-            if split is not None and not self._differences_of_processes(split, whole).within(self.bound):
-                self._refuse_microbatches(weights, found)
-                return
-        raise PartitionError(self._difference(found, self._first_module(weights)))
-
-    def _refuse_microbatches(self, weights: Weights, found: Differences) -> None:
-        runner, parts, where = self.runner, self.parts, place_of(self.runner.root)
-        if runner.microbatches != "auto":
-            raise PartitionError(
-                f"`microbatches={runner.microbatches}`: {where} computes a loss that is not the mean over the samples "
-                f"of its batch: with {parts} microbatches {self._numbers(found)}. Use `microbatches=1` or 'auto', "
-                'return `{"loss": ..., "weight": ...}` for a mean over tokens, or use '
-                f"`layout='{self.layout.moved('pp', 'dp')}'`."
-            )
-        runner.microbatches = 1
-        self.rows.append(("microbatches", f"1 instead of {parts}: with {parts} {self._numbers(found)}"))
-        if runner.root.trainer.global_step:
-            rank_zero_warn(
-                f"{where} computes a loss that is not the mean over the samples of its batch. {self._when()} The last "
-                f"update was made with {parts} microbatches: {self._numbers(found)}. From here on 1 is used."
-            )
-        self._compare(weights)
-
-    def _numbers(self, found: Differences) -> str:
-        wrong = found.beyond(self.bound)
-        worst = max(found.gradients, key=lambda n: found.gradients[n], default="")
-        numbers = f"the loss is {found.found_loss:.6g}, that of one process {found.expected_loss:.6g}"
-        if wrong:
-            numbers += (
-                f"; the gradients of {len(wrong)} of {len(found.gradients)} parameters differ, most that of `{worst}` "
-                f"by {found.gradients[worst]:.2g} of its norm"
-            )
-        return numbers
-
-    def _difference(self, found: Differences, first: str) -> str:
-        return (
-            f"`layout='{self.layout}'`: the step of {place_of(self.runner.root)} does not equal that "
-            f"of one process on the same samples: {self._numbers(found)}. {first} {self._when()} Use "
-            f"{self._advice()}, or `verify='off'` if the difference is intended."
-        )
-
-    def _advice(self) -> str:
-        axes = [axis for axis in ("pp", "tp", "ep", "fsdp") if getattr(self.layout, axis) > 1]
-        if not axes:
-            return "one device"
-        other = self.layout
-        for axis in axes:
-            other = other.moved(axis, "dp")
-        return f"a layout without {', '.join(f'`{axis}`' for axis in axes)}, such as '{other}'"
-
-    def _first_module(self, weights: Weights) -> str:
-        """Returns a sentence with the first unit whose output differs from one process. Collective."""
-        runner = self.runner
-        how = replace(self.how, watch=True)
-        under = run_under_layout(runner, self.args, self.kwargs, how)
-        part = (split_batch(self.args[0], self.parts, self.runner.known_samples())[0], *self.args[1:])
-        whole = run_in_one_process(runner, weights, [part], self.kwargs, how, self.weight)
-        replica, seen = self.engine.mesh.replica, {}
-        for place, outputs in zip(self.engine.mesh.places, gather_objects(under.outputs), strict=True):
-            if place.replica(self.layout) == replica:
-                seen.update(outputs)
-        own = next(
-            (
-                f"The first module whose output differs is `{name}`."
-                for (name, number), expected in whole.outputs.items()
-                if (name, number) in seen and not _close(seen[name, number], expected, self.bound)
-            ),
-            None,
-        )
-        sentences = gather_objects(own)
-        return next((s for s in sentences if s is not None), "The outputs of all modules are equal.")
-
-
-def _or_zero(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if gradient is None else gradient
-
-
-def _has(gradients: Mapping[str, Tensor | None], name: str) -> bool:
-    return gradients.get(name) is not None
-
-
-def _close(found: list[tuple[float, float]], expected: list[tuple[float, float]], bound: float) -> bool:
-    """Returns True if means and norms of tensors are equal, up to rounding."""
-    return len(found) == len(expected) and all(
-        relative(norm, other) <= bound and abs(mean - other_mean) <= bound * max(abs(other), 1e-6)
-        for (mean, norm), (other_mean, other) in zip(found, expected, strict=True)
-    )
-
-
-def _weight(engine: Engine) -> float:
-    """Returns the weight of this replica's batch in the mean over replicas: its tokens, or samples, or 1."""
-    weights, replica = engine.run.data.batch_weights(), engine.mesh.replica
-    if weights is None:
-        return 1.0
-    return float((weights.counts if weights.tokens is None else weights.tokens.counts)[replica])
-
-
-def _scale_of(engine: Engine) -> float:
-    """Returns the factor that undoes accumulation and loss scaling, which a pipeline applies in its schedule.
-
-    Gradients in the user's `backward` have the factor of the loss there, which has not been scaled.
-    """
-    if engine.runner.pipeline is None or engine.runner.gradients.users_backward:
-        return 1.0
-    scaler = getattr(engine.run.precision, "scaler", None)
-    scale = 1.0 if scaler is None else scaler.get_scale()
-    return engine.root.trainer.accumulate_grad_batches / scale
-
-
-def _bound(engine: Engine) -> float:
-    """Returns the bound of relative differences for the precision of the run."""
-    precision, parameters = engine.run.precision, engine.partition.parameters
-    dtypes = {parameters[name].dtype for name in parameters.names}
-    if isinstance(precision, Float8Precision):
-        return _FLOAT8_BOUND
-    if isinstance(precision, MixedPrecision | HalfPrecision):
-        dtypes.add(torch.bfloat16 if "bf16" in str(precision.precision) else torch.float16)
-    if engine.plan.gradient_sync.kind in ("bf16", "bf16_fp32acc"):
-        dtypes.add(torch.bfloat16)
-    return max(map(bound_of, dtypes), default=bound_of(torch.float32))

@@ -72,6 +72,7 @@ EVERYTHING = Plan(
         gathered=("head",),
         attention=("attention",),
         used_outside=("scale",),
+        written=("scale",),
         reasons={"head": "its 7 outputs are not divisible by 2: `on`"},
         sharded_elements=10,
         total_elements=40,

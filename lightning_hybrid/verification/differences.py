@@ -72,6 +72,18 @@ def differences(
     return {n: _difference(found.get(n), expected.get(n), max(norms.get(n, 0.0), floor)) for n in names}
 
 
+def of_written(found: Tensor, expected: Tensor, before: Tensor) -> float:
+    """Returns the difference of two values that a step has given a weight, relative to what the step changes.
+
+    A write counts as at least a hundredth of the weight, since its rounding errors are those of the weight.
+    """
+    error = float(_norm(found - expected))
+    scale = max(float(_norm(expected - before)), 0.01 * float(_norm(before)))
+    if not math.isfinite(scale):
+        return 0.0
+    return error / scale if scale else (0.0 if error == 0.0 else math.inf)
+
+
 def mean_over(group: dist.ProcessGroup, tensors: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """Returns the sums of `share` x tensor over the ranks of `group`, by name. Collective."""
     names = {id(tensor): name for name, tensor in tensors.items()}
