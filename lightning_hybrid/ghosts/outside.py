@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections import deque
+import random
+import sys
+import sysconfig
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, MutableMapping
 from functools import cache
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from lightning_hybrid.ghosts.contract import StatePlace
 
-_PLAIN = (int, float, bool, str, list, dict, set, deque, torch.Tensor)
+_STATE = (
+    *(int, float, bool, str, list, dict, set, deque, defaultdict, OrderedDict, Counter, torch.Tensor, np.ndarray),
+    *(torch.Generator, random.Random, np.random.Generator, np.random.RandomState),
+)
 """Types of variables that are state; a subclass, such as a registry of a package, is not."""
+_OF_PYTHON = sysconfig.get_path("stdlib")
 
 
 class Outside:
@@ -43,7 +51,7 @@ class Outside:
             functions += self._take(f"function {function.__qualname__}", cells, code.co_freevars)
 
     def _take(self, owner: str, variables: MutableMapping[str, Any], names: Iterable[str]) -> list[Any]:
-        """Takes variables that are state; returns functions."""
+        """Takes variables that are state; returns functions, and those of the classes of objects."""
         functions = []
         for name in names:
             value = variables.get(name)
@@ -52,9 +60,10 @@ class Outside:
             elif isinstance(value, type):
                 if value.__module__ == variables.get("__name__") and not issubclass(value, nn.Module):
                     self.classes[value] = None
-            elif type(value) in _PLAIN:
+            elif type(value) in _STATE or _is_written_by_user(value):
                 self._variables[owner] = variables
                 self._names.setdefault(owner, set()).add(name)
+                functions += [f for f in vars(type(value)).values() if type(value) not in _STATE]
         return functions
 
     def places(self) -> Iterator[tuple[StatePlace, Any]]:
@@ -91,6 +100,14 @@ class _Cells(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._cells)
+
+
+def _is_written_by_user(value: Any) -> bool:
+    """Returns True for an object, but no module, of a class in the user's own files."""
+    if isinstance(value, nn.Module | ModuleType):
+        return False
+    file = getattr(sys.modules.get(type(value).__module__), "__file__", None)
+    return file is not None and "-packages" not in file and not file.startswith(_OF_PYTHON)
 
 
 def _plain(value: Any) -> Any:

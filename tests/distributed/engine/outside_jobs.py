@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 
 from tests.distributed.engine.state_jobs import Plain, data
@@ -15,8 +17,27 @@ STEPS = 0
 BY_HOOK: dict[str, int] = {}
 
 
+GENERATOR = np.random.default_rng(3)
+NOISE = torch.Generator()
+SEEN: Counter[str] = Counter()
+
+
 class Settings:
     steps = 0
+
+
+class Tracker:
+    """An average that the step divides by, in an object of the user."""
+
+    def __init__(self) -> None:
+        self.calls, self.history = 0, []  # type: ignore[var-annotated] -- as users write it
+
+    def update(self) -> None:
+        self.calls += 1
+        self.history.append(self.calls)
+
+
+TRACKER = Tracker()
 
 
 def _note(loss: torch.Tensor) -> None:
@@ -37,6 +58,16 @@ class Global(Plain):
     def on_train_batch_end(self, *_: Any) -> None:
         BY_HOOK["trained"] = sum(p.requires_grad for p in self.parameters())
         BY_HOOK["calls"] = BY_HOOK.get("calls", 0) + 1
+
+
+class Objects(Plain):
+    """An object, a counter, and random generators of NumPy and torch that the loss depends on."""
+
+    def training_step(self, batch, batch_idx):
+        TRACKER.update()
+        SEEN["steps"] += 1
+        factor = 1 + float(GENERATOR.random()) + float(torch.rand((), generator=NOISE))
+        return self.loss(batch) * factor / TRACKER.calls / SEEN["steps"]
 
 
 def enclosed(losses: list[Any]) -> Plain:
@@ -62,11 +93,15 @@ def fit(layout: str | None, kind: str) -> dict[str, Any]:
     LOSSES.clear()
     BY_HOOK.clear()
     STEPS = Settings.steps = 0
-    module = Global() if kind == "Global" else enclosed(LOSSES)
+    SEEN.clear()
+    TRACKER.__init__()  # type: ignore[misc] -- as new
+    GENERATOR.bit_generator.state = np.random.default_rng(3).bit_generator.state
+    NOISE.manual_seed(5)
+    module = {"Global": Global, "Objects": Objects}[kind]() if kind != "Enclosed" else enclosed(LOSSES)
     trainer, replicas = verified_trainer_for(layout, max_epochs=2)
     trainer.fit(module, data(replicas))
     return {
         "weights": weights(trainer, module),
         "losses": [type(loss).__name__ for loss in LOSSES],
-        "counts": (STEPS, Settings.steps, dict(BY_HOOK)),
+        "counts": (STEPS, Settings.steps, dict(BY_HOOK), TRACKER.history, dict(SEEN)),
     }

@@ -16,8 +16,9 @@ from tests.pairwise import quick
 @pytest.mark.parametrize(
     ("layout", "kind"),
     quick(
-        itertools.product(["dp2", "fsdp2", "tp2", "pp2"], ["Global", "Enclosed"]),
+        itertools.product(["dp2", "fsdp2", "tp2", "pp2"], ["Global", "Enclosed", "Objects"]),
         ("pp2", "Global"),
+        ("pp2", "Objects"),
         ("fsdp2", "Enclosed"),
     ),
 )
