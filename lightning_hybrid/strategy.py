@@ -31,6 +31,7 @@ from lightning_hybrid.engine.norms import gradient_norms
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.launch.launcher import HybridLauncher
 from lightning_hybrid.launch.notebook import NOT_IN_NOTEBOOK, NotebookLauncher, launcher_here
+from lightning_hybrid.launch.terminal import told_if_long
 from lightning_hybrid.launch.world import World, set_ranks
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.patching import patched
@@ -285,7 +286,8 @@ class HybridStrategy(StrategyOfEither):
     @override
     def model_to_device(self) -> None:
         """Partitions the module, which moves this rank's part to the device."""
-        with patched(self, _plans=True):
+        doing = f"Planning `layout='{self.layout}'`: running the first step without weights"
+        with patched(self, _plans=True), told_if_long(doing):
             engine = build_engine(_there(self._run, "engine"), self.request, self._engine)
         engine.start()
         self._use(engine)

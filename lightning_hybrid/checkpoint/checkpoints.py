@@ -47,7 +47,7 @@ class Checkpoints:
 
     def save(self, engine: Engine, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """Saves Lightning's checkpoint dict, which holds this rank's shards of the state. Collective."""
-        with engine.run.during("save_checkpoint"):
+        with engine.run.told("save_checkpoint", "Saving a checkpoint"):
             rng = RNGState.capture(default_generators(engine.device)).plain() | engine.rng.state_dict()
             more: dict[str, Any] = {"streams": rng}
             if engine.diloco is not None:

@@ -26,6 +26,7 @@ from lightning_hybrid.cli.configs import Configs
 from lightning_hybrid.cli.errors import UsageError, did_you_mean
 from lightning_hybrid.cli.explain import explain
 from lightning_hybrid.cli.tracebacks import refusal
+from lightning_hybrid.launch.terminal import LEAF_SPEC, hide_repetitions
 
 _NOT_FILES = re.compile(r"last|best|hpc|registry.*|.*://.*")
 """Values of `--ckpt_path` that are no paths."""
@@ -56,10 +57,8 @@ class _CLI(LightningCLI):
     """
 
     def __init__(self, name: str | None, configs: Configs, **options: Any) -> None:
-        # Lightning 2.6 triggers this warning in every process of a run with torch 2.13; users cannot avoid it.
-        warnings.filterwarnings(
-            "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
-        )
+        warnings.filterwarnings("ignore", message=LEAF_SPEC, category=FutureWarning)
+        hide_repetitions()
         self._name, self._configs = name, configs
         own_options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         parser_options = {"prog": "lightning-hybrid"} | own_options

@@ -12,6 +12,7 @@ import torch
 from lightning_hybrid._lightning_private import evaluation_loops, injects_sampler, running_batch, sampler_injection
 from lightning_hybrid.dataloader.replica import ReplicaData
 from lightning_hybrid.dataloader.sharding import BatchWeights
+from lightning_hybrid.launch.terminal import LEAF_SPEC, told_if_long
 from lightning_hybrid.launch.world import World
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.patching import ignored_warning, patched
@@ -74,6 +75,7 @@ class Run:
         self.patches.enter_context(sampler_injection(self.trainer, False))
         # values of a step are reduced over the replicas already, whatever `sync_dist` says
         self.patches.enter_context(ignored_warning(r".*It is recommended to use `self\.log\(.*sync_dist=True\)`.*"))
+        self.patches.enter_context(ignored_warning(LEAF_SPEC))
         # `compat.averaging` keeps averages of parts
         self.patches.enter_context(ignored_warning(r".*WeightAveraging doesn't support sharding model layers.*"))
         if torch.distributed.get_world_size() > 1:
@@ -85,3 +87,9 @@ class Run:
     def during(self, operation: str) -> AbstractContextManager:
         """Records `operation` and the training batch for the failure monitor."""
         return self.world.monitor.during(operation, running_batch(self.trainer), self.trainer.global_step)
+
+    @contextmanager
+    def told(self, operation: str, doing: str) -> Iterator[None]:
+        """Does the same as `during`, and says in the terminal what the run is `doing` if it takes long."""
+        with self.during(operation), told_if_long(doing):
+            yield

@@ -21,6 +21,7 @@ from lightning_hybrid.launch.monitor import FailureMonitor
 from lightning_hybrid.launch.preemption import Preemption
 from lightning_hybrid.launch.processes import DEFAULT_TIMEOUT, meet
 from lightning_hybrid.launch.stopping import Stopping
+from lightning_hybrid.launch.terminal import lightning_is_quiet
 
 
 class World:
@@ -61,7 +62,8 @@ class World:
                 met = meet(environment, rank, size, self._timeout, facts, self.monitor.check_children)
             self.monitor.connect(met)
             agreement.check_facts(met.facts)
-        init_process_group(environment, self.backend, self._timeout, device if self.backend == "nccl" else None)
+        with lightning_is_quiet():
+            init_process_group(environment, self.backend, self._timeout, device if self.backend == "nccl" else None)
 
     def limit_waiting(self) -> None:
         """Sets the timeout of all process groups that exist now."""

@@ -88,7 +88,7 @@ def relayout(
         PartitionError: On all ranks, if the request is refused or fails; training is in the old layout then.
     """
     began, before = time.perf_counter(), engine.request.layout
-    with engine.run.during("relayout"), patched(engine.run.world, moving=True):
+    with engine.run.told("relayout", "Moving weights to another layout"), patched(engine.run.world, moving=True):
         new, sent, problem = _change(engine, request, optimizers, listeners, edit)
         use(new)
     if problem is not None:

@@ -95,7 +95,7 @@ class ReplicaState:
             return
         found = self._differing(count_samples(args[0]))
         if self._engine.run.world.any_rank(bool(found)):
-            with self._engine.run.during("verify"):
+            with self._engine.run.told("verify", "Comparing the state of the replicas"):
                 self._judge(found, args, kwargs)
 
     def _differing(self, samples: int) -> list[_Found]:

@@ -68,7 +68,7 @@ class Verifier:
             self._kinds.note(args, kwargs)
 
     def _run(self, engine: Engine, args: tuple, kwargs: dict[str, Any]) -> None:
-        with engine.run.during("verify"):
+        with engine.run.told("verify", "Comparing the training step with that of one process"):
             self.rows = Comparison(engine, args, kwargs, self._verify).run()
 
     def _with_new_kinds(self, engine: Engine) -> tuple[tuple, dict[str, Any]] | None:

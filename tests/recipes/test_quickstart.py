@@ -88,6 +88,8 @@ def test_recipe_shows_plan_progress_and_sample(run: RunRecipe) -> None:
     assert f"{STEPS}/{STEPS}" in quickstart.output
     assert "train_loss=" in quickstart.output
     assert "Sample" in quickstart.output
+    for noise in ("[rank: ", "Initializing distributed", "All distributed processes", "LeafSpec", "Tip:"):
+        assert noise not in quickstart.output, quickstart.output
     assert len(quickstart.train_losses) == STEPS
     assert len(quickstart.validation_bits) == 2
     assert quickstart.train_losses[-1] < quickstart.train_losses[0]

@@ -1,0 +1,68 @@
+"""What a run says in the terminal: long operations once, from one rank, and nothing that users can do nothing about."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_utilities.core import rank_zero
+
+LEAF_SPEC = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+"""The start of a warning that Lightning 2.6 causes with torch 2.13, in every process."""
+_LONG_SECONDS = 5.0
+"""Time after which an operation is announced."""
+
+
+@contextmanager
+def told_if_long(doing: str, after_seconds: float = _LONG_SECONDS) -> Iterator[None]:
+    """Prints on rank 0 that the run is `doing` something, once it takes long, and at the end how long it has taken."""
+    begin, told = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        told.set()
+        print(f"{doing} ...", file=sys.stderr, flush=True)  # noqa: T201 -- where progress bars are
+
+    timer = threading.Timer(after_seconds, tell)
+    timer.daemon = True
+    if rank_zero.rank_zero_only.rank == 0:
+        timer.start()
+    try:
+        yield
+        if told.is_set():
+            print(f"{doing}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def lightning_is_quiet() -> Iterator[None]:
+    """Hides what Lightning logs on every rank: that a process group begins."""
+    loggers = [*_loggers("distributed"), rank_zero.log]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def hide_repetitions() -> None:
+    """Hides messages of Lightning that each rank repeats (its seed), and its advertisements."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not (text.startswith("[rank: ") and "Seed set to" in text or text.startswith("💡 Tip:"))
+
+    for logger in (*_loggers("seed"), rank_zero.log):
+        logger.addFilter(wanted)
+
+
+def _loggers(module: str) -> list[logging.Logger]:
+    """Returns the loggers of a module of Lightning's fabric, under both of its names."""
+    return [logging.getLogger(f"{package}.utilities.{module}") for package in ("lightning.fabric", "lightning_fabric")]
