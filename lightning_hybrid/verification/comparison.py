@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.spec.verify import Verify
 from lightning_hybrid.verification.differences import (
+    ComputedIn,
     Differences,
     bound_of,
     differences,
@@ -117,9 +118,12 @@ class Comparison:
         self.loss, self.acts = whole.loss, whole.acts
         found = self._differences(under, whole, weights)
         if not found.within(self.bound):
-            repeated, _ = self._in_one_process(weights, [self.args])
+            with ComputedIn() as computed:  # the step may enter autocast itself, or cast weights
+                repeated, _ = self._in_one_process(weights, [self.args])
             if repeated is None or not self._differences_of_processes(whole, repeated).within(self.bound):
                 return "two runs of the same step in one process differ from each other"
+            self._widen_bound(computed.dtypes)
+        if not found.within(self.bound):
             self._diagnose(weights, whole, found)
             return None
         self._compare_state(under, whole)
@@ -128,6 +132,12 @@ class Comparison:
         text = f"largest relative difference {found.largest:.1e} (bound {self.bound:.0e})"
         self.rows.append((f"loss and gradients of {trained} parameters against one process", text))
         return None
+
+    def _widen_bound(self, dtypes: Collection[torch.dtype]) -> None:
+        """Sets the bound of the lowest precision in which the step has computed on any rank. Collective."""
+        bound = torch.tensor(max(map(bound_of, dtypes), default=0.0), device=self.engine.device)
+        dist.all_reduce(bound, dist.ReduceOp.MAX)
+        self.bound = max(self.bound, float(bound))
 
     def _when(self) -> str:
         steps = self.runner.root.trainer.global_step

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hybrid._torch_private import DispatchMode
+from lightning_hybrid.ghosts.trees import tensors_of
 from lightning_hybrid.replicas.reducer import in_buckets
 
 _EXACT_BOUND = 1e-3
@@ -25,6 +28,19 @@ def bound_of(dtype: torch.dtype) -> float:
     if not (dtype.is_floating_point or dtype.is_complex):
         return _EXACT_BOUND
     return max(_EXACT_BOUND, _ROUNDINGS * torch.finfo(dtype).eps)
+
+
+class ComputedIn(DispatchMode):
+    """Notes the dtypes of floating point numbers that operators compute in, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.dtypes |= {t.dtype for t in tensors_of(out) if t.is_floating_point()}
+        return out
 
 
 @dataclass

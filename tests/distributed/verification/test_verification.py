@@ -80,6 +80,22 @@ def test_accumulated_gradients_stay(ranks2: RankGroup, layout: str) -> None:
         assert torch.equal(with_it["weights"][name], value), name
 
 
+class InLowerPrecision(Classifier):
+    """The step computes blocks in bfloat16 itself, whatever the precision of the run is."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            for block in self.blocks:
+                x = block(x)
+        return self.head(x.float())
+
+
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2", "pp2"], "tp2"))
+def test_the_bound_is_that_of_the_precision_that_the_step_enters(ranks2: RankGroup, layout: str) -> None:
+    rows = ranks2.call(fit, layout, "start", InLowerPrecision)[0]["rows"]
+    assert "largest relative difference" in rows[0][1], rows
+
+
 class Tied(Classifier):
     """With one weight at both ends of the model."""
 
