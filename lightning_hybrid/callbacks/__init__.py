@@ -8,6 +8,7 @@ from lightning_hybrid.adapt.batch_size import DecisionRules
 from lightning_hybrid.adapt.phases import Phase, Plateau
 from lightning_hybrid.adapt.rebalance import RebalancingRules
 from lightning_hybrid.callbacks.adaptive_batch_size import AdaptiveBatchSize
+from lightning_hybrid.callbacks.answer_score import AnswerScore
 from lightning_hybrid.callbacks.load_rebalancing import LoadRebalancing
 from lightning_hybrid.callbacks.monitor import HybridMonitor
 from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
@@ -16,6 +17,7 @@ from lightning_hybrid.callbacks.throughput import TokenThroughput
 
 __all__ = [
     "AdaptiveBatchSize",
+    "AnswerScore",
     "BatchSizeSchedule",
     "DecisionRules",
     "GenerateSample",

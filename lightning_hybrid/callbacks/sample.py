@@ -1,17 +1,16 @@
 """`GenerateSample`: prints text from a trained language model when training ends."""
 
-import inspect
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.panel import Panel
 from rich.syntax import Syntax
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import Callback
+from lightning_hybrid.callbacks.whole_copy import whole_copy
 
 
 class Generative(Protocol):
@@ -57,24 +56,11 @@ class GenerateSample(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generates and prints the sample on rank 0."""
-        # collective under `HybridStrategy`; other strategies hold the full weights
-        strategy: Any = trainer.strategy
-        state = getattr(strategy, "full_state_dict", strategy.lightning_module_state_dict)()
-        if not trainer.is_global_zero:
+        module = whole_copy(trainer, pl_module)
+        if module is None:
             return
-        with isolate_rng():
-            module = _plain_copy(pl_module)
-        module.load_state_dict(state)
-        module.eval()
         prompt_BT = torch.tensor([list(self._prompt.encode())])
         generator = torch.Generator().manual_seed(self._seed)
         tokens_BT = cast(Generative, module).generate(prompt_BT, self._max_new_tokens, self._temperature, generator)
         text = bytes(tokens_BT[0].tolist()).decode("utf-8", errors="replace")
         Console().print(Panel(Syntax(text, "python", word_wrap=True), title="Sample", title_align="left"))
-
-
-def _plain_copy(module: LightningModule) -> LightningModule:
-    """Builds a module of the same class from its saved hyperparameters, on the CPU."""
-    names = inspect.signature(type(module).__init__).parameters
-    arguments = {name: value for name, value in module.hparams.items() if name in names}
-    return type(module)(**arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 from lightning_hybrid.cli.errors import UsageError
 from lightning_hybrid.cli.training import make_data
@@ -27,7 +27,8 @@ def show(recipe: str, overrides: Sequence[str], count: int) -> None:
         raise UsageError(f"`--sample` needs a data module with labels. {recipe} has {type(data).__name__}.")
     samples = data.first_samples(count)
     for number, sample in enumerate(samples):
-        separate = len(sample.input_ids) != len(sample.labels)  # of an encoder and a decoder
+        # the labels of a decoder are its own tokens; otherwise the sample is one for an encoder and a decoder
+        separate = any(label not in (IGNORED, token) for token, label in zip_longest(sample.input_ids, sample.labels))
         loss = sum(label != IGNORED for label in sample.labels)
         sys.stdout.write(f"sample {number}: {len(sample.input_ids)} tokens, {loss} with loss\n")
         if separate:

@@ -18,9 +18,10 @@ def read_rows(path: str | Path) -> list[Row]:
 
             - `.jsonl`: a JSON object per line; `.json`: a list of objects;
             - `.parquet`: a row per row (needs pyarrow);
-            - `.txt`, `.md`, `.rst`, or a file without a suffix: one row, `{"text": content, "file": name}`;
+            - `.txt`, `.md`, `.rst`, or a file without a suffix: one row, `{"text": content}`;
             - a folder that `datasets.Dataset.save_to_disk` has written (needs datasets);
-            - any other folder: the files above in it and in its subfolders; others are skipped.
+            - any other folder: the files above in it and in its subfolders, others are skipped; `file` is the path in
+              the folder, unless a row has this field.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -64,7 +65,7 @@ def _shown(file: Path, folder: Path) -> bool:
 
 
 def _read_text(path: Path) -> list[Row]:
-    return [{"text": path.read_text(encoding="utf-8", errors="replace"), "file": path.name}]
+    return [{"text": path.read_text(encoding="utf-8", errors="replace")}]
 
 
 def _read_json(path: Path) -> list[Row]:

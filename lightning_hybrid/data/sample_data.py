@@ -92,13 +92,17 @@ class SampleData(LightningDataModule, Generic[Item]):
     def sample(self, item: Item) -> Sample:
         """Returns the tokens and labels of an item."""
 
+    def is_held_out(self, item: Item) -> bool:
+        """Returns True for items of the validation set."""
+        place = zlib.crc32(f"{self.config.seed} {self.key(item)}".encode()) / 2**32
+        return place < self.config.validation_share
+
     def divided(self) -> dict[str, list[Item]]:
         """Returns the items of the sets `training` and `validation`."""
         if not self._sets:
             sets: dict[str, list[Item]] = {"training": [], "validation": []}
             for item in self.items():
-                place = zlib.crc32(f"{self.config.seed} {self.key(item)}".encode()) / 2**32
-                sets["validation" if place < self.config.validation_share else "training"].append(item)
+                sets["validation" if self.is_held_out(item) else "training"].append(item)
             random.Random(self.config.seed).shuffle(sets["validation"])
             self._sets = sets
         return self._sets

@@ -108,12 +108,20 @@ class PretrainedLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @torch.inference_mode()
-    def answer(self, prompt: list[int], max_new_tokens: int, end: int) -> list[int]:
-        """Returns the likeliest answer to a prompt, token by token, up to the token `end`."""
+    def answer(self, prompt: list[int], max_new_tokens: int, end: int, temperature: float = 0.0) -> list[int]:
+        """Returns the tokens of an answer to a prompt, without the token `end` that ends it.
+
+        Args:
+            prompt: Tokens before the answer, or of the encoder.
+            max_new_tokens: Largest number of tokens.
+            end: Token that ends the answer.
+            temperature: Divides the logits before sampling; 0 takes the likeliest token.
+        """
+        sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
         tokens = self.model.generate(
             torch.tensor([prompt], device=self.device),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **sampling,
             eos_token_id=end,
             pad_token_id=end,
         )[0].tolist()

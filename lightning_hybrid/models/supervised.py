@@ -76,12 +76,26 @@ class SupervisedLM(CausalLM):
         return nats_BT.sum(dim=1) / (targets_BT != _IGNORED).sum(dim=1) / math.log(2)
 
     @torch.inference_mode()
-    def answer(self, prompt: list[int], max_new_tokens: int, end: int) -> list[int]:
-        """Returns the likeliest continuation of a prompt, token by token, up to the token `end` or a full context."""
+    def answer(self, prompt: list[int], max_new_tokens: int, end: int, temperature: float = 0.0) -> list[int]:
+        """Continues a prompt up to the token `end` or a full context.
+
+        Args:
+            prompt: Tokens to start from.
+            max_new_tokens: Largest number of tokens to add.
+            end: Token that ends the answer.
+            temperature: Divides the logits before sampling; 0 takes the likeliest token.
+
+        Returns:
+            The tokens that are added, without `end`.
+        """
         cache, found = Cache(), []
         fed_BT = torch.tensor([prompt], device=self.device)
         for _ in range(min(max_new_tokens, self.config.context_length - len(prompt))):
-            token = int(self(fed_BT, cache)[0, -1].argmax())
+            logits_V = self(fed_BT, cache)[0, -1]
+            if temperature == 0:
+                token = int(logits_V.argmax())
+            else:
+                token = int(torch.multinomial((logits_V / temperature).softmax(dim=-1), 1))
             if token == end:
                 break
             found.append(token)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lightning_hybrid.data import stdlib_sources
+from lightning_hybrid.data.styles import FORTUNES
+from lightning_hybrid.data.translation import HANDBOOK
 from tests.scripts import run_warm
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(700)
 
-TIMEOUT_SECONDS = 180
+TIMEOUT_SECONDS = 300
 
 
 def run(recipe: str, folder: Path, *arguments: str, command: str = "fit", devices: int = 2) -> dict[str, list[float]]:
@@ -45,6 +49,55 @@ def test_chat(tmp_path: Path) -> None:
     before, after = bits("chat", tmp_path)
     assert before > 7.5
     assert after < 4.0
+
+
+@pytest.mark.slow
+def test_code_completion(tmp_path: Path) -> None:
+    found = run("code_completion", tmp_path)
+    assert found["pass@1"][0] == 0
+    assert found["pass@1"][-1] > 0
+    assert found["val_bits_per_token"][-1] < 4.0
+
+
+def texts_of_styles(folder: Path) -> str:
+    """Debian's fortunes; or, where they are not installed, docstrings of the standard library, by package."""
+    if Path(FORTUNES).exists():
+        return FORTUNES
+    for file in stdlib_sources(["asyncio", "concurrent", "email", "http", "logging", "multiprocessing", "unittest"]):
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8", errors="replace")))
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        texts = [text for node in nodes if isinstance(node, kinds) and (text := ast.get_docstring(node))]
+        place = folder / file.parent.name / f"{file.stem}.txt"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("\n%\n".join(texts))
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_content_generation(tmp_path: Path) -> None:
+    texts = texts_of_styles(tmp_path / "texts")
+    before, after = bits("content_generation", tmp_path, f"--data.path={texts}")
+    assert before > 7.5
+    assert after < 4.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["translation", "translation_decoder"])
+def test_translation(tmp_path: Path, recipe: str) -> None:
+    pytest.importorskip("sacrebleu")
+    if not Path(HANDBOOK).exists():
+        pytest.skip(f"needs {HANDBOOK}: apt-get install debian-handbook")
+    found = run(recipe, tmp_path)
+    assert found["chrf"][-1] > found["chrf"][0] + 3
+    assert found["bleu"][-1] > found["bleu"][0]
+
+
+@pytest.mark.slow
+def test_tutoring(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    found = run("tutoring", tmp_path)
+    assert found["accuracy"][0] < 0.05
+    assert found["accuracy"][-1] > 0.1
 
 
 def folder_of_a_model(folder: Path) -> str:

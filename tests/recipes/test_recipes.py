@@ -38,7 +38,35 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
 }
 """The shape of Llama 3.1 with 8 B parameters, whose weights are not on this machine."""
-APPLICATIONS: dict[str, tuple[dict[str, Any] | None, float]] = {"chat_8b": (LLAMA_8B, 8.03e9)}
+QWEN_7B = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+"""The shape of Qwen2.5 with 7 B parameters."""
+T5_XL = {
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_model": 2048,
+    "d_kv": 64,
+    "d_ff": 5120,
+    "num_layers": 24,
+    "num_heads": 32,
+    "feed_forward_proj": "gated-gelu",
+    "decoder_start_token_id": 0,
+}
+"""The shape of T5 v1.1 XL."""
+APPLICATIONS: dict[str, tuple[dict[str, Any], float]] = {
+    "chat_8b": (LLAMA_8B, 8.03e9),
+    "code_completion_7b": (QWEN_7B, 7.62e9),
+    "content_generation_8b": (LLAMA_8B, 8.03e9),
+    "translation_3b": (T5_XL, 2.78e9),
+    "tutoring_7b": (QWEN_7B, 7.62e9),
+}
 """Recipes of applications at full size: the configuration in place of a pretrained model, and the parameters."""
 
 
@@ -114,9 +142,10 @@ def plan(recipe: str) -> Partition:
 def without_downloads(recipe: str) -> str:
     """A file that puts a configuration and bytes in place of a pretrained model and its tokenizer."""
     config, _ = APPLICATIONS[recipe]
-    changes: dict[str, Any] = {"data": {"init_args": {"path": str(RECIPES), "samples": {"tokenizer": None}}}}
-    if config is not None:
-        changes["model"] = {"init_args": {"path": None, "config": config}}
+    data: dict[str, Any] = {"samples": {"tokenizer": None}}
+    if "tutoring" not in recipe:
+        data["path"] = str(RECIPES)
+    changes = {"data": {"init_args": data}, "model": {"init_args": {"path": None, "config": config}}}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
         yaml.safe_dump(changes, file)
     return file.name

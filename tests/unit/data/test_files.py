@@ -44,7 +44,7 @@ def test_a_folder_of_files_is_read_in_sorted_order(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(json.dumps(ROWS[0]))
     assert read_rows(tmp_path) == [
         {"file": "a.txt", "text": "a.txt"},
-        {"file": "plain", "text": "b/plain"},
+        {"file": "b/plain", "text": "b/plain"},
         {"file": "c.jsonl", **ROWS[0]},
     ]
 

@@ -22,7 +22,7 @@ from tests.documents import PAGES, ROOT, Block, blocks, commands, write_files
 
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
-ELSEWHERE = ("cd", "mkdir")
+ELSEWHERE = ("apt-get", "cd", "mkdir")
 """Commands that belong to other programs, and are not run."""
 
 

@@ -97,6 +97,18 @@ def test_the_answer_is_the_likeliest_continuation(kind: str) -> None:
     assert module.answer(prompt, 6, end=tokens[5]) == tokens[3 : tokens.index(tokens[5], 3)]
 
 
+@pytest.mark.parametrize("kind", ["transformer", "llama"])
+def test_answers_are_sampled_by_the_seed(kind: str) -> None:
+    module = model(kind).eval()
+
+    def sampled(seed: int) -> list[int]:
+        torch.manual_seed(seed)
+        return module.answer([5, 6, 7], 6, end=1, temperature=1.0)
+
+    assert sampled(0) == sampled(0)
+    assert len({tuple(sampled(seed)) for seed in range(5)}) > 2
+
+
 def test_the_answer_ends_with_the_context() -> None:
     assert len(model("transformer").answer([3] * 14, 50, end=-1)) == 2
 
