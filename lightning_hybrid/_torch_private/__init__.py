@@ -80,7 +80,7 @@ from lightning_hybrid._torch_private.fsdp import (
     unreduced_gradients_kept,
     waits_seen,
 )
-from lightning_hybrid._torch_private.loaders import replace_parts
+from lightning_hybrid._torch_private.loaders import LoaderIterator, replace_parts
 from lightning_hybrid._torch_private.modules import (
     BatchNorm,
     InstanceNorm,
@@ -109,6 +109,7 @@ from lightning_hybrid._torch_private.timing import timed_collectives
 from lightning_hybrid._torch_private.versions import TESTED_TORCH, warn_if_untested
 
 __all__ = [
+    "LoaderIterator",
     "backward_hooks_of_all",
     "backward_hooks_of",
     "gradient_code_seen",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+LoaderIterator = _BaseDataLoaderIter
 
 
 def replace_parts(loader: DataLoader, **parts: Any) -> None:

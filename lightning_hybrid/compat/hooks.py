@@ -8,13 +8,17 @@ optimizer and checkpoints have the old one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from lightning_hybrid._lightning_private import is_overridden, twins, users_callbacks
 from lightning_hybrid._torch_private import location_of, own_modules, own_parameters
@@ -91,8 +95,12 @@ def _seeing_all(
         before = parameters.registered()
         view = HookView(partial(whole_model, engine, weights), lambda: bool(ended))
         try:
-            with patched(engine, hook_view=view), view:
+            with patched(engine, hook_view=view), view, _registrations_noted() as added:
                 out = hook(*args, **kwargs)
+        except AssertionError as error:
+            if "does not support deepcopy" not in str(error):
+                raise
+            raise _refused_addition(engine, hook, "a copy of a module") from error
         except RuntimeError as error:
             needs_others = isinstance(error, GhostReadError | GhostWriteError) or "pipeline stage" in str(error)
             if layout.pp == 1 or error is view.error_of_step or not needs_others:
@@ -106,9 +114,52 @@ def _seeing_all(
             ) from error
         if not ended:  # else the hook has changed the layout
             _refuse_replacements(engine, hook, before, children)
+            if added:
+                _refuse_additions(engine, hook, added)
         return out
 
     return run
+
+
+_Addition = tuple[nn.Module, str, "nn.Module | nn.Parameter"]
+
+
+@contextmanager
+def _registrations_noted() -> Iterator[list[_Addition]]:
+    """Yields the parameters and modules that are registered in any module in the context, with the module and key."""
+    added: list[_Addition] = []
+
+    def note(owner: nn.Module, key: str, value: Any) -> None:
+        added.append((owner, key, value))
+
+    handles = [register_module_module_registration_hook(note), register_module_parameter_registration_hook(note)]
+    try:
+        yield added
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_additions(engine: Engine, hook: Callable[..., Any], added: Sequence[_Addition]) -> None:
+    """Refuses new parameters of the module, unless each replica has them whole and does not train them."""
+    names = {id(module): name for name, module in engine.root.named_modules()}
+    known = set(map(id, engine.partition.parameters.registered().values()))
+    layout = engine.plan.layout
+    for owner, key, value in reversed(added):  # a module comes after what is inside
+        present = own_modules(owner).get(key), own_parameters(owner).get(key)
+        if id(owner) not in names or not any(v is value for v in present):
+            continue
+        new = [p for p in (value.parameters() if isinstance(value, nn.Module) else [value]) if id(p) not in known]
+        if new and (layout.devices > layout.dp or any(p.requires_grad for p in new)):
+            raise _refused_addition(engine, hook, f"`{names[id(owner)]}.{key}`".replace("`.", "`"))
+
+
+def _refused_addition(engine: Engine, hook: Callable[..., Any], what: str) -> PartitionError:
+    return PartitionError(
+        f"`layout='{engine.plan.layout}'`: `{hook.__name__}` ({location_of(hook)}) adds {what}, whose weights the "
+        "layout does not divide or synchronize. Make it in `__init__`, `setup` or `configure_model`, and write its "
+        "weights in the hook, as by `copy.load_state_dict(...)` within `torch.no_grad()`."
+    )
 
 
 def _refuse_replacements(

@@ -62,7 +62,8 @@ def optimizers_complete(
         try:
             yield
         finally:
-            named = {id(parameters.visible(n)): n for n in parameters.names} if stages else {}
+            present = [n for n in parameters.names if parameters.is_registered(n)]  # else the hook's error follows
+            named = {id(parameters.visible(n)): n for n in present} if stages else {}
             for optimizer in optimizers:
                 groups = optimizer.param_groups
                 if stages:
@@ -74,7 +75,7 @@ def optimizers_complete(
                 for group in groups:
                     own = [p for p in group["params"] if id(p) not in ghosts]
                     group["params"] = [parts[id(p)][1] if id(p) in parts else p for p in own]
-            for name in parameters.names if stages else ():
+            for name in present if stages else ():
                 parameters.requires_grad[name] = parameters.visible(name).requires_grad
 
 

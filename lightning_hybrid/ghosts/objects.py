@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lightning_hybrid._torch_private import version_of
+from lightning_hybrid.ghosts.rewind import Rewindable, is_consumable
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 _LISTS = (list, tuple, deque)
@@ -59,6 +60,9 @@ class Copy:
             items = _items_of(value)
             if items is None:
                 return
+            if any(map(is_consumable, items.values())):
+                items = {k: Rewindable(v) if is_consumable(v) else v for k, v in items.items()}
+                _refill(value, items)
             if len(items) > _MANY:
                 self.state = list(items.items())
             else:
@@ -142,6 +146,7 @@ _KINDS: dict[type, _Kind] = {
     torch.Generator: _Kind(lambda g: g.get_state(), lambda g, state: g.set_state(state)),
     random.Random: _Kind(lambda r: r.getstate(), lambda r, state: r.setstate(state)),
     np.random.RandomState: _Kind(lambda r: r.get_state(legacy=False), lambda r, state: r.set_state(state)),
+    Rewindable: _Kind(lambda i: i.position, lambda i, position: setattr(i, "position", position)),
     np.random.Generator: _Kind(lambda r: r.bit_generator.state, lambda r, s: setattr(r.bit_generator, "state", s)),
 }
 

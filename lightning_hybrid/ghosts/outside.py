@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_hybrid.ghosts.contract import StatePlace
+from lightning_hybrid.ghosts.rewind import is_consumable
 
 _STATE = (
     *(int, float, bool, str, list, dict, set, deque, defaultdict, OrderedDict, Counter, torch.Tensor, np.ndarray),
@@ -60,10 +61,10 @@ class Outside:
             elif isinstance(value, type):
                 if value.__module__ == variables.get("__name__") and not issubclass(value, nn.Module):
                     self.classes[value] = None
-            elif type(value) in _STATE or _is_written_by_user(value):
+            elif type(value) in _STATE or is_consumable(value) or _is_written_by_user(value):
                 self._variables[owner] = variables
                 self._names.setdefault(owner, set()).add(name)
-                functions += [f for f in vars(type(value)).values() if type(value) not in _STATE]
+                functions += vars(type(value)).values() if _is_written_by_user(value) else ()
         return functions
 
     def places(self) -> Iterator[tuple[StatePlace, Any]]:

@@ -86,6 +86,11 @@ class Parameters:
         slot = self.slots[name][0]
         return own_parameters(slot.module)[slot.key]  # type: ignore[return-value]
 
+    def is_registered(self, name: str) -> bool:
+        """Returns False if user code has removed the parameter from its module."""
+        slot = self.slots[name][0]
+        return slot.key in own_parameters(slot.module)
+
     def local(self) -> dict[str, nn.Parameter]:
         """Returns the parameters that this rank holds, by first name."""
         return {n: self[n] for n in self.slots if not isinstance(self[n], Ghost)}  # type: ignore[misc]

@@ -16,6 +16,7 @@ from lightning_hybrid._torch_private import own_buffers
 from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.objects import Copy
 from lightning_hybrid.ghosts.outside import Outside
+from lightning_hybrid.ghosts.rewind import Rewindable, is_consumable
 
 _OTHERS = ("lightning_hybrid.", "torch.", "lightning.", "pytorch_lightning.", "torchmetrics.")
 """Packages whose classes have no attributes of the user."""
@@ -105,7 +106,10 @@ class ModuleState:
                 self.set(place, value)
 
     def copies(self) -> dict[StatePlace, Copy]:
-        """Returns a copy of what every place holds."""
+        """Returns a copy of what every place holds; iterators become ones that can be set back."""
+        for place, value in list(self.places()):
+            if is_consumable(value):
+                self.set(place, Rewindable(value))
         return {place: Copy(value) for place, value in self.places()}
 
     def restore(self, copies: dict[StatePlace, Copy]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_hybrid._torch_private import is_plain
 from lightning_hybrid.collectives import to_local
 from lightning_hybrid.ghosts.contract import StatePlace
+from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.objects import Copy
 from lightning_hybrid.ghosts.state import MISSING, ModuleState
 from lightning_hybrid.replicas.written import alike, sums_of
@@ -92,6 +93,8 @@ def _relative(found: Leaf, expected: Leaf) -> float:
 def _as_tensor(leaf: Any) -> Tensor | None:
     if isinstance(leaf, bool) or not isinstance(leaf, int | float | np.ndarray | Tensor):
         return None
+    if isinstance(leaf, Ghost):
+        return leaf  # of another stage, or of one microbatch: its value cannot be read
     if isinstance(leaf, Tensor):
         return to_local(leaf.detach())
     if isinstance(leaf, np.ndarray):

@@ -60,3 +60,25 @@ def test_callbacks(ranks2: RankGroup, layout: str) -> None:
 def test_replaced_weights_are_refused(ranks2: RankGroup, layout: str, kind: str, name: str) -> None:
     with pytest.raises(RankError, match=rf"`on_train_epoch_start` \(.*weight_jobs.py:\d+ .*replaces `{name}`"):
         ranks2.call(fit, layout, kind)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "what"),
+    quick(
+        [
+            *((y, "Teacher", r"(`teacher`|a copy of a module)") for y in ("fsdp2", "tp2", "pp2")),
+            *((y, "Grown", "`second`") for y in ("dp2", "fsdp2", "tp2", "pp2")),
+        ],
+        ("pp2", "Teacher", r"(`teacher`|a copy of a module)"),
+        ("dp2", "Grown", "`second`"),
+    ),
+)
+def test_added_weights_are_refused(ranks2: RankGroup, layout: str, kind: str, what: str) -> None:
+    with pytest.raises(RankError, match=rf"`on_\w+` \(.*weight_jobs.py:\d+ .* adds {what}, whose weights"):
+        ranks2.call(fit, layout, kind)
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("dp2", "Teacher"), pytest.param("pp2", "Kept", marks=pytest.mark.slow)])
+def test_weights_that_need_nothing_may_be_added(ranks2: RankGroup, layout: str, kind: str) -> None:
+    """A frozen copy on each replica, a module without weights, and a module where it has been."""
+    compare(fit(None, kind), ranks2.call(fit, layout, kind))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as L
@@ -74,6 +75,34 @@ class NewHead(Plain):
             self.head = nn.Linear(WIDTH, 4)
 
 
+class Teacher(Plain):
+    """A frozen copy of the head, made when training starts."""
+
+    def on_fit_start(self) -> None:
+        self.teacher = copy.deepcopy(self.head).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = batch[0]
+        return super().training_step(batch, batch_idx) + 0.1 * (self.head(x) - self.teacher(x)).square().mean()
+
+
+class Grown(Plain):
+    """A head that is added and trained from the second epoch on."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.second = nn.Linear(WIDTH, 4)
+            self.trainer.optimizers[0].add_param_group({"params": list(self.second.parameters())})
+
+
+class Kept(Plain):
+    """A module is assigned to the place where it is."""
+
+    def on_train_epoch_start(self) -> None:
+        self.head = self.head
+        self.measure = nn.MSELoss()
+
+
 class NoiseByCallback(L.Callback):
     """Noise on weights, by a callback."""
 
@@ -82,7 +111,8 @@ class NoiseByCallback(L.Callback):
 
 
 MODULES: dict[str, type[Plain]] = {
-    kind.__name__: kind for kind in (Noise, Reset, GradientNoise, Dropped, Assigned, Swapped, NewHead, Plain)
+    kind.__name__: kind
+    for kind in (Noise, Reset, GradientNoise, Dropped, Assigned, Swapped, NewHead, Plain, Teacher, Grown, Kept)
 }
 
 

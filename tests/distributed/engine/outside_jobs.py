@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
 import lightning.pytorch as L
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
-from tests.distributed.engine.state_jobs import Plain, data
+from tests.distributed.engine.state_jobs import WIDTH, Plain, data
 from tests.distributed.jobs import quiet, verified_trainer_for, weights
 
 LOSSES: list[Any] = []
@@ -70,6 +72,20 @@ class Objects(Plain):
         return self.loss(batch) * factor / TRACKER.calls / SEEN["steps"]
 
 
+class Iterators(Plain):
+    """A generator, a cycle in a list, and the iterator of another loader."""
+
+    def build(self) -> None:
+        self.factors = (0.9**k for k in range(1000))
+        self.cycles = [itertools.cycle([1.0, 0.5, 0.25])]
+        rows = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(2))
+        self.others = iter(DataLoader(rows, batch_size=2))
+
+    def training_step(self, batch, batch_idx):
+        other = self(next(self.others)).square().mean()
+        return self.loss(batch) * next(self.factors) * next(self.cycles[0]) + 0.1 * other
+
+
 def enclosed(losses: list[Any]) -> Plain:
     """A module whose class is defined in a function."""
     steps = 0
@@ -97,7 +113,11 @@ def fit(layout: str | None, kind: str) -> dict[str, Any]:
     TRACKER.__init__()  # type: ignore[misc] -- as new
     GENERATOR.bit_generator.state = np.random.default_rng(3).bit_generator.state
     NOISE.manual_seed(5)
-    module = {"Global": Global, "Objects": Objects}[kind]() if kind != "Enclosed" else enclosed(LOSSES)
+    module = (
+        {"Global": Global, "Objects": Objects, "Iterators": Iterators}[kind]()
+        if kind != "Enclosed"
+        else enclosed(LOSSES)
+    )
     trainer, replicas = verified_trainer_for(layout, max_epochs=2)
     trainer.fit(module, data(replicas))
     return {

@@ -16,9 +16,11 @@ from tests.pairwise import quick
 @pytest.mark.parametrize(
     ("layout", "kind"),
     quick(
-        itertools.product(["dp2", "fsdp2", "tp2", "pp2"], ["Global", "Enclosed", "Objects"]),
+        itertools.product(["dp2", "fsdp2", "tp2", "pp2"], ["Global", "Enclosed", "Objects", "Iterators"]),
         ("pp2", "Global"),
         ("pp2", "Objects"),
+        ("dp2", "Iterators"),
+        ("pp2", "Iterators"),
         ("fsdp2", "Enclosed"),
     ),
 )

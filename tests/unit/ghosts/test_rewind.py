@@ -1,0 +1,42 @@
+"""Iterators can be set back to an earlier item."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from torch.utils.data import DataLoader
+
+from lightning_hybrid.ghosts.objects import Copy
+from lightning_hybrid.ghosts.rewind import Rewindable, is_consumable
+
+
+def test_items_come_again() -> None:
+    items = Rewindable(k * k for k in range(4))
+    assert next(items) == 0
+    position = items.position
+    assert [next(items), next(items)] == [1, 4]
+    items.position = position
+    assert list(items) == [1, 4, 9]
+    with pytest.raises(StopIteration):
+        next(items)
+
+
+def test_a_copy_restores_iterators_in_containers() -> None:
+    state = {"cycle": itertools.cycle("ab"), "loaders": [iter(DataLoader(range(6)))]}
+    copy = Copy(state)
+    assert copy.same_as(Copy(state))
+    assert (next(state["cycle"]), int(next(state["loaders"][0]))) == ("a", 0)
+    assert not copy.same_as(Copy(state))
+    copy.restore()
+    assert (next(state["cycle"]), int(next(state["loaders"][0]))) == ("a", 0)
+
+
+@pytest.mark.parametrize("value", [(k for k in ()), iter([]), zip([]), map(int, []), itertools.count(), reversed([])])
+def test_is_consumable(value: object) -> None:
+    assert is_consumable(value)
+
+
+@pytest.mark.parametrize("value", [[], range(3), "text", DataLoader([1]), Rewindable(iter([]))])
+def test_is_not_consumable(value: object) -> None:
+    assert not is_consumable(value)
