@@ -16,7 +16,7 @@ from tests.scripts import run_warm
 
 pytestmark = pytest.mark.timeout(700)
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600  # of a busy machine; a run takes a minute or two on two free cores
 
 
 def run(recipe: str, folder: Path, *arguments: str, command: str = "fit", devices: int = 2) -> dict[str, list[float]]:
