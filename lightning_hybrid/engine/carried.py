@@ -238,7 +238,9 @@ class _OfOneMicrobatch(GhostObserver):
         self._change = change
 
     def instead_of(self, tensor: Tensor) -> Ghost:
-        """Returns a ghost in place of `tensor`."""
+        """Returns a ghost in place of `tensor`: that of an earlier step where this rank does not run the module."""
+        if isinstance(tensor, Ghost):
+            return tensor
         return Ghost(torch.empty_like(tensor, device="meta"), tensor.device, self)
 
     def used(self, func: Any, ghosts: list[Ghost]) -> None:  # noqa: D102

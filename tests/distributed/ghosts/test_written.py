@@ -61,6 +61,11 @@ def test_rows_that_a_batch_scales(ranks2: RankGroup, layout: str) -> None:
     check(ranks2, layout, "Bounded")
 
 
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "pp2"], "pp2"))
+def test_weights_that_are_computed_in_each_call(ranks2: RankGroup, layout: str) -> None:
+    check(ranks2, layout, "Pruned")
+
+
 @pytest.mark.parametrize("layout", quick(LAYOUTS, "fsdp2"))
 def test_a_weight_without_elements(ranks2: RankGroup, layout: str) -> None:
     check(ranks2, layout, "Empty")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from tests.distributed.ghosts.modules import WIDTH, Plain
 
@@ -88,3 +89,11 @@ class Empty(Plain):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) + self.unused.sum()
+
+
+class Pruned(Plain):
+    """A weight with zeros, which its module computes anew in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        prune.l1_unstructured(self.blocks[1][0], "weight", 0.3)
