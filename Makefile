@@ -11,7 +11,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 # The theme announces its successor at each build; the versions are pinned.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test test-slow lint docs clean
+.PHONY: quickstart test test-slow matrix lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lightning-hybrid fit --config recipes/quickstart.yaml
@@ -25,6 +25,10 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
+# A few tests with several versions of Python and torch; MATRIX="--torches 2.14" chooses some.
+matrix: $(BIN)/python
+	$(BIN)/python -m tests.matrix $(MATRIX)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -37,7 +41,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) .matrix runs site
 
 # Some distributions ship Python without the wheels that `venv` takes pip from; there the system's pip fetches it.
 $(BIN)/python:

@@ -342,7 +342,7 @@ def _share_gloo_device() -> None:
             return isinstance(instance, gloo)
 
     class SharedGloo(gloo, metaclass=Kind):
-        def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any, **_: Any) -> None:  # torch 2.14 has more
             if not devices:
                 devices.append(gloo.create_device(interface="lo"))
             options = gloo._Options()
