@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.engine.state_jobs import WIDTH, Plain, data
 from tests.distributed.jobs import quiet, verified_trainer_for, weights
@@ -79,10 +79,10 @@ class Iterators(Plain):
         self.factors = (0.9**k for k in range(1000))
         self.cycles = [itertools.cycle([1.0, 0.5, 0.25])]
         rows = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(2))
-        self.others = iter(DataLoader(rows, batch_size=2))
+        self.others = iter(DataLoader(TensorDataset(rows), batch_size=2))
 
     def training_step(self, batch, batch_idx):
-        other = self(next(self.others)).square().mean()
+        other = self(next(self.others)[0]).square().mean()
         return self.loss(batch) * next(self.factors) * next(self.cycles[0]) + 0.1 * other
 
 

@@ -96,4 +96,4 @@ class Pruned(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        prune.l1_unstructured(self.blocks[1][0], "weight", 0.3)
+        prune.l1_unstructured(self.get_submodule("blocks.1.0"), "weight", 0.3)

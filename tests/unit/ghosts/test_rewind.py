@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hybrid.ghosts.objects import Copy
 from lightning_hybrid.ghosts.rewind import Rewindable, is_consumable
+
+
+def _numbers() -> TensorDataset:
+    return TensorDataset(torch.arange(6))
 
 
 def test_items_come_again() -> None:
@@ -23,13 +28,13 @@ def test_items_come_again() -> None:
 
 
 def test_a_copy_restores_iterators_in_containers() -> None:
-    state = {"cycle": itertools.cycle("ab"), "loaders": [iter(DataLoader(range(6)))]}
+    state = {"cycle": itertools.cycle("ab"), "loaders": [iter(DataLoader(_numbers()))]}
     copy = Copy(state)
     assert copy.same_as(Copy(state))
-    assert (next(state["cycle"]), int(next(state["loaders"][0]))) == ("a", 0)
+    assert (next(state["cycle"]), int(next(state["loaders"][0])[0])) == ("a", 0)
     assert not copy.same_as(Copy(state))
     copy.restore()
-    assert (next(state["cycle"]), int(next(state["loaders"][0]))) == ("a", 0)
+    assert (next(state["cycle"]), int(next(state["loaders"][0])[0])) == ("a", 0)
 
 
 @pytest.mark.parametrize("value", [(k for k in ()), iter([]), zip([]), map(int, []), itertools.count(), reversed([])])
@@ -37,6 +42,6 @@ def test_is_consumable(value: object) -> None:
     assert is_consumable(value)
 
 
-@pytest.mark.parametrize("value", [[], range(3), "text", DataLoader([1]), Rewindable(iter([]))])
+@pytest.mark.parametrize("value", [[], range(3), "text", DataLoader(_numbers()), Rewindable(iter([]))])
 def test_is_not_consumable(value: object) -> None:
     assert not is_consumable(value)
