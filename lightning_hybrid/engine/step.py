@@ -265,7 +265,8 @@ class StepRunner:
         compares_all = self._steps & (self._steps - 1) == 0
         where = location_of(self.root.training_step) if compares_all else ""
         if self.mesh.layout.fsdp == 1 and compares_all:
-            lines = dict.fromkeys(local if self.gradients.diloco is None else (), where)
+            whole = [n for n in local if self.partition.expert_plan_of(n) is None]  # experts differ over `ep`
+            lines = dict.fromkeys(whole if self.gradients.diloco is None else (), where)
         written = {name: (to_local(p.detach()), lines[name]) for name, p in local.items() if name in lines}
         if written:
             check_equal(written, self.mesh.replica_group, self.mesh.layout)
