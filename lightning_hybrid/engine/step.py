@@ -40,6 +40,9 @@ from lightning_hybrid.rng.step import StepRNG
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.stages import choose_microbatches
 
+_FIRST_STEPS = 4
+"""Steps in which weights of replicas are compared, too. Later ones have one small collective."""
+
 
 class StepRunner:
     """Runs steps of a partitioned LightningModule.
@@ -256,7 +259,7 @@ class StepRunner:
         """Refuses a step that has given parameters or buffers other values on each replica.
 
         Without a dry run, as under `dp`, it is not known which parameters a step writes: all are compared in steps 1,
-        2, 4, 8 and so on, and so are all buffers.
+        2 and 4, and those that are not trained, as all buffers, also in steps 8, 16 and so on.
         """
         if self.mesh.layout.replicas == 1:
             return
@@ -265,8 +268,10 @@ class StepRunner:
         compares_all = self._steps & (self._steps - 1) == 0
         where = location_of(self.root.training_step) if compares_all else ""
         if self.mesh.layout.fsdp == 1 and compares_all:
-            whole = [n for n in local if self.partition.expert_plan_of(n) is None]  # experts differ over `ep`
-            lines = dict.fromkeys(whole if self.gradients.diloco is None else (), where)
+            differ = self._steps > _FIRST_STEPS or self.gradients.diloco is not None
+            compared = (n for n, p in local.items() if not (differ and p.requires_grad))
+            # experts of other ranks are other ones
+            lines = dict.fromkeys((n for n in compared if self.partition.expert_plan_of(n) is None), where)
         written = {name: (to_local(p.detach()), lines[name]) for name, p in local.items() if name in lines}
         if written:
             check_equal(written, self.mesh.replica_group, self.mesh.layout)

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_hybrid.ghosts.parameters import Parameters
 from lightning_hybrid.ghosts.record import Trace
 from lightning_hybrid.ghosts.units import Units
+from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.expert_plan import ExpertPlan
 from lightning_hybrid.spec.model import ModelSpec, ParameterSpec
 from lightning_hybrid.spec.plan import call_costs
@@ -32,7 +33,18 @@ def describe(root: nn.Module, units: Units, parameters: Parameters) -> ModelSpec
 
 
 def with_calls(model: ModelSpec, step: str, trace: Trace, parameters: Parameters) -> ModelSpec:
-    """Returns `model` with the calls of a `step` and their cost."""
+    """Returns `model` with the calls of a `step` and their cost.
+
+    Raises:
+        PartitionError: If a hook that runs before the first step adds weights.
+    """
+    added = next((n for n in trace.parameter_uses if n not in parameters.first_names), None)
+    if added is not None:
+        raise PartitionError(
+            f"`layout`: a hook that runs before the first step, such as `on_fit_start`, adds `{added}`, whose weights "
+            "the layout does not divide or synchronize. Make it in `__init__`, `setup` or `configure_model`, and write "
+            "its weights in the hook, as by `copy.load_state_dict(...)` within `torch.no_grad()`."
+        )
     uses = {parameters.first_names[n]: found for n, found in trace.parameter_uses.items()}
     calls = {n: tuple(sorted({max(0, interval) for interval in uses.get(n, ())})) for n in model.parameters}
     for target, sources in trace.followers.items():  # a hook that writes a weight needs the others on the same stages
