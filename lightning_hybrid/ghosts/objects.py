@@ -113,6 +113,13 @@ class Copy:
             for item in self.inside.values():
                 yield from item.leaves()
 
+    def release_items(self) -> None:
+        """Forgets the positions of iterators, which keep all later items; the copy cannot restore them any more."""
+        if isinstance(self.value, Rewindable):
+            self.state = None
+        for item in (self.inside or {}).values():
+            item.release_items()
+
     def restore(self) -> Any:
         """Gives the object its content back, except for tensors, and returns it."""
         value = self.value

@@ -9,8 +9,17 @@ from typing import Any
 
 from lightning_hybrid._torch_private import LoaderIterator
 
-_BUILT_IN = (*(type(iter(v)) for v in ([], (), {}, {}.values(), {}.items(), set(), "", range(0))), enumerate, zip)
-_KINDS = (GeneratorType, LoaderIterator, map, filter, reversed, type(reversed([])), *_BUILT_IN)
+_CONTAINERS = ([], (), {}, {}.values(), {}.items(), set(), "", range(0))
+_KINDS = {
+    GeneratorType,
+    map,
+    filter,
+    enumerate,
+    zip,
+    reversed,
+    type(reversed([])),
+    *(type(iter(v)) for v in _CONTAINERS),
+}
 _ITERTOOLS = itertools.__name__
 
 
@@ -51,4 +60,5 @@ class Rewindable(Iterator):
 
 def is_consumable(value: Any) -> bool:
     """Returns True for an iterator of Python or torch, which cannot be copied or set back."""
-    return isinstance(value, _KINDS) or type(value).__module__ == _ITERTOOLS
+    kind = type(value)
+    return kind in _KINDS or kind.__module__ == _ITERTOOLS or isinstance(value, LoaderIterator)

@@ -91,13 +91,14 @@ def differences(
 def of_written(found: Tensor, expected: Tensor, before: Tensor) -> float:
     """Returns the difference of two values that a step has given a weight, relative to what the step changes.
 
-    A write counts as at least a hundredth of the weight, since its rounding errors are those of the weight.
+    A write counts as at least a hundredth of the weight, since its rounding errors are those of the weight. The result
+    is infinity if a value is not finite on one side only.
     """
-    error = float(_norm(found - expected))
-    scale = max(float(_norm(expected - before)), 0.01 * float(_norm(before)))
-    if not math.isfinite(scale):
-        return 0.0
-    return error / scale if scale else (0.0 if error == 0.0 else math.inf)
+    finite = [math.isfinite(float(_norm(tensor))) for tensor in (found, expected)]
+    if not all(finite):
+        return math.inf if any(finite) else 0.0
+    scales = float(_norm(expected - before)), 0.01 * float(_norm(before))
+    return _difference(found, expected, max(filter(math.isfinite, scales), default=float(_norm(expected))))
 
 
 def mean_over(group: dist.ProcessGroup, tensors: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -75,6 +75,8 @@ class ReplicaState:
         self._bound = bound * _SAME_ORDER
         self._state = ModuleState(engine.runner.root)
         self._before = self._state.copies()
+        for copy in self._before.values():
+            copy.release_items()  # they would add up over the run
         self._judged: set[StatePlace] = set()
         self._updates = -1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -35,6 +36,20 @@ def test_a_copy_restores_iterators_in_containers() -> None:
     assert not copy.same_as(Copy(state))
     copy.restore()
     assert (next(state["cycle"]), int(next(state["loaders"][0])[0])) == ("a", 0)
+
+
+class _Batch:
+    """An object of which the garbage collector can be asked."""
+
+
+def test_a_released_copy_keeps_no_items() -> None:
+    state = {"batches": [(_Batch() for _ in range(3))]}
+    copy = Copy(state)
+    copy.release_items()
+    batch = weakref.ref(next(state["batches"][0]))
+    next(state["batches"][0])
+    assert batch() is None
+    assert not copy.same_as(Copy(state))
 
 
 @pytest.mark.parametrize("value", [(k for k in ()), iter([]), zip([]), map(int, []), itertools.count(), reversed([])])
