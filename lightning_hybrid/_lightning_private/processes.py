@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import atexit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -34,6 +36,16 @@ def is_interactive() -> bool:
 def run_as_trainer_does(trainer: pl.Trainer, function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Runs `function` by the launcher of the strategy, and ends the run as `trainer.fit` does if it raises."""
     return of_package(trainer, _call_and_handle_interrupt)(trainer, function, *args, **kwargs)
+
+
+@contextmanager
+def exit_functions_of_fork() -> Iterator[None]:
+    """Forgets the exit functions of the parent process, and runs those of the context, as Python does from 3.13 on."""
+    atexit._clear()
+    try:
+        yield
+    finally:
+        atexit._run_exitfuncs()
 
 
 def set_launcher(strategy: Any, launcher: Any) -> None:

@@ -34,12 +34,10 @@ def finish_sharded_backward(module: FSDPModule) -> None:
 
 def scale_sharded_gradients(module: FSDPModule, factor: torch.Tensor) -> None:
     """Multiplies the gradients that a fully sharded module has accumulated without reduction by `factor`."""
-    for state in fully_shard.state(module)._state_ctx.all_states:  # type: ignore[attr-defined]
-        for parameter in (p for group in _sharding_groups(state) for p in group.fsdp_params):
-            unsharded = getattr(parameter, "_unsharded_param", None)
-            for gradient in (parameter.unsharded_accumulated_grad, None if unsharded is None else unsharded.grad):
-                if gradient is not None:
-                    gradient.mul_(factor)
+    for owner, name in _places_of_unreduced_gradients(fully_shard.state(module)):  # type: ignore[attr-defined]
+        gradient = getattr(owner, name)
+        if gradient is not None:
+            gradient.mul_(factor)
 
 
 def gathered_parameters(module: FSDPModule) -> list[torch.Tensor]:
@@ -47,8 +45,7 @@ def gathered_parameters(module: FSDPModule) -> list[torch.Tensor]:
     root = fully_shard.state(module)  # type: ignore[attr-defined]
     if root._is_root is None:
         return []  # no step has reached the forward pass
-    parameters = (p for s in root._state_ctx.all_states for group in _sharding_groups(s) for p in group.fsdp_params)
-    return [p._unsharded_param for p in parameters if hasattr(p, "_unsharded_param")]
+    return [p._unsharded_param for p in _sharded_parameters(root) if hasattr(p, "_unsharded_param")]
 
 
 def freeze_as_gathered(module: FSDPModule) -> None:
@@ -56,9 +53,7 @@ def freeze_as_gathered(module: FSDPModule) -> None:
     root = fully_shard.state(module)  # type: ignore[attr-defined]
     if root._is_root is None:
         return  # no step has reached the forward pass
-    for parameter in (
-        p for s in root._state_ctx.all_states for group in _sharding_groups(s) for p in group.fsdp_params
-    ):
+    for parameter in _sharded_parameters(root):
         if parameter.sharded_state.name == "UNSHARDED":
             parameter.sharded_param.requires_grad_(parameter._unsharded_param.requires_grad)
 
@@ -135,13 +130,8 @@ def forget_sharded_step(module: FSDPModule) -> None:
         module.reset_iter_state()
     else:
         _reset_iteration(root)
-    for state in root._state_ctx.all_states:
-        for parameter in (p for group in _sharding_groups(state) for p in group.fsdp_params):
-            # accumulated by a backward pass without reduction; `reset_iter_state` keeps it
-            parameter.unsharded_accumulated_grad = None
-            unsharded = getattr(parameter, "_unsharded_param", None)
-            if unsharded is not None:
-                unsharded.grad = None
+    for owner, name in _places_of_unreduced_gradients(root):  # `reset_iter_state` keeps them
+        setattr(owner, name, None)
     module.set_is_last_backward(True)
     module.set_reshard_after_backward(True)
     module.set_requires_gradient_sync(True)
@@ -151,12 +141,9 @@ def forget_sharded_step(module: FSDPModule) -> None:
 def unreduced_gradients_kept(module: FSDPModule) -> Iterator[None]:
     """Sets aside the gradients that a fully sharded module has accumulated without reduction; restores them."""
     root = fully_shard.state(module)  # type: ignore[attr-defined]
-    kept: list[tuple[Any, str, torch.Tensor]] = []
-    for state in () if root._is_root is None else root._state_ctx.all_states:
-        for parameter in (p for group in _sharding_groups(state) for p in group.fsdp_params):
-            places = ((parameter, "unsharded_accumulated_grad"), (getattr(parameter, "_unsharded_param", None), "grad"))
-            kept += [(o, name, gradient) for o, name in places if (gradient := getattr(o, name, None)) is not None]
-    for owner, name, _ in kept:
+    places = [] if root._is_root is None else list(_places_of_unreduced_gradients(root))
+    kept = [(owner, name, getattr(owner, name)) for owner, name in places]
+    for owner, name in places:
         setattr(owner, name, None)
     try:
         yield
@@ -262,6 +249,21 @@ def keep_inputs(module: FSDPModule) -> None:
         return args, kwargs
 
     state._root_pre_forward = root_pre_forward
+
+
+def _sharded_parameters(root: Any) -> Iterator[Any]:
+    """Yields what `fully_shard` knows of each parameter, below the state of the root."""
+    for state in root._state_ctx.all_states:
+        for group in _sharding_groups(state):
+            yield from group.fsdp_params
+
+
+def _places_of_unreduced_gradients(root: Any) -> Iterator[tuple[Any, str]]:
+    """Yields the objects and their attributes in which backward passes without reduction accumulate gradients."""
+    for parameter in _sharded_parameters(root):
+        yield parameter, "unsharded_accumulated_grad"
+        if hasattr(parameter, "_unsharded_param"):
+            yield parameter._unsharded_param, "grad"
 
 
 def _sharding_groups(state: Any) -> list[Any]:

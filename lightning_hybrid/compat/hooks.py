@@ -29,6 +29,7 @@ from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.hook_view import HookView
 from lightning_hybrid.ghosts.ghost import GhostReadError, GhostWriteError
 from lightning_hybrid.ghosts.parameters import Place
+from lightning_hybrid.parallelize.describe import refused_addition
 from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -87,6 +88,7 @@ def _seeing_all(
     ended: Sequence[bool],
 ) -> Callable[..., Any]:
     parameters, layout = engine.partition.parameters, engine.plan.layout
+    named = f"`layout='{layout}'`: `{hook.__name__}` ({location_of(hook)})"
 
     @wraps(hook)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -100,7 +102,7 @@ def _seeing_all(
         except AssertionError as error:
             if "does not support deepcopy" not in str(error):
                 raise
-            raise _refused_addition(engine, hook, "a copy of a module") from error
+            raise refused_addition(named, "a copy of a module") from error
         except RuntimeError as error:
             needs_others = isinstance(error, GhostReadError | GhostWriteError) or "pipeline stage" in str(error)
             if layout.pp == 1 or error is view.error_of_step or not needs_others:
@@ -115,7 +117,7 @@ def _seeing_all(
         if not ended:  # else the hook has changed the layout
             _refuse_replacements(engine, hook, before, children)
             if added:
-                _refuse_additions(engine, hook, added)
+                _refuse_additions(engine, named, added)
         return out
 
     return run
@@ -140,7 +142,7 @@ def _registrations_noted() -> Iterator[list[_Addition]]:
             handle.remove()
 
 
-def _refuse_additions(engine: Engine, hook: Callable[..., Any], added: Sequence[_Addition]) -> None:
+def _refuse_additions(engine: Engine, hook: str, added: Sequence[_Addition]) -> None:
     """Refuses new parameters of the module, unless each replica has them whole and does not train them."""
     names = {id(module): name for name, module in engine.root.named_modules()}
     known = set(map(id, engine.partition.parameters.registered().values()))
@@ -151,15 +153,7 @@ def _refuse_additions(engine: Engine, hook: Callable[..., Any], added: Sequence[
             continue
         new = [p for p in (value.parameters() if isinstance(value, nn.Module) else [value]) if id(p) not in known]
         if new and (layout.devices > layout.dp or any(p.requires_grad for p in new)):
-            raise _refused_addition(engine, hook, f"`{names[id(owner)]}.{key}`".replace("`.", "`"))
-
-
-def _refused_addition(engine: Engine, hook: Callable[..., Any], what: str) -> PartitionError:
-    return PartitionError(
-        f"`layout='{engine.plan.layout}'`: `{hook.__name__}` ({location_of(hook)}) adds {what}, whose weights the "
-        "layout does not divide or synchronize. Make it in `__init__`, `setup` or `configure_model`, and write its "
-        "weights in the hook, as by `copy.load_state_dict(...)` within `torch.no_grad()`."
-    )
+            raise refused_addition(hook, f"`{names[id(owner)]}.{key}`".replace("`.", "`"))
 
 
 def _refuse_replacements(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -45,33 +45,50 @@ def step_undone(runner: StepRunner) -> Iterator[None]:
         yield
 
 
+class KeptValues:
+    """Copies of the values of tensors in the memory of the host.
+
+    Args:
+        tensors: The tensors; of DTensors this rank's shards are kept.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._kept = [(local, local.cpu().clone()) for local in (to_local(t.detach()) for t in tensors)]
+
+    def changed(self) -> list[bool]:
+        """Returns for each tensor whether it has another value now."""
+        return [not torch.equal(tensor.cpu(), copy) for tensor, copy in self._kept]
+
+    def restore(self) -> None:
+        """Gives all tensors their values back."""
+        with torch.no_grad():
+            for tensor, copy in self._kept:
+                tensor.copy_(copy)
+
+
 @contextmanager
 def preserved_training_state(
     parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]
-) -> Iterator[Callable[[], list[bool]]]:
+) -> Iterator[KeptValues]:
     """Restores weights, gradients and optimizers at the end, and removes the gradients at the beginning.
 
     Restores also which weights are trained.
 
     Yields:
-        A function that returns for each parameter whether its value has changed since.
+        The kept values of the parameters.
     """
     gradients = [p.grad for p in parameters]
-    tensors = [to_local(p.detach()) for p in parameters]
-    for optimizer in optimizers:
-        tensors += tensors_in(optimizer.state)
-    copies = [t.cpu().clone() for t in tensors]
+    weights, state = KeptValues(parameters), KeptValues(t for o in optimizers for t in tensors_in(o.state))
     with ExitStack() as stack:
         stack.enter_context(preserved_trained(parameters))
         for optimizer in optimizers:
             stack.enter_context(_preserved_optimizer(optimizer))
         drop_gradients(parameters)
         try:
-            yield lambda: [not torch.equal(tensors[i].cpu(), copies[i]) for i in range(len(parameters))]
+            yield weights
         finally:
-            with torch.no_grad():
-                for tensor, kept in zip(tensors, copies, strict=True):
-                    tensor.copy_(kept)
+            weights.restore()
+            state.restore()
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
 

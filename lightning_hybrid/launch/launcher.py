@@ -81,16 +81,12 @@ class HybridLauncher(SubprocessScriptLauncher):
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
-        if self.num_processes * self.num_nodes > 1:
-            return self._launch_for(trainer, function, *args, **kwargs)
-        with environment_kept():
-            return self._launch_for(trainer, function, *args, **kwargs)
-
-    def _launch_for(self, trainer: pl.Trainer | None, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        if trainer is None:
-            return self._launch(function, *args, **kwargs)
-        find: Callable = trainer.strategy.checkpoints.find_last  # type: ignore[attr-defined] -- a HybridStrategy
-        with last_found_by(trainer, partial(find, trainer)):
+        with contextlib.ExitStack() as stack:
+            if self.num_processes * self.num_nodes == 1:
+                stack.enter_context(environment_kept())
+            if trainer is not None:
+                find: Callable = trainer.strategy.checkpoints.find_last  # type: ignore[attr-defined] -- a HybridStrategy
+                stack.enter_context(last_found_by(trainer, partial(find, trainer)))
             return self._launch(function, *args, **kwargs)
 
     def _launch(self, function: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -13,8 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +29,7 @@ from typing_extensions import override
 
 from lightning_hybrid._lightning_private import (
     MultiProcessingLauncher,
+    exit_functions_of_fork,
     is_interactive,
     is_overridden,
     loops_state,
@@ -39,6 +38,7 @@ from lightning_hybrid._lightning_private import (
 )
 from lightning_hybrid.launch.launcher import HybridLauncher, environment_kept
 from lightning_hybrid.launch.processes import exit_text
+from lightning_hybrid.launch.terminal import log_level
 from lightning_hybrid.launch.world import set_ranks
 from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import RankError
@@ -94,7 +94,9 @@ class NotebookLauncher(MultiProcessingLauncher):
         self._check()
         self._ranks.watch.forget()
         before = set(multiprocessing.active_children())
-        with tempfile.TemporaryDirectory() as folder, environment_kept(), _log_level("torch.multiprocessing.spawn"):
+        # the ranks that torch terminates after a failure are of no interest
+        only_errors = log_level(logging.ERROR, logging.getLogger("torch.multiprocessing.spawn"))
+        with tempfile.TemporaryDirectory() as folder, environment_kept(), only_errors:
             self._folder = Path(folder)
             # a port of its own: forked ranks would take the store of an earlier run, without its thread, for theirs
             for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -177,22 +179,20 @@ class NotebookLauncher(MultiProcessingLauncher):
     def _wrapping_function(
         self, process_idx: int, trainer: Any, function: Callable, args: Any, kwargs: Any, *rest: Any
     ) -> None:
-        atexit._clear()  # noqa: SLF001 -- those of the notebook's process
         os.environ |= {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(process_idx)}
         torch.set_num_threads(1)
         set_ranks(self._environment, 1, self._strategy.num_processes)
         sys.excepthook = self._report
         set_launcher(self._strategy, self._ranks)
         run = partial(run_as_trainer_does, trainer, partial(self._run, trainer, function))
-        try:
-            super()._wrapping_function(process_idx, trainer, run, args, kwargs, *rest)
-        except SystemExit:
-            raise
-        except BaseException:  # noqa: BLE001 -- shown in the cell
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-            sys.exit(1)
-        finally:
-            atexit._run_exitfuncs()  # noqa: SLF001 -- as Python does from 3.13 on
+        with exit_functions_of_fork():
+            try:
+                super()._wrapping_function(process_idx, trainer, run, args, kwargs, *rest)
+            except SystemExit:
+                raise
+            except BaseException:  # noqa: BLE001 -- shown in the cell
+                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type] -- there is an error
+                sys.exit(1)
 
     @property
     def _environment(self) -> ClusterEnvironment:
@@ -276,15 +276,3 @@ def _end(processes: set[Any]) -> None:
                     os.kill(process.pid, signum)
     for process in processes:
         process.join()
-
-
-@contextmanager
-def _log_level(name: str) -> Iterator[None]:
-    """Logs errors only: the ranks that torch terminates after a failure are of no interest."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -7,10 +7,9 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from lightning_hybrid._torch_private import store_client
 from lightning_hybrid.launch.failures import RankFailed
+from lightning_hybrid.launch.terminal import said_later
 from lightning_hybrid.spec.errors import RankError
 
 State = Literal["running", "stopped", "gone"]
@@ -142,7 +142,7 @@ def meet(
     base = f"lightning_hybrid/watch/{attempt}"
     # other nodes wait for rank 0; on its own node its process is being started
     quiet = rank == 0 or environment.local_rank() > 0
-    with nullcontext() if quiet else _said_later(f"Rank {rank} of {world_size} waits for rank 0", environment):
+    with nullcontext() if quiet else said_later(_waiting(rank, world_size, environment), _QUIET_SECONDS):
         store = PrefixStore(base, _connect(environment, rank, world_size, timeout))
     run = store.add(f"runs_of_rank/{rank}", 1)
     store = PrefixStore(str(run), store)
@@ -168,17 +168,10 @@ def meet(
     )
 
 
-@contextmanager
-def _said_later(text: str, environment: ClusterEnvironment) -> Iterator[None]:
-    """Prints `text`, with the address of rank 0, if the context takes long: torch connects without a word."""
+def _waiting(rank: int, world_size: int, environment: ClusterEnvironment) -> str:
+    """Returns what a rank says while it connects, which torch does without a word."""
     place = f"{environment.main_address}:{environment.main_port} (MASTER_ADDR, MASTER_PORT)"
-    timer = threading.Timer(_QUIET_SECONDS, print, [f"{text} at {place}."], {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return f"Rank {rank} of {world_size} waits for rank 0 at {place}."
 
 
 def _say_who_is_missing(store: Store, rank: int, world_size: int, timeout: timedelta) -> None:

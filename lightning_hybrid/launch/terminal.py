@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from lightning_utilities.core import rank_zero
 
@@ -18,33 +18,47 @@ _LONG_SECONDS = 5.0
 
 
 @contextmanager
-def told_if_long(doing: str, after_seconds: float = _LONG_SECONDS) -> Iterator[None]:
-    """Prints on rank 0 that the run is `doing` something, once it takes long, and at the end how long it has taken."""
-    begin, told = time.monotonic(), threading.Event()
+def said_later(text: str, after_seconds: float) -> Iterator[threading.Event]:
+    """Prints `text` if the context takes longer than `after_seconds`; yields an event that is set then."""
+    said = threading.Event()
 
-    def tell() -> None:
-        told.set()
-        print(f"{doing} ...", file=sys.stderr, flush=True)  # noqa: T201 -- where progress bars are
+    def say() -> None:
+        said.set()
+        print(text, file=sys.stderr, flush=True)  # noqa: T201 -- where progress bars are
 
-    timer = threading.Timer(after_seconds, tell)
+    timer = threading.Timer(after_seconds, say)
     timer.daemon = True
-    if rank_zero.rank_zero_only.rank == 0:
-        timer.start()
+    timer.start()
     try:
-        yield
-        if told.is_set():
-            print(f"{doing}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
+        yield said
     finally:
         timer.cancel()
 
 
 @contextmanager
-def lightning_is_quiet() -> Iterator[None]:
+def told_if_long(doing: str, after_seconds: float = _LONG_SECONDS) -> Iterator[None]:
+    """Prints on rank 0 that the run is `doing` something, once it takes long, and at the end how long it has taken."""
+    if rank_zero.rank_zero_only.rank != 0:
+        yield
+        return
+    begin = time.monotonic()
+    with said_later(f"{doing} ...", after_seconds) as told:
+        yield
+        if told.is_set():
+            print(f"{doing}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def lightning_is_quiet() -> AbstractContextManager:
     """Hides what Lightning logs on every rank: that a process group begins."""
-    loggers = [*_loggers("distributed"), rank_zero.log]
+    return log_level(logging.WARNING, *_loggers("distributed"), rank_zero.log)
+
+
+@contextmanager
+def log_level(level: int, *loggers: logging.Logger) -> Iterator[None]:
+    """Sets the level of loggers for the duration of the context."""
     before = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(level)
     try:
         yield
     finally:

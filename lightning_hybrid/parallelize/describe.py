@@ -32,6 +32,15 @@ def describe(root: nn.Module, units: Units, parameters: Parameters) -> ModelSpec
     )
 
 
+def refused_addition(hook: str, what: str) -> PartitionError:
+    """Returns the error of a hook that adds weights to a module whose partition is planned."""
+    return PartitionError(
+        f"{hook} adds {what}, whose weights the layout does not divide or synchronize. Make it in `__init__`, `setup` "
+        "or `configure_model`, and write its weights in the hook, as by `copy.load_state_dict(...)` within "
+        "`torch.no_grad()`."
+    )
+
+
 def with_calls(model: ModelSpec, step: str, trace: Trace, parameters: Parameters) -> ModelSpec:
     """Returns `model` with the calls of a `step` and their cost.
 
@@ -40,10 +49,8 @@ def with_calls(model: ModelSpec, step: str, trace: Trace, parameters: Parameters
     """
     added = next((n for n in trace.parameter_uses if n not in parameters.first_names), None)
     if added is not None:
-        raise PartitionError(
-            f"`layout`: a hook that runs before the first step, such as `on_fit_start`, adds `{added}`, whose weights "
-            "the layout does not divide or synchronize. Make it in `__init__`, `setup` or `configure_model`, and write "
-            "its weights in the hook, as by `copy.load_state_dict(...)` within `torch.no_grad()`."
+        raise refused_addition(
+            "`layout`: a hook that runs before the first step, such as `on_fit_start`,", f"`{added}`"
         )
     uses = {parameters.first_names[n]: found for n, found in trace.parameter_uses.items()}
     calls = {n: tuple(sorted({max(0, interval) for interval in uses.get(n, ())})) for n in model.parameters}

@@ -165,10 +165,7 @@ class Comparison:
             PartitionError: On all ranks, if they differ on any.
         """
         names, stage = self.partition.parameters.names, self.engine.mesh.rank("pp")
-        flags = torch.tensor([float(n in under.written or n in whole.written) for n in names])
-        flags = flags.to(self.engine.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        written = [n for n, has in zip(names, flags.tolist(), strict=True) if has]
+        (written,) = self._on_any_rank([n in under.written or n in whole.written for n in names])
         worst = 0.0, ""
         for name in (n for n in written if self.partition.plan.ranks_of(n)[0] == stage):
             present, before = self.partition.parameters[name].detach(), weights.values[name]
@@ -206,10 +203,7 @@ class Comparison:
         dist.all_reduce(weight, group=group)
         if under.weight is not None:
             scale *= self.layout.replicas / (float(weight) or 1.0)
-        flags = torch.tensor([[_has(o.gradients, n) for n in names] for o in (under, whole)], dtype=torch.float32)
-        flags = flags.to(self.engine.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        made, wanted = ([n for n, has in zip(names, row, strict=True) if has] for row in flags.tolist())
+        made, wanted = self._on_any_rank(*([_has(o.gradients, n) for n in names] for o in (under, whole)))
         stage = self.engine.mesh.rank("pp")
         found = {n: self._found(n, under) * scale for n in made if partition.plan.ranks_of(n)[0] == stage}
         expected = {n: _or_zero(whole.gradients[n], weights.values[n]) for n in wanted}
@@ -218,6 +212,13 @@ class Comparison:
         here = [n for n in wanted if n not in made] + list(found)
         gradients = dict.fromkeys([*made, *wanted], 0.0) | differences(found, expected, here)
         return self._worst(under.loss, whole.loss, gradients)
+
+    def _on_any_rank(self, *flags: list[bool]) -> list[list[str]]:
+        """Returns the parameters whose flag is True on any rank, for each list of a flag per parameter. Collective."""
+        values = torch.tensor(flags, dtype=torch.float32).to(self.engine.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        names = self.partition.parameters.names
+        return [[n for n, has in zip(names, row, strict=True) if has] for row in values.tolist()]
 
     def _found(self, name: str, under: Outcome) -> Tensor:
         """Returns the whole gradient of a parameter of this rank's stage. Collective over the ranks that hold it."""

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_hybrid._lightning_private import training_batch
 from lightning_hybrid._torch_private import BatchNorm, version_of
 from lightning_hybrid.batches import copied_batch
 from lightning_hybrid.engine.loss_weights import loss_of, mean_loss, weight_of
 from lightning_hybrid.engine.step import StepRunner
-from lightning_hybrid.engine.trials import preserved_trained, preserved_training_state, step_undone
+from lightning_hybrid.engine.trials import KeptValues, preserved_trained, preserved_training_state, step_undone
 from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.preserve import preserved_module_state
@@ -92,7 +92,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
         stack.enter_context(step_undone(runner))
         stack.callback(runner.gradients.release)
         optimizers = [] if root.automatic_optimization else root.trainer.optimizers
-        changed = stack.enter_context(preserved_training_state(list(local.values()), optimizers))
+        values = stack.enter_context(preserved_training_state(list(local.values()), optimizers))
         outputs = stack.enter_context(_conditions(runner, how))
         if runner.noise is not None:
             runner.noise.measures = False
@@ -116,7 +116,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
         if runner.partition.missing is not None:
             runner.partition.missing.settle()
         gradients = {name: None if p.grad is None else p.grad.clone() for name, p in local.items()}
-        written = {n: p.detach().clone() for (n, p), new in zip(local.items(), changed(), strict=True) if new}
+        written = _written(local, values)
         parts = 1 if runner.pipeline is None else runner.pipeline.parts
         weights = None if runner.context is None else runner.context.loss_weights
         weight = None if weights is None else sum(weights)
@@ -165,6 +165,7 @@ def run_in_one_process(
         outputs = stack.enter_context(_conditions(runner, how))
 
         lines = stack.enter_context(gradient_code(runner))
+        values = KeptValues(whole.values())
 
         def backward(loss: Tensor, *args: Any, weight: float = 1.0, **kwargs: Any) -> None:
             found.append((loss.detach(), weight))
@@ -172,7 +173,7 @@ def run_in_one_process(
                 runner.precision.backward(loss * (weight / len(parts)), runner.root, None, *args, **kwargs)
 
         for part in parts:
-            with _undone(runner, whole) as written:
+            with _undone(runner, values):
                 manual = optimizes_manually(runner, backward, divided)
                 before = ModuleState(runner.root).copies()
                 loss, weight = _forward(runner, part, kwargs)
@@ -180,6 +181,7 @@ def run_in_one_process(
                 weighted |= weight is not None
                 if loss is not None and not manual:
                     backward(loss, weight=1.0 if weight is None else weight)
+                written = _written(whole, values)
         total = sum(weight for _, weight in found)
         divisor = total / len(parts) if weighted else 1.0
         gradients = {n: None if p.grad is None else p.grad / (divisor or 1.0) for n, p in whole.items()}
@@ -235,8 +237,9 @@ def mean_in_one_process(
         for module in runner.root.modules():
             if isinstance(module, BatchNorm):
                 stack.enter_context(patched(module, training=False))
+        values = KeptValues(whole.values())
         for args, share in zip(batches, shares, strict=True):
-            with _undone(runner, whole):
+            with _undone(runner, values):
                 manual = optimizes_manually(runner, backward, divided)
                 written = sum(map(version_of, whole.values()))
                 loss, weight = _forward(runner, args, kwargs)
@@ -273,28 +276,23 @@ def _added_to(sums: dict[str, Tensor], parameters: Mapping[str, Tensor], factor:
             parameter.grad = before
 
 
-@contextmanager
-def _undone(runner: StepRunner, whole: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
-    """Restores everything but gradients after a step; adds whole weights that it has given other values to the result.
+def _written(parameters: Mapping[str, Tensor], values: KeptValues) -> dict[str, Tensor]:
+    """Returns the present values of the parameters that have others than the kept ones."""
+    named = zip(parameters.items(), values.changed(), strict=True)
+    return {name: parameter.detach().clone() for (name, parameter), changed in named if changed}
 
-    Only at the end: a step may write weights in its backward pass, too.
-    """
+
+@contextmanager
+def _undone(runner: StepRunner, weights: KeptValues) -> Iterator[None]:
+    """Restores everything but gradients after a step."""
     parameters = list(runner.partition.parameters.local().values())
-    kept = {name: weight.detach().cpu().clone() for name, weight in whole.items()}
-    written: dict[str, Tensor] = {}
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(runner.device))
         stack.enter_context(preserved_module_state(runner.root))
         stack.enter_context(silent(runner.root))
         stack.enter_context(preserved_trained(parameters))
-        try:
-            yield written
-        finally:
-            with torch.no_grad():
-                for name, weight in whole.items():
-                    if not torch.equal(weight.cpu(), kept[name]):
-                        written[name] = weight.detach().clone()
-                        weight.copy_(kept[name])
+        stack.callback(weights.restore)
+        yield
 
 
 def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, float | None]:
