@@ -1,7 +1,7 @@
 """Draws the figures of docs/concepts.md: `python docs/figures/draw.py`.
 
-Each figure is a card with a background of its own, and follows the color scheme of the system, so that it is legible on
-light and dark pages.
+Each figure draws its background and follows the color scheme of the system, so that it is legible on light and dark
+pages.
 """
 
 from __future__ import annotations

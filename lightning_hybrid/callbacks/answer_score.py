@@ -17,7 +17,7 @@ from lightning_hybrid.callbacks.whole_copy import whole_copy
 
 
 class Tasks(Protocol):
-    """What `AnswerScore` needs of a data module."""
+    """Interface of data modules for `AnswerScore`."""
 
     tokenizer: Any
     """Has `end`, a token, and `decode(tokens)`."""

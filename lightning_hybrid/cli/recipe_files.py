@@ -12,7 +12,7 @@ _FOLDERS = (_PACKAGE / "_recipes", _PACKAGE.parent / "recipes")
 
 
 def recipes() -> dict[str, Path]:
-    """Returns the files of all recipes by name; a recipe in a folder of its own has the folder in its name."""
+    """Returns the files of all recipes by name; the name of a recipe in a subfolder begins with the folder."""
     folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
     if folder is None:
         raise CommandError(f"the recipes are missing: there is no folder {_FOLDERS[0]}. Install the package again.")

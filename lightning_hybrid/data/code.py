@@ -46,7 +46,7 @@ class CodeData(SampleData[Code]):
     variant: the middle continues the prefix), with the special tokens before each.
 
     Tasks are functions of held-out files whose doctests pass. A gap replaces one word of the function. The answer fills
-    the gap. A task is solved if the doctests of the function pass: pass@1. The code runs in a process of its own with a
+    the gap. A task is solved if the doctests of the function pass: pass@1. The code runs in a separate process with a
     time-out and limits of memory and files, which is no protection against malicious code.
 
     Args:

@@ -60,6 +60,20 @@ def existing(path: str | Path, argument: str = "path") -> Path:
     return found
 
 
+def existing_of_package(path: str, package: str, default: str, otherwise: str) -> Path:
+    """Returns `existing(path)` for an argument whose `default` comes with a package of Debian.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder; the message names the package and what else to give.
+    """
+    if path == default and not Path(path).exists():
+        raise FileNotFoundError(
+            f"`path` is {path}, which comes with Debian's package {package}. Install it with `apt-get install "
+            f"{package}`, or give {otherwise}."
+        )
+    return existing(path)
+
+
 def _shown(file: Path, folder: Path) -> bool:
     return not any(part.startswith(".") for part in file.relative_to(folder).parts)
 

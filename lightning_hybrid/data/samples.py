@@ -47,7 +47,7 @@ class Task:
     expected: str
     """The reference answer."""
     item: Any = None
-    """What the data module needs to score an answer."""
+    """Data for `SampleData.score`."""
 
 
 class Samples(Dataset[Mapping[str, Tensor]]):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
-from lightning_hybrid.data.files import existing, read_rows
+from lightning_hybrid.data.files import existing_of_package, read_rows
 from lightning_hybrid.data.sample_data import SampleConfig, SampleData
 from lightning_hybrid.data.samples import Sample, Task, completion
 
@@ -43,12 +43,8 @@ class StyledText(SampleData[Styled]):
         samples: SampleConfig = SampleConfig(),  # noqa: B008 -- frozen
     ) -> None:
         super().__init__(samples)
-        if path == FORTUNES and not Path(path).exists():
-            raise FileNotFoundError(
-                f"`path` is {path}, which comes with Debian's package fortunes. Install it with `apt-get install "
-                "fortunes`, or give a folder of text files."
-            )
-        self._path, self._separator = existing(path), separator
+        self._path = existing_of_package(path, "fortunes", FORTUNES, "a folder of text files")
+        self._separator = separator
         self._styles = None if styles is None else frozenset(styles)
 
     def items(self) -> list[Styled]:

@@ -19,7 +19,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class Tokenizer(Protocol):
-    """What data modules need."""
+    """Interface of tokenizers for data modules."""
 
     pad: int
     """Token that fills batches."""

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from lightning_hybrid.data.files import existing, needs, read_rows
+from lightning_hybrid.data.files import existing_of_package, needs, read_rows
 from lightning_hybrid.data.sample_data import SampleConfig, SampleData
 from lightning_hybrid.data.samples import Sample, Task, completion
 
@@ -51,12 +51,9 @@ class TranslationData(SampleData[Pair]):
         samples: SampleConfig = SampleConfig(),  # noqa: B008 -- frozen
     ) -> None:
         super().__init__(samples)
-        if path == HANDBOOK and not Path(path).exists():
-            raise FileNotFoundError(
-                f"`path` is {path}, which comes with Debian's package debian-handbook. Install it with `apt-get "
-                "install debian-handbook`, or give a file of rows with `source` and `target`."
-            )
-        self._path, self._source, self._target = existing(path), source, target
+        otherwise = "a file of rows with `source` and `target`"
+        self._path = existing_of_package(path, "debian-handbook", HANDBOOK, otherwise)
+        self._source, self._target = source, target
         self._encoder_decoder = encoder_decoder
 
     def items(self) -> list[Pair]:

@@ -98,7 +98,7 @@ class NotebookLauncher(MultiProcessingLauncher):
         only_errors = log_level(logging.ERROR, logging.getLogger("torch.multiprocessing.spawn"))
         with tempfile.TemporaryDirectory() as folder, environment_kept(), only_errors:
             self._folder = Path(folder)
-            # a port of its own: forked ranks would take the store of an earlier run, without its thread, for theirs
+            # a new port: forked ranks would use the store of an earlier run, whose thread they do not have
             for name in ("MASTER_ADDR", "MASTER_PORT"):
                 os.environ.pop(name, None)
             try:
@@ -140,7 +140,7 @@ class NotebookLauncher(MultiProcessingLauncher):
             return RankError(f"The run has ended. {how}") if ended else error
         raised, text, trace = pickle.loads(report.read_bytes())
         cause = RankError(text)
-        with contextlib.suppress(Exception):  # an exception with arguments of its own may not be picklable
+        with contextlib.suppress(Exception):  # an exception of the user may not be picklable
             cause = pickle.loads(raised)
         if ended and error.exit_code < 0 and type(cause) is RankError:
             cause = RankError(f"{cause} {how}")

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lightning_hybrid.models.attention import Cache
 from lightning_hybrid.models.config import OptimizerConfig, StreamsConfig, TransformerConfig, config_of
 from lightning_hybrid.models.experts import Router, max_violation
-from lightning_hybrid.models.optimizers import learning_rate_share, make_optimizer
+from lightning_hybrid.models.optimizers import optimizer_with_schedule
 from lightning_hybrid.models.transformer import Transformer
 
 Batch = tuple[Tensor, Tensor]
@@ -116,12 +116,8 @@ class CausalLM(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer and its learning rate schedule."""
-        optimizer = make_optimizer(self, self.optimizer_config)
         self._total_steps = total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_share(step, self.optimizer_config, total_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return optimizer_with_schedule(self, self.optimizer_config, total_steps)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then update the router biases, before callbacks can save the result of the step."""
@@ -166,12 +162,7 @@ class CausalLM(LightningModule):
                 fed_BT = tokens_BT[:, -length:]
             else:
                 fed_BT = tokens_BT[:, -1:]
-            logits_BV = self(fed_BT, cache)[:, -1]
-            if temperature == 0:
-                next_B1 = logits_BV.argmax(dim=-1, keepdim=True)
-            else:
-                probabilities_BV = (logits_BV / temperature).softmax(dim=-1)
-                next_B1 = torch.multinomial(probabilities_BV, 1, generator=generator)
+            next_B1 = next_token(self(fed_BT, cache)[:, -1], temperature, generator)
             tokens_BT = torch.cat([tokens_BT, next_B1], dim=1)
         return tokens_BT
 
@@ -201,3 +192,10 @@ class CausalLM(LightningModule):
                 f"tensors, such as {different[0][0]!r}. Give the `transformer` that it was trained with."
             )
         self.load_state_dict(state, strict=False)
+
+
+def next_token(logits_BV: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """Return the likeliest tokens at temperature 0, otherwise a sample, of shape ``(B, 1)``."""
+    if temperature == 0:
+        return logits_BV.argmax(dim=-1, keepdim=True)
+    return torch.multinomial((logits_BV / temperature).softmax(dim=-1), 1, generator=generator)

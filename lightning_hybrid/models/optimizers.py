@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
@@ -209,3 +210,12 @@ def learning_rate_share(step: int, config: OptimizerConfig, total_steps: int) ->
         return min(1.0, max(0, total_steps - step) / decay_steps)
     progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
     return _FINAL_SHARE + (1 - _FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def optimizer_with_schedule(module: nn.Module, config: OptimizerConfig, total_steps: int) -> OptimizerLRSchedulerConfig:
+    """Return the result of `configure_optimizers`: `make_optimizer` with the schedule of `learning_rate_share`."""
+    optimizer = make_optimizer(module, config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_share(step, config, total_steps)
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

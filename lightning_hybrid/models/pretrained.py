@@ -12,13 +12,10 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_hybrid.models.config import OptimizerConfig, config_of
-from lightning_hybrid.models.optimizers import learning_rate_share, make_optimizer
-
-_IGNORED = -100
-"""Label of a token without loss."""
+from lightning_hybrid.models.labels import IGNORED, labeled_loss
+from lightning_hybrid.models.optimizers import optimizer_with_schedule
 
 
 class PretrainedLM(LightningModule):
@@ -56,7 +53,7 @@ class PretrainedLM(LightningModule):
         optimizer = dataclasses.asdict(self.optimizer_config)  # type: ignore[assignment] -- plain values are saved
         self.save_hyperparameters(ignore=["build_late"])
         self.config = _configuration(path, config)
-        self._path, self._total_steps = path, 0
+        self._path = path
         if not build_late:
             self._build()
 
@@ -100,12 +97,7 @@ class PretrainedLM(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Returns the optimizer and its learning rate schedule."""
-        optimizer = make_optimizer(self, self.optimizer_config)
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_share(step, self.optimizer_config, total_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return optimizer_with_schedule(self, self.optimizer_config, int(self.trainer.estimated_stepping_batches))
 
     @torch.inference_mode()
     def answer(self, prompt: list[int], max_new_tokens: int, end: int, temperature: float = 0.0) -> list[int]:
@@ -130,14 +122,13 @@ class PretrainedLM(LightningModule):
 
     def _loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         labels = batch["labels"] if self.config.is_encoder_decoder else batch["labels"][:, 1:]
-        loss = F.cross_entropy(self(batch).flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
-        return loss, (labels != _IGNORED).sum()
+        return labeled_loss(self(batch), labels)
 
     def _shifted(self, labels: Tensor) -> Tensor:
         """Returns the inputs of the decoder: its start token, and all labels but the last."""
         start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
         before = labels[:, :-1]
-        return torch.cat([start, before.where(before != _IGNORED, self.config.pad_token_id)], dim=1)
+        return torch.cat([start, before.where(before != IGNORED, self.config.pad_token_id)], dim=1)
 
 
 def _configuration(path: str | None, config: Mapping[str, Any] | None) -> Any:

@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_hybrid.models.attention import Cache
-from lightning_hybrid.models.causal_lm import CausalLM
+from lightning_hybrid.models.causal_lm import CausalLM, next_token
 from lightning_hybrid.models.config import OptimizerConfig, StreamsConfig, TransformerConfig
-
-_IGNORED = -100
-"""Label of a token without loss."""
+from lightning_hybrid.models.labels import IGNORED, labeled_loss
 
 
 class SupervisedLM(CausalLM):
@@ -72,8 +70,8 @@ class SupervisedLM(CausalLM):
         """Returns the cross entropy of each sample in bits per labeled token, of shape ``(B,)``."""
         targets_BT = batch["labels"][:, 1:]
         logits_BTV = self(batch["input_ids"][:, :-1])
-        nats_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none", ignore_index=_IGNORED)
-        return nats_BT.sum(dim=1) / (targets_BT != _IGNORED).sum(dim=1) / math.log(2)
+        nats_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none", ignore_index=IGNORED)
+        return nats_BT.sum(dim=1) / (targets_BT != IGNORED).sum(dim=1) / math.log(2)
 
     @torch.inference_mode()
     def answer(self, prompt: list[int], max_new_tokens: int, end: int, temperature: float = 0.0) -> list[int]:
@@ -91,22 +89,14 @@ class SupervisedLM(CausalLM):
         cache, found = Cache(), []
         fed_BT = torch.tensor([prompt], device=self.device)
         for _ in range(min(max_new_tokens, self.config.context_length - len(prompt))):
-            logits_V = self(fed_BT, cache)[0, -1]
-            if temperature == 0:
-                token = int(logits_V.argmax())
-            else:
-                token = int(torch.multinomial((logits_V / temperature).softmax(dim=-1), 1))
-            if token == end:
+            fed_BT = next_token(self(fed_BT, cache)[:, -1], temperature)
+            if fed_BT.item() == end:
                 break
-            found.append(token)
-            fed_BT = torch.tensor([[token]], device=self.device)
+            found.append(int(fed_BT))
         return found
 
     def _labeled_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        targets_BT = batch["labels"][:, 1:]
-        logits_BTV = self(batch["input_ids"][:, :-1])
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=_IGNORED)
-        return loss, (targets_BT != _IGNORED).sum()
+        return labeled_loss(self(batch["input_ids"][:, :-1]), batch["labels"][:, 1:])
 
     def _log_labeled_bits(self, name: str, batch: Mapping[str, Tensor]) -> None:
         loss, count = self._labeled_loss(batch)

@@ -140,9 +140,9 @@ def _check_row(name: str, probe: Probe, numbers: Numbers, ranks: int, constraint
         raise Rejection(f"its {width} input channels are not divisible by {ranks}")
     if name in constraints.replicated:
         raise Rejection("`tensor_plan` keeps it replicated")
-    if name in constraints.shared_modules or _weight_name(name) in constraints.used_elsewhere:
+    if name in constraints.shared_modules or _parameter_name(name, "weight") in constraints.used_elsewhere:
         raise Rejection("its weight is also used outside its block, or written by the step")
-    if _weight_name(name).removesuffix("weight") + "bias" in constraints.used_elsewhere:
+    if _parameter_name(name, "bias") in constraints.used_elsewhere:
         raise Rejection("its bias is also used outside its block, or written by the step")
     for leaf in probe.whole(name):
         if leaf.kind == "opaque":
@@ -159,8 +159,8 @@ def _owner(leaf: Leaf) -> str | None:
     return str(leaf.name) if leaf.kind in ("linear", "opaque") else str(leaf.name).rpartition(".")[0]
 
 
-def _weight_name(linear: str) -> str:
-    return f"{linear}.weight" if linear else "weight"
+def _parameter_name(linear: str, key: str) -> str:
+    return f"{linear}.{key}" if linear else key
 
 
 def _classify(rows: list[str], probe: Probe, numbers: Numbers, ranks: int, constraints: Constraints) -> Region:
@@ -194,7 +194,7 @@ def _masks(leaf: Leaf, parts: list[Reach]) -> list[torch.Tensor]:
 
 
 def _classify_linear(name: str, masks: list[torch.Tensor], region: Region, constraints: Constraints) -> None:
-    whole = name in constraints.replicated or _weight_name(name) in constraints.used_elsewhere
+    whole = name in constraints.replicated or _parameter_name(name, "weight") in constraints.used_elsewhere
     sharded = None if whole else divide(masks)
     channels = tuple(tuple(int(i) for i in mask.nonzero().flatten()) for mask in masks)
     if sharded is not None:

@@ -32,6 +32,12 @@ class Manual(Plain):
             optimizer.zero_grad()
         return optimizers
 
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        blocks, head = self.both()
+        self.manual_backward(self.loss(batch))
+        blocks.step()
+        head.step()
+
 
 class Toggled(Manual):
     """A loss for each optimizer."""
@@ -163,10 +169,7 @@ class Bounded(Manual):
     """The step bounds weights after the update, as a Wasserstein GAN does."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        blocks, head = self.both()
-        self.manual_backward(self.loss(batch))
-        blocks.step()
-        head.step()
+        super().training_step(batch, batch_idx)
         with torch.no_grad():
             for parameter in self.head.parameters():
                 parameter.clamp_(-0.1, 0.1)
@@ -177,12 +180,6 @@ class Tied(Manual):
 
     def build(self) -> None:
         self.blocks[2][0].weight = self.blocks[1][0].weight
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        blocks, head = self.both()
-        self.manual_backward(self.loss(batch))
-        blocks.step()
-        head.step()
 
 
 class Retained(Manual):
@@ -212,12 +209,9 @@ class Scheduled(Manual):
     """A scheduler, and learning rates set by hand."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        blocks, head = self.both()
-        self.manual_backward(self.loss(batch))
-        blocks.step()
-        head.step()
+        super().training_step(batch, batch_idx)
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        for group in head.param_groups:
+        for group in self.optimizers()[1].param_groups:  # type: ignore[index] -- there are two
             group["lr"] = 0.1 * (1 + self.trainer.global_step)
 
     def configure_optimizers(self) -> Any:

@@ -12,7 +12,7 @@ from tests.distributed.ghosts.modules import WIDTH, Plain
 
 
 class Scaled(nn.Module):
-    """Two linears with weights of norm 1, and a bias that the module halves in each call."""
+    """Two linears whose weights the module scales to norm 1 in each call."""
 
     def __init__(self) -> None:
         super().__init__()
