@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -19,9 +18,10 @@ from lightning_hybrid.batches import split_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.loss_weights import place_of
-from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.parallelize.whole import Weights
+from lightning_hybrid.patching import patched
+from lightning_hybrid.replicas.batch_norm import has_batch_norm
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.spec.verify import Verify
@@ -33,8 +33,9 @@ from lightning_hybrid.verification.differences import (
     mean_over,
     of_written,
     relative,
+    step_bound,
 )
-from lightning_hybrid.verification.mean import MeanCheck
+from lightning_hybrid.verification.mean import MeanCheck, equal_parts, mean_bound, mean_row, refused_gather
 from lightning_hybrid.verification.state import largest_difference
 from lightning_hybrid.verification.steps import (
     Conditions,
@@ -43,9 +44,6 @@ from lightning_hybrid.verification.steps import (
     run_under_layout,
 )
 from lightning_hybrid.verification.whole import gather_weights, memory_problem
-
-_FLOAT8_BOUND = 0.25
-"""Bound of relative differences where matmuls compute in 8 bits; empirical."""
 
 
 class Comparison:
@@ -70,6 +68,8 @@ class Comparison:
         """The loss of this replica's batch in one process."""
         self.acts: str | None = None
         """A line of the user's code that acts on gradients within the backward pass; None: there is none."""
+        self.mean_difference: float | None = None
+        """The relative difference of the loss from the mean over parts of its batch, if the comparison shows it."""
         self.weight = _weight(engine)
 
     def run(self) -> list[tuple[str, str]]:
@@ -83,19 +83,26 @@ class Comparison:
             weights = gather_weights(self.partition)
             problem = self._compare(weights)
             if problem is None and self.layout.replicas > 1:
-                check = MeanCheck(self.engine, weights, self.args, self.kwargs, self.how)
-                for what, result, message in check.run(self.loss, self.acts, self.bound, counts=self.weight > 0):
-                    if message is not None and self.verify.strict:
-                        raise PartitionError(f"`verify='strict'`: {message}")
-                    self.rows.append((what, result))
-                    if message is not None:
-                        rank_zero_warn(message)
+                self._check_mean(weights)
         if problem is not None:
             self.rows.append(("loss and gradients", f"not compared with one process: {problem}"))
         if dist.get_rank() == 0:
             headings = (("verified on the first batch", False), ("result", False))
             print(f"{table_text('', headings, self.rows)}\n", end="", file=sys.stderr)  # noqa: T201 -- beside the plan
         return self.rows
+
+    def _check_mean(self, weights: Weights) -> None:
+        """Checks that the loss is a mean over samples, unless the comparison has shown it. Collective."""
+        if self.mean_difference is not None:
+            self.rows.append(mean_row(self.mean_difference, mean_bound(self.bound)))
+            return
+        check = MeanCheck(self.engine, weights, self.args, self.kwargs, self.how)
+        for what, result, message in check.run(self.loss, self.acts, self.bound, counts=self.weight > 0):
+            if message is not None and self.verify.strict:
+                raise PartitionError(f"`verify='strict'`: {message}")
+            self.rows.append((what, result))
+            if message is not None:
+                rank_zero_warn(message)
 
     def _obstacle(self) -> str | None:
         """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
@@ -109,6 +116,10 @@ class Comparison:
         """Compares the step with one process; returns why that was not possible, or None."""
         under = run_under_layout(self.runner, self.args, self.kwargs, self.how)
         self.parts = under.parts
+        found = self._differences_in_parts(under, weights)
+        if found is not None:
+            self._add_row(found)
+            return None
         whole, problem = self._in_one_process(weights, [self.args])
         if whole is None:
             return problem
@@ -128,10 +139,40 @@ class Comparison:
             return None
         self._compare_state(under, whole)
         self._compare_written(under, whole, weights)
+        self._add_row(found)
+        return None
+
+    def _add_row(self, found: Differences) -> None:
         trained = len(found.gradients)
         text = f"largest relative difference {found.largest:.1e} (bound {self.bound:.0e})"
         self.rows.append((f"loss and gradients of {trained} parameters against one process", text))
-        return None
+
+    def _differences_in_parts(self, under: Outcome, weights: Weights) -> Differences | None:
+        """Compares the step with the mean over parts of its batch in one process, where that is enough. Collective.
+
+        If both are equal, the step is that of one process, and its loss is a mean over samples: this saves the second
+        check. The parts must not be the microbatches of the layout.
+
+        Returns:
+            None, if it shows only one of the two, or the step does more than compute gradients.
+        """
+        if self.layout.replicas == 1 or self.parts > 1:
+            return None
+        parts, problem = equal_parts(self.engine, self.args)
+        unfit = problem is not None or bool(under.state or under.written)
+        unfit |= not self.runner.root.automatic_optimization or self.engine.run.data.batch_weights() is not None
+        unfit |= has_batch_norm(self.runner.root) or (self.runner.rng.has_drawn and not self.how.equal_rows)
+        if self.engine.run.world.any_rank(unfit):
+            return None
+        with patched(self.runner.root.trainer.strategy, all_gather=refused_gather):
+            mean, _ = self._in_one_process(weights, parts)
+        if mean is None or self.engine.run.world.any_rank(bool(mean.acts or mean.state or mean.written)):
+            return None
+        found = self._differences(under, mean, weights)
+        if not found.within(self.bound) or found.loss > mean_bound(self.bound):
+            return None
+        self.mean_difference = found.loss
+        return found
 
     def _widen_bound(self, dtypes: Collection[torch.dtype]) -> None:
         """Sets the bound of the lowest precision in which the step has computed on any rank. Collective."""
@@ -358,16 +399,3 @@ def _scale_of(engine: Engine) -> float:
     scaler = getattr(engine.run.precision, "scaler", None)
     scale = 1.0 if scaler is None else scaler.get_scale()
     return engine.root.trainer.accumulate_grad_batches / scale
-
-
-def step_bound(engine: Engine) -> float:
-    """Returns the bound of relative differences for the precision of the run."""
-    precision, parameters = engine.run.precision, engine.partition.parameters
-    dtypes = {parameters[name].dtype for name in parameters.names}
-    if isinstance(precision, Float8Precision):
-        return _FLOAT8_BOUND
-    if isinstance(precision, MixedPrecision | HalfPrecision):
-        dtypes.add(torch.bfloat16 if "bf16" in str(precision.precision) else torch.float16)
-    if engine.plan.gradient_sync.kind in ("bf16", "bf16_fp32acc"):
-        dtypes.add(torch.bfloat16)
-    return max(map(bound_of, dtypes), default=bound_of(torch.float32))

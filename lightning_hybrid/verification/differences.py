@@ -9,14 +9,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from torch import Tensor
 
 from lightning_hybrid._torch_private import DispatchMode
+from lightning_hybrid.engine.engine import Engine
+from lightning_hybrid.float8 import Float8Precision
 from lightning_hybrid.ghosts.trees import tensors_of
 from lightning_hybrid.replicas.reducer import in_buckets
 
 _EXACT_BOUND = 1e-3
 """Bound of relative differences in single precision. Sums in another order differ by about 1e-6 to 1e-5; empirical."""
+_FLOAT8_BOUND = 0.25
+"""Bound of relative differences where matmuls compute in 8 bits; empirical."""
 _ROUNDINGS = 16
 """Bound for lower precision, as a multiple of its relative rounding error; empirical."""
 _NEGLIGIBLE = 1e-3
@@ -28,6 +33,19 @@ def bound_of(dtype: torch.dtype) -> float:
     if not (dtype.is_floating_point or dtype.is_complex):
         return _EXACT_BOUND
     return max(_EXACT_BOUND, _ROUNDINGS * torch.finfo(dtype).eps)
+
+
+def step_bound(engine: Engine) -> float:
+    """Returns the bound of relative differences for the precision of the run."""
+    precision, parameters = engine.run.precision, engine.partition.parameters
+    dtypes = {parameters[name].dtype for name in parameters.names}
+    if isinstance(precision, Float8Precision):
+        return _FLOAT8_BOUND
+    if isinstance(precision, MixedPrecision | HalfPrecision):
+        dtypes.add(torch.bfloat16 if "bf16" in str(precision.precision) else torch.float16)
+    if engine.plan.gradient_sync.kind in ("bf16", "bf16_fp32acc"):
+        dtypes.add(torch.bfloat16)
+    return max(map(bound_of, dtypes), default=bound_of(torch.float32))
 
 
 class ComputedIn(DispatchMode):

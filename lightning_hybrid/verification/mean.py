@@ -28,6 +28,7 @@ _BOUND = 1e-4
 """Bound of the relative difference of a loss from the mean over parts of its batch, in single precision; empirical."""
 
 
+_LOSS = "loss as a mean over samples"
 _GRADIENTS = "gradients as means over samples"
 
 
@@ -79,12 +80,12 @@ class MeanCheck:
         """
         line = next((found for found in gather_objects(acts) if found is not None), None)
         needs_gradients = line is not None or not self._runner.root.automatic_optimization
-        parts, problem = self._equal_parts()
+        parts, problem = equal_parts(self._engine, self._args)
         problem = first_problem(problem)
         if problem is None:
             found, problem = self._attempt(lambda: self._of_parts(loss, parts, needs_gradients))
         if problem is not None:
-            row = Row("loss as a mean over samples", f"not checked: {problem}", None)
+            row = Row(_LOSS, f"not checked: {problem}", None)
             if line is None:
                 return [row]
             found, problem = self._attempt(self._of_scaled_losses)
@@ -100,7 +101,7 @@ class MeanCheck:
         """Returns the result of `run`, and why it has failed on any rank, or None. Collective."""
         found, problem = _Compared(), None
         try:
-            with patched(self._runner.root.trainer.strategy, all_gather=_refused_gather):
+            with patched(self._runner.root.trainer.strategy, all_gather=refused_gather):
                 found = run()
         except _Gathers:
             problem = "the step gathers values of other replicas itself"
@@ -111,9 +112,9 @@ class MeanCheck:
     def _loss(self, found: _Compared, parts: int, bound: float, counts: bool) -> Row:
         mean, whole = (0.0 if o.loss is None else float(o.loss) for o in (found.mean, found.whole))
         own = relative(mean, whole) if counts else 0.0
-        difference, bound = self._worst(own), max(_BOUND, bound if bound > bound_of(torch.float32) else 0.0)
+        difference, bound = self._worst(own), mean_bound(bound)
         if difference <= bound:
-            return Row("loss as a mean over samples", f"relative difference {difference:.1e} (bound {bound:.0e})", None)
+            return Row(*mean_row(difference, bound), None)
         what = "mean over the samples" if self._shares(1) is None else "mean over the tokens"
         message = (
             f"{place_of(self._runner.root)} computes a loss that is not the {what} of its batch: on {parts} parts of "
@@ -122,7 +123,7 @@ class MeanCheck:
             'as much. Return `{"loss": ..., "weight": number_of_tokens}` for a mean over tokens, gather the embeddings '
             "of a contrastive loss by `self.all_gather(..., sync_grads=True)`, or use a layout of `tp` and `pp`."
         )
-        return Row("loss as a mean over samples", f"differs by {difference:.1%}, see the warning", message)
+        return Row(_LOSS, f"differs by {difference:.1%}, see the warning", message)
 
     def _gradients(self, found: _Compared, line: str, parts: int | None, bound: float, counts: bool) -> Row:
         mean, whole = found.mean.gradients, found.whole.gradients
@@ -172,18 +173,37 @@ class MeanCheck:
         weights = self._engine.run.data.batch_weights()
         return None if weights is None or weights.tokens is None else weights.tokens.weights(parts)
 
-    def _equal_parts(self) -> tuple[list[tuple], str | None]:
-        if normalizes_by_batch_only(self._runner.root):
-            return [], "the step normalizes by statistics of its batch"
-        known = self._runner.known_samples()
-        size = find_samples(self._args[0], known).count
-        if size is None:
-            return [], "the batch cannot be split by samples"
-        count = next((n for n in range(2, size + 1) if size % n == 0), 0)
-        if not count:
-            return [], "a replica has one sample"
-        return [(part, *self._args[1:]) for part in split_batch(self._args[0], count, known)], None
+
+def mean_bound(bound: float) -> float:
+    """Returns the bound of the difference of a loss from the mean over parts, from that of steps in the precision."""
+    return max(_BOUND, bound if bound > bound_of(torch.float32) else 0.0)
 
 
-def _refused_gather(*_: Any, **__: Any) -> None:
+def mean_row(difference: float, bound: float) -> tuple[str, str]:
+    """Returns the line of the report for a loss that is a mean over samples."""
+    return _LOSS, f"relative difference {difference:.1e} (bound {bound:.0e})"
+
+
+def equal_parts(engine: Engine, args: tuple) -> tuple[list[tuple], str | None]:
+    """Returns the arguments of `training_step` for each of the fewest equal parts of its batch, and why there are none.
+
+    Args:
+        engine: The engine of the layout.
+        args: Arguments of `training_step`, the batch first.
+    """
+    runner = engine.runner
+    if normalizes_by_batch_only(runner.root):
+        return [], "the step normalizes by statistics of its batch"
+    known = runner.known_samples()
+    size = find_samples(args[0], known).count
+    if size is None:
+        return [], "the batch cannot be split by samples"
+    count = next((n for n in range(2, size + 1) if size % n == 0), 0)
+    if not count:
+        return [], "a replica has one sample"
+    return [(part, *args[1:]) for part in split_batch(args[0], count, known)], None
+
+
+def refused_gather(*_: Any, **__: Any) -> None:
+    """Takes the place of `all_gather`, which depends on the batches of other replicas."""
     raise _Gathers

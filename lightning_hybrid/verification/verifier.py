@@ -11,7 +11,8 @@ from lightning_hybrid._lightning_private import hands_out_its_iterator
 from lightning_hybrid.engine.batch_kinds import BatchKinds
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.spec.verify import Verify
-from lightning_hybrid.verification.comparison import Comparison, step_bound
+from lightning_hybrid.verification.comparison import Comparison
+from lightning_hybrid.verification.differences import step_bound
 from lightning_hybrid.verification.drift import ReplicaState
 from lightning_hybrid.verification.fingerprint import fingerprint
 from lightning_hybrid.verification.gradient_code import hook_lines

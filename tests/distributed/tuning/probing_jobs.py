@@ -132,15 +132,16 @@ class ProbeAtStart(L.Callback):
     def on_train_start(self, trainer, pl_module):
         strategy: Any = trainer.strategy
         batch, _ = sample_batch(trainer.train_dataloader, training=True)
-        for _ in range(self.repeats):
-            before = snapshot(trainer, pl_module)
-            probe = MemoryProbe(strategy.engine.runner, strategy.optimizers, batch, **self.options)
-            try:
-                self.results.append(probe.find(self.ladder))
-            except ProbeError as error:
-                self.errors.append(str(error))
-            after = snapshot(trainer, pl_module)
-            self.changed += [key for key in before | after if not same(before.get(key), after.get(key))]
+        with strategy.engine.outside_hooks():  # as callbacks of this package run
+            for _ in range(self.repeats):
+                before = snapshot(trainer, pl_module)
+                probe = MemoryProbe(strategy.engine.runner, strategy.optimizers, batch, **self.options)
+                try:
+                    self.results.append(probe.find(self.ladder))
+                except ProbeError as error:
+                    self.errors.append(str(error))
+                after = snapshot(trainer, pl_module)
+                self.changed += [key for key in before | after if not same(before.get(key), after.get(key))]
 
 
 class Record(L.Callback):

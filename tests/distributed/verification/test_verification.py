@@ -16,9 +16,11 @@ from lightning_hybrid.engine import gradients, pipeline, stage
 from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.pipeline import Pipeline
 from lightning_hybrid.launch.failures import RankFailed
+from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas import reducer
 from lightning_hybrid.replicas.reduction import Exact
 from lightning_hybrid.tensor import collectives as tensor_collectives
+from lightning_hybrid.verification import comparison, mean
 from tests.distributed.jobs import Classifier, Numbers, quiet, verified_trainer_for, weights
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick
@@ -224,3 +226,43 @@ def test_a_loss_that_is_no_mean_over_samples_warns(ranks2: RankGroup) -> None:
     assert "`self.all_gather(..., sync_grads=True)`" in ranks2.call(fit_contrastive, "dp2", "start")[0][2][0]
     with pytest.raises(RankError, match=r"`verify='strict'`: `Contrastive.training_step`"):
         ranks2.call(fit_contrastive, "dp2", "strict")
+
+
+def count_steps(layout: str, module: type) -> list[tuple[str, int]]:
+    """The steps of one process that verification runs: the comparison, or the check of the mean; the parts of each."""
+    ran: list[tuple[str, int]] = []
+
+    def noted(what: str, run: Any) -> Any:
+        def step(runner: Any, weights: Any, parts: Any, *args: Any, **kwargs: Any) -> Any:
+            ran.append((what, len(parts)))
+            return run(runner, weights, parts, *args, **kwargs)
+
+        return step
+
+    with (
+        patched(comparison, run_in_one_process=noted("comparison", comparison.run_in_one_process)),
+        patched(mean, mean_in_one_process=noted("mean", mean.mean_in_one_process)),
+    ):
+        rows = fit(layout, "start", module)["rows"]
+    assert [what for what, _ in rows[1:]] == ["loss as a mean over samples"], rows
+    return ran
+
+
+class Counting(Classifier):
+    """A step that changes a number: one step of one process must leave the same."""
+
+    counted = 0
+
+    def training_step(self, batch, batch_idx):
+        self.counted += 1
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "dp2"))
+def test_one_step_of_parts_shows_that_the_loss_is_a_mean(ranks2: RankGroup, layout: str) -> None:
+    assert ranks2.call(count_steps, layout, Classifier)[0] == [("comparison", 2)]
+
+
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "fsdp2"))
+def test_what_parts_do_not_show_takes_a_step_of_the_whole_batch(ranks2: RankGroup, layout: str) -> None:
+    assert ranks2.call(count_steps, layout, Counting)[0][-2:] == [("comparison", 1), ("mean", 2)]
