@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import hands_out_its_iterator
-from lightning_hybrid._torch_private import location_of
 from lightning_hybrid.batches import split_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.loss_weights import place_of
-from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.batch_norm import has_batch_norm
@@ -31,12 +29,11 @@ from lightning_hybrid.verification.differences import (
     bound_of,
     differences,
     mean_over,
-    of_written,
     relative,
     step_bound,
 )
+from lightning_hybrid.verification.effects import Effects, Unequal, listed, on_any_rank, when
 from lightning_hybrid.verification.mean import MeanCheck, equal_parts, mean_bound, mean_row, refused_gather
-from lightning_hybrid.verification.state import largest_difference
 from lightning_hybrid.verification.steps import (
     Conditions,
     Outcome,
@@ -70,6 +67,8 @@ class Comparison:
         """A line of the user's code that acts on gradients within the backward pass; None: there is none."""
         self.mean_difference: float | None = None
         """The relative difference of the loss from the mean over parts of its batch, if the comparison shows it."""
+        self.mean: Outcome | None = None
+        """The mean over parts of the batch, if the step reports other values than on the whole batch."""
         self.weight = _weight(engine)
 
     def run(self) -> list[tuple[str, str]]:
@@ -98,11 +97,8 @@ class Comparison:
             return
         check = MeanCheck(self.engine, weights, self.args, self.kwargs, self.how)
         for what, result, message in check.run(self.loss, self.acts, self.bound, counts=self.weight > 0):
-            if message is not None and self.verify.strict:
-                raise PartitionError(f"`verify='strict'`: {message}")
             self.rows.append((what, result))
-            if message is not None:
-                rank_zero_warn(message)
+            self._warn([] if message is None else [message])
 
     def _obstacle(self) -> str | None:
         """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
@@ -137,9 +133,11 @@ class Comparison:
         if not found.within(self.bound):
             self._diagnose(weights, whole, found)
             return None
-        self._compare_state(under, whole)
-        self._compare_written(under, whole, weights)
-        self._add_row(found)
+        effects = Effects(self.engine, self.bound)
+        effects.compare_state(under, whole)
+        effects.compare_written(under, whole, weights)
+        if not self._compare_reported(effects, under, whole, weights):
+            self._add_row(found)
         return None
 
     def _add_row(self, found: Differences) -> None:
@@ -171,60 +169,46 @@ class Comparison:
         found = self._differences(under, mean, weights)
         if not found.within(self.bound) or found.loss > mean_bound(self.bound):
             return None
+        if any(Effects(self.engine, self.bound).unequal(under, mean)):
+            self.mean = mean
+            return None
         self.mean_difference = found.loss
         return found
+
+    def _compare_reported(self, effects: Effects, under: Outcome, whole: Outcome, weights: Weights) -> bool:
+        """Compares what the step returns besides the loss, and what it logs, with one process. Collective.
+
+        Returns:
+            True if the comparison has been made again, with one microbatch.
+        """
+        unequal = effects.unequal(under, whole)
+        if any(unequal):
+            repeated, _ = self._in_one_process(weights, [self.args])
+            varies = Unequal({}, {}) if repeated is None else effects.unequal(repeated, whole)  # such as times
+            unequal = Unequal(*({k: how[k] for k in how if k not in v} for how, v in zip(unequal, varies, strict=True)))
+        if unequal.returned and self.parts > 1:
+            does = "returns values that are not means over the samples of its batch"
+            remedy = "return tensors with a row for each sample"
+            self._refuse_microbatches(weights, does, listed(unequal.returned), remedy)
+            return True
+        named = {"returns": unequal.returned, "logs": unequal.logged}
+        messages = [effects.message(does, how) for does, how in named.items() if how]
+        if self.mean is not None and (how := effects.unequal(self.mean, whole).logged):
+            messages.append(effects.message_of_parts(how))
+        self._warn(messages)
+        return False
+
+    def _warn(self, messages: Iterable[str]) -> None:
+        for message in messages:
+            if self.verify.strict:
+                raise PartitionError(f"`verify='strict'`: {message}")
+            rank_zero_warn(message)
 
     def _widen_bound(self, dtypes: Collection[torch.dtype]) -> None:
         """Sets the bound of the lowest precision in which the step has computed on any rank. Collective."""
         bound = torch.tensor(max(map(bound_of, dtypes), default=0.0), device=self.engine.device)
         dist.all_reduce(bound, dist.ReduceOp.MAX)
         self.bound = max(self.bound, float(bound))
-
-    def _when(self) -> str:
-        steps = self.runner.root.trainer.global_step
-        return (
-            f"Steps before step {steps} had other kinds of values, or hooks." if steps else "Training has not started."
-        )
-
-    def _compare_state(self, under: Outcome, whole: Outcome) -> None:
-        """Compares the state that the step has changed with that of one process on the same samples. Collective.
-
-        Raises:
-            PartitionError: On all ranks, if it differs on any.
-        """
-        if self.layout.ep > 1:
-            return  # the experts of a rank see other tokens than those of one process
-        shared = whole.state.keys() if under.shared is None else under.shared
-        expected = {place: leaves for place, leaves in whole.state.items() if place in shared}
-        difference, place = largest_difference(under.state, expected)
-        self._refuse_state(difference, place)
-
-    def _compare_written(self, under: Outcome, whole: Outcome, weights: Weights) -> None:
-        """Compares the weights that the step writes with those of one process on the same samples. Collective.
-
-        Raises:
-            PartitionError: On all ranks, if they differ on any.
-        """
-        names, stage = self.partition.parameters.names, self.engine.mesh.rank("pp")
-        (written,) = self._on_any_rank([n in under.written or n in whole.written for n in names])
-        worst = 0.0, ""
-        for name in (n for n in written if self.partition.plan.ranks_of(n)[0] == stage):
-            present, before = self.partition.parameters[name].detach(), weights.values[name]
-            found = self.partition.gathered(name, under.written.get(name, present))
-            worst = max(worst, (of_written(found, whole.written.get(name, before), before), name))
-        self._refuse_state(*worst)
-
-    def _refuse_state(self, difference: float, place: StatePlace | str | None) -> None:
-        """Refuses a difference of state or weights above the bound. Collective."""
-        where = location_of(self.runner.root.training_step)
-        text = (
-            f"`layout='{self.layout}'`: the step ({where}) leaves `{place}` in another state than one process does on "
-            f"the same samples: it differs by {difference:.2g} of its size. {self._when()} Change it in a "
-            "hook, such as `on_train_batch_start`, or use `verify='off'` if the difference is intended."
-        )
-        problem = first_problem(text if not difference <= self.bound else None)
-        if problem is not None:
-            raise PartitionError(problem)
 
     def _in_one_process(self, weights: Weights, parts: list[tuple]) -> tuple[Outcome | None, str | None]:
         try:
@@ -244,7 +228,7 @@ class Comparison:
         dist.all_reduce(weight, group=group)
         if under.weight is not None:
             scale *= self.layout.replicas / (float(weight) or 1.0)
-        made, wanted = self._on_any_rank(*([_has(o.gradients, n) for n in names] for o in (under, whole)))
+        made, wanted = on_any_rank(self.engine, *([_has(o.gradients, n) for n in names] for o in (under, whole)))
         stage = self.engine.mesh.rank("pp")
         found = {n: self._found(n, under) * scale for n in made if partition.plan.ranks_of(n)[0] == stage}
         expected = {n: _or_zero(whole.gradients[n], weights.values[n]) for n in wanted}
@@ -253,13 +237,6 @@ class Comparison:
         here = [n for n in wanted if n not in made] + list(found)
         gradients = dict.fromkeys([*made, *wanted], 0.0) | differences(found, expected, here)
         return self._worst(under.loss, whole.loss, gradients)
-
-    def _on_any_rank(self, *flags: list[bool]) -> list[list[str]]:
-        """Returns the parameters whose flag is True on any rank, for each list of a flag per parameter. Collective."""
-        values = torch.tensor(flags, dtype=torch.float32).to(self.engine.device)
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        names = self.partition.parameters.names
-        return [[n for n, has in zip(names, row, strict=True) if has] for row in values.tolist()]
 
     def _found(self, name: str, under: Outcome) -> Tensor:
         """Returns the whole gradient of a parameter of this rank's stage. Collective over the ranks that hold it."""
@@ -293,25 +270,26 @@ class Comparison:
             ]
             split, _ = self._in_one_process(weights, batches)
             if split is not None and not self._differences_of_processes(split, whole).within(self.bound):
-                self._refuse_microbatches(weights, found)
+                does = "computes a loss that is not the mean over the samples of its batch"
+                remedy = 'return `{"loss": ..., "weight": ...}` for a mean over tokens'
+                self._refuse_microbatches(weights, does, self._numbers(found), remedy)
                 return
         raise PartitionError(self._difference(found, self._first_module(weights)))
 
-    def _refuse_microbatches(self, weights: Weights, found: Differences) -> None:
+    def _refuse_microbatches(self, weights: Weights, does: str, numbers: str, remedy: str) -> None:
+        """Compares the step again with one microbatch, if the user has left their number open; else refuses it."""
         runner, parts, where = self.runner, self.parts, place_of(self.runner.root)
         if runner.microbatches != "auto":
             raise PartitionError(
-                f"`microbatches={runner.microbatches}`: {where} computes a loss that is not the mean over the samples "
-                f"of its batch: with {parts} microbatches {self._numbers(found)}. Use `microbatches=1` or 'auto', "
-                'return `{"loss": ..., "weight": ...}` for a mean over tokens, or use '
-                f"`layout='{self.layout.moved('pp', 'dp')}'`."
+                f"`microbatches={runner.microbatches}`: {where} {does}: with {parts} microbatches {numbers}. Use "
+                f"`microbatches=1` or 'auto', {remedy}, or use `layout='{self.layout.moved('pp', 'dp')}'`."
             )
         runner.microbatches = 1
-        self.rows.append(("microbatches", f"1 instead of {parts}: with {parts} {self._numbers(found)}"))
+        self.rows.append(("microbatches", f"1 instead of {parts}: with {parts} {numbers}"))
         if runner.root.trainer.global_step:
             rank_zero_warn(
-                f"{where} computes a loss that is not the mean over the samples of its batch. {self._when()} The last "
-                f"update was made with {parts} microbatches: {self._numbers(found)}. From here on 1 is used."
+                f"{where} {does}. {when(self.engine)} The last update was made with {parts} microbatches: {numbers}. "
+                "From here on 1 is used."
             )
         self._compare(weights)
 
@@ -329,7 +307,7 @@ class Comparison:
     def _difference(self, found: Differences, first: str) -> str:
         return (
             f"`layout='{self.layout}'`: the step of {place_of(self.runner.root)} does not equal that "
-            f"of one process on the same samples: {self._numbers(found)}. {first} {self._when()} Use "
+            f"of one process on the same samples: {self._numbers(found)}. {first} {when(self.engine)} Use "
             f"{self._advice()}, or `verify='off'` if the difference is intended."
         )
 

@@ -75,12 +75,13 @@ def largest_difference(found: State, expected: State) -> tuple[float, StatePlace
         elif len(mine) != len(others):
             value = math.inf
         else:
-            value = max((_relative(a, b) for a, b in zip(mine, others, strict=True)), default=0.0)
+            value = max((relative_of(a, b) for a, b in zip(mine, others, strict=True)), default=0.0)
         worst = max(worst, (value, place), key=lambda difference: difference[0])
     return worst
 
 
-def _relative(found: Leaf, expected: Leaf) -> float:
+def relative_of(found: Leaf, expected: Leaf) -> float:
+    """Returns the relative difference of two leaves; 0 if their shapes differ, infinity if one only is not finite."""
     if found.shape != expected.shape or found.sums == expected.sums:
         return 0.0
     if not all(map(math.isfinite, (*found.sums, *expected.sums))):

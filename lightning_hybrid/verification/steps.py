@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from lightning_hybrid._lightning_private import training_batch
 from lightning_hybrid._torch_private import BatchNorm, version_of
-from lightning_hybrid.batches import copied_batch
+from lightning_hybrid.batches import copied_batch, count_samples
+from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.engine.loss_weights import loss_of, mean_loss, weight_of
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.engine.trials import KeptValues, preserved_trained, preserved_training_state, step_undone
@@ -21,12 +23,13 @@ from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.preserve import preserved_module_state
 from lightning_hybrid.ghosts.state import ModuleState
 from lightning_hybrid.ghosts.trees import tensors_of
-from lightning_hybrid.metrics.logs import silent
+from lightning_hybrid.metrics.logs import LogEntry, LogRecorder, silent
 from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.verification.gradient_code import gradient_code
 from lightning_hybrid.verification.manual import optimizes_manually, replicas_of
 from lightning_hybrid.verification.randomness import common_randomness
+from lightning_hybrid.verification.reported import Reported, reported
 from lightning_hybrid.verification.state import State, changed_leaves, leaves_of
 from lightning_hybrid.verification.whole import Weights, whole_module
 
@@ -65,6 +68,8 @@ class Outcome:
     """A line of the user's code that acts on gradients within the backward pass; None: there is none."""
     written: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters that the step has given other values, by name, as in `gradients`."""
+    reported: Reported = Reported({}, ())  # noqa: RUF009 -- immutable
+    """What the step has returned and logged."""
 
 
 def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], how: Conditions) -> Outcome:
@@ -109,8 +114,14 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
             if shared is not None:
                 state = {place: leaves_of(present.get(place)) for place in shared}
             loss = _loss_of(out)
+            entries: list[LogEntry] = []
             if runner.context is not None:
+                entries = runner.context.recorder.reduced(runner.context.loss_weights)
                 runner.loss_weights.take(runner.context, runner.run.world.any_rank)
+            given = reported([out], [1], entries)
+            if runner.pipeline is not None:
+                stages = gather_objects(given.logged, runner.mesh.group("pp"))
+                given = given._replace(logged=list(chain.from_iterable(stages)))
             if loss is not None and not manual:
                 backward(loss)
         if runner.partition.missing is not None:
@@ -131,6 +142,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
         state=state,
         shared=shared,
         written=written,
+        reported=given,
     )
 
 
@@ -158,7 +170,8 @@ def run_in_one_process(
     """
     found: list[tuple[Tensor, float]] = []
     weighted, state, written = False, State(), dict[str, Tensor]()
-    divided = runner.partition.parameters.local()
+    divided, recorder = runner.partition.parameters.local(), LogRecorder(runner.root)
+    outs, samples, loss_weights = list[Any](), list[int](), list[float]()
     with ExitStack() as stack:
         replicas = stack.enter_context(replicas_of(runner, share))
         whole = stack.enter_context(whole_module(runner.partition, weights))
@@ -172,25 +185,35 @@ def run_in_one_process(
             with nullcontext() if replicas is None else replicas.averaged(whole):
                 runner.precision.backward(loss * (weight / len(parts)), runner.root, None, *args, **kwargs)
 
-        for part in parts:
+        for index, part in enumerate(parts):
             with _undone(runner, values):
                 manual = optimizes_manually(runner, backward, divided)
                 before = ModuleState(runner.root).copies()
-                loss, weight = _forward(runner, part, kwargs)
+                samples.append(count_samples(part[0]))
+                with recorder.recording(samples[-1], microbatch=index):
+                    outs.append(_forward(runner, part, kwargs))
+                loss, weight = _loss_of(outs[-1]), weight_of(outs[-1])
+                loss_weights.append(0.0 if weight is None else weight)
                 state = changed_leaves(ModuleState(runner.root), before)
                 weighted |= weight is not None
                 if loss is not None and not manual:
-                    backward(loss, weight=1.0 if weight is None else weight)
+                    with silent(runner.root):
+                        backward(loss, weight=1.0 if weight is None else weight)
                 written = _written(whole, values)
         total = sum(weight for _, weight in found)
         divisor = total / len(parts) if weighted else 1.0
         gradients = {n: None if p.grad is None else p.grad / (divisor or 1.0) for n, p in whole.items()}
         if any(isinstance(value, Ghost) for value in (*gradients.values(), *(loss for loss, _ in found))):
             raise RuntimeError("the step computes with values of other pipeline stages that hooks have kept")
-    loss, weight = mean_of(found), total if weighted else None
-    acts = next(iter(lines), None)
     return Outcome(
-        loss=loss, gradients=gradients, weight=weight, outputs=outputs, state=state, acts=acts, written=written
+        loss=mean_of(found),
+        gradients=gradients,
+        weight=total if weighted else None,
+        outputs=outputs,
+        state=state,
+        acts=next(iter(lines), None),
+        written=written,
+        reported=reported(outs, samples, recorder.reduced(loss_weights if weighted else None)),
     )
 
 
@@ -239,10 +262,11 @@ def mean_in_one_process(
                 stack.enter_context(patched(module, training=False))
         values = KeptValues(whole.values())
         for args, share in zip(batches, shares, strict=True):
-            with _undone(runner, values):
+            with _undone(runner, values), silent(runner.root):
                 manual = optimizes_manually(runner, backward, divided)
                 written = sum(map(version_of, whole.values()))
-                loss, weight = _forward(runner, args, kwargs)
+                out = _forward(runner, args, kwargs)
+                loss, weight = _loss_of(out), weight_of(out)
                 if (
                     manual and sum(map(version_of, whole.values())) != written
                 ):  # as SAM does, by gradients of all samples
@@ -289,19 +313,17 @@ def _undone(runner: StepRunner, weights: KeptValues) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(runner.device))
         stack.enter_context(preserved_module_state(runner.root))
-        stack.enter_context(silent(runner.root))
         stack.enter_context(preserved_trained(parameters))
         stack.callback(weights.restore)
         yield
 
 
-def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, float | None]:
-    """Runs the user's step with the whole module, and returns the loss and its weight."""
+def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Runs the user's step with the whole module."""
     root = runner.root
     with runner.rng.training(training_batch(root.trainer)), runner.run.step_context(training=True):
         runner.rng.begin(0)
-        out = root.training_step(*copied_batch(args), **copied_batch(kwargs))
-    return _loss_of(out), weight_of(out)
+        return root.training_step(*copied_batch(args), **copied_batch(kwargs))
 
 
 @contextmanager
