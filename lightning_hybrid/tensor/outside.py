@@ -46,8 +46,12 @@ def divide_embedding(module: nn.Embedding, ranks: int) -> Single:
     if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
         raise NotDivisible("`max_norm`, `sparse` and `scale_grad_by_freq` need the whole table")
     divided = {"weight": ShardedParameter(dim=0, size=module.num_embeddings)}
-    ids = torch.arange(module.num_embeddings).reshape(1, -1)
     length = module.num_embeddings // ranks
+    ids = torch.arange(module.num_embeddings)
+    if getattr(module.forward, "__func__", None) is nn.Embedding.forward:
+        # some rows of each part: the results for all would take the memory of the table, once for every rank
+        ids = torch.cat([part[:: max(length - 1, 1)] for part in ids.split(length)])
+    ids = ids[None]
 
     def to_local(rank: int, call: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         foreign = (ids < rank * length) | (ids >= (rank + 1) * length)
