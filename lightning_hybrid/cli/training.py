@@ -90,7 +90,7 @@ class _CLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)  # type: ignore[arg-type] -- a list
         except ArgumentError as error:
-            options = re.findall(r"--[\w.]+", self._options.format_usage())
+            options = ["--config", "--print_config", *re.findall(r"--[\w.]+", self._options.format_usage())]
             raise UsageError(explain(str(error), options, self._configs)) from None
 
     @override

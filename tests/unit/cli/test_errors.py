@@ -70,6 +70,7 @@ COMMANDS = {
     ("verify", "--config", "good.yaml", "--layot=dp2"): "Got `--layot=dp2`. Did you mean `--layout`?",
     ("verify", "--config", "good.yaml", "--layout=td2"): "unknown axis 'td'. Did you mean 'tp2'?",
     ("fit", "--config", "god.yaml"): "`--config`: there is no file god.yaml. Did you mean `good.yaml`?",
+    ("fit", "--confg", "good.yaml"): "unknown option `--confg`. Did you mean `--config`?",
     ("fit", "--config", "quickstrat"): "`--config`: there is no file quickstrat. Did you mean `quickstart`?",
     ("fit", "--config", "."): "`--config` must be a file. Got the folder .",
     ("fit", "--config", "list.yaml"): "list.yaml: a configuration has keys such as `model:` and `trainer:`.",
