@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
+
+from lightning_hybrid.models.hub import load_pretrained
 
 Message = Mapping[str, str]
 """`role` and `content` of a message in a conversation."""
@@ -101,7 +102,7 @@ class PretrainedTokenizer:
                 f"`tokenizer` {name!r} needs transformers. Install it with `pip install 'lightning-hybrid[hf]'`."
             ) from None
         self.name = name
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(local_folder(name, "tokenizer"))
+        self._tokenizer: Any = load_pretrained(AutoTokenizer.from_pretrained, name, "tokenizer")
         if self._tokenizer.eos_token_id is None:
             raise ValueError(f"`tokenizer` must have an end of text (`eos_token`). That of {name!r} has none.")
         self.end: int = self._tokenizer.eos_token_id
@@ -136,19 +137,6 @@ class PretrainedTokenizer:
         return self._tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=True, add_generation_prompt=answer, return_dict=False
         )
-
-
-def local_folder(name: str, argument: str) -> str:
-    """Returns the name of a model or tokenizer for transformers, with `~` expanded if it is a path.
-
-    Raises:
-        FileNotFoundError: If it is a path of this machine where nothing is.
-    """
-    path = Path(name).expanduser()
-    is_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if is_path and "/" in name and not path.exists():
-        raise FileNotFoundError(f"`{argument}`: there is no folder {name}. Current folder: {Path.cwd()}.")
-    return str(path) if path.exists() else name
 
 
 def make_tokenizer(name: str | None) -> Tokenizer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_hybrid.models.config import OptimizerConfig, config_of
+from lightning_hybrid.models.hub import load_pretrained
 from lightning_hybrid.models.labels import IGNORED, labeled_loss
 from lightning_hybrid.models.optimizers import optimizer_with_schedule
 
@@ -69,7 +69,9 @@ class PretrainedLM(LightningModule):
         if self._path is None:
             self.model = kind.from_config(self.config)
         else:
-            self.model = kind.from_pretrained(_expanded(self._path), config=self.config, dtype=torch.float32)
+            self.model = load_pretrained(
+                kind.from_pretrained, self._path, "path", config=self.config, dtype=torch.float32
+            )
         self.model.train()  # `from_pretrained` switches dropout off
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -140,15 +142,8 @@ def _configuration(path: str | None, config: Mapping[str, Any] | None) -> Any:
             f"`{given}` needs transformers. Install it with `pip install 'lightning-hybrid[hf]'`."
         ) from None
     if path is not None:
-        return AutoConfig.from_pretrained(_expanded(path))
+        return load_pretrained(AutoConfig.from_pretrained, path, "path")
     values = dict(config or {})
     if "model_type" not in values:
         raise ValueError("`config` must have `model_type`, the name of an architecture in transformers, such as llama.")
     return AutoConfig.for_model(values.pop("model_type"), **values)
-
-
-def _expanded(path: str) -> str:
-    folder = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) and not folder.is_dir():
-        raise FileNotFoundError(f"`path`: there is no folder {path}. Current folder: {Path.cwd()}.")
-    return str(folder) if folder.is_dir() else path

@@ -113,6 +113,9 @@ def test_tokenizers_without_what_is_needed(tmp_path: Path) -> None:
         pretrained(tmp_path).special("<fim>")
     with pytest.raises(FileNotFoundError, match=r"`tokenizer`: there is no folder \./nothing"):
         make_tokenizer("./nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="`tokenizer`: transformers cannot load '.*empty'"):
+        make_tokenizer(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="must be one of system, user, assistant, tool. Got 'robot'"):
         ByteTokenizer().chat([{"role": "robot", "content": ""}])
 

@@ -130,10 +130,12 @@ def test_a_local_folder(tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], weight), name
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`path` or `config` must be given, and not both"):
         PretrainedLM()
     with pytest.raises(FileNotFoundError, match=r"`path`: there is no folder \./nothing"):
         PretrainedLM(path="./nothing")
+    with pytest.raises(ValueError, match=f"`path`: transformers cannot load '{tmp_path}': "):
+        PretrainedLM(path=str(tmp_path))
     with pytest.raises(ValueError, match="`config` must have `model_type`"):
         PretrainedLM(config={"hidden_size": 8})
