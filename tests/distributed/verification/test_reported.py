@@ -73,6 +73,7 @@ def fit(layout: str, module: type, verify: str = "start", **options: Any) -> dic
     }
 
 
+@pytest.mark.feature("what a step returns and logs, compared with one process")
 @pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2", "pp2"], "dp2", "pp2"))
 def test_values_that_are_right_give_no_warning(ranks2: RankGroup, layout: str) -> None:
     for found in ranks2.call(fit, layout, Means, verify="strict"):
