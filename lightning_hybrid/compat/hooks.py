@@ -117,13 +117,20 @@ def _seeing_all(
         if not ended:  # else the hook has changed the layout
             _refuse_replacements(engine, hook, before, children)
             if added:
-                _refuse_additions(engine, named, added)
+                _refuse_additions(engine, hook, named, added)
         return out
 
     return run
 
 
-_Addition = tuple[nn.Module, str, "nn.Module | nn.Parameter"]
+class _Addition(NamedTuple):
+    """A parameter or module that a hook registers."""
+
+    owner: nn.Module
+    key: str
+    value: nn.Module | nn.Parameter
+    replaces: bool
+    """True if there was another one, which on this rank may have no weights."""
 
 
 @contextmanager
@@ -132,7 +139,8 @@ def _registrations_noted() -> Iterator[list[_Addition]]:
     added: list[_Addition] = []
 
     def note(owner: nn.Module, key: str, value: Any) -> None:
-        added.append((owner, key, value))
+        present = own_modules(owner).get(key), own_parameters(owner).get(key)
+        added.append(_Addition(owner, key, value, replaces=any(v is not None for v in present)))
 
     handles = [register_module_module_registration_hook(note), register_module_parameter_registration_hook(note)]
     try:
@@ -142,18 +150,19 @@ def _registrations_noted() -> Iterator[list[_Addition]]:
             handle.remove()
 
 
-def _refuse_additions(engine: Engine, hook: str, added: Sequence[_Addition]) -> None:
+def _refuse_additions(engine: Engine, hook: Callable[..., Any], named: str, added: Sequence[_Addition]) -> None:
     """Refuses new parameters of the module, unless each replica has them whole and does not train them."""
     names = {id(module): name for name, module in engine.root.named_modules()}
     known = set(map(id, engine.partition.parameters.registered().values()))
     layout = engine.plan.layout
-    for owner, key, value in reversed(added):  # a module comes after what is inside
+    for owner, key, value, replaces in reversed(added):  # a module comes after what is inside
         present = own_modules(owner).get(key), own_parameters(owner).get(key)
         if id(owner) not in names or not any(v is value for v in present):
             continue
         new = [p for p in (value.parameters() if isinstance(value, nn.Module) else [value]) if id(p) not in known]
         if new and (layout.devices > layout.dp or any(p.requires_grad for p in new)):
-            raise refused_addition(hook, f"`{names[id(owner)]}.{key}`".replace("`.", "`"))
+            name = f"{names[id(owner)]}.{key}".removeprefix(".")
+            raise _replaced(hook, name) if replaces else refused_addition(named, f"`{name}`")
 
 
 def _refuse_replacements(
@@ -166,9 +175,13 @@ def _refuse_replacements(
     replaced = next((p.name for p, value in before.items() if after[p] is not value), None)
     replaced = replaced or next((c.name for c in children if c.siblings.get(c.key) is not c.module), None)
     if replaced is not None:
-        raise PartitionError(
-            f"`{hook.__name__}` ({location_of(hook)}) replaces `{replaced}`, or a module that it belongs to. The "
-            "optimizer, the partition and checkpoints have the old weight. Write into the weight, as by `with "
-            "torch.no_grad(): weight.copy_(value)` or `module.reset_parameters()`, or build the module in "
-            "`configure_model` and train it from a later epoch on."
-        )
+        raise _replaced(hook, replaced)
+
+
+def _replaced(hook: Callable[..., Any], name: str) -> PartitionError:
+    return PartitionError(
+        f"`{hook.__name__}` ({location_of(hook)}) replaces `{name}`, or a module that it belongs to. The "
+        "optimizer, the partition and checkpoints have the old weight. Write into the weight, as by `with "
+        "torch.no_grad(): weight.copy_(value)` or `module.reset_parameters()`, or build the module in "
+        "`configure_model` and train it from a later epoch on."
+    )
