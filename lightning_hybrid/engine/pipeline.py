@@ -31,7 +31,7 @@ from lightning_hybrid.ghosts.dry_run import failure_of_step, trace_step
 from lightning_hybrid.ghosts.ghost import Ghost, GhostReadError, GhostWriteError
 from lightning_hybrid.ghosts.record import CrossingValue, Trace
 from lightning_hybrid.mesh import Mesh
-from lightning_hybrid.metrics.outputs import extras, join
+from lightning_hybrid.metrics.outputs import NOT_JOINED, NotJoinedError, extras, join
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.parallelize.backward_hooks import check_backward_hooks
@@ -209,8 +209,11 @@ class Pipeline:
             return None, {}
         step = self._step
         returned = [step.extras[i] for i in range(count)] if any(step.extras.values()) else []
-        joined = join(returned, [size // count] * count) if returned else {}
-        if not step.loss_weights:
+        try:
+            joined = join(returned, [size // count] * count) if returned else {}
+        except NotJoinedError as error:
+            joined = {NOT_JOINED: str(error)}  # raised on all ranks, which wait for what this one shares
+        if not step.loss_weights or NOT_JOINED in joined:
             return torch.stack(step.losses).mean(), joined
         own = weights_of_parts(self.root, step.loss_weights, count)
         return mean_loss(step.losses, own), with_weights(joined, own)

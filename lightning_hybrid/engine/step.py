@@ -30,6 +30,7 @@ from lightning_hybrid.engine.run import Run
 from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.trace import Tracer
 from lightning_hybrid.metrics.logs import LogRecorder, leave_out
+from lightning_hybrid.metrics.outputs import NOT_JOINED, NotJoinedError
 from lightning_hybrid.metrics.stages import StageOutputs
 from lightning_hybrid.metrics.step_logs import StepLogs
 from lightning_hybrid.metrics.torchmetrics import Metrics
@@ -296,6 +297,8 @@ class StepRunner:
         self._note_parts(context, args[0], pipeline.parts)
         stashed.keep()
         mean_loss, extras = self._share(loss, extras)
+        if NOT_JOINED in extras:
+            raise NotJoinedError(f"{extras[NOT_JOINED]} ({location_of(self.root.training_step)})")
         self._check_written()
         self._log(self._weighted(context, *extras.pop(BY_MICROBATCH, ())))
         anchor = torch.zeros((), device=self.device, requires_grad=True)

@@ -17,6 +17,7 @@ from lightning_hybrid.batches import split_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.loss_weights import place_of
+from lightning_hybrid.metrics.outputs import NotJoinedError
 from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.batch_norm import has_batch_norm
@@ -110,7 +111,14 @@ class Comparison:
 
     def _compare(self, weights: Weights) -> str | None:
         """Compares the step with one process; returns why that was not possible, or None."""
-        under = run_under_layout(self.runner, self.args, self.kwargs, self.how)
+        try:
+            under = run_under_layout(self.runner, self.args, self.kwargs, self.how)
+        except NotJoinedError as error:  # on all ranks
+            if self.runner.microbatches != "auto":
+                raise
+            self.runner.microbatches = 1
+            self.rows.append(("microbatches", f"1: {str(error).partition('. ')[0]}"))
+            return self._compare(weights)
         self.parts = under.parts
         found = self._differences_in_parts(under, weights)
         if found is not None:
@@ -192,7 +200,7 @@ class Comparison:
             self._refuse_microbatches(weights, does, listed(unequal.returned), remedy)
             return True
         named = {"returns": unequal.returned, "logs": unequal.logged}
-        messages = [effects.message(does, how) for does, how in named.items() if how]
+        messages = [effects.message(does, how, self.parts) for does, how in named.items() if how]
         if self.mean is not None and (how := effects.unequal(self.mean, whole).logged):
             messages.append(effects.message_of_parts(how))
         self._warn(messages)

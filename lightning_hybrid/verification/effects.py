@@ -19,7 +19,8 @@ from lightning_hybrid.verification.reported import unequal_logs, unequal_returne
 from lightning_hybrid.verification.state import largest_difference
 from lightning_hybrid.verification.steps import Outcome
 
-_REMEDY = "Log a `torchmetrics.Metric`, or sums with `reduce_fx='sum'`, and return tensors with a row for each sample."
+_OF_LOGS = "Log a `torchmetrics.Metric`, or sums with `reduce_fx='sum'`."
+_OF_RETURNED = "Hooks and callbacks see them: return tensors with a row for each sample, or leave them out."
 
 
 class Unequal(NamedTuple):
@@ -95,12 +96,18 @@ class Effects:
             merged = Unequal(returned | merged.returned, logged | merged.logged)
         return merged
 
-    def message(self, does: str, how: dict[str, str]) -> str:
-        """Returns the warning for values that differ under the layout; `does` is "logs" or "returns"."""
-        microbatches = " They are those of a microbatch, which `microbatches=1` avoids." if self._layout.pp > 1 else ""
+    def message(self, does: str, how: dict[str, str], parts: int) -> str:
+        """Returns the warning for values that differ under the layout.
+
+        Args:
+            does: `logs` or `returns`.
+            how: How the values differ, by name.
+            parts: The number of microbatches.
+        """
+        cause = " They are those of a microbatch, which `microbatches=1` avoids." if parts > 1 else ""
         return (
             f"`layout='{self._layout}'`: {place_of(self._engine.root)} {does} other values than one process does on "
-            f"the same samples: {listed(how)}.{microbatches} {_REMEDY}"
+            f"the same samples: {listed(how)}.{cause} {_OF_LOGS if does == 'logs' else _OF_RETURNED}"
         )
 
     def message_of_parts(self, how: dict[str, str]) -> str:
@@ -109,7 +116,7 @@ class Effects:
             f"{place_of(self._engine.root)} logs values that are not means over the samples of its batch: as the mean "
             f"of equal parts of the first batch, {listed(how)}. Under `layout='{self._layout}'` each replica "
             "computes them from its own samples, as under DistributedDataParallel, which differs from one process by "
-            f"about as much. {_REMEDY}"
+            f"about as much. {_OF_LOGS}"
         )
 
 

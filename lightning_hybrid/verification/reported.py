@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,4 +95,5 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _shapes(leaves: Sequence[Leaf]) -> str:
-    return ", ".join(str(leaf.shape) for leaf in leaves) or "none"
+    shapes = Counter(leaf.shape for leaf in leaves)
+    return ", ".join(f"{count} x {shape}" if count > 1 else str(shape) for shape, count in shapes.items()) or "none"

@@ -41,8 +41,26 @@ class Returned(Classifier):
         out = self(batch["x"])
         return {"loss": F.cross_entropy(out, batch["y"]), "samples": torch.tensor(len(out)), "nested": {"n": len(out)}}
 
-    def on_train_batch_end(self, outputs, batch, batch_idx):
+    def on_train_batch_end(self, outputs: Any, batch, batch_idx):
         self.right += float(outputs["samples"]) + outputs["nested"]["n"]
+
+
+class Result:
+    """An object that no part of this package knows."""
+
+    def __init__(self, out: torch.Tensor) -> None:
+        self.out = out
+
+
+class Object(Classifier):
+    """Returns an object, as `return self.model(**batch)` does with the key-value cache of a language model."""
+
+    def training_step(self, batch, batch_idx):
+        out = self(batch["x"])
+        return {"loss": F.cross_entropy(out, batch["y"]), "result": Result(out.detach())}
+
+    def on_train_batch_end(self, outputs: Any, batch, batch_idx):
+        self.right = float(len(outputs["result"].out))
 
 
 class Logged(Classifier):
@@ -92,6 +110,15 @@ def test_chosen_microbatches_are_refused_where_the_step_returns_a_number_of_samp
     message = r"`microbatches=2`: `Returned.training_step` .* returns values .* `microbatches=1` or 'auto'"
     with pytest.raises(RankError, match=message):
         ranks2.call(fit, "pp2", Returned, microbatches=2)
+
+
+def test_microbatches_are_avoided_where_the_step_returns_an_object(ranks2: RankGroup) -> None:
+    for found in ranks2.call(fit, "pp2", Object):
+        assert found["rows"][0][0] == "microbatches"
+        assert found["rows"][0][1].startswith("1: `training_step['result']` is a Result that differs between")
+        assert found["right"] == 16
+    with pytest.raises(RankError, match=r"NotJoinedError: `training_step\['result'\]` .* `microbatches=1`.*py:\d+"):
+        ranks2.call(fit, "pp2", Object, microbatches=2, timeout_seconds=30.0)
 
 
 def test_logs_that_are_computed_from_microbatches_are_a_warning(ranks2: RankGroup) -> None:
