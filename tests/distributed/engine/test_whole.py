@@ -293,8 +293,10 @@ def generated(layout: str | None, folder: str) -> dict[str, Any]:
     trainer, replicas = trainer_for(layout)
     texts = torch.randint(1, 32, (16, 8), generator=torch.Generator().manual_seed(1))
     trainer.fit(module, DataLoader(texts, batch_size=8 // replicas))  # type: ignore[arg-type]
-    path = f"{folder}/{layout}/{trainer.global_rank}"
-    module.model.save_pretrained(path)
+    path = f"{folder}/{layout}"
+    if trainer.global_rank == 0:  # transformers writes on this rank only
+        module.model.save_pretrained(path)
+    trainer.strategy.barrier()
     saved = type(module.model).from_pretrained(path)
     prompt = texts[:2, :4]
     made = [m.eval().generate(prompt, max_new_tokens=6, do_sample=False) for m in (module.model, saved)]

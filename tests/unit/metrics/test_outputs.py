@@ -40,7 +40,18 @@ def test_numbers_are_weighted_by_samples() -> None:
     assert join([{"value": 1.0}, {"value": 4.0}], [1, 2]) == {"value": 3.0}
 
 
-@pytest.mark.parametrize("values", [("a", "b"), (torch.zeros(3), torch.ones(3)), (True, False)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("a", "b"),
+        (torch.zeros(3), torch.ones(3)),
+        (True, False),
+        ({"a": 1}, {"b": 1}),
+        ((1, 2), (1,)),
+        ([1.0], [1.0, 2.0, 3.0]),
+        (torch.ones(2), None),
+    ],
+)
 def test_outputs_that_can_not_be_joined_are_refused(values: tuple[Any, Any]) -> None:
     with pytest.raises(
         PartitionError, match=r"`training_step\['value'\]` is a .* differs between microbatches.*number"
