@@ -190,10 +190,12 @@ class Comparison:
             True if the comparison has been made again, with one microbatch.
         """
         unequal = effects.unequal(under, whole)
-        if any(unequal):
+        of_parts = Unequal({}, {}) if self.mean is None else effects.unequal(self.mean, whole)
+        if any(unequal) or of_parts.logged:
             repeated, _ = self._in_one_process(weights, [self.args])
-            varies = Unequal({}, {}) if repeated is None else effects.unequal(repeated, whole)  # such as times
-            unequal = Unequal(*({k: how[k] for k in how if k not in v} for how, v in zip(unequal, varies, strict=True)))
+            if repeated is not None:
+                varies = effects.unequal(repeated, whole)  # such as times
+                unequal, of_parts = unequal.without(varies), of_parts.without(varies)
         if unequal.returned and self.parts > 1:
             does = "returns values that are not means over the samples of its batch"
             remedy = "return tensors with a row for each sample"
@@ -201,8 +203,8 @@ class Comparison:
             return True
         named = {"returns": unequal.returned, "logs": unequal.logged}
         messages = [effects.message(does, how, self.parts) for does, how in named.items() if how]
-        if self.mean is not None and (how := effects.unequal(self.mean, whole).logged):
-            messages.append(effects.message_of_parts(how))
+        if of_parts.logged:
+            messages.append(effects.message_of_parts(of_parts.logged))
         self._warn(messages)
         return False
 

@@ -31,6 +31,10 @@ class Unequal(NamedTuple):
     logged: dict[str, str]
     """By name."""
 
+    def without(self, other: Unequal) -> Unequal:
+        """Returns the differences at other places than those of `other`."""
+        return Unequal(*({k: how[k] for k in how if k not in known} for how, known in zip(self, other, strict=True)))
+
 
 class Effects:
     """Compares the effects of a step under the layout with those of one process on the same samples.

@@ -28,7 +28,7 @@ class Means(Classifier):
         self.log_dict({"loss": loss, "accuracy": self.accuracy, "right": right.mean()})
         self.log("count", right.sum(), reduce_fx="sum")
         self.log("largest", out.max(), reduce_fx="max")
-        self.log("time", time.perf_counter())
+        self.log("time", float(time.perf_counter_ns() % 1000))
         return {"loss": loss, "rows": out.detach(), "name": "step", "mean": right.mean(), "list": list(batch["y"])}
 
 
