@@ -103,7 +103,7 @@ def _train(layout: str | None, size: MemorySize) -> None:
     # The environment counts as one of several processes to Lightning until its teardown has changed it.
     os.environ["WORLD_SIZE"] = str(parsed.devices)
     L.Trainer(
-        strategy=HybridStrategy(layout=layout) if layout else "auto",
+        strategy=HybridStrategy(layout=layout, verify="off") if layout else "auto",
         accelerator="cpu",
         devices=parsed.devices,
         max_steps=STEPS,
