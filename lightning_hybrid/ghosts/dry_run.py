@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,6 +28,7 @@ from lightning_hybrid.ghosts.state import ModuleState
 from lightning_hybrid.ghosts.trace import Tracer
 from lightning_hybrid.ghosts.units import CallInterceptor
 from lightning_hybrid.ghosts.use import StepUse, record_use
+from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -211,7 +213,9 @@ class _DryRun:
             if manual is not None:
                 optimizers, schedulers = manual
                 idle = [IdleOptimizer(optimizer, ghosts) for optimizer in optimizers]
-                optimize_idly(root, idle, schedulers, lambda loss, *_, **__: tracer.consume_all(loss))
+                idly = partial(_backward_idly, tracer)
+                optimize_idly(root, idle, schedulers, idly)
+                stack.enter_context(patched(torch.autograd, backward=idly))  # `loss.backward()` calls it
             stack.enter_context(self.interceptor.handled_by(tracer))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.context())
@@ -230,6 +234,11 @@ class _DryRun:
             out = _as_tree(self.function(*given))
         tracer.consume_all(out)
         return tracer.real.replaced(out)
+
+
+def _backward_idly(tracer: Tracer, losses: Any, *_: Any, **__: Any) -> None:
+    """Takes the place of the backward pass in a step with manual optimization."""
+    tracer.consume_all(losses)
 
 
 def _replace_parameters(root: nn.Module, tracer: Tracer, device: torch.device) -> dict[int, Ghost]:

@@ -300,13 +300,13 @@ OTHERS = {kind.__name__: kind for kind in (FrozenInStep, ScaledByFloat, MeanRemo
 REFUSED = {"RawBackward": RawBackward}
 
 
-def fit(layout: str | None, kind: str) -> dict[str, Any]:
-    """Trains a module for two epochs, with an uneven last batch; its weights, and what was logged."""
+def fit(layout: str | None, kind: str, samples: int = 21) -> dict[str, Any]:
+    """Trains a module for two epochs, with an uneven last batch of 21; its weights, and what was logged."""
     quiet()
     L.seed_everything(7, verbose=False)
     module = {**KINDS, **OTHERS, **REFUSED}[kind]()
     generator = torch.Generator().manual_seed(1)
-    data = TensorDataset(torch.randn(21, WIDTH, generator=generator), torch.randn(21, 4, generator=generator))
+    data = TensorDataset(torch.randn(samples, WIDTH, generator=generator), torch.randn(samples, 4, generator=generator))
     trainer, replicas = verified_trainer_for(layout, max_epochs=2)
     trainer.fit(module, DataLoader(data, batch_size=8 // replicas))
     verified = [] if layout is None else getattr(trainer.strategy, "verification", [])

@@ -70,3 +70,8 @@ def test_a_backward_pass_that_is_not_weighted_is_refused(ranks2: RankGroup, layo
     """On the uneven last batch; until then replicas have equal numbers of samples."""
     with pytest.raises(RankError, match=r"manual_jobs.py:\d+ \(training_step\) calls `loss.backward\(\)` on a batch"):
         ranks2.call(fit, layout, "RawBackward")
+
+
+@pytest.mark.parametrize("layout", quick(["dp2", "fsdp2", "tp2"], "tp2"))
+def test_a_backward_pass_without_lightning_is_exact_on_equal_batches(ranks2: RankGroup, layout: str) -> None:
+    compare(fit(None, "RawBackward", 24), ranks2.call(fit, layout, "RawBackward", 24))
