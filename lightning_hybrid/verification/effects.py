@@ -115,10 +115,10 @@ class Effects:
         )
 
     def message_of_parts(self, how: dict[str, str]) -> str:
-        """Returns the warning for logged values that are no means over samples, where replicas have their own."""
+        """Returns the warning for logged values that another division of the samples changes, as among replicas."""
         return (
-            f"{place_of(self._engine.root)} logs values that are not means over the samples of its batch: as the mean "
-            f"of equal parts of the first batch, {listed(how)}. Under `layout='{self._layout}'` each replica "
+            f"{place_of(self._engine.root)} logs values that depend on how samples are divided: computed from equal "
+            f"parts of the first batch, {listed(how)}. Under `layout='{self._layout}'` each replica "
             "computes them from its own samples, as under DistributedDataParallel, which differs from one process by "
             f"about as much. {_OF_LOGS}"
         )

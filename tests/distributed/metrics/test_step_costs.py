@@ -93,8 +93,9 @@ class Module(L.LightningModule):
         for block in self.blocks:
             x = block(x)
         loss = (x - batch).square().mean()
+        value = x.max() if self._options.get("reduce_fx") == "max" else loss  # as one process has them
         for i in range(self._values + (self._changing and batch_idx % 2)):
-            self.log(f"value {i}", loss * i, **self._options)
+            self.log(f"value {i}", value * i, **self._options)
         more = {"output": x.detach(), "index": batch_idx, "half": batch_idx / 2, "note": "same"}
         return {"loss": loss, **more} if self._extras else loss
 

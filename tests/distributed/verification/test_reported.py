@@ -133,7 +133,7 @@ def test_logs_that_are_computed_from_microbatches_are_a_warning(ranks2: RankGrou
 def test_logs_that_are_no_means_over_samples_are_a_warning(ranks2: RankGroup, layout: str) -> None:
     (message,) = ranks2.call(fit, layout, Logged)[0]["warnings"]
     assert message.startswith("`Logged.training_step` (")
-    assert "the mean of equal parts of the first batch, `n` is 4, in one process 8;" in message
+    assert "computed from equal parts of the first batch, `n` is 4, in one process 8;" in message
     assert "as under DistributedDataParallel" in message
 
 
