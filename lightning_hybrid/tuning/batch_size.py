@@ -232,7 +232,8 @@ class BatchSizeController:
         """
         batch, _ = sample_batch(self._trainer.train_dataloader, training=True)
         parts = self.limits(1, 1).max_microbatches
-        return self._probe(batch, parts, budget_bytes).find(sizes)
+        with self._engine.outside_hooks():  # a derived class of the user has called this
+            return self._probe(batch, parts, budget_bytes).find(sizes)
 
     def _probe(self, batch: Any, microbatches: int, budget_bytes: int | None) -> MemoryProbe:
         return MemoryProbe(
@@ -246,7 +247,8 @@ class BatchSizeController:
 
     def find_token_budget(self, limit: int, budget_bytes: int | None) -> int:
         """Returns the largest token budget of a batch, up to `limit`, that fits on all ranks. Collective."""
-        return self._present_budget.find(limit, lambda batch, parts: self._probe(batch, parts, budget_bytes))
+        with self._engine.outside_hooks():
+            return self._present_budget.find(limit, lambda batch, parts: self._probe(batch, parts, budget_bytes))
 
     @property
     def _present_budget(self) -> TokenBudget:

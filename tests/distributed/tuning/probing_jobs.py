@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_hybrid.adapt.memory import MemoryFit
+from lightning_hybrid.callbacks import AdaptiveBatchSize
 from lightning_hybrid.dataloader.peek import sample_batch
 from lightning_hybrid.tuning.memory_probe.probe import MemoryProbe, ProbeError, ProbeResult
 from tests.distributed.experts.expert_jobs import Mixture
@@ -142,6 +143,20 @@ class ProbeAtStart(L.Callback):
                     self.errors.append(str(error))
                 after = snapshot(trainer, pl_module)
                 self.changed += [key for key in before | after if not same(before.get(key), after.get(key))]
+
+
+class OfUser(AdaptiveBatchSize):
+    """A class of the user: its hooks see weights as those of the user do."""
+
+
+def adapt_by_class_of_user(layout: str, limits: list[int]) -> int | None:
+    """The microbatch size that a run finds whose callback is derived from that of this package."""
+    quiet()
+    module = module_for(layout, Faults(limits))
+    adaptive = OfUser(memory="device", statistics=None)
+    trainer, replicas = trainer_for(layout, callbacks=[adaptive])
+    trainer.fit(module, DataLoader(Numbers(256), batch_size=64 // replicas))
+    return adaptive._microbatch.samples
 
 
 class Record(L.Callback):

@@ -128,6 +128,11 @@ def test_an_error_of_one_rank_reaches_all(request: pytest.FixtureRequest, case: 
         check_untouched(ours, expected)
 
 
+@pytest.mark.parametrize("layout", quick(["ep2", "fsdp2", "tp2"], "ep2"))
+def test_a_callback_derived_from_that_of_this_package_probes(ranks2: RankGroup, layout: str) -> None:
+    assert ranks2.call(jobs.adapt_by_class_of_user, layout, [300, 37]) == [32, 32]
+
+
 def test_timeouts_can_be_set_after_a_probe(ranks2: RankGroup) -> None:
     """The groups keep the probe's fake backends, on which torch's `ProcessGroup.set_timeout` fails."""
     timeout = timedelta(seconds=97)
