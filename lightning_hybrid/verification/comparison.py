@@ -116,9 +116,7 @@ class Comparison:
         except NotJoinedError as error:  # on all ranks
             if self.runner.microbatches != "auto":
                 raise
-            self.runner.microbatches = 1
-            self.rows.append(("microbatches", f"1: {str(error).partition('. ')[0]}"))
-            return self._compare(weights)
+            return self._compare_undivided(weights, f"1: {str(error).partition('. ')[0]}")
         self.parts = under.parts
         found = self._differences_in_parts(under, weights)
         if found is not None:
@@ -139,14 +137,23 @@ class Comparison:
                 return "two runs of the same step in one process differ from each other"
             self._widen_bound(computed.dtypes)
         if not found.within(self.bound):
-            self._diagnose(weights, whole, found)
-            return None
+            return self._diagnose(weights, whole, found)
         effects = Effects(self.engine, self.bound)
         effects.compare_state(under, whole)
         effects.compare_written(under, whole, weights)
-        if not self._compare_reported(effects, under, whole, weights):
-            self._add_row(found)
+        divided = self._compare_reported(effects, under, whole, weights)
+        if divided:
+            does = "returns values that are not means over the samples of its batch"
+            remedy = "return tensors with a row for each sample"
+            return self._refuse_microbatches(weights, does, listed(divided), remedy)
+        self._add_row(found)
         return None
+
+    def _compare_undivided(self, weights: Weights, row: str) -> str | None:
+        """Compares the step with one microbatch, which is used from here on; `row` says why."""
+        self.runner.microbatches = 1
+        self.rows.append(("microbatches", row))
+        return self._compare(weights)
 
     def _add_row(self, found: Differences) -> None:
         trained = len(found.gradients)
@@ -183,11 +190,11 @@ class Comparison:
         self.mean_difference = found.loss
         return found
 
-    def _compare_reported(self, effects: Effects, under: Outcome, whole: Outcome, weights: Weights) -> bool:
-        """Compares what the step returns besides the loss, and what it logs, with one process. Collective.
+    def _compare_reported(self, effects: Effects, under: Outcome, whole: Outcome, weights: Weights) -> dict[str, str]:
+        """Compares the values that the step returns besides the loss, and logs, with one process. Collective.
 
         Returns:
-            True if the comparison has been made again, with one microbatch.
+            How returned values differ because of microbatches, by place; all else that differs is a warning.
         """
         unequal = effects.unequal(under, whole)
         of_parts = Unequal({}, {}) if self.mean is None else effects.unequal(self.mean, whole)
@@ -197,16 +204,13 @@ class Comparison:
                 varies = effects.unequal(repeated, whole)  # such as times
                 unequal, of_parts = unequal.without(varies), of_parts.without(varies)
         if unequal.returned and self.parts > 1:
-            does = "returns values that are not means over the samples of its batch"
-            remedy = "return tensors with a row for each sample"
-            self._refuse_microbatches(weights, does, listed(unequal.returned), remedy)
-            return True
+            return unequal.returned
         named = {"returns": unequal.returned, "logs": unequal.logged}
         messages = [effects.message(does, how, self.parts) for does, how in named.items() if how]
         if of_parts.logged:
             messages.append(effects.message_of_parts(of_parts.logged))
         self._warn(messages)
-        return False
+        return {}
 
     def _warn(self, messages: Iterable[str]) -> None:
         for message in messages:
@@ -268,8 +272,8 @@ class Comparison:
 
     # ---- causes
 
-    def _diagnose(self, weights: Weights, whole: Outcome, found: Differences) -> None:
-        """Finds the cause of a difference. Collective.
+    def _diagnose(self, weights: Weights, whole: Outcome, found: Differences) -> str | None:
+        """Finds the cause of a difference, and compares again if that can be avoided. Collective.
 
         Raises:
             PartitionError: Unless another number of microbatches, which the user has left open, is right.
@@ -282,26 +286,27 @@ class Comparison:
             if split is not None and not self._differences_of_processes(split, whole).within(self.bound):
                 does = "computes a loss that is not the mean over the samples of its batch"
                 remedy = 'return `{"loss": ..., "weight": ...}` for a mean over tokens'
-                self._refuse_microbatches(weights, does, self._numbers(found), remedy)
-                return
+                return self._refuse_microbatches(weights, does, self._numbers(found), remedy)
         raise PartitionError(self._difference(found, self._first_module(weights)))
 
-    def _refuse_microbatches(self, weights: Weights, does: str, numbers: str, remedy: str) -> None:
-        """Compares the step again with one microbatch, if the user has left their number open; else refuses it."""
+    def _refuse_microbatches(self, weights: Weights, does: str, numbers: str, remedy: str) -> str | None:
+        """Compares the step again with one microbatch, if the user has left their number open; else refuses it.
+
+        Raises:
+            PartitionError: If the user has given the number.
+        """
         runner, parts, where = self.runner, self.parts, place_of(self.runner.root)
         if runner.microbatches != "auto":
             raise PartitionError(
                 f"`microbatches={runner.microbatches}`: {where} {does}: with {parts} microbatches {numbers}. Use "
                 f"`microbatches=1` or 'auto', {remedy}, or use `layout='{self.layout.moved('pp', 'dp')}'`."
             )
-        runner.microbatches = 1
-        self.rows.append(("microbatches", f"1 instead of {parts}: with {parts} {numbers}"))
         if runner.root.trainer.global_step:
             rank_zero_warn(
                 f"{where} {does}. {when(self.engine)} The last update was made with {parts} microbatches: {numbers}. "
                 "From here on 1 is used."
             )
-        self._compare(weights)
+        return self._compare_undivided(weights, f"1 instead of {parts}: with {parts} {numbers}")
 
     def _numbers(self, found: Differences) -> str:
         wrong = found.beyond(self.bound)

@@ -1,4 +1,4 @@
-"""Compares what a step gives to hooks and loggers besides its loss: values that it returns, and values that it logs."""
+"""Compares the values that a step returns besides its loss, and those that it logs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SMALL = 1e-3
 
 
 class Reported(NamedTuple):
-    """What a step has returned and logged on a replica's batch."""
+    """Values that a step has returned and logged, from the batch of a replica."""
 
     returned: Mapping[str, list[Leaf] | None]
     """Numbers and tensors besides the loss and its weight, by place."""
@@ -32,7 +32,7 @@ class Reported(NamedTuple):
 
 
 def reported(outs: Sequence[Any], samples: Sequence[int], entries: Iterable[LogEntry]) -> Reported:
-    """Returns what a step has returned and logged.
+    """Returns the values that a step has returned and logged.
 
     Args:
         outs: What the step has returned for each part of the batch.

@@ -69,7 +69,7 @@ class Outcome:
     written: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters that the step has given other values, by name, as in `gradients`."""
     reported: Reported = Reported({}, ())  # noqa: RUF009 -- immutable
-    """What the step has returned and logged."""
+    """Values that the step has returned and logged."""
 
 
 def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], how: Conditions) -> Outcome:

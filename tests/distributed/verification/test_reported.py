@@ -1,4 +1,4 @@
-"""What a step returns besides its loss, and what it logs, is compared with one process."""
+"""Verification compares the values that a step returns besides its loss, and logs, with those of one process."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def global_batches(path: str, replicas: int, config: SampleConfig) -> list[list[
             order = list(loader.sampler)[replica::replicas]
             dealt = [order[i : i + loader.batch_size] for i in range(0, len(order), loader.batch_size)]
             dealt = [part for part in dealt if len(part) == loader.batch_size]
-        parts.append([[data._training[i]["input_ids"].numpy().tobytes() for i in part] for part in dealt])  # type: ignore[index] -- set
+        parts.append([[data._training[i]["input_ids"].numpy().tobytes() for i in part] for part in dealt])  # type: ignore[index] -- set in `setup`
     return [sorted(sum(batch, [])) for batch in zip(*parts, strict=True)]
 
 
