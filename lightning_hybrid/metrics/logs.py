@@ -13,7 +13,7 @@ import numbers
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -107,13 +107,16 @@ def by_name(root: pl.LightningModule, args: tuple, kwargs: dict[str, Any]) -> di
     return {k: v for k, v in bound.arguments.items() if k != "self"}
 
 
+LogCalls = dict[tuple[int, str, int], LogEntry]
+"""Entries by stage, key, and number of earlier calls of this microbatch with the key."""
+
+
 @dataclass
 class LogRecorder:
     """Collects the `self.log` calls of one step."""
 
     root: pl.LightningModule
-    calls: dict[tuple[int, str, int], LogEntry] = field(default_factory=dict)
-    """Entries by stage, key, and number of earlier calls of this microbatch with the key."""
+    calls: LogCalls = field(default_factory=dict)
 
     def reduced(self, loss_weights: Sequence[float] | None = None) -> list[LogEntry]:
         """Returns the logged entries, in order, reduced over the microbatches.
@@ -124,6 +127,12 @@ class LogRecorder:
         for entry in self.calls.values():
             entry.reduce(loss_weights)
         return sorted(self.calls.values(), key=lambda e: e.place)
+
+    def add(self, calls: LogCalls, first: int) -> None:
+        """Adds calls that were recorded elsewhere, in microbatches that are numbered from `first` on here."""
+        for key, entry in calls.items():
+            values = [value._replace(microbatch=value.microbatch + first) for value in entry.values]
+            self.calls.setdefault(key, replace(entry, values=[])).values.extend(values)
 
     @contextmanager
     def recording(self, samples: float, owner: Any = None, stage: int = 0, microbatch: int = 0) -> Iterator[None]:

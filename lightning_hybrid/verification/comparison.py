@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import hands_out_its_iterator
+from lightning_hybrid._torch_private import default_group
 from lightning_hybrid.batches import split_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.engine.engine import Engine
@@ -28,13 +29,13 @@ from lightning_hybrid.verification.differences import (
     ComputedIn,
     Differences,
     bound_of,
-    differences,
-    mean_over,
     relative,
     step_bound,
 )
-from lightning_hybrid.verification.effects import Effects, Unequal, listed, on_any_rank, when
-from lightning_hybrid.verification.mean import MeanCheck, equal_parts, mean_bound, mean_row, refused_gather
+from lightning_hybrid.verification.effects import Effects, Unequal, listed, when
+from lightning_hybrid.verification.mean import MeanCheck, mean_bound, mean_row, refused_gather
+from lightning_hybrid.verification.spread import Spread
+from lightning_hybrid.verification.step_differences import StepDifferences
 from lightning_hybrid.verification.steps import (
     Conditions,
     Outcome,
@@ -70,7 +71,7 @@ class Comparison:
         """The relative difference of the loss from the mean over parts of its batch, if the comparison shows it."""
         self.mean: Outcome | None = None
         """The mean over parts of the batch, if the step reports other values than on the whole batch."""
-        self.weight = _weight(engine)
+        self.measured = StepDifferences(engine)
 
     def run(self) -> list[tuple[str, str]]:
         """Runs the steps, reports on rank 0, and returns the rows of the report.
@@ -97,7 +98,7 @@ class Comparison:
             self.rows.append(mean_row(self.mean_difference, mean_bound(self.bound)))
             return
         check = MeanCheck(self.engine, weights, self.args, self.kwargs, self.how)
-        for what, result, message in check.run(self.loss, self.acts, self.bound, counts=self.weight > 0):
+        for what, result, message in check.run(self.loss, self.acts, self.bound, counts=self.measured.weight > 0):
             self.rows.append((what, result))
             self._warn([] if message is None else [message])
 
@@ -111,13 +112,7 @@ class Comparison:
 
     def _compare(self, weights: Weights) -> str | None:
         """Compares the step with one process; returns why that was not possible, or None."""
-        try:
-            under = run_under_layout(self.runner, self.args, self.kwargs, self.how)
-        except NotJoinedError as error:  # on all ranks
-            if self.runner.microbatches != "auto":
-                raise
-            return self._compare_undivided(weights, f"1: {str(error).partition('. ')[0]}")
-        self.parts = under.parts
+        under = self._under_layout()
         found = self._differences_in_parts(under, weights)
         if found is not None:
             self._add_row(found)
@@ -125,15 +120,14 @@ class Comparison:
         whole, problem = self._in_one_process(weights, [self.args])
         if whole is None:
             return problem
-        if not self.how.equal_rows and self.engine.run.world.any_rank(self.runner.rng.has_drawn):
-            self.how = replace(self.how, equal_rows=True)
+        if self._draws():  # where no rank of the layout does
             return self._compare(weights)
         self.loss, self.acts = whole.loss, whole.acts
-        found = self._differences(under, whole, weights)
+        found = self.measured.from_process(under, whole, weights)
         if not found.within(self.bound):
             with ComputedIn() as computed:  # the step may enter autocast itself, or cast weights
                 repeated, _ = self._in_one_process(weights, [self.args])
-            if repeated is None or not self._differences_of_processes(whole, repeated).within(self.bound):
+            if repeated is None or not self.measured.of_processes(whole, repeated).within(self.bound):
                 return "two runs of the same step in one process differ from each other"
             self._widen_bound(computed.dtypes)
         if not found.within(self.bound):
@@ -149,11 +143,29 @@ class Comparison:
         self._add_row(found)
         return None
 
-    def _compare_undivided(self, weights: Weights, row: str) -> str | None:
-        """Compares the step with one microbatch, which is used from here on; `row` says why."""
+    def _under_layout(self) -> Outcome:
+        """Runs the step under the layout, with the microbatches and the random numbers that make it comparable."""
+        try:
+            under = run_under_layout(self.runner, self.args, self.kwargs, self.how)
+        except NotJoinedError as error:  # on all ranks
+            if self.runner.microbatches != "auto":
+                raise
+            self._undivide(f"1: {str(error).partition('. ')[0]}")
+            return self._under_layout()
+        self.parts = under.parts
+        return self._under_layout() if self._draws() else under
+
+    def _draws(self) -> bool:
+        """Returns True if the last step has drawn random numbers: from here on these have equal rows. Collective."""
+        draws = not self.how.equal_rows and self.engine.run.world.any_rank(self.runner.rng.has_drawn)
+        if draws:
+            self.how = replace(self.how, equal_rows=True)
+        return draws
+
+    def _undivide(self, row: str) -> None:
+        """Uses one microbatch from here on; `row` says why."""
         self.runner.microbatches = 1
         self.rows.append(("microbatches", row))
-        return self._compare(weights)
 
     def _add_row(self, found: Differences) -> None:
         trained = len(found.gradients)
@@ -164,28 +176,28 @@ class Comparison:
         """Compares the step with the mean over parts of its batch in one process, where that is enough. Collective.
 
         If both are equal, the step is that of one process, and its loss is a mean over samples: this saves the second
-        check. The parts must not be the microbatches of the layout.
+        check, and the ranks of `tp` and `pp` share the work.
 
         Returns:
             None, if it shows only one of the two, or the step does more than compute gradients.
         """
-        if self.layout.replicas == 1 or self.parts > 1:
-            return None
-        parts, problem = equal_parts(self.engine, self.args)
-        unfit = problem is not None or bool(under.state or under.written)
+        world, spread = self.engine.run.world, Spread(self.engine, self.args, self.parts)
+        unfit = spread.problem is not None or bool(under.state or under.written or under.reported.returned)
         unfit |= not self.runner.root.automatic_optimization or self.engine.run.data.batch_weights() is not None
-        unfit |= has_batch_norm(self.runner.root) or (self.runner.rng.has_drawn and not self.how.equal_rows)
-        if self.engine.run.world.any_rank(unfit):
+        unfit |= has_batch_norm(self.runner.root)
+        unfit |= self.engine.diloco is not None and spread.ranks > 1  # replicas keep their own gradients
+        if world.any_rank(unfit):
             return None
         with patched(self.runner.root.trainer.strategy, all_gather=refused_gather):
-            mean, _ = self._in_one_process(weights, parts)
-        if mean is None or self.engine.run.world.any_rank(bool(mean.acts or mean.state or mean.written)):
+            mean, _ = self._in_one_process(weights, spread.own)
+        if mean is None or world.any_rank(bool(mean.acts or mean.state or mean.written)):
             return None
-        found = self._differences(under, mean, weights)
+        mean = spread.joined(mean)
+        found = self.measured.from_process(under, mean, weights, default_group())
         if not found.within(self.bound) or found.loss > mean_bound(self.bound):
             return None
         if any(Effects(self.engine, self.bound).unequal(under, mean)):
-            self.mean = mean
+            self.mean = mean if self.layout.replicas > 1 else None
             return None
         self.mean_difference = found.loss
         return found
@@ -226,49 +238,14 @@ class Comparison:
 
     def _in_one_process(self, weights: Weights, parts: list[tuple]) -> tuple[Outcome | None, str | None]:
         try:
-            outcome, problem = run_in_one_process(self.runner, weights, parts, self.kwargs, self.how, self.weight), None
+            outcome, problem = (
+                run_in_one_process(self.runner, weights, parts, self.kwargs, self.how, self.measured.weight),
+                None,
+            )
         except Exception as error:  # noqa: BLE001 -- of the user's step, or memory is too short
             outcome, problem = None, error_message(error)
         problem = first_problem(problem)
         return (outcome, None) if problem is None else (None, problem)
-
-    def _differences(self, under: Outcome, whole: Outcome, weights: Weights) -> Differences:
-        """Compares the step under the layout with the mean of the replicas' steps in one process. Collective."""
-        partition, group = self.partition, self.engine.mesh.replica_group
-        names = partition.parameters.names
-        scale = _scale_of(self.engine)
-        own = self.weight if under.weight is None or whole.weight is None else whole.weight
-        weight = torch.tensor(own, dtype=torch.float64, device=self.engine.device)
-        dist.all_reduce(weight, group=group)
-        if under.weight is not None:
-            scale *= self.layout.replicas / (float(weight) or 1.0)
-        made, wanted = on_any_rank(self.engine, *([_has(o.gradients, n) for n in names] for o in (under, whole)))
-        stage = self.engine.mesh.rank("pp")
-        found = {n: self._found(n, under) * scale for n in made if partition.plan.ranks_of(n)[0] == stage}
-        expected = {n: _or_zero(whole.gradients[n], weights.values[n]) for n in wanted}
-        if self.engine.diloco is None:  # else replicas keep their own gradients
-            expected = mean_over(group, expected, own / (float(weight) or 1.0))
-        here = [n for n in wanted if n not in made] + list(found)
-        gradients = dict.fromkeys([*made, *wanted], 0.0) | differences(found, expected, here)
-        return self._worst(under.loss, whole.loss, gradients)
-
-    def _found(self, name: str, under: Outcome) -> Tensor:
-        """Returns the whole gradient of a parameter of this rank's stage. Collective over the ranks that hold it."""
-        parameter = self.partition.parameters[name]
-        return self.partition.gathered(name, _or_zero(under.gradients.get(name), parameter))
-
-    def _differences_of_processes(self, one: Outcome, other: Outcome) -> Differences:
-        return self._worst(one.loss, other.loss, differences(one.gradients, other.gradients, other.gradients))
-
-    def _worst(self, found: Tensor | None, expected: Tensor | None, gradients: dict[str, float]) -> Differences:
-        """Returns the largest of each difference over all ranks. Collective."""
-        a, b = (0.0 if x is None else float(x) for x in (found, expected))
-        loss = relative(a, b) if self.weight else 0.0  # the loss of padding counts for nothing
-        values = torch.tensor([loss, *gradients.values()], dtype=torch.float64, device=self.engine.device)
-        values = values.nan_to_num(nan=torch.inf)
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        loss, *worst = values.tolist()
-        return Differences(loss, a, b, dict(zip(gradients, worst, strict=True)))
 
     # ---- causes
 
@@ -283,7 +260,7 @@ class Comparison:
                 (part, *self.args[1:]) for part in split_batch(self.args[0], self.parts, self.runner.known_samples())
             ]
             split, _ = self._in_one_process(weights, batches)
-            if split is not None and not self._differences_of_processes(split, whole).within(self.bound):
+            if split is not None and not self.measured.of_processes(split, whole).within(self.bound):
                 does = "computes a loss that is not the mean over the samples of its batch"
                 remedy = 'return `{"loss": ..., "weight": ...}` for a mean over tokens'
                 return self._refuse_microbatches(weights, does, self._numbers(found), remedy)
@@ -306,7 +283,8 @@ class Comparison:
                 f"{where} {does}. {when(self.engine)} The last update was made with {parts} microbatches: {numbers}. "
                 "From here on 1 is used."
             )
-        return self._compare_undivided(weights, f"1 instead of {parts}: with {parts} {numbers}")
+        self._undivide(f"1 instead of {parts}: with {parts} {numbers}")
+        return self._compare(weights)
 
     def _numbers(self, found: Differences) -> str:
         wrong = found.beyond(self.bound)
@@ -341,7 +319,7 @@ class Comparison:
         how = replace(self.how, watch=True)
         under = run_under_layout(runner, self.args, self.kwargs, how)
         part = (split_batch(self.args[0], self.parts, self.runner.known_samples())[0], *self.args[1:])
-        whole = run_in_one_process(runner, weights, [part], self.kwargs, how, self.weight)
+        whole = run_in_one_process(runner, weights, [part], self.kwargs, how, self.measured.weight)
         replica, seen = self.engine.mesh.replica, {}
         for place, outputs in zip(self.engine.mesh.places, gather_objects(under.outputs), strict=True):
             if place.replica(self.layout) == replica:
@@ -358,37 +336,9 @@ class Comparison:
         return next((s for s in sentences if s is not None), "The outputs of all modules are equal.")
 
 
-def _or_zero(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if gradient is None else gradient
-
-
-def _has(gradients: Mapping[str, Tensor | None], name: str) -> bool:
-    return gradients.get(name) is not None
-
-
 def _close(found: list[tuple[float, float]], expected: list[tuple[float, float]], bound: float) -> bool:
     """Returns True if means and norms of tensors are equal, up to rounding."""
     return len(found) == len(expected) and all(
         relative(norm, other) <= bound and abs(mean - other_mean) <= bound * max(abs(other), 1e-6)
         for (mean, norm), (other_mean, other) in zip(found, expected, strict=True)
     )
-
-
-def _weight(engine: Engine) -> float:
-    """Returns the weight of this replica's batch in the mean over replicas: its tokens, or samples, or 1."""
-    weights, replica = engine.run.data.batch_weights(), engine.mesh.replica
-    if weights is None:
-        return 1.0
-    return float((weights.counts if weights.tokens is None else weights.tokens.counts)[replica])
-
-
-def _scale_of(engine: Engine) -> float:
-    """Returns the factor that undoes accumulation and loss scaling, which a pipeline applies in its schedule.
-
-    Gradients in the user's `backward` have the factor of the loss there, which has not been scaled.
-    """
-    if engine.runner.pipeline is None or engine.runner.gradients.users_backward:
-        return 1.0
-    scaler = getattr(engine.run.precision, "scaler", None)
-    scale = 1.0 if scaler is None else scaler.get_scale()
-    return engine.root.trainer.accumulate_grad_batches / scale

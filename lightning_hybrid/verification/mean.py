@@ -184,12 +184,14 @@ def mean_row(difference: float, bound: float) -> tuple[str, str]:
     return _LOSS, f"relative difference {difference:.1e} (bound {bound:.0e})"
 
 
-def equal_parts(engine: Engine, args: tuple) -> tuple[list[tuple], str | None]:
+def equal_parts(engine: Engine, args: tuple, ranks: int = 1, unlike: int = 1) -> tuple[list[tuple], str | None]:
     """Returns the arguments of `training_step` for each of the fewest equal parts of its batch, and why there are none.
 
     Args:
         engine: The engine of the layout.
         args: Arguments of `training_step`, the batch first.
+        ranks: The number of parts is a multiple of it if possible, or else a divisor.
+        unlike: A number of parts that does not do.
     """
     runner = engine.runner
     if normalizes_by_batch_only(runner.root):
@@ -198,9 +200,10 @@ def equal_parts(engine: Engine, args: tuple) -> tuple[list[tuple], str | None]:
     size = find_samples(args[0], known).count
     if size is None:
         return [], "the batch cannot be split by samples"
-    count = next((n for n in range(2, size + 1) if size % n == 0), 0)
+    counts = [n for n in range(2, size + 1) if size % n == 0 and n != unlike]
+    count = next((n for n in counts if n % ranks == 0), None) or max((n for n in counts if ranks % n == 0), default=0)
     if not count:
-        return [], "a replica has one sample"
+        return [], "a replica has one sample" if size == 1 else f"a replica has {size} samples"
     return [(part, *args[1:]) for part in split_batch(args[0], count, known)], None
 
 

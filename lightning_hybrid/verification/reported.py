@@ -41,12 +41,16 @@ def reported(outs: Sequence[Any], samples: Sequence[int], entries: Iterable[LogE
     """
     joined = join([extras(out) for out in outs], list(samples))
     returned = {f"training_step[{key!r}]": leaves_of(value) for key, value in joined.items() if key != WEIGHT}
-    logged = [
+    return Reported(returned, logged(entries))
+
+
+def logged(entries: Iterable[LogEntry]) -> list[tuple[str, float]]:
+    """Returns the names and values of reduced entries."""
+    return [
         (e.name, float(e.value) / ((e.weight or 1.0) if e.reduction == "mean" else 1.0))
         for e in entries
         if e.reduction != "metric"
     ]
-    return Reported(returned, logged)
 
 
 def unequal_returned(found: Reported, expected: Reported, bound: float) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from lightning_hybrid.ghosts.ghost import Ghost
 from lightning_hybrid.ghosts.preserve import preserved_module_state
 from lightning_hybrid.ghosts.state import ModuleState
 from lightning_hybrid.ghosts.trees import tensors_of
-from lightning_hybrid.metrics.logs import LogEntry, LogRecorder, silent
+from lightning_hybrid.metrics.logs import LogCalls, LogEntry, LogRecorder, silent
 from lightning_hybrid.patching import patched
 from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.verification.gradient_code import gradient_code
@@ -45,6 +45,16 @@ class Conditions:
     """True if random tensors have equal rows, see `verification.randomness`."""
     watch: bool = False
     """True to record the outputs of units."""
+
+
+class OfParts(NamedTuple):
+    """Losses and `self.log` calls of a step on parts of a batch."""
+
+    losses: list[tuple[Tensor, float]]
+    """The losses, each with its weight."""
+    weights: list[float] | None
+    """The weight of each part; None if the step returns none."""
+    calls: LogCalls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +80,8 @@ class Outcome:
     """Parameters that the step has given other values, by name, as in `gradients`."""
     reported: Reported = Reported({}, ())  # noqa: RUF009 -- immutable
     """Values that the step has returned and logged."""
+    of_parts: OfParts | None = None
+    """The same and the loss for each part of the batch, in one process."""
 
 
 def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], how: Conditions) -> Outcome:
@@ -201,6 +213,7 @@ def run_in_one_process(
                         backward(loss, weight=1.0 if weight is None else weight)
                 written = _written(whole, values)
         total = sum(weight for _, weight in found)
+        of_parts = OfParts(found, loss_weights if weighted else None, recorder.calls)
         divisor = total / len(parts) if weighted else 1.0
         gradients = {n: None if p.grad is None else p.grad / (divisor or 1.0) for n, p in whole.items()}
         if any(isinstance(value, Ghost) for value in (*gradients.values(), *(loss for loss, _ in found))):
@@ -213,7 +226,8 @@ def run_in_one_process(
         state=state,
         acts=next(iter(lines), None),
         written=written,
-        reported=reported(outs, samples, recorder.reduced(loss_weights if weighted else None)),
+        reported=reported(outs, samples, recorder.reduced(of_parts.weights)),
+        of_parts=of_parts,
     )
 
 
