@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_hybrid import PartitionError
+from lightning_hybrid.batches import count_samples
 from lightning_hybrid.engine import gradients, pipeline, stage
 from lightning_hybrid.engine.context import StepContext
 from lightning_hybrid.engine.pipeline import Pipeline
@@ -42,13 +44,15 @@ class Random(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def fit(layout: str | None, verify: str, module: type = Classifier, **options: Any) -> dict[str, Any]:
+def fit(
+    layout: str | None, verify: str, module: type = Classifier, strategy: Mapping = {}, **options: Any
+) -> dict[str, Any]:  # noqa: B006
     """Trains the module; weights, logs, rows of the last verification."""
     quiet()
     L.seed_everything(7, verbose=False)
     built = module()
     trainer, replicas = verified_trainer_for(
-        layout, strategy_options=None if layout is None else {"verify": verify}, **options
+        layout, strategy_options=None if layout is None else {"verify": verify, **strategy}, **options
     )
     trainer.fit(built, DataLoader(Numbers(), batch_size=16 // replicas))
     verifier: Any = getattr(trainer.strategy, "_verifier", None)
@@ -228,13 +232,25 @@ def test_a_loss_that_is_no_mean_over_samples_warns(ranks2: RankGroup) -> None:
         ranks2.call(fit_contrastive, "dp2", "strict")
 
 
-def count_steps(layout: str, module: type) -> list[tuple[str, int]]:
-    """The steps of one process that verification runs: the comparison, or the check of the mean; the parts of each."""
-    ran: list[tuple[str, int]] = []
+class Summed(Classifier):
+    """Whose loss is a sum over samples: the mean over equal parts depends on their size, not on who is in them."""
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch["x"]), batch["y"], reduction="sum")
+
+
+def test_parts_have_another_size_than_microbatches(ranks2: RankGroup) -> None:
+    with pytest.raises(RankError, match=r"`microbatches=2`: `Summed.training_step` .* not the mean over the samples"):
+        ranks2.call(fit, "pp2", "start", Summed, strategy={"microbatches": 2})
+
+
+def count_steps(layout: str, module: type) -> list[tuple[str, list[int]]]:
+    """The steps of one process that verification runs: the comparison, or the check of the mean; samples of parts."""
+    ran: list[tuple[str, list[int]]] = []
 
     def noted(what: str, run: Any) -> Any:
         def step(runner: Any, weights: Any, parts: Any, *args: Any, **kwargs: Any) -> Any:
-            ran.append((what, len(parts)))
+            ran.append((what, [count_samples(part[0]) for part in parts]))
             return run(runner, weights, parts, *args, **kwargs)
 
         return step
@@ -244,7 +260,7 @@ def count_steps(layout: str, module: type) -> list[tuple[str, int]]:
         patched(mean, mean_in_one_process=noted("mean", mean.mean_in_one_process)),
     ):
         rows = fit(layout, "start", module)["rows"]
-    assert [what for what, _ in rows[1:]] == ["loss as a mean over samples"], rows
+    assert [what for what, _ in rows[1:]] == ([] if layout in ("tp2", "pp2") else ["loss as a mean over samples"]), rows
     return ran
 
 
@@ -260,9 +276,14 @@ class Counting(Classifier):
 
 @pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "dp2"))
 def test_one_step_of_parts_shows_that_the_loss_is_a_mean(ranks2: RankGroup, layout: str) -> None:
-    assert ranks2.call(count_steps, layout, Classifier)[0] == [("comparison", 2)]
+    assert ranks2.call(count_steps, layout, Classifier)[0] == [("comparison", [4, 4])]
+
+
+@pytest.mark.parametrize("layout", quick(["tp2", "pp2"], "pp2"))
+def test_ranks_of_a_replica_share_the_step_of_one_process(ranks2: RankGroup, layout: str) -> None:
+    assert ranks2.call(count_steps, layout, Classifier) == [[("comparison", [8])]] * 2
 
 
 @pytest.mark.parametrize("layout", quick(["dp2", "fsdp2"], "fsdp2"))
 def test_what_parts_do_not_show_takes_a_step_of_the_whole_batch(ranks2: RankGroup, layout: str) -> None:
-    assert ranks2.call(count_steps, layout, Counting)[0][-2:] == [("comparison", 1), ("mean", 2)]
+    assert ranks2.call(count_steps, layout, Counting)[0][-2:] == [("comparison", [8]), ("mean", [4, 4])]
