@@ -1,12 +1,14 @@
 """Hybrid data- and model-parallel training for any LightningModule, from one Trainer argument.
 
-Importing this package imports neither torch nor Lightning; the first use of a name below does.
+Importing this package imports neither torch nor Lightning; the first use of a name below does. It hides messages of
+Lightning that every rank repeats.
 """
 
 import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from lightning_hybrid.quiet import hide_messages
 from lightning_hybrid.registration import register_strategy
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def _make_strategy(layout: str | None = None) -> Any:
 if not TYPE_CHECKING:  # a type checker would accept any name
     __getattr__ = _load
 
+hide_messages()
 register_strategy(
     "hybrid", _make_strategy, "Replicas, sharding, experts, tensors and a pipeline for any LightningModule"
 )

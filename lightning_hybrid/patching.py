@@ -65,9 +65,9 @@ class Patches:
 
 
 @contextmanager
-def ignored_warning(message: str) -> Iterator[None]:
-    """Ignores warnings whose text matches the pattern `message`; afterwards removes this one filter."""
-    warnings.filterwarnings("ignore", message=message)
+def ignored_warning(message: str = "", module: str = "") -> Iterator[None]:
+    """Ignores warnings whose text and module match the patterns; afterwards removes this one filter."""
+    warnings.filterwarnings("ignore", message=message, module=module)
     added = warnings.filters[0]
     try:
         yield

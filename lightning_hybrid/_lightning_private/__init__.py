@@ -85,6 +85,7 @@ from lightning_hybrid._lightning_private.processes import (
     run_as_trainer_does,
     set_launcher,
 )
+from lightning_hybrid._lightning_private.progress import bars_in_files
 from lightning_hybrid._lightning_private.trainer import (
     PlaceInEpoch,
     TunerExit,
@@ -120,6 +121,7 @@ from lightning_hybrid._lightning_private.wandb import (
 )
 
 __all__ = [
+    "bars_in_files",
     "artifact_name",
     "checkpoints_passed",
     "last_checkpoint_of_run",

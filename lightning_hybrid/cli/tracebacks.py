@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-import sysconfig
-import traceback
-from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 
-import jsonargparse
 import lightning
 import lightning_fabric
 import pytorch_lightning
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_hybrid
-from lightning_hybrid._lightning_private import twins
 from lightning_hybrid._torch_private import explicitly_raised
 from lightning_hybrid.cli.errors import paragraph
-from lightning_hybrid.spec.errors import CheckpointError, NonFiniteError, PartitionError, RankError
+from lightning_hybrid.launch.tracebacks import REFUSALS, not_of_user, show_folded
 
 _COMMAND_LINE = f"{Path(__file__).parent}/"
 """Frames outside of this folder are those of the interpreter and of the script that pip has installed."""
@@ -30,9 +22,6 @@ _LIGHTNING = tuple(
     f"{Path(module.__file__ or '').parent}/"
     for module in (lightning_hybrid, lightning, pytorch_lightning, lightning_fabric)
 )
-_FOLDED = (*_LIGHTNING, *(f"{Path(module.__file__ or '').parent}/" for module in (torch, jsonargparse)))
-_NOT_USERS = (*_FOLDED, f"{sysconfig.get_path('stdlib')}/", f"{sysconfig.get_path('purelib')}/", "<")
-_REFUSALS = (PartitionError, CheckpointError, NonFiniteError, RankError)
 _HAS_PLACE = re.compile(r"\.py:\d+")
 
 
@@ -42,10 +31,8 @@ def show(kind: type[BaseException], error: BaseException, trace: TracebackType |
     message = refusal(error)
     if message is not None:
         sys.stderr.write(f"error: {paragraph(message)}\n")
-    elif getattr(error, "exceptions", None) or not isinstance(error, Exception):  # groups; an interrupt
-        sys.__excepthook__(kind, error, trace)
     else:
-        sys.stderr.writelines(folded(traceback.TracebackException(kind, error, trace)))
+        show_folded(kind, error, trace, _COMMAND_LINE)
 
 
 def refusal(error: BaseException) -> str | None:
@@ -55,7 +42,7 @@ def refusal(error: BaseException) -> str | None:
     by a `raise` statement before code of the user runs.
     """
     raised_in, users_line = _places(error.__traceback__)
-    if isinstance(error, (*_REFUSALS, *twins(MisconfigurationException))):
+    if isinstance(error, REFUSALS):
         known = _HAS_PLACE.search(str(error)) or users_line is None
         return str(error) if known else f"{str(error).rstrip('.')} ({users_line})."
     by_us = raised_in is not None and raised_in.startswith(_LIGHTNING)
@@ -71,26 +58,7 @@ def _places(trace: TracebackType | None) -> tuple[str | None, str | None]:
         innermost = trace.tb_frame.f_code.co_filename
         if innermost.startswith(_COMMAND_LINE):
             line = None
-        elif not innermost.startswith(_NOT_USERS):
+        elif not innermost.startswith((*not_of_user(), "<")):
             line = f"{innermost}:{trace.tb_lineno}"
         trace = trace.tb_next
     return innermost, line
-
-
-def folded(error: traceback.TracebackException) -> Iterator[str]:
-    """Yields the lines of a traceback, with one line for successive frames of Lightning, torch and this package."""
-    earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if earlier is not None:
-        yield from folded(earlier)
-        cause = "The error above is the cause of this one" if error.__cause__ else "This error followed the one above"
-        yield f"\n{cause}:\n\n"
-    yield "Traceback (most recent call last):\n"
-    first = next((i for i, frame in enumerate(error.stack) if frame.filename.startswith(_COMMAND_LINE)), 0)
-    for hidden, frames in groupby(error.stack[first:-1], lambda frame: frame.filename.startswith(_FOLDED)):
-        listed = list(frames)
-        if hidden:
-            yield f"  ... {len(listed)} frames of Lightning and torch\n"
-        else:
-            yield from traceback.StackSummary.from_list(listed).format()
-    yield from traceback.StackSummary.from_list(error.stack[-1:]).format()
-    yield from error.format_exception_only()

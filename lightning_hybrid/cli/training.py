@@ -18,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
+from lightning_hybrid._lightning_private.command_line import nested_values_kept
 from lightning_hybrid.adapt.phases import Phase
 from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.callbacks.save_config import SaveConfig
@@ -26,7 +27,7 @@ from lightning_hybrid.cli.configs import Configs
 from lightning_hybrid.cli.errors import UsageError, did_you_mean
 from lightning_hybrid.cli.explain import explain
 from lightning_hybrid.cli.tracebacks import refusal
-from lightning_hybrid.launch.terminal import LEAF_SPEC, hide_repetitions
+from lightning_hybrid.launch.terminal import LEAF_SPEC
 
 _NOT_FILES = re.compile(r"last|best|hpc|registry.*|.*://.*")
 """Values of `--ckpt_path` that are no paths."""
@@ -58,7 +59,6 @@ class _CLI(LightningCLI):
 
     def __init__(self, name: str | None, configs: Configs, **options: Any) -> None:
         warnings.filterwarnings("ignore", message=LEAF_SPEC, category=FutureWarning)
-        hide_repetitions()
         self._name, self._configs = name, configs
         own_options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         parser_options = {"prog": "lightning-hybrid"} | own_options
@@ -88,7 +88,8 @@ class _CLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         try:
-            self.config = parser.parse_args(args)  # type: ignore[arg-type] -- a list
+            with nested_values_kept():
+                self.config = parser.parse_args(args)  # type: ignore[arg-type] -- a list
         except ArgumentError as error:
             options = ["--config", "--print_config", *re.findall(r"--[\w.]+", self._options.format_usage())]
             raise UsageError(explain(str(error), options, self._configs)) from None

@@ -39,7 +39,7 @@ def clips_untouched_gradients(trainer: pl.Trainer) -> bool:
         bool(trainer.gradient_clip_val)
         and trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE
         and module.automatic_optimization
-        and all(getattr(hook, "__module__", "").startswith(_WITHOUT_CHANGES) for hook in hooks)
+        and all(str(getattr(hook, "__module__", "")).startswith(_WITHOUT_CHANGES) for hook in hooks)
     )
 
 

@@ -9,7 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_hybrid._lightning_private import evaluation_loops, injects_sampler, running_batch, sampler_injection
+from lightning_hybrid._lightning_private import (
+    bars_in_files,
+    evaluation_loops,
+    injects_sampler,
+    running_batch,
+    sampler_injection,
+)
 from lightning_hybrid.dataloader.replica import ReplicaData
 from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.launch.terminal import LEAF_SPEC, told_if_long
@@ -76,6 +82,10 @@ class Run:
         # values of a step are reduced over the replicas already, whatever `sync_dist` says
         self.patches.enter_context(ignored_warning(r".*It is recommended to use `self\.log\(.*sync_dist=True\)`.*"))
         self.patches.enter_context(ignored_warning(LEAF_SPEC))
+        self.patches.enter_context(bars_in_files())
+        if not self.trainer.is_global_zero:
+            # what it says of trainer, callbacks and loaders is the same on every rank
+            self.patches.enter_context(ignored_warning(module=r"(lightning|pytorch_lightning)\."))
         # `compat.averaging` keeps averages of parts
         self.patches.enter_context(ignored_warning(r".*WeightAveraging doesn't support sharding model layers.*"))
         if torch.distributed.get_world_size() > 1:

@@ -22,6 +22,7 @@ from torch import nn
 
 from lightning_hybrid._torch_private import version_of
 from lightning_hybrid.ghosts.rewind import Rewindable, is_consumable
+from lightning_hybrid.spec.code import module_of
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 _LISTS = (list, tuple, deque)
@@ -168,7 +169,7 @@ def _items_of(value: Any) -> dict[Any, Any] | None:
         return dict(value)
     if isinstance(value, _LISTS):
         return dict(enumerate(value))
-    if isinstance(value, type | nn.Module) or type(value).__module__.partition(".")[0] in _NOT_SEARCHED:
+    if isinstance(value, type | nn.Module) or module_of(type(value)).partition(".")[0] in _NOT_SEARCHED:
         return None
     slots = [s for base in type(value).__mro__ for s in _names(base.__dict__.get("__slots__", ()))]
     found = {s: getattr(value, s) for s in slots if s not in ("__dict__", "__weakref__") and hasattr(value, s)}

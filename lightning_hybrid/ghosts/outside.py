@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.rewind import is_consumable
+from lightning_hybrid.spec.code import module_of
 
 _STATE = (
     *(int, float, bool, str, list, dict, set, deque, defaultdict, OrderedDict, Counter, torch.Tensor, np.ndarray),
@@ -59,7 +60,7 @@ class Outside:
             if isinstance(value, FunctionType):
                 functions.append(value)
             elif isinstance(value, type):
-                if value.__module__ == variables.get("__name__") and not issubclass(value, nn.Module):
+                if module_of(value) == variables.get("__name__", "") and not issubclass(value, nn.Module):
                     self.classes[value] = None
             elif type(value) in _STATE or is_consumable(value) or _is_written_by_user(value):
                 self._variables[owner] = variables
@@ -104,10 +105,14 @@ class _Cells(MutableMapping[str, Any]):
 
 
 def _is_written_by_user(value: Any) -> bool:
-    """Returns True for an object, but no module, of a class in the user's own files."""
+    """Returns True for an object, but no module, of a class in the user's own files or without a file."""
     if isinstance(value, nn.Module | ModuleType):
         return False
-    file = getattr(sys.modules.get(type(value).__module__), "__file__", None)
+    name = module_of(type(value))
+    module = sys.modules.get(name)
+    if module is None or name == "__main__":  # of `exec`, a prompt, a notebook or a script
+        return True
+    file = getattr(module, "__file__", None)
     return file is not None and "-packages" not in file and not file.startswith(_OF_PYTHON)
 
 
@@ -118,7 +123,8 @@ def _plain(value: Any) -> Any:
 
 
 def _module(function: Any) -> str:
-    return function.__module__.replace("__mp_main__", "__main__")  # as started processes call the user's script
+    name = str(function.__module__)  # None in code that `exec` runs without a `__name__`
+    return name.replace("__mp_main__", "__main__")  # as started processes call the user's script
 
 
 @cache

@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_hybrid._torch_private import explicitly_raised, read_site, user_location, user_location_in
 from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver, GhostReadError, GhostWriteError
+from lightning_hybrid.spec.code import module_of
 from lightning_hybrid.spec.errors import PartitionError
 
 _aten = torch.ops.aten
@@ -265,6 +266,6 @@ def _summary(value: Any, depth: int = _DEPTH) -> Any:
         return repr(value)
     if depth and isinstance(value, Mapping):
         return [(repr(k), _summary(v, depth - 1)) for k, v in value.items()]
-    if depth and isinstance(value, Iterable) and type(value).__module__ in ("builtins", "collections"):
+    if depth and isinstance(value, Iterable) and module_of(type(value)) in ("builtins", "collections"):
         return [_summary(v, depth - 1) for v in value]
     return type(value).__name__

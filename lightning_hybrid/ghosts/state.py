@@ -17,6 +17,7 @@ from lightning_hybrid.ghosts.contract import StatePlace
 from lightning_hybrid.ghosts.objects import Copy
 from lightning_hybrid.ghosts.outside import Outside
 from lightning_hybrid.ghosts.rewind import Rewindable, is_consumable
+from lightning_hybrid.spec.code import module_of
 
 _OTHERS = ("lightning_hybrid.", "torch.", "lightning.", "pytorch_lightning.", "torchmetrics.")
 """Packages whose classes have no attributes of the user."""
@@ -41,7 +42,7 @@ class ModuleState:
             classes |= dict.fromkeys(k for k in type(module).__mro__ if not f"{k.__module__}.".startswith(_OTHERS))
         self._outside = Outside(classes)
         classes |= self._outside.classes
-        self._classes = {f"class {k.__module__}.{k.__qualname__}": k for k in classes if k.__module__ != "builtins"}
+        self._classes = {f"class {k.__module__}.{k.__qualname__}": k for k in classes if module_of(k) != "builtins"}
 
     def places(self, *, without: Collection[str] = ()) -> Iterator[tuple[StatePlace, Any]]:
         """Yields every place with what it holds, except for those of the modules named `without`."""

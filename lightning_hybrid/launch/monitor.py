@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from lightning_hybrid.launch.failures import Answer, Cause, RankFailed, choose_cause, failure_of, is_ripe
 from lightning_hybrid.launch.peers import POLL_SECONDS, PeerMonitor
 from lightning_hybrid.launch.processes import RankGroup, exit_text, process_state
+from lightning_hybrid.launch.tracebacks import show_folded
 from lightning_hybrid.spec.errors import RankError
 
 _RETURN_SECONDS = 3.0
@@ -258,7 +259,8 @@ class FailureMonitor:
             elif cause is not None and not isinstance(error, RankError) and not self._reports(cause):
                 shown = None
             if shown is not None:
-                previous(type(shown), shown, trace if shown is error else None)
+                show = show_folded if previous is sys.__excepthook__ else previous
+                show(type(shown), shown, trace if shown is error else None)
             self._note_reported()
 
         hook.monitor = self  # type: ignore[attr-defined]

@@ -50,7 +50,8 @@ def told_if_long(doing: str, after_seconds: float = _LONG_SECONDS) -> Iterator[N
 
 def lightning_is_quiet() -> AbstractContextManager:
     """Hides what Lightning logs on every rank: that a process group begins."""
-    return log_level(logging.WARNING, *_loggers("distributed"), rank_zero.log)
+    names = ("lightning.fabric.utilities.distributed", "lightning_fabric.utilities.distributed")
+    return log_level(logging.WARNING, *map(logging.getLogger, names), rank_zero.log)
 
 
 @contextmanager
@@ -64,19 +65,3 @@ def log_level(level: int, *loggers: logging.Logger) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def hide_repetitions() -> None:
-    """Hides messages of Lightning that each rank repeats (its seed), and its advertisements."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return not (text.startswith("[rank: ") and "Seed set to" in text or text.startswith("💡 Tip:"))
-
-    for logger in (*_loggers("seed"), rank_zero.log):
-        logger.addFilter(wanted)
-
-
-def _loggers(module: str) -> list[logging.Logger]:
-    """Returns the loggers of a module of Lightning's fabric, under both of its names."""
-    return [logging.getLogger(f"{package}.utilities.{module}") for package in ("lightning.fabric", "lightning_fabric")]

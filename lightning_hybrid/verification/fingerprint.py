@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_hybrid.batches import signature
 from lightning_hybrid.engine.engine import Engine
+from lightning_hybrid.spec.code import code_hash, file_hash, module_of
 
 
 def fingerprint(engine: Engine, batch: Any) -> str:
@@ -20,17 +19,6 @@ def fingerprint(engine: Engine, batch: Any) -> str:
     parts += [plan.layout, plan.schedule, plan.gradient_sync, plan.recompute, plan.compile, plan.tensor_plan]
     parts += [root.trainer.accumulate_grad_batches, [(n, tuple(p.shape)) for n, p in plan.model.parameters.items()]]
     classes = {base for module in root.modules() for base in type(module).__mro__}
-    parts += sorted({_source(kind) for kind in classes if not kind.__module__.startswith(("torch.", "builtins"))})
+    users = [kind for kind in classes if not module_of(kind).startswith(("torch.", "builtins"))]
+    parts += sorted({file_hash(kind) or code_hash(kind) for kind in users})
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _source(kind: type) -> str:
-    """Returns a hash of the file that defines a class, or the source of a class that no file defines."""
-    try:
-        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
-    except (OSError, TypeError):
-        pass
-    try:
-        return inspect.getsource(kind)  # of a notebook
-    except (OSError, TypeError):
-        return f"{kind.__module__}.{kind.__qualname__}"

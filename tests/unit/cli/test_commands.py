@@ -15,7 +15,8 @@ from lightning.pytorch import Trainer
 
 from lightning_hybrid import Layout, PartitionError
 from lightning_hybrid.cli import commands, main
-from lightning_hybrid.cli.tracebacks import folded, refusal, show
+from lightning_hybrid.cli.tracebacks import refusal, show
+from lightning_hybrid.launch.tracebacks import folded
 from tests.scripts import script_environment
 
 ROOT = Path(__file__).parents[3]

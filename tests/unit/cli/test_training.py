@@ -71,6 +71,64 @@ def test_options_override_the_file(config: Path, capsys: pytest.CaptureFixture[s
     assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] == 7
 
 
+NESTED = """
+from dataclasses import dataclass
+
+import lightning as L
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    number: int | None = 3
+    table: dict[str, int | None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    tokenizer: str | None = "bytes"
+    roles: list[str | None] | None = None
+    inner: Inner = Inner()
+
+
+class Part:
+    def __init__(self, width: int | None = 2, depth: int = 1):
+        pass
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, samples: Samples = Samples(), part: Part | None = None, more: dict | None = None):
+        super().__init__()
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("samples.tokenizer=null", None),
+        ("samples.tokenizer=None", "None"),  # a text, as in YAML
+        ("samples.tokenizer=007", "007"),
+        ("samples.roles=[null, user]", [None, "user"]),
+        ("samples.inner.number=null", None),
+        ("samples.inner.table={a: null, b: 1}", {"a": None, "b": 1}),
+        ("part.init_args.width=null", None),
+        ("more.key=null", None),
+    ],
+)
+def test_values_of_nested_options_are_those_of_the_text(
+    config: Path, option: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "nested.py").write_text(NESTED)
+    data = ("--data=nested.Data", "--data.part=nested.Part", "--data.part.depth=3", f"--data.{option}")
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", str(config), *data, "--print_config"])
+    sys.modules.pop("nested", None)
+    found = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    assert found["part"]["init_args"]["depth"] == 3
+    for key in option.partition("=")[0].split("."):
+        found = found[key]
+    assert found == value
+
+
 def test_arguments_are_those_of_the_process_by_default(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-hybrid", "validate", "--config", str(config)])
     main()

@@ -6,9 +6,12 @@ import logging
 import time
 
 import pytest
-from lightning.fabric.utilities import distributed, seed
+from lightning.fabric.utilities import distributed, rank_zero, seed
+from lightning.pytorch.callbacks import early_stopping
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 
-from lightning_hybrid.launch.terminal import hide_repetitions, lightning_is_quiet, told_if_long
+import lightning_hybrid  # noqa: F401 -- hides messages
+from lightning_hybrid.launch.terminal import lightning_is_quiet, told_if_long
 
 
 def test_long_operations_are_announced(capsys: pytest.CaptureFixture) -> None:
@@ -41,13 +44,29 @@ def test_logs_of_every_rank_are_hidden(caplog: pytest.LogCaptureFixture) -> None
     assert logger.level == before
 
 
-def test_seeds_of_other_ranks_are_hidden(caplog: pytest.LogCaptureFixture) -> None:
-    filters = list(seed.log.filters)
-    hide_repetitions()
-    try:
-        with caplog.at_level(logging.INFO, seed.__name__):
-            seed.log.info("Seed set to 0")
-            seed.log.info("[rank: 1] Seed set to 0")
-    finally:
-        seed.log.filters[:] = filters
-    assert [record.getMessage() for record in caplog.records] == ["Seed set to 0"]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_messages_of_other_ranks_are_hidden(
+    rank: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_zero.rank_zero_only, "rank", rank)
+    modules = (seed, early_stopping, checkpoint_connector)
+    with caplog.at_level(logging.INFO):
+        for module in modules:
+            logger = logging.getLogger(module.__name__)
+            monkeypatch.setattr(logger, "level", logging.INFO)
+            monkeypatch.setattr(logger, "propagate", True)
+            logger.info(f"{module.__name__} says")
+            logger.warning("[rank: 1] a warning")
+            logger.info("[rank: 1] Seed set to 0")
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    assert said == ([] if rank else [f"{module.__name__} says" for module in modules])
+    assert len(caplog.records) - len(said) == len(modules)
+
+
+@pytest.mark.parametrize("text", ["💡 Tip: buy", "TPU available: False, using: 0", "GPU available: False, used: False"])
+def test_advertisements_are_hidden(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger(rank_zero.__name__)
+    with caplog.at_level(logging.INFO, logger.name):
+        logger.info(text)
+        logger.info("GPU available: True (cuda), used: False")
+    assert [record.getMessage() for record in caplog.records] == ["GPU available: True (cuda), used: False"]
