@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import types
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -71,13 +71,21 @@ class EitherPackage:
     """Lightning's base class, in `lightning`."""
     as_written: ClassVar[type]
     """The class without a base class of Lightning."""
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.as_written = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        return object.__new__(_derived(cls.as_written, twins(cls.base)))
+        part = object.__new__(_derived(cls.as_written, twins(cls.base)))
+        part._arguments = args, kwargs
+        return part
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is an unused object of the same arguments: modules keep strategies among their hyperparameters."""
+        args, kwargs = self._arguments
+        return partial(self.as_written, *args, **kwargs), ()
 
     def belong_to(self, part: Any) -> None:
         """Gives the object the base class of the package of `part`, an object of the Trainer."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +211,21 @@ def test_subclasses_follow_the_trainer_as_well() -> None:
     trainer.fit(Module(), Data(8))
     assert strategy.marked
     assert isinstance(strategy, Named)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda strategy: pickle.loads(pickle.dumps(strategy))])
+def test_a_copy_is_an_unused_strategy_of_the_same_arguments(copied: Callable) -> None:
+    """Modules of packages keep the arguments of their Trainer among their hyperparameters."""
+    strategy = Named("dp1", microbatches=4, verify="off")
+    pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, barebones=True, max_steps=1).fit(
+        Module(), Data(8)
+    )
+    other = copied(strategy)
+    assert isinstance(other, Named)
+    assert other.request == Named("dp1", microbatches=4, verify="off").request
+    with pytest.raises(AttributeError):
+        _ = other.marked
+    pl.Trainer(accelerator="cpu", devices=1, strategy=other, logger=False, barebones=True, max_steps=1).fit(
+        Module(), Data(8)
+    )
+    assert other.verification == []
