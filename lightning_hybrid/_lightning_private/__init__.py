@@ -76,6 +76,7 @@ from lightning_hybrid._lightning_private.packages import (
 from lightning_hybrid._lightning_private.processes import (
     MultiProcessingLauncher,
     SubprocessScriptLauncher,
+    can_start_again,
     default_backend,
     exit_functions_of_fork,
     init_process_group,
@@ -137,6 +138,7 @@ __all__ = [
     "accept_strategy",
     "after_closure_of",
     "before_stop_is_read",
+    "can_start_again",
     "default_state",
     "drop_result",
     "fabric_of",

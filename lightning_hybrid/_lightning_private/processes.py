@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,6 +33,15 @@ MultiProcessingLauncher = _MultiProcessingLauncher
 def is_interactive() -> bool:
     """Returns True in a notebook, or at the prompt of Python."""
     return _IS_INTERACTIVE
+
+
+def can_start_again() -> bool:
+    """Returns True if this program is a script or a module, which Lightning can start again for each further rank.
+
+    Code of `python -c` and of the standard input, and a script that has been removed, cannot be started again.
+    """
+    program = sys.modules.get("__main__")
+    return getattr(program, "__spec__", None) is not None or os.path.exists(sys.argv[0])
 
 
 def run_as_trainer_does(trainer: pl.Trainer, function: Callable, *args: Any, **kwargs: Any) -> Any:

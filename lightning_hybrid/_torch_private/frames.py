@@ -37,6 +37,8 @@ _COLLECTIVES = tuple(
 ) + (_DEPRECATED, warnings.__file__, str(Path(__file__).with_name("timing.py")))
 WATCHING = str(_TORCH.parent / "wandb")
 """Folder of the logger that watches weights, each rank its own, from a hook of the module's forward."""
+_WITHOUT_FILE = ("<string>", "<stdin>", "<python-input", "<ipython-input", "<console>", "<cell")
+"""Beginnings of the names that Python and prompts give to code without a file."""
 _EXAMPLES = (str(_PACKAGE / "models"), str(_PACKAGE / "data"))
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
 _OTHERS_CODE = (*_SKIPPED_FOLDERS, _STANDARD_LIBRARY)
@@ -46,9 +48,8 @@ def user_location() -> str:
     """Returns the innermost frame outside torch, Python's library and this package, as `file.py:12 (function)`."""
     frame = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if _is_of_user(name):
-            return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
+        if _is_of_user(frame):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
     return "unknown location"
 
@@ -58,7 +59,7 @@ def user_location_in(traceback: TracebackType | None) -> str:
     found = "unknown location"
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if _is_of_user(code.co_filename):
+        if _is_of_user(traceback.tb_frame):
             found = f"{code.co_filename}:{traceback.tb_lineno} ({code.co_name})"
         traceback = traceback.tb_next
     return found
@@ -74,9 +75,21 @@ def is_users_collective() -> bool:
     return frame is not None and not frame.f_code.co_filename.startswith(_SKIPPED_FOLDERS)
 
 
-def _is_of_user(name: str) -> bool:
+def _is_of_user(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
     installed = "-packages" in name  # inside the folder of the standard library
-    return not name.startswith((*_SKIPPED_FOLDERS, "<")) and (installed or not name.startswith(_STANDARD_LIBRARY))
+    skipped = name.startswith(_SKIPPED_FOLDERS) or _is_generated(frame)
+    return not skipped and (installed or not name.startswith(_STANDARD_LIBRARY))
+
+
+def _is_generated(frame: FrameType) -> bool:
+    """Returns True for code without a file that the user has not written, such as methods of dataclasses.
+
+    The user's own code without a file, of `python -c`, a prompt or `exec`, runs in a module without a file.
+    """
+    return frame.f_code.co_filename.startswith("<") and (
+        "__file__" in frame.f_globals or not frame.f_code.co_filename.startswith(_WITHOUT_FILE)
+    )
 
 
 def location_of(function: Any) -> str:
@@ -125,8 +138,7 @@ def main_thread_location() -> tuple[str, bool]:
     name = innermost.f_code.co_filename
     waiting = name.startswith(_COLLECTIVE_PLACES) and not name.startswith(_EXAMPLES)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_OTHERS_CODE) and not name.startswith("<"):
+        if not frame.f_code.co_filename.startswith(_OTHERS_CODE) and not _is_generated(frame):
             break
         frame = frame.f_back
     frame = frame or innermost
@@ -142,7 +154,7 @@ def user_lines_seen(seen: Callable[[str], None]) -> Iterator[None]:
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         name = frame.f_code.co_filename
-        if name.startswith(_OTHERS_CODE) or name.startswith("<"):
+        if name.startswith(_OTHERS_CODE) or _is_generated(frame):
             return None
         if event == "line":
             seen(f"{name}:{frame.f_lineno} ({frame.f_code.co_name})")

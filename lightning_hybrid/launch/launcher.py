@@ -52,7 +52,8 @@ class HybridLauncher(SubprocessScriptLauncher):
         watch: The failure monitor.
 
     Raises:
-        ValueError: On rank 0, if the layout is for another number of processes; other ranks end.
+        ValueError: On rank 0, if the layout is for another number of processes; other ranks end. On a rank of another
+            run, if this one has fewer processes.
     """
 
     def __init__(
@@ -66,6 +67,13 @@ class HybridLauncher(SubprocessScriptLauncher):
         super().__init__(cluster_environment, num_processes, num_nodes)
         self.watch = watch
         """The failure monitor."""
+        local_rank = cluster_environment.local_rank()
+        if local_rank >= num_processes:
+            raise ValueError(
+                f"`devices` must be larger than the local rank of this process, {local_rank}. Got {num_processes}. "
+                "Another Trainer of this script, or a launcher, has started the process as one of more ranks. Give all "
+                "Trainers of a script the same `devices`, or write a script for each."
+            )
         try:
             layout.validate(num_nodes * num_processes)
         except ValueError:

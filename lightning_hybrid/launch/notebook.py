@@ -1,4 +1,7 @@
-"""Runs the ranks of a notebook: forked from its process, to which they return weights, metrics and errors."""
+"""Runs the ranks of a notebook: forked from its process, to which they return weights, metrics and errors.
+
+The same for code of `python -c`, of the standard input and of a prompt, which cannot be started again for each rank.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ from typing_extensions import override
 
 from lightning_hybrid._lightning_private import (
     MultiProcessingLauncher,
+    can_start_again,
     exit_functions_of_fork,
     is_interactive,
     is_overridden,
@@ -52,9 +56,9 @@ _OF_CHECKPOINT_CALLBACK = ("best_model_path", "best_model_score", "last_model_pa
 _OF_TRAINER = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 
 NOT_IN_NOTEBOOK = (
-    "The ranks of a notebook end with `fit`, and with them optimizers and the partitioned module. What needs them, "
-    "such as `trainer.save_checkpoint`, belongs into a callback (`ModelCheckpoint`). The module of the notebook has "
-    "all weights: `torch.save(model.state_dict(), path)`."
+    "The ranks of a notebook, and of code without a script, end with `fit`, and with them optimizers and the "
+    "partitioned module. What needs them, such as `trainer.save_checkpoint`, belongs into a callback "
+    "(`ModelCheckpoint`). The module has all weights here: `torch.save(model.state_dict(), path)`."
 )
 """Error of uses of the partitioned module in the notebook's process."""
 
@@ -117,9 +121,9 @@ class NotebookLauncher(MultiProcessingLauncher):
         devices = self._strategy.parallel_devices or ()
         if any(device.type == "cuda" for device in devices) and torch.cuda.is_initialized():
             raise RankError(
-                "The process of this notebook uses CUDA already (a tensor, a model or a run on one device), and "
-                "processes that are forked from it could not. Restart the kernel, and leave models and tensors on "
-                "the CPU before `fit`; the Trainer moves them."
+                "This process uses CUDA already (a tensor, a model or a run on one device), and processes that are "
+                "forked from it could not. Restart it (in a notebook, the kernel), and leave models and tensors on the "
+                "CPU before `fit`; the Trainer moves them."
             )
         if dist.is_initialized():
             if dist.get_world_size() > 1:
@@ -235,7 +239,7 @@ class NotebookLauncher(MultiProcessingLauncher):
 
 
 def launcher_here(strategy: Any, ranks: HybridLauncher) -> HybridLauncher | NotebookLauncher:
-    """Returns `ranks`, the launcher of scripts, or in a notebook the one that starts several ranks.
+    """Returns `ranks`, the launcher of scripts, or in a notebook or without a script the one that forks the ranks.
 
     Args:
         strategy: The `HybridStrategy`.
@@ -244,14 +248,16 @@ def launcher_here(strategy: Any, ranks: HybridLauncher) -> HybridLauncher | Note
     Raises:
         ValueError: If the ranks of a notebook would not be on this machine, or another launcher is to start them.
     """
-    if not is_interactive() or ranks.num_processes * ranks.num_nodes == 1:
+    environment, interactive = ranks.cluster_environment, is_interactive()
+    scripted = not interactive and (can_start_again() or environment.creates_processes_externally)
+    if scripted or ranks.num_processes * ranks.num_nodes == 1:
         return ranks
     if ranks.num_nodes > 1:
+        where = "in a notebook" if interactive else "in code without a script"
         raise ValueError(
-            f"`num_nodes` must be 1 in a notebook, whose ranks run on its machine. Got {ranks.num_nodes}. Write the "
+            f"`num_nodes` must be 1 {where}, whose ranks run on its machine. Got {ranks.num_nodes}. Write the "
             "code to a script, and start it with torchrun or srun on every node."
         )
-    environment = ranks.cluster_environment
     if environment.creates_processes_externally:
         raise ValueError(
             f"`devices` must be 1 in a notebook that belongs to a {type(environment).__name__}, which expects another "

@@ -23,7 +23,7 @@ PURPOSES = {
     "size of the model": r"(Trainable|Non-trainable|Total) (estimated )?(model )?params|Modules in|Total FLOPs",
     "progress": r"(Epoch \d+|Validation|Validation DataLoader 0|Testing|Predicting).* \d+/\d+ ",
     "end of a loop": r"`Trainer\.\w+` stopped: `max_\w+=\d+` reached\.",
-    "stopping criterion": r"Metric val_loss improved",
+    "stopping criterion": r"\[rank: 0\] Metric val_loss improved",
     "seed": r"Seed set to 0",
     "checkpoint": r"Restor(ing|ed all) states|Loaded model weights|.*dirpath has changed|.*warnings\.warn\($",
     "start": r"Waiting for rank 1: ",
