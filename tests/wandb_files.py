@@ -60,6 +60,16 @@ def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return lines, config
 
 
+def values_of(path: Path, key: str) -> list[Any]:
+    """The values that an entry of the configuration has had, one after the other."""
+    found = []
+    for record in records(path):
+        kind = record.WhichOneof("record_type")
+        updates = record.config.update if kind == "config" else record.run.config.update if kind == "run" else []
+        found += [json.loads(item.value_json) for item in updates if (item.key or "/".join(item.nested_key)) == key]
+    return found
+
+
 def artifacts(path: Path, kind: str = "model") -> list[Any]:
     """The artifacts in the file of a run."""
     found = (r.artifact for r in records(path) if r.WhichOneof("record_type") == "artifact")

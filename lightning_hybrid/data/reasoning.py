@@ -69,15 +69,24 @@ class ReasoningData(SampleData[Question]):
         return Task(self._prompt(item), str(item["answer"]), item)
 
     def score(self, tasks: Sequence[Task], answers: Sequence[str]) -> dict[str, float]:
-        """Returns the mean score of the verifiers, 0 to 1, over all tasks and for each subject."""
+        """Returns the share of right answers over all tasks and for each subject, and the mean score of the verifiers.
+
+        An answer is right if its verifier gives the full score, 1. Many verifiers give a part of it to answers that
+        only contain the right one, or to any answer.
+        """
         scores: dict[str, list[float]] = {}
         for task, answer in zip(tasks, answers, strict=True):
             subject = task.item["subject"]
             score = float(self._generators[subject].score_answer(answer, task.item))
             scores.setdefault(subject, []).append(score)
         every = [score for values in scores.values() for score in values]
-        by_subject = {f"accuracy_{name}": sum(values) / len(values) for name, values in sorted(scores.items())}
-        return {"accuracy": sum(every) / len(every)} | (by_subject if len(by_subject) > 1 else {})
+        by_subject = {f"accuracy_{name}": _right(values) for name, values in sorted(scores.items())}
+        measures = {"accuracy": _right(every), "score": sum(every) / len(every)}
+        return measures | (by_subject if len(by_subject) > 1 else {})
 
     def _prompt(self, item: Question) -> list[int]:
         return self.tokenizer.chat([{"role": "user", "content": item["question"]}], answer=True)
+
+
+def _right(scores: Sequence[float]) -> float:
+    return sum(score == 1 for score in scores) / len(scores)

@@ -60,14 +60,14 @@ T5_XL = {
     "decoder_start_token_id": 0,
 }
 """The shape of T5 v1.1 XL."""
-APPLICATIONS: dict[str, tuple[dict[str, Any], float]] = {
-    "chat_8b": (LLAMA_8B, 8.03e9),
-    "code_completion_7b": (QWEN_7B, 7.62e9),
-    "content_generation_8b": (LLAMA_8B, 8.03e9),
-    "translation_3b": (T5_XL, 2.78e9),
-    "tutoring_7b": (QWEN_7B, 7.62e9),
+APPLICATIONS: dict[str, tuple[dict[str, Any], float, str]] = {
+    "chat_8b": (LLAMA_8B, 8.03e9, "fsdp8"),
+    "code_completion_7b": (QWEN_7B, 7.62e9, "fsdp8"),
+    "content_generation_8b": (LLAMA_8B, 8.03e9, "fsdp8-pp2"),
+    "translation_3b": (T5_XL, 2.78e9, "fsdp8"),
+    "tutoring_7b": (QWEN_7B, 7.62e9, "fsdp8"),
 }
-"""Recipes of applications at full size: the configuration in place of a pretrained model, and the parameters."""
+"""Recipes of applications at full size: the configuration in place of a pretrained model, parameters and layout."""
 
 
 def fit(recipe: str, directory: Path, *arguments: str, devices: int = 4) -> str:
@@ -141,7 +141,7 @@ def plan(recipe: str) -> Partition:
 
 def without_downloads(recipe: str) -> str:
     """A file that puts a configuration and bytes in place of a pretrained model and its tokenizer."""
-    config, _ = APPLICATIONS[recipe]
+    config = APPLICATIONS[recipe][0]
     data: dict[str, Any] = {"samples": {"tokenizer": None}}
     if "tutoring" not in recipe:
         data["path"] = str(RECIPES)
@@ -176,6 +176,8 @@ def facts(recipe: str) -> dict[str, Any]:
         "experts": [p.experts for p in made.plan.expert_plans.values()],
         "stages": [len(stage.units) for stage in made.plan.stages],
         "parameters": sum(p.numel() for p in made.root.parameters()),
+        "sharded": made.plan.record().get("sharded", []),
+        "of_stages": [stage["parameters"] for stage in made.plan.record().get("stages", [])],
     }
 
 
@@ -197,8 +199,14 @@ def test_plan_at_real_size(recipe: str) -> None:
 def test_plan_of_an_application_at_real_size(recipe: str) -> None:
     with RankGroup(1, timeout_seconds=150) as ranks:
         (found,) = ranks.call(facts, recipe)
+    _, parameters, layout = APPLICATIONS[recipe]
+    assert found["layout"] == layout
     assert found["layout"] in found["table"]
-    assert found["parameters"] == pytest.approx(APPLICATIONS[recipe][1], rel=0.01)
+    assert found["parameters"] == pytest.approx(parameters, rel=0.01)
+    assert any("1/8 a rank" in row for row in found["sharded"])
+    if "pp" in layout:
+        assert found["of_stages"] == pytest.approx([parameters / 2] * 2, rel=0.1)
+        assert min(found["stages"]) > 10
 
 
 @pytest.mark.slow

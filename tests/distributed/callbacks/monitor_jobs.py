@@ -18,8 +18,18 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_hybrid import HybridStrategy
-from lightning_hybrid.callbacks import HybridMonitor, Phase, PhaseSchedule
+from lightning_hybrid.adapt.batch_size import DecisionRules
+from lightning_hybrid.callbacks import (
+    AdaptiveBatchSize,
+    BatchSizeSchedule,
+    HybridMonitor,
+    LoadRebalancing,
+    Phase,
+    PhaseSchedule,
+    RebalancingRules,
+)
 from lightning_hybrid.callbacks import monitor as monitor_module
+from tests.distributed.callbacks.rebalancing_jobs import Sleeper
 from tests.distributed.checkpoint.wandb_jobs import offline
 from tests.distributed.contract.jobs import make_trainer, start
 from tests.distributed.contract.modules import Memory
@@ -49,23 +59,30 @@ class Tokens(Dataset):
 class SlowBlock(nn.Module):
     """A block that takes its time in the forward pass on some ranks."""
 
-    def __init__(self, ranks: tuple[int, ...]) -> None:
+    def __init__(self, ranks: tuple[int, ...], seconds: float = SLOW_SECONDS) -> None:
         super().__init__()
-        self.linear, self._ranks = nn.Linear(WIDTH, WIDTH), ranks
+        self.linear, self._ranks, self._seconds = nn.Linear(WIDTH, WIDTH), ranks, seconds
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._ranks and dist.is_initialized() and dist.get_rank() in self._ranks:
-            time.sleep(SLOW_SECONDS)
+            time.sleep(self._seconds)
         return torch.tanh(self.linear(x))
 
 
 class Words(L.LightningModule):
-    """Predicts tokens; its last block is slow on the ranks that it is told."""
+    """Predicts tokens; its last block is slow on the ranks that it is told, or the first and the last stage are."""
 
-    def __init__(self, slow_ranks: tuple[int, ...] = (), checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        slow_ranks: tuple[int, ...] = (),
+        checkpointing: bool = False,
+        slow_stages: float = 0.0,
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(32, WIDTH)
-        self.blocks = nn.ModuleList([SlowBlock(()) for _ in range(3)] + [SlowBlock(slow_ranks)])
+        slow = {0: (0,), 3: (1,)} if slow_stages else {3: slow_ranks}
+        seconds = slow_stages or SLOW_SECONDS
+        self.blocks = nn.ModuleList(SlowBlock(slow.get(block, ()), seconds) for block in range(4))
         self.head = nn.Linear(WIDTH, 32)
         self._checkpointing = checkpointing
 
@@ -89,6 +106,8 @@ def fit(
     monitor: dict[str, Any] | None = None,
     checkpointing: bool = False,
     compiled: bool = False,
+    slow_stages: float = 0.0,
+    microbatches: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains 8 steps, of which every fourth is logged; the lines of the logger with values of the monitor."""
@@ -97,11 +116,12 @@ def fit(
     defaults: dict[str, Any] = {"max_steps": 8, "log_every_n_steps": 4}
     if compiled:
         defaults["strategy"] = HybridStrategy(layout, compile=True)
+    if microbatches is not None:
+        defaults["strategy"] = HybridStrategy(layout, microbatches=microbatches)
     trainer, n = make_trainer(layout, logger=memory, callbacks=[callback], **{**defaults, **options})
     with patch.object(monitor_module, "rank_zero_info") as told:
-        trainer.fit(
-            Words(slow_ranks, checkpointing), DataLoader(Tokens(128, seconds_per_sample), batch_size=BATCH // n)
-        )
+        module = Words(slow_ranks, checkpointing, slow_stages)
+        trainer.fit(module, DataLoader(Tokens(128, seconds_per_sample), batch_size=BATCH // n))
     compiling = [call for call in told.call_args_list if "compiled" in call.args[0]]
     lines = [{"step": step, **line} for step, line in memory.lines if "layout/pp" in line]
     return {"lines": lines, "bubble": trainer.strategy.plan.bubble, "values": callback.values, "told": len(compiling)}  # type: ignore[attr-defined]
@@ -167,3 +187,40 @@ class Loads(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step % 3 == 0:
             self.read.append(sum(int(x.sum()) for x in trainer.strategy.expert_loads().values()))  # type: ignore[attr-defined]
+
+
+def resized(folder: Path) -> list[dict[str, Any]]:
+    """Trains with a batch size that doubles after two steps, with W&B (offline); the changes."""
+    start()
+    adaptive = AdaptiveBatchSize(statistics=None, schedule=BatchSizeSchedule(points={0: BATCH, 2 * BATCH: 2 * BATCH}))
+    logger = WandbLogger(save_dir=folder, project="test")
+    options: dict[str, Any] = {"max_steps": 6, "log_every_n_steps": 2, "logger": logger}
+    trainer, n = make_trainer("dp2", callbacks=[HybridMonitor(), adaptive], **options)
+    with offline():
+        trainer.fit(Words(), DataLoader(Tokens(256), batch_size=BATCH // n))
+    return adaptive.events
+
+
+def rebalanced(folder: Path) -> list[dict[str, Any]]:
+    """Trains two replicas, one of which is slow, with W&B (offline); what was moved."""
+    start()
+    rules = RebalancingRules(every_n_steps=3, rest_looks=1, horizon_steps=10**6)
+    rebalancing = LoadRebalancing(rules=rules, kinds=("replicas",))
+    logger = WandbLogger(save_dir=folder, project="test")
+    options: dict[str, Any] = {"max_steps": 12, "log_every_n_steps": 2, "logger": logger}
+    trainer, n = make_trainer("dp2", callbacks=[HybridMonitor(), rebalancing], **options)
+    with offline():
+        module = Sleeper(2, 0.002, {1: 3.0}, by_sample=True)
+        trainer.fit(module, DataLoader(Numbers(32 * 16), batch_size=32 // n))
+    return rebalancing.moves
+
+
+def noisy(layout: str) -> tuple[list[dict[str, float]], float | None]:
+    """Trains with a measured noise scale; the lines of the logger, and the noise scale at the end."""
+    start()
+    memory = Memory()
+    adaptive = AdaptiveBatchSize(rules=DecisionRules(every_n_steps=10**9, measure_every_n_steps=1))
+    options: dict[str, Any] = {"max_steps": 12, "log_every_n_steps": 4, "logger": memory}
+    trainer, n = make_trainer(layout, callbacks=[adaptive, HybridMonitor()], accumulate_grad_batches=2, **options)
+    trainer.fit(Words(), DataLoader(Tokens(512), batch_size=BATCH // n))
+    return [line for _, line in memory.lines if "layout/pp" in line], adaptive.noise_scale

@@ -72,6 +72,19 @@ def test_time_is_charged_to_what_takes_it(ranks2: RankGroup) -> None:
 
 
 @pytest.mark.slow
+def test_the_bubble_of_equal_stages_is_that_of_the_schedule(ranks2: RankGroup) -> None:
+    """Two stages, each 0.1 s for a microbatch, and 4 microbatches: a stage waits for one of the five intervals."""
+    seconds = 2 * SLOW_SECONDS
+    last = ranks2.call(jobs.fit, "pp2", slow_stages=seconds, microbatches=4)[0]["lines"][-1]
+    assert last["bubble/predicted"] == pytest.approx(1 / 5)
+    assert last["bubble/measured"] == pytest.approx(1 / 5, abs=0.05)
+    assert [last[f"stages/share_{stage}"] for stage in (0, 1)] == pytest.approx([0.5, 0.5], abs=0.05)
+    assert last["time/step"] == pytest.approx(5 * seconds, rel=0.25)
+    assert last["time/computation"] == pytest.approx(4 * seconds, rel=0.25)
+    assert last["time/bubble"] == pytest.approx(seconds, rel=0.5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "pp2"])
 def test_recomputation_is_no_use_of_the_model(ranks2: RankGroup, layout: str) -> None:
     expected = jobs.of_one_process()["flops"]

@@ -18,6 +18,7 @@ from lightning_hybrid.callbacks import wandb_report
 from lightning_hybrid.spec.errors import PartitionError
 from tests import wandb_files
 from tests.distributed.callbacks import monitor_jobs as jobs
+from tests.distributed.checkpoint.test_wandb import no_key
 from tests.harness import RankGroup
 
 
@@ -46,6 +47,8 @@ class Run:
 def test_plan_pictures_and_events_are_in_the_run(ranks2: RankGroup, tmp_path: Path) -> None:
     values = ranks2.call(jobs.changing, "pp2", tmp_path)[0]
     run = Run(tmp_path)
+    plans = wandb_files.values_of(run.path, "lightning_hybrid")
+    assert list(dict.fromkeys(plan["layout"] for plan in plans)) == ["pp2", "dp2"], "that of the start, and the new one"
     assert run.config["lightning_hybrid"]["layout"] == "dp2", "the plan that is in force"
     first, second = run.tables("plan/table")
     assert [row[0] for row in first[:3]] == ["layout", "stage 0", "stage 1"]
@@ -69,6 +72,37 @@ def test_plan_pictures_and_events_are_in_the_run(ranks2: RankGroup, tmp_path: Pa
     assert {k: float(rows[-1][k]) for k in values} == pytest.approx(values)
     board = EventAccumulator(str(tmp_path / "tensorboard/0")).Reload()
     assert {k: board.Scalars(k)[-1].value for k in values} == pytest.approx(values, rel=1e-5)
+    no_key(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("job", "kind", "text"),
+    [
+        (jobs.resized, "batch_size", "16 -> 32 samples"),
+        (jobs.rebalanced, "rebalancing", "replicas: a step should become "),
+    ],
+)
+def test_changes_of_callbacks_are_events(ranks2: RankGroup, tmp_path: Path, job: Any, kind: str, text: str) -> None:
+    changes = ranks2.call(job, tmp_path)[0]
+    assert len(changes) == 1
+    run = Run(tmp_path)
+    (events,) = run.tables("events/table")
+    ((step, found, change),) = events
+    assert (step, found) == (changes[0]["step"], kind)
+    assert change.startswith(text)
+    counts = [(line["trainer/global_step"], line[f"events/{kind}"]) for line in run.of(f"events/{kind}")]
+    assert counts[0][1] == 0
+    assert next(logged for logged, count in counts if count == 1) in (step - 1, step, step + 1), "on the time axis"
+    assert counts[-1][1] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+def test_the_noise_scale_is_that_of_the_callback(ranks2: RankGroup, layout: str) -> None:
+    lines, scale = ranks2.call(jobs.noisy, layout)[0]
+    assert scale is not None
+    assert lines[-1]["batch/noise_scale"] == pytest.approx(scale)
 
 
 @pytest.mark.slow
@@ -78,7 +112,11 @@ def test_the_load_of_experts_is_drawn(ranks2: RankGroup, tmp_path: Path) -> None
     tokens = [sum(counts) for counts in found["loads"].values()]
     assert tokens[0] > 0
     assert sum(tokens) / 4 == sum(found["read"]) / 6, "two readers do not take each other's counts"
-    assert found["values"]["experts/max_over_mean"] >= 1
+    by_hand = [max(counts) * len(counts) / sum(counts) for counts in found["loads"].values()]
+    assert found["values"]["experts/max_over_mean"] == pytest.approx(sum(by_hand) / len(by_hand))
+    assert found["values"]["experts/max_over_mean_worst"] == pytest.approx(max(by_hand))
+    of_ranks = [max(sum(counts[:2]), sum(counts[2:])) * 2 / sum(counts) for counts in found["loads"].values()]
+    assert found["values"]["experts/max_over_mean_of_ranks"] == pytest.approx(max(of_ranks))
     run = Run(tmp_path)
     pictures = run.of("experts/load")
     assert len(pictures) == 2

@@ -69,6 +69,27 @@ def test_samples_are_shown_with_their_loss_mask(tmp_path: Path, capsys: pytest.C
     ]
 
 
+def test_samples_of_an_encoder_and_a_decoder_are_shown_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(f"{json.dumps({'source': 'house', 'target': 'maison'})}\n" * 3)
+    main(["recipes", "show", "translation", "--sample", "1", f"--data.path={file}"])
+    shown = ["sample 0: 6 tokens, 7 with loss", "       | house<|end|>", "  loss | maison<|end|>"]
+    assert capsys.readouterr().out.splitlines() == shown
+
+
+def test_samples_with_a_gap_are_shown_in_the_order_of_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.py").write_text("first = second\n")
+    main(["recipes", "show", "code_completion", "--sample", "1", f"--data.path={tmp_path}", "--data.fim_rate=1.0"])
+    head, prompt, *rest = capsys.readouterr().out.splitlines()
+    assert head.startswith("sample 0: ")
+    assert prompt.startswith("       | <|fim_prefix|><|fim_suffix|>"), "SPM: the suffix first"
+    assert rest[-1] in ("  loss | first<|end|>", "  loss | second<|end|>")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

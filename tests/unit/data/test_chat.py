@@ -186,6 +186,8 @@ def test_batches_are_padded_and_within_the_budget(tmp_path: Path) -> None:
         assert torch.equal(ids == ByteTokenizer.pad, mask == 0)
         assert bool((labels[mask == 0] == IGNORED).all())
         assert bool((labels != IGNORED).any(dim=1).all())
+    sizes = {len(batch["input_ids"]) for batch in data.train_dataloader()}
+    assert len(sizes) > 1, "more samples where they are short"
 
 
 def test_options_out_of_range(tmp_path: Path) -> None:

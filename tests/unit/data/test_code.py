@@ -48,6 +48,7 @@ def filled(tokens: list[int], spm: bool) -> str:
     assert tokens[0] == PREFIX
     assert tokens[-1] == TOKENIZER.end
     suffix, middle = tokens.index(SUFFIX), tokens.index(MIDDLE)
+    assert suffix < middle
     parts = tokens[1:suffix], tokens[suffix + 1 : middle], tokens[middle + 1 : -1]
     assert not (spm and parts[0])
     before, after, rest = (TOKENIZER.decode(part) for part in parts)
@@ -62,6 +63,8 @@ def test_parts_of_a_gap_are_the_text_in_another_order(tmp_path: Path, spm: bool)
     assert [filled(sample.input_ids, spm) for sample in samples] == texts
     assert all(sample.labels == sample.input_ids for sample in samples)
     assert len({sample.input_ids.index(MIDDLE) for sample in samples}) > 3
+    prefixes = [sample.input_ids.index(SUFFIX) - 1 for sample in samples]
+    assert spm or sum(length > 0 for length in prefixes) > len(samples) / 2, "PSM has the prefix first"
     assert samples == [module.sample(Code(tmp_path, text)) for text in texts]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer, seed_everything
 
 from lightning_hybrid.data import (
     IGNORED,
@@ -20,6 +21,7 @@ from lightning_hybrid.data import (
 )
 from lightning_hybrid.data.styles import Styled
 from lightning_hybrid.data.translation import Pair
+from lightning_hybrid.models import OptimizerConfig, SupervisedLM, TransformerConfig
 
 TOKENIZER = ByteTokenizer()
 
@@ -46,6 +48,28 @@ def test_a_styled_text_has_its_loss_after_the_style(tmp_path: Path) -> None:
     assert TOKENIZER.decode(task.prompt) == "[laws]\nThou"
     assert task.expected == "shalt"
     assert data.score([task], ["shalt"]) == {}
+
+
+@pytest.mark.slow
+def test_the_style_decides_the_text(tmp_path: Path) -> None:
+    """After training on two styles, the continuation of the same first letters is that of the style in the prompt."""
+    texts = {"loud": "AB" + "CD" * 4, "quiet": "AB" + "cd" * 4}
+    rows = [{"style": style, "text": f"{text}{n}"} for style, text in texts.items() for n in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    seed_everything(0, verbose=False)
+    data = StyledText(str(file), samples=SampleConfig(batch_size=8, max_length=32))
+    shape = TransformerConfig(vocabulary=272, width=32, blocks=1, heads=1, context_length=32)
+    module = SupervisedLM(shape, OptimizerConfig(learning_rate=1e-2, warmup_steps=5))
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=60, limit_val_batches=0, enable_model_summary=False, **quiet
+    )
+    trainer.fit(module, datamodule=data)
+    for style, text in texts.items():
+        prompt = data.tokenizer.encode(f"[{style}]\nAB")
+        answer = module.answer(prompt, max_new_tokens=8, end=data.tokenizer.end, temperature=0.0)
+        assert data.tokenizer.decode(answer) == text[2:]
 
 
 PAGE = "<html><body><h1>{0}</h1><div class='para'>\n {1} <em>{2}</em>\n</div><ul><li>{3}</li></ul></body></html>"
@@ -121,8 +145,23 @@ def test_questions_are_held_out_and_checked_by_their_verifier() -> None:
     assert TOKENIZER.decode([token for token in sample.labels if token >= 0]) == item["answer"]
     tasks = data.tasks(20)
     expected = [task.expected for task in tasks]
-    assert data.score(tasks, expected) == {"accuracy": 1.0, "accuracy_chain_sum": 1.0, "accuracy_gcd": 1.0}
-    assert data.score(tasks, ["?"] * len(tasks))["accuracy"] < 0.1
+    right = {"accuracy": 1.0, "score": 1.0, "accuracy_chain_sum": 1.0, "accuracy_gcd": 1.0}
+    assert data.score(tasks, expected) == right
+    assert data.score(tasks, ["?"] * len(tasks))["accuracy"] == 0
+    mixed = data.score(tasks[:2], [expected[0], f"{expected[1]} or so"])
+    assert mixed["accuracy"] == 0.5, "an answer that only contains the right one"
+    assert 0.5 < mixed["score"] < 1
+
+
+def test_right_answers_need_not_be_the_reference() -> None:
+    """The verifier computes an expression; it does not compare texts."""
+    pytest.importorskip("reasoning_gym")
+    data = ReasoningData({"countdown": {}}, count=20, samples=SampleConfig(max_length=2000, validation_share=0.5))
+    tasks = data.tasks(4)
+    others = [f"({task.expected})" for task in tasks]
+    assert all(other != task.expected for other, task in zip(others, tasks, strict=True))
+    assert data.score(tasks, others) == {"accuracy": 1.0, "score": 1.0}
+    assert data.score(tasks, [f"{other} + 1" for other in others])["accuracy"] == 0
 
 
 def test_questions_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
