@@ -56,7 +56,7 @@ class VerifyReport:
 def verify(
     module: pl.LightningModule,
     data: Any,
-    layouts: Sequence[str | Layout],
+    layouts: str | Layout | Sequence[str | Layout],
     *,
     steps: int = 1,
     accelerator: str = "auto",
@@ -70,7 +70,7 @@ def verify(
     Args:
         module: The LightningModule; it is pickled.
         data: A LightningDataModule or the training loader; it is pickled.
-        layouts: The layouts.
+        layouts: The layouts, or one of them.
         steps: Number of training batches to compare.
         accelerator: Lightning's `accelerator`.
         **trainer_options: Further options of the Trainer, such as `precision` and `accumulate_grad_batches`.
@@ -80,6 +80,8 @@ def verify(
     """
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1. Got {steps}.")
+    if isinstance(layouts, str | Layout):
+        layouts = [layouts]
     if not layouts:
         raise ValueError("`layouts` must name at least one layout, such as 'dp2'. Got none.")
     payload = pickle.dumps((module, data, steps, {"accelerator": accelerator, **trainer_options}))

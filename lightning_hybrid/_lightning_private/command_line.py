@@ -1,17 +1,32 @@
-"""Options of LightningCLI's parser, jsonargparse."""
+"""LightningCLI, and options of its parser, jsonargparse."""
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
 from jsonargparse import Namespace, _typehints
 from jsonargparse._util import NestedArg
+from lightning.pytorch.cli import LightningCLI
+from typing_extensions import override
 
 from lightning_hybrid.patching import patched
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI that leaves errors of a checkpoint to the strategy, which reads it, too.
+
+    LightningCLI looks for hyperparameters in the file of `--ckpt_path` first, and never runs pickles there.
+    """
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        with suppress(pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, AttributeError):
+            super()._parse_ckpt_path()
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lightning_hybrid.spec.checks import check_at_least
+from lightning_hybrid.spec.checks import check_at_least, check_choices
 from lightning_hybrid.spec.gradient_sync import GradientSync, SyncKind
+from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.renamed import renamed_arguments
 
 
@@ -67,6 +68,12 @@ class Phase:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "at_step", "at_samples", "at_tokens", "batch_size", "microbatch_size", "streams")
         check_at_least(self, 0, "sequence_length")
+        if self.layout is not None:
+            Layout.parse(self.layout)
+        given = {name: getattr(self, name) for name in ("schedule", "microbatches") if getattr(self, name) is not None}
+        check_choices(**{"schedule": "1F1B", "microbatches": "auto", "recompute": None} | given)
+        if self.gradient_sync is not None:
+            GradientSync.of(self.gradient_sync)
 
     @property
     def begins(self) -> bool:
@@ -80,6 +87,8 @@ def check_phases(phases: Sequence[Phase]) -> None:
     Raises:
         ValueError: If the phases are not in order or have wrong starting points.
     """
+    if not isinstance(phases, Sequence) or not all(isinstance(phase, Phase) for phase in phases):
+        raise ValueError(f"`phases` must be a list of `Phase`. Got {phases!r}.")
     if not phases:
         raise ValueError("`phases` must have at least one phase.")
     if phases[0].begins:

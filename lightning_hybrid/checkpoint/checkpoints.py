@@ -29,9 +29,16 @@ class Checkpoints:
     Args:
         options: The strategy's `checkpoints`.
         timeout: Time after which a rank stops waiting for another.
+
+    Raises:
+        ValueError: If `options` are no `CheckpointOptions`.
     """
 
     def __init__(self, options: CheckpointOptions, timeout: timedelta | None) -> None:
+        if not isinstance(options, CheckpointOptions):
+            raise ValueError(
+                f"`checkpoints` must be options such as `CheckpointOptions(asynchronous=True)`. Got {options!r}."
+            )
         self._options, self._timeout = options, timeout
         self._saver: Saver | None = None
         self._older: list[Path] = []

@@ -37,6 +37,26 @@ FILE_NAME = re.compile(r"rank-\d{5,}\.(json|safetensors)")
 """Names that a manifest may list: no paths outside the folder."""
 
 
+_OF_OTHERS = (".metadata", "latest", "checkpoint")
+"""Files and folders in checkpoints of Lightning's sharded FSDP and of DeepSpeed."""
+
+
+def not_a_checkpoint(path: Path) -> str | None:
+    """Returns why `path`, which exists, cannot be a checkpoint, without reading it; None if it may be one."""
+    if path.is_dir():
+        if any((path / name).exists() for name in (MANIFEST, *_OF_OTHERS)):
+            return None
+        return (
+            f"{path} is not a checkpoint: it is a folder without {MANIFEST}. If a run was to write it, the run was "
+            "interrupted. Use an earlier checkpoint."
+        )
+    with open(path, "rb") as file:
+        begin = file.read(2)
+    if begin == b"PK" or begin[:1] == b"\x80":  # a zip file; a pickle
+        return None
+    return f"{path} is not a checkpoint: it is no file of `torch.save`, as checkpoints of Lightning are."
+
+
 def staged(path: Path) -> Path:
     """Returns the staging folder of the checkpoint `path`."""
     return path.with_name(path.name + STAGED)

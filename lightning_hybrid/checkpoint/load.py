@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_hybrid._lightning_private import is_overridden
-from lightning_hybrid.checkpoint.files import candidates
+from lightning_hybrid.checkpoint.files import candidates, not_a_checkpoint
 from lightning_hybrid.checkpoint.reader import HYPER_PARAMETERS, OPTIMIZER_STATES, SavedCheckpoint, newest_first, whole
 from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.spec.errors import CheckpointError
@@ -88,10 +88,13 @@ def _open(path: Path, trust_pickle: bool) -> tuple[SavedCheckpoint | dict[str, A
 
 def _plain(path: Path, trust_pickle: bool) -> dict[str, Any]:
     """Returns the content of a checkpoint file of Lightning; tensors are memory-mapped."""
+    problem = not_a_checkpoint(path)
+    if problem is not None:
+        raise CheckpointError(problem)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust_pickle)
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is a pickle that contains more than plain data, and unpickling can run any code "
@@ -99,7 +102,18 @@ def _plain(path: Path, trust_pickle: bool) -> dict[str, Any]:
             "`checkpoints=CheckpointOptions(trust_pickle=True)` to the strategy."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+        first = str(error).partition(". ")[0].splitlines()[0]
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {first}. Use an earlier checkpoint, or "
+            '`ckpt_path="last"`.'
+        ) from error
+    missing = [k for k in ("state_dict", "pytorch-lightning_version") if k not in dict.fromkeys(content)]
+    if missing:
+        raise CheckpointError(
+            f"{path} has no `{missing[0]}`, so it is no checkpoint of Lightning. If it has weights only, load them by "
+            f"`module.load_state_dict(torch.load({str(path)!r}))` before `fit`."
+        )
+    return content
 
 
 # ---- as Lightning's dict

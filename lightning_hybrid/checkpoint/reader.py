@@ -253,6 +253,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint {path}.")
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file. A checkpoint that `HybridStrategy` has saved is a folder.")
     if not file.is_file():
         raise CheckpointError(
             f"{path} is not a checkpoint: it has no {MANIFEST}. The run that wrote it was interrupted."

@@ -29,6 +29,8 @@ from lightning_hybrid.spec.tensor_index import Index, shape_of, whole_index
 
 EXTRA_STATE = "_extra_state"
 """The name under which `nn.Module.state_dict` puts what `get_extra_state` returns."""
+_SHOWN_NAMES = 5
+"""Names of weights in an error."""
 
 # ---- saving
 
@@ -212,9 +214,17 @@ def _check_names(engine: Engine, missing: set[str], unexpected: set[str]) -> Non
     missing, unexpected = set().union(*(m for m, _ in found)), set().union(*(u for _, u in found))
     if missing or unexpected:
         raise RuntimeError(
-            f"Error(s) in loading state_dict for {type(engine.root).__name__}: missing keys {sorted(missing)}, "
-            f"unexpected keys {sorted(unexpected)}."
+            f"Error(s) in loading state_dict for {type(engine.root).__name__}: missing keys {_first(missing)}, "
+            f"unexpected keys {_first(unexpected)}. Give the module the arguments that the saved one had, or use "
+            "another checkpoint."
         )
+
+
+def _first(names: set[str]) -> str:
+    """Returns the first names as a list in text, and the number of the others."""
+    others = len(names) - _SHOWN_NAMES
+    shown = str(sorted(names)[:_SHOWN_NAMES])
+    return f"{shown[:-1]}, and {others} more]" if others > 0 else shown
 
 
 def _check_shape(engine: Engine, name: str, saved: Any, shape: torch.Size) -> None:

@@ -50,6 +50,11 @@ def nearest_name(name: str) -> str:
     return f"Did you mean `{found}`?" if found else ""
 
 
+def is_class(path: str) -> bool:
+    """Returns True for the path of a class that can be imported."""
+    return re.fullmatch(r"[\w.]+\.\w+", path) is not None and isinstance(_imported_class(path), type)
+
+
 def import_error(class_path: str) -> str | None:
     """Returns the error that the module of `class_path` raises when it is imported, or None."""
     try:
@@ -103,6 +108,8 @@ def _top_level() -> list[str]:
 
 def unknown_parameter(class_path: str, group: str | None, name: str) -> str:
     """Explains a parameter that a class, or its parameter `group`, does not have."""
+    if name == "class_path":
+        return f"beside `class_path` there can be `init_args` only. Another key is there, too, for `{class_path}`."
     found = _imported_class(class_path)
     owner = class_path
     if group is not None and found is not None:

@@ -90,7 +90,32 @@ def _read(path: Path) -> yaml.MappingNode:
         raise UsageError(f"{path}: this is not YAML: {error}") from None
     if not isinstance(document, yaml.MappingNode):
         raise UsageError(f"{path}: a configuration has keys such as `model:` and `trainer:`. This file has none.")
+    for key, line, earlier in _repeated(document):
+        raise UsageError(
+            f"{path}:{line}: `{key}` is given twice, here and in line {earlier}, and only one would count. Remove one."
+        )
+    for key, value in document.value:
+        if key.value == "trainer" and not isinstance(value, yaml.MappingNode):
+            raise UsageError(
+                f"{path}:{key.start_mark.line + 1}: `trainer` must have options, such as `max_steps: 10`. Got "
+                f"{getattr(value, 'value', None)!r}."
+            )
     return document
+
+
+def _repeated(node: yaml.Node) -> Iterator[tuple[str, int, int]]:
+    """Yields each key that a mapping has twice, with the lines of the second and the first one."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if str(key.value) in seen and key.tag != "tag:yaml.org,2002:merge":
+                yield str(key.value), line, seen[str(key.value)]
+            seen[str(key.value)] = line
+            yield from _repeated(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _repeated(value)
 
 
 def _line(document: yaml.MappingNode, key: str) -> int | None:

@@ -51,5 +51,22 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown:
             options = re.findall(r"--\w+", self.format_usage())
             message = f"unknown argument `{unknown[1]}`. {did_you_mean(unknown[1], options)}"
-        end = "" if message.endswith(("?", ". ")) else "."
+        message = in_words(message)
+        end = "" if message.rstrip().endswith(("?", ".")) else "."
         raise UsageError(f"{message.strip()}{end} See `{self.prog} --help`.")
+
+
+def in_words(message: str) -> str:
+    """Returns an error of argparse with the argument in backticks, the rule and the value."""
+    if found := re.match(r"argument (?:-\w/)?(\S+): (.*)", message):
+        name, problem = found[1], found[2]
+        if problem.startswith("expected one argument"):
+            return f"`{name}` needs a value."
+        if value := re.match(r"invalid (\w+) value: '(.*)'", problem):
+            return f"`{name}` must be {value[1]}. Got {value[2]!r}."
+        if value := re.match(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", problem):
+            choices = re.findall(r"[\w-]+", value[2])
+            return f"`{name}` must be one of {', '.join(choices)}. Got {value[1]!r}. {did_you_mean(value[1], choices)}"
+    if found := re.match(r"the following arguments are required: (.*)", message):
+        return f"{' and '.join(f'`{name}`' for name in found[1].split(', '))} must be given."
+    return message

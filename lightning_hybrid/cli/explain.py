@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from lightning_hybrid.cli.class_paths import import_error, import_problem, nearest_name, unknown_parameter
 from lightning_hybrid.cli.configs import Configs
-from lightning_hybrid.cli.errors import did_you_mean, paragraph
+from lightning_hybrid.cli.errors import did_you_mean, in_words, paragraph
 
 _UNINFORMATIVE = re.compile(
     r"Subtypes: |Errors:|Does not validate|Given value|Expected an? (path but|<class|typing|.*Got value)"
@@ -27,7 +27,7 @@ def explain(message: str, options: Iterable[str], configs: Configs) -> str:
         options: The options of the command, such as `--trainer.max_steps`.
         configs: The configuration files.
     """
-    if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
+    if found := re.match(r"\W*[Uu]nrecognized arguments: (\S+)", message):
         name = found[1].partition("=")[0]
         if not name.startswith("-"):
             return f"unexpected argument `{name}`. Options begin with `--`."
@@ -40,7 +40,7 @@ def explain(message: str, options: Iterable[str], configs: Configs) -> str:
         return f"{given} must be given, in the file of `--config` or as an option such as `--{names[0]} CLASS_PATH`."
     if found := re.match(r"Parser key \"([^\"]+)\":", message):
         return _of_key(found[1], message[found.end() :], configs)
-    return f"{paragraph(message)[:_LONGEST].rstrip('.')}."
+    return f"{in_words(paragraph(message))[:_LONGEST].strip().rstrip('.')}."
 
 
 def _unknown_key(key: str, options: Iterable[str], configs: Configs) -> str:
@@ -54,22 +54,35 @@ def _unknown_key(key: str, options: Iterable[str], configs: Configs) -> str:
 
 def _of_key(key: str, body: str, configs: Configs) -> str:
     """Explains what is wrong with the value of `key`."""
-    given = re.search(r"Given value: (?:NestedArg\(key='\w+', val=)?'?([^'\n]*)", body)
+    given = re.search(r"Given value: (.*)", body)
+    value = None if given is None else _as_given(given[1].strip())
     body = body[: given.start()] if given else body
     class_path, problem = None, body
-    for found in re.finditer(r"Problem with given class_path '([^']+)':\s*", body):
-        class_path, problem = found[1], re.split(r"\n *- (?=Expected a|Not a valid)", body[found.end() :])[0]
+    for found in re.finditer(r"^( *)- Problem with given class_path '([^']+)':\s*", body, re.MULTILINE):
+        # other types that were tried follow at the same indentation
+        class_path, problem = found[2], re.split(rf"\n{found[1]}- ", body[found.end() :])[0]
     while inner := re.match(r"\s*Parser key \"([^\"]+)\":", problem):
         key, problem = f"{key}.{inner[1]}", problem[inner.end() :]
     if class_path is not None and (known := _of_class(key, class_path, problem, configs)):
         return known
-    return f"{configs.place(key)}`{key}`{_of_value(given[1].strip() if given else None, problem)}"
+    return f"{configs.place(key)}`{key}`{_of_value(value, problem)}"
+
+
+def _as_given(text: str) -> str:
+    """Returns a value as the user has written it, instead of the representation in Python."""
+    nested = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", text)
+    text = nested[1] if nested else text
+    quoted = re.fullmatch(r"(['\"])(.*)\1", text)
+    return quoted[2] if quoted else text
 
 
 def _of_class(key: str, class_path: str, problem: str, configs: Configs) -> str | None:
     """Explains a class that cannot be imported, or an unknown or missing parameter; None for another problem."""
     if found := re.search(r"Option '([^'.]+)[^']*' is not accepted", problem):
         return f"{configs.place(f'{key}.{found[1]}')}`{key}`: {unknown_parameter(class_path, None, found[1])}"
+    if found := re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", problem):
+        group, _, name = found[1].rpartition(".")
+        return f"{configs.place(f'{key}.{found[1]}')}`{key}`: {unknown_parameter(class_path, group or None, name)}"
     if found := re.search(r"Group '([^']+)' does not accept option '([^']+)'", problem):
         return f"{configs.place(f'{key}.{found[2]}')}`{key}`: {unknown_parameter(class_path, found[1], found[2])}"
     if found := re.search(_REQUIRED, problem):
@@ -82,6 +95,8 @@ def _of_class(key: str, class_path: str, problem: str, configs: Configs) -> str 
 
 def _of_value(given: str | None, problem: str) -> str:
     """Explains a value of another type; follows the key."""
+    if found := re.search(r"Unable to load config '(.*)'", problem):
+        return f" must have options, such as `{{name: value}}`, or be a file of them. Got {found[1]!r}."
     if found := re.search(r"Import path does not correspond to a subclass of (\S+)", problem):
         return f": `{given}` is no {found[1]}."
     if found := re.search(r"Expected a dot import path string: (\w+)", problem):
@@ -93,7 +108,9 @@ def _of_value(given: str | None, problem: str) -> str:
     if said and given and re.fullmatch(r"[A-Za-z_][\w.]*\.\w+", given) and (error := import_error(given)):
         return f": the module of `{given}` cannot be imported: {error}."
     value = found[1] if (found := re.search(r"Got value: (.*)", problem)) else given
-    types = re.findall(r"^\W*Expected an? (?!path)(.+?)(?:\. Got value: .*)?$", problem, re.MULTILINE)
+    kinds = r"^\W*(?:Expected an? (?!path)|Not a valid subclass of )(.+?)(?:\. Got value: .*)?$"
+    types = re.findall(kinds, problem, re.MULTILINE)
+    types = [f"the class path of a {t}" if f"subclass of {t}" in problem else t for t in types]
     if types and value is not None and not said:
         return f" must be {_in_words(types)}. Got {value.strip()[:80]!r}. {_near(value, types)}"
     return f": {paragraph(said or problem)[:_LONGEST]}"

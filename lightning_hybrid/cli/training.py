@@ -18,11 +18,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
-from lightning_hybrid._lightning_private.command_line import nested_values_kept
+from lightning_hybrid._lightning_private.command_line import CommandLine, nested_values_kept
 from lightning_hybrid.adapt.phases import Phase
 from lightning_hybrid.callbacks.phase_schedule import PhaseSchedule
 from lightning_hybrid.callbacks.save_config import SaveConfig
-from lightning_hybrid.cli.class_paths import nearest_class
+from lightning_hybrid.checkpoint.files import not_a_checkpoint
+from lightning_hybrid.cli.class_paths import is_class, nearest_class
 from lightning_hybrid.cli.configs import Configs
 from lightning_hybrid.cli.errors import UsageError, did_you_mean
 from lightning_hybrid.cli.explain import explain
@@ -48,7 +49,7 @@ def make_data(args: list[str]) -> LightningDataModule | None:
     return _DataCLI(None, Configs(args), save_config_callback=None).datamodule
 
 
-class _CLI(LightningCLI):
+class _CLI(CommandLine):
     """LightningCLI with an additional key `phases:`, a list of `Phase`, and errors of one paragraph.
 
     Args:
@@ -60,7 +61,7 @@ class _CLI(LightningCLI):
     def __init__(self, name: str | None, configs: Configs, **options: Any) -> None:
         warnings.filterwarnings("ignore", message=LEAF_SPEC, category=FutureWarning)
         self._name, self._configs = name, configs
-        own_options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
+        own_options: dict[str, Any] = {"exit_on_error": False}
         parser_options = {"prog": "lightning-hybrid"} | own_options
         super().__init__(
             LightningModule,
@@ -90,13 +91,23 @@ class _CLI(LightningCLI):
         try:
             with nested_values_kept():
                 self.config = parser.parse_args(args)  # type: ignore[arg-type] -- a list
+                if classes := self._class_paths():
+                    self.config = parser.parse_args([*args, *classes])  # type: ignore[misc] -- a list
         except ArgumentError as error:
             options = ["--config", "--print_config", *re.findall(r"--[\w.]+", self._options.format_usage())]
             raise UsageError(explain(str(error), options, self._configs)) from None
 
+    def _class_paths(self) -> list[str]:
+        """Returns options that give the class paths of the trainer which were taken for names, since both are texts."""
+        trainer = (self.config[self._name] if self._name else self.config)["trainer"]
+        given = {name: trainer.get(name) for name in ("strategy", "accelerator")}
+        paths = {name: text for name, text in given.items() if isinstance(text, str) and is_class(text)}
+        return [f"--trainer.{name}={{class_path: {path}}}" for name, path in paths.items()]
+
     @override
     def before_instantiate_classes(self) -> None:
         self.parser.add_instantiator(_construct, object)  # type: ignore[arg-type] -- of any class
+        _check_trainer(self._get(self.config, "trainer"))
         _check_strategy(self._get(self.config, "trainer")["strategy"])
         if self.subcommand:
             _check_checkpoint(self._get(self.config, "ckpt_path"))
@@ -133,6 +144,14 @@ class _DataCLI(_CLI):
         self.datamodule = self.parser.instantiate(Namespace(data=self.config["data"]))["data"]
 
 
+def _check_trainer(trainer: Any) -> None:
+    """Checks what Lightning divides by."""
+    for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch", "num_nodes"):
+        value = trainer.get(name)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise UsageError(f"`trainer.{name}` must be larger than 0. Got {value}.")
+
+
 def _check_strategy(strategy: Any) -> None:
     known = ["auto", *StrategyRegistry.available_strategies()]
     if isinstance(strategy, str) and strategy not in known:
@@ -141,7 +160,12 @@ def _check_strategy(strategy: Any) -> None:
 
 
 def _check_checkpoint(path: Any) -> None:
-    if path is None or _NOT_FILES.fullmatch(str(path)) or Path(path).exists():
+    if path is None or _NOT_FILES.fullmatch(str(path)):
+        return
+    if Path(path).exists():
+        problem = not_a_checkpoint(Path(path))
+        if problem is not None:
+            raise UsageError(f"`--ckpt_path`: {problem}")
         return
     folder = Path(path).parent
     names = [str(folder / file.name) for file in folder.iterdir()] if folder.is_dir() else []
@@ -176,7 +200,14 @@ def _construct(class_type: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 
 class _Parser(LightningArgumentParser):
-    """LightningCLI's parser, which lets errors of constructors through."""
+    """LightningCLI's parser, which lets errors of constructors through, and takes no abbreviations.
+
+    jsonargparse makes such a parser for each class in a configuration, too.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
 
     @override
     def add_instantiator(self, instantiator: Callable[..., Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]

@@ -42,6 +42,9 @@ class StdlibText(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for name, value in (("batch_size", batch_size), ("context_length", context_length)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1. Got {value}.")
         if evaluation_windows < batch_size:
             raise ValueError(
                 f"`evaluation_windows` must be at least `batch_size`, for one whole batch. "

@@ -32,9 +32,18 @@ class World:
     Args:
         backend: `"nccl"` or `"gloo"`; None: chosen by device.
         timeout: The longest wait of one rank for another.
+
+    Raises:
+        ValueError: If there is no such backend, or `timeout` is no time.
     """
 
     def __init__(self, backend: str | None, timeout: timedelta | None) -> None:
+        _check_backend(backend)
+        if timeout is not None and (not isinstance(timeout, timedelta) or timeout <= timedelta()):
+            raise ValueError(
+                f"`timeout` must be None or a `datetime.timedelta` above 0, such as timedelta(minutes=30). Got "
+                f"{timeout!r}."
+            )
         self.backend, self._timeout = backend, timeout
         self._device: torch.device | None = None
         self.monitor = FailureMonitor(timeout or DEFAULT_TIMEOUT)
@@ -113,6 +122,18 @@ class World:
     def any_rank(self, decision: bool) -> bool:
         """Returns True if `decision` is True on any of the connected ranks."""
         return self.vote(decision, self._device, all=False)
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is None:
+        return
+    names = [part.rpartition(":")[2] for part in str(backend).split(",")]  # also "cpu:gloo,cuda:nccl"
+    missing = [name for name in names if not dist.is_backend_available(name)]
+    if missing:
+        here = [name for name in ("gloo", "nccl", "ucc", "mpi") if dist.is_backend_available(name)]
+        raise ValueError(
+            f"`process_group_backend` must be a backend of this build of torch: {', '.join(here)}. Got {backend!r}."
+        )
 
 
 def set_ranks(environment: ClusterEnvironment, nodes: int, processes: int) -> None:

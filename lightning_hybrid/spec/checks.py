@@ -25,7 +25,7 @@ def check_choices(schedule: str, microbatches: int | str, recompute: str | None)
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}. Got {schedule!r}.")
-    if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
+    if microbatches != "auto" and (type(microbatches) is not int or microbatches < 1):
         raise ValueError(f"`microbatches` must be 'auto' or a whole number of at least 1. Got {microbatches!r}.")
     if recompute not in (None, "selective", "full"):
         raise ValueError(f"`recompute` must be None, 'selective' or 'full'. Got {recompute!r}.")

@@ -69,6 +69,8 @@ class Request:
 
     def __post_init__(self) -> None:
         check_choices(self.schedule, self.microbatches, self.recompute)
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"`compile` must be True or False. Got {self.compile!r}.")
         if self.on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip'. Got {self.on_nonfinite!r}.")
 
@@ -82,6 +84,10 @@ class Request:
             ValueError: If `layout` cannot be read, or this request contradicts the plan.
         """
         if not isinstance(layout, str) or not layout.endswith((".yaml", ".yml")):
+            if layout is not None and not isinstance(layout, str | Layout):
+                raise ValueError(
+                    f"`layout` must be text such as 'dp2-tp2-pp2', a `Layout`, or the path of a plan. Got {layout!r}."
+                )
             given = Layout.parse(layout) if isinstance(layout, str) else layout
             return given, replace(self, layout=given or Layout())
         plan = Plan.from_yaml(layout)

@@ -9,15 +9,35 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 Path = tuple[str | int, ...]
+CHOICES = ("colwise", "rowwise", "replicate", "colwise_gather")
+"""Choices of `tensor_plan` for a module."""
 _RENAMED = {"column": "colwise", "row": "rowwise", "column_gather": "colwise_gather"}
 
 
 def renamed_choices(tensor_plan: Mapping[str, str] | None) -> dict[str, str] | None:
-    """Replaces words of `tensor_plan` that have been renamed, and warns once for each."""
+    """Replaces words of `tensor_plan` that have been renamed, and warns once for each.
+
+    Raises:
+        ValueError: If `tensor_plan` is no mapping, or has a choice that does not exist.
+    """
     if tensor_plan is None:
         return None
+    if not isinstance(tensor_plan, Mapping):
+        raise ValueError(
+            "`tensor_plan` must be a mapping of names of modules to choices, such as {'*attention': 'replicate'}. Got "
+            f"{tensor_plan!r}."
+        )
+    for pattern, choice in tensor_plan.items():
+        if choice not in (*CHOICES, *_RENAMED):
+            near = get_close_matches(str(choice), CHOICES, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"`tensor_plan` must give each module one of {', '.join(CHOICES)}. Got {choice!r} for "
+                f"{pattern!r}.{hint}"
+            )
     for old in dict.fromkeys(choice for choice in tensor_plan.values() if choice in _RENAMED):
         warnings.warn(
             f"`tensor_plan`: {old!r} is now {_RENAMED[old]!r}. Write {_RENAMED[old]!r}; the next release refuses "

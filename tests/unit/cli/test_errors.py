@@ -45,7 +45,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "fails.py").write_text("x = 1\nraise RuntimeError('at its import')")
     (tmp_path / "list.yaml").write_text("- a")
     (tmp_path / "syntax.yaml").write_text("model:\n  class_path: [a\ntrainer: 3\n")
+    (tmp_path / "empty.yaml").touch()
+    (tmp_path / "section.yaml").write_text("model: a.B\ntrainer: 3\n")
+    (tmp_path / "repeated.yaml").write_text("trainer:\n  max_steps: 1\n  devices: 1\n  max_steps: 2\n")
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "best.ckpt").touch()
+    (tmp_path / "half.ckpt").mkdir()
     yield tmp_path
     sys.modules.pop("users_net", None)
 
@@ -63,10 +68,10 @@ COMMANDS = {
     ("fitt",): "unknown command `fitt`. Did you mean `fit`?",
     ("frobnicate",): "unknown command `frobnicate`. The commands are fit, validate, test, predict, verify",
     ("recipes", "show", "quickstrat"): "unknown recipe `quickstrat`. Did you mean `quickstart`?",
-    ("recipes",): "the following arguments are required: action. See `lightning-hybrid recipes --help`.",
+    ("recipes",): "`action` must be given. See `lightning-hybrid recipes --help`.",
     ("check", "none.ckpt", "--vrbose"): "unknown argument `--vrbose`. See `lightning-hybrid check --help`.",
     ("consolidate", "a", "b", "--weight_only"): "unknown argument `--weight_only`. Did you mean `--weights_only`?",
-    ("consolidate",): "the following arguments are required: checkpoint, out.",
+    ("consolidate",): "`checkpoint` and `out` must be given. See",
     ("verify", "--config", "good.yaml", "--layot=dp2"): "Got `--layot=dp2`. Did you mean `--layout`?",
     ("verify", "--config", "good.yaml", "--layout=td2"): "unknown axis 'td'. Did you mean 'tp2'?",
     ("fit", "--config", "god.yaml"): "`--config`: there is no file god.yaml. Did you mean `good.yaml`?",
@@ -75,6 +80,15 @@ COMMANDS = {
     ("fit", "--config", "."): "`--config` must be a file. Got the folder .",
     ("fit", "--config", "list.yaml"): "list.yaml: a configuration has keys such as `model:` and `trainer:`.",
     ("fit", "--config=syntax.yaml"): "syntax.yaml:3:8: this is not YAML: expected ',' or ']', but got ':', while",
+    ("fit", "--config"): "`--config` needs a value.",
+    ("fit", "--config=empty.yaml"): "empty.yaml: a configuration has keys such as `model:` and `trainer:`.",
+    ("fit", "--config=binary.yaml"): "binary.yaml: this is not YAML: 'utf-8' codec can't decode",
+    ("fit", "--config=section.yaml"): "section.yaml:2: `trainer` must have options, such as `max_steps: 10`. Got '3'.",
+    ("fit", "--config=repeated.yaml"): "repeated.yaml:4: `max_steps` is given twice, here and in line 2, and only one",
+    ("recipes", "remove", "chat"): "`action` must be one of ls, cp, show. Got 'remove'.",
+    ("recipes", "show", "chat", "--sample", "many"): "`--sample` must be int. Got 'many'.",
+    ("verify", "--config", "good.yaml", "--layout"): "`--layout` needs a value.",
+    ("verify", "--config", "good.yaml", "--layout=dp2", "--steps=x"): "`--steps` must be int. Got 'x'.",
 }
 
 
@@ -111,6 +125,29 @@ OPTIONS = {
     "--trainer.strategy=lightning_hybrid.HybridStrateg": "Did you mean `lightning_hybrid.HybridStrategy`?",
     f"{HYBRID} --trainer.strategy.timeout=abc": "`trainer.strategy.timeout`: Not of type timedelta: Expected a string",
     "--ckpt_path=bset.ckpt": "`--ckpt_path`: there is no checkpoint bset.ckpt. Did you mean `best.ckpt`?",
+    f"{HYBRID} --trainer.strategy.microbatches=many": "`trainer.strategy.microbatches` must be int or 'auto'. Got "
+    "'many'.",
+    f"{HYBRID} --trainer.strategy.recompute=half": "must be 'selective', 'full' or null. Got 'half'.",
+    f"{HYBRID} --trainer.strategy.tensor_plan={{blocks: colwize}}": "Got 'colwize' for 'blocks'. Did you mean "
+    "'colwise'?",
+    f"{HYBRID} --trainer.strategy.checkpoints.trust_pickl=true": "HybridStrategy(checkpoints=...)` has no "
+    "parameter `trust_pickl`. Did you mean `trust_pickle`?",
+    f"{HYBRID} --trainer.strategy.checkpoints=3": "`trainer.strategy.checkpoints` must have options, such as `{name: "
+    "value}`, or be a file of them. Got '3'.",
+    f"{HYBRID} --trainer.strategy.process_group_backend=foo": "`process_group_backend` must be a backend of this "
+    "build of torch: gloo",
+    "--model.transformer.widt=3": "`lightning_hybrid.models.CausalLM(transformer=...)` has no parameter `widt`. Did "
+    "you mean `width`?",
+    "--model=[a, b]": "`model` must be the class path of a LightningModule or null. Got \"['a', 'b']\".",
+    "--model={class_path: users_net.Net, init_arg: {}}": "beside `class_path` there can be `init_args` only.",
+    "--data.batch_size=0": "`batch_size` must be a whole number of at least 1. Got 0.",
+    "--data.context_length=null": "`context_length` must be a whole number of at least 1. Got None.",
+    "--trainer.accumulate_grad_batches=0": "`trainer.accumulate_grad_batches` must be larger than 0. Got 0.",
+    "--trainer=3": "`trainer` must have options, such as `{name: value}`, or be a file of them. Got '3'.",
+    "--trainer={max_step: 3}": "unknown key `trainer.max_step`. Did you mean `trainer.max_steps`?",
+    "--phases=[{layout: dd2}]": "Got 'dd2' with the unknown axis 'dd'. Did you mean 'dp2'?",
+    "--ckpt_path=best.ckpt": "`--ckpt_path`: best.ckpt is not a checkpoint: it is no file of `torch.save`",
+    "--ckpt_path=half.ckpt": "`--ckpt_path`: half.ckpt is not a checkpoint: it is a folder without manifest.json.",
     "--phases=[{layout: dp4, sequence_lenght: 64}]": "has no parameter `sequence_lenght`. Did you mean "
     "`sequence_length`?",
 }
@@ -179,6 +216,12 @@ def test_a_wrong_file_ends_with_one_line_and_its_place(
 
 def test_nothing_is_required_without_a_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert last_line(capsys, "fit").startswith("`model` and `data` must be given, in the file of `--config`")
+
+
+def test_classes_of_the_trainer_may_be_given_by_their_path(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cpu = "--trainer.accelerator=lightning.pytorch.accelerators.CPUAccelerator"
+    main(["fit", "--config", "good.yaml", HYBRID, cpu])
+    assert "│ stage │" in capsys.readouterr().err.replace("┃", "│")
 
 
 def test_an_error_of_a_users_constructor_keeps_its_traceback(folder: Path) -> None:
