@@ -35,6 +35,7 @@ from lightning_hybrid._torch_private.dispatch import (
     disable_torch_function,
     foreach_copy,
     function_mode_left,
+    is_data_setter,
     is_mutable,
     is_plain,
     local_part,
@@ -87,6 +88,7 @@ from lightning_hybrid._torch_private.modules import (
     backward_hooks_of,
     backward_hooks_of_all,
     flat_weight_names,
+    forward_hooks_of,
     gradient_hooks_of,
     hook_tables,
     intercepted_call,
@@ -105,6 +107,7 @@ from lightning_hybrid._torch_private.optimizers import (
     step_without_hooks,
     unscales_itself,
 )
+from lightning_hybrid._torch_private.records import flatten_fields, is_object_of_fields, with_fields
 from lightning_hybrid._torch_private.timing import timed_collectives
 from lightning_hybrid._torch_private.versions import TESTED_TORCH, warn_if_untested
 
@@ -126,6 +129,7 @@ __all__ = [
     "has_compiled_parts",
     "timed_collectives",
     "waits_seen",
+    "with_fields",
     "GROUPED_MM",
     "INDEXED",
     "PACK_SEQUENCE",
@@ -149,6 +153,8 @@ __all__ = [
     "fake_backends",
     "finish_sharded_backward",
     "flat_weight_names",
+    "flatten_fields",
+    "forward_hooks_of",
     "flattened",
     "foreach_copy",
     "freeze_as_gathered",
@@ -166,7 +172,9 @@ __all__ = [
     "in_transform",
     "interception",
     "intercepted_call",
+    "is_data_setter",
     "is_mutable",
+    "is_object_of_fields",
     "is_plain",
     "is_view",
     "keep_inputs",

@@ -132,6 +132,11 @@ def function_mode_left(mode: TorchFunctionMode) -> Iterator[None]:
         torch.overrides._push_mode(mode)
 
 
+def is_data_setter(function: Any) -> bool:
+    """Returns True for the function of torch that `tensor.data = value` calls."""
+    return getattr(function, "__name__", "") == "__set__" and getattr(function, "__self__", None) is torch.Tensor.data
+
+
 def is_plain(value: Any) -> bool:
     """Returns True for a dense tensor or parameter with memory, of no other subclass."""
     return (

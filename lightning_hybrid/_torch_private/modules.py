@@ -72,6 +72,12 @@ def backward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     return [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
 
 
+def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """Returns the forward hooks and pre-hooks of the user; not those of torch (`weight_norm`) and this package."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [h for h in hooks if not str(getattr(h, "__module__", "")).startswith(("torch.", "lightning_hybrid."))]
+
+
 def backward_hooks_of_all() -> list[Callable[..., Any]]:
     """Returns the backward hooks that every module has."""
     return [*_modules._global_backward_pre_hooks.values(), *_modules._global_backward_hooks.values()]

@@ -283,5 +283,6 @@ def _rows_of(value: Any, rows: slice | Tensor) -> Any:
     if not value.ndim:
         return value
     if isinstance(rows, slice):
-        return value[rows]
+        # autograd counts writes to each microbatch separately: a step may write into its batch
+        return value[rows].data if type(value) is Tensor and not value.requires_grad else value[rows]
     return value.index_select(0, rows.to(value.device)) if isinstance(value, Tensor) else value[rows.numpy()]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_hybrid.collectives import share_object, to_local
 from lightning_hybrid.ghosts.contract import StateChange, StatePlace, StepContract
 from lightning_hybrid.ghosts.ghost import Ghost, GhostObserver
-from lightning_hybrid.ghosts.objects import Copy, apply_difference, difference, replace_leaves
+from lightning_hybrid.ghosts.objects import Copy, apply_difference, difference, map_leaves, replace_leaves
 from lightning_hybrid.ghosts.state import ModuleState
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
@@ -189,8 +189,8 @@ class CarriedState:
                     self._take(change, found)
         if self.contract.overwritten and not any(c in self._changes for c in self.contract.overwritten):
             for change in self.contract.overwritten:
-                value = replace_leaves(_OfOneMicrobatch(change).instead_of, self._state.get(change.place))
-                self._state.set(change.place, value)
+                instead = _OfOneMicrobatch(change, self._device).instead_of
+                self._state.set(change.place, map_leaves(instead, change.form))
         self._changes, self._before, self._tensors, self._found = (), {}, {}, {}
 
     def _take(self, change: StateChange, found: bytes | None) -> None:
@@ -234,14 +234,12 @@ def _arrived(tensor: Tensor, device: str) -> Tensor:
 class _OfOneMicrobatch(GhostObserver):
     """Refuses the use of state that has the value of one microbatch only, after the step."""
 
-    def __init__(self, change: StateChange) -> None:
-        self._change = change
+    def __init__(self, change: StateChange, device: torch.device) -> None:
+        self._change, self._device = change, device
 
     def instead_of(self, tensor: Tensor) -> Ghost:
-        """Returns a ghost in place of `tensor`: that of an earlier step where this rank does not run the module."""
-        if isinstance(tensor, Ghost):
-            return tensor
-        return Ghost(torch.empty_like(tensor, device="meta"), tensor.device, self)
+        """Returns a ghost in place of `tensor`."""
+        return Ghost(torch.empty_like(tensor, device="meta"), self._device, self)
 
     def used(self, func: Any, ghosts: list[Ghost]) -> None:  # noqa: D102
         raise PartitionError(

@@ -15,17 +15,18 @@ from typing import Any, Literal
 import torch
 
 from lightning_hybrid._torch_private import (
+    flatten_fields,
     is_plain,
     is_view,
     tree_flatten,
     tree_leaves,
-    tree_map,
     tree_unflatten,
 )
 from lightning_hybrid.ghosts.free_code import FreeCall, FreeCalls
 from lightning_hybrid.ghosts.ghost import Ghost, ghost_like, unit_of_other_stage
 from lightning_hybrid.ghosts.reads import StageObserver
 from lightning_hybrid.ghosts.record import CrossingValue, Trace, UnitCall, shapes_of
+from lightning_hybrid.ghosts.trees import replace_in_place
 from lightning_hybrid.metrics.torchmetrics import Metrics
 from lightning_hybrid.spec.errors import PartitionError
 
@@ -92,7 +93,8 @@ class StageRun:
         self._wanted = {call for kind, call, _ in sources if kind == "out"}
         self._named = {call for kind, call, _ in sources if kind == "free"}
         self._ghosts = {call for call in program.trace.written if program.first > 0 and call.interval < program.first}
-        self._received = {(call, i) for kind, call, i in (v.source for v in program.received) if kind == "free"}
+        self._received_sources = {v.source for v in program.received}
+        self._received = {(call, i) for kind, call, i in self._received_sources if kind == "free"}
         named = bool(self._named or self._ghosts)
         self.free = FreeCalls(lambda: self.calls - 1, self._keep_results) if named else None
 
@@ -148,7 +150,7 @@ class StageRun:
         self.calls += 1
         if index > program.first > 0 and not all(type(x) in _PLAIN for x in (*args, *kwargs.values())):
             # autograd functions of blocks accept tensors only, not ghosts with received tensors
-            args, kwargs = tree_map(_received, (args, kwargs))
+            args, kwargs = replace_in_place(_received, (args, kwargs))
         if index >= program.first:
             out = call(*args, **kwargs)
         elif self._is_like(recorded[index], args, kwargs):
@@ -157,9 +159,26 @@ class StageRun:
             with unit_of_other_stage():
                 out = self._as_recorded(recorded[index], call(*args, **kwargs))
         if index in self._wanted:
-            for i, leaf in enumerate(tree_flatten(out)[0]):
-                self._outputs["out", index, i] = leaf
+            self._keep_outputs(index, out, (args, kwargs))
         return out
+
+    def _keep_outputs(self, index: int, out: Any, arguments: tuple) -> None:
+        """Keeps what a call has returned, and left in lists and dictionaries among its arguments, and in attributes."""
+        leaves = flatten_fields(out)[0]
+        self._outputs |= {("out", index, i): leaf for i, leaf in enumerate(leaves)}
+        left = self.program.trace.calls[index].left
+        filled = [*flatten_fields(arguments)[0], *(leaf for attribute in left for leaf in attribute.present())]
+        stand_ins: dict[int, Ghost] = {}
+        for i, leaf in enumerate(filled, start=len(leaves)):
+            # real if it is a tensor that the unit has made, and filled with values that this stage does not have
+            received = index < self.program.first and ("out", index, i) in self._received_sources
+            if received and is_plain(leaf):
+                stand_ins[id(leaf)] = leaf = ghost_like(leaf, self.observer)
+            self._outputs["out", index, i] = leaf
+        if stand_ins:
+            replace_in_place(lambda x: stand_ins.get(id(x), x), arguments)
+            for attribute in left:
+                attribute.replace(lambda x: stand_ins.get(id(x), x))
 
     def _is_like(self, record: UnitCall, args: tuple, kwargs: dict) -> bool:
         """Returns True if the results of a call on an earlier stage have the shapes of the dry run."""
@@ -167,35 +186,44 @@ class StageRun:
 
     def _as_recorded(self, record: UnitCall, out: Any) -> Any:
         """Returns what a unit of another stage has returned, with ghosts for tensors that it could not fill."""
-        leaves, spec = tree_flatten(out)
+        leaves, spec = flatten_fields(out)
         if len(leaves) != len(record.leaves):
             return out
         kinds = [kind for kind, _ in record.leaves]
-        ghosts = [kind == "ghost" and is_plain(x) for x, kind in zip(leaves, kinds, strict=True)]
-        if not any(ghosts):
+        if not any(kind in ("ghost", "same") and is_plain(x) for x, kind in zip(leaves, kinds, strict=True)):
             return out
-        return tree_unflatten(
-            [ghost_like(x, self.observer) if g else x for x, g in zip(leaves, ghosts, strict=True)], spec
-        )
+        present: list[Any] = []
+        for leaf, (kind, value) in zip(leaves, record.leaves, strict=True):
+            if kind == "same":
+                present.append(present[value])
+            else:
+                present.append(ghost_like(leaf, self.observer) if kind == "ghost" and is_plain(leaf) else leaf)
+        return tree_unflatten(present, spec)
 
     def _skip(self, index: int, args: tuple, kwargs: dict) -> Any:
         record = self.program.trace.calls[index]
-        flat = tree_flatten((args, kwargs))[0] if any(kind == "in" for kind, _ in record.leaves) else []
+        kinds = [kind for leaves in (record.leaves, *(a.leaves for a in record.left)) for kind, _ in leaves]
+        flat = tree_flatten((args, kwargs))[0] if "in" in kinds or record.left else []
         leaves: list[Any] = []
         for kind, value in record.leaves:
             if kind == "ghost":
                 leaves.append(Ghost(value, self.device, self.observer))
             else:
-                leaves.append(flat[value] if kind == "in" else value)
+                leaves.append(flat[value] if kind == "in" else leaves[value] if kind == "same" else value)
+        known = [*leaves, *(flatten_fields((args, kwargs))[0] if record.left else ())]
+        for attribute in record.left:
+            attribute.rebuild(known, flat, lambda meta: Ghost(meta, self.device, self.observer))
         return tree_unflatten(leaves, record.spec)  # type: ignore[arg-type]
 
     def _enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self.own = True
         self._check_names(self.program.received)
         with torch.set_grad_enabled(self._grad):  # the unit may be called without gradients, the value used with them
-            flat, spec = tree_flatten((args, kwargs))
+            given = tree_flatten((args, kwargs))[0]
+            flat = list(given)
             self._materialize(flat)
-        return tree_unflatten([_received(x) for x in flat], spec)
+        present = {id(old): _received(new) for old, new in zip(given, flat, strict=True)}
+        return replace_in_place(lambda x: present.get(id(x), x), (args, kwargs))
 
     def _materialize(self, flat: list[Any]) -> None:
         """Makes the received tensors the values of the ghosts; `flat` has the arguments of the stage's first call."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 class StatePlace(NamedTuple):
@@ -33,6 +33,8 @@ class StateChange:
     """From this call of a unit on, the state is as at the end of the step. The number of calls: only at the end."""
     ghosts: bool
     """True if the state holds values that a unit has computed."""
+    form: Any = field(default=None, compare=False, repr=False)
+    """The value after the step in a dry run, with meta tensors in place of ghosts."""
     summed: bool = False
     """True for a tensor in a unit to which each call adds a sum over its samples, by the word of the module."""
 

@@ -23,6 +23,7 @@ from lightning_hybrid._torch_private import (
     TO_COPY,
     called_by_torch,
     disable_torch_function,
+    is_data_setter,
     is_mutable,
     make_wrapper,
     mark_as_parameter,
@@ -176,6 +177,10 @@ class Ghost(torch.Tensor):
             present = [x.received if isinstance(x, Ghost) and x.received is not None else x for x in flat]
             real: Any = tree_unflatten(present, spec)
             return func(*real[0], **real[1])
+        if is_data_setter(func) and args[0].shape == args[1].shape:  # a write, which observers shall see
+            with torch.no_grad():
+                args[0].copy_(args[1])
+            return None
         if func is torch.Tensor.__deepcopy__:  # of a real tensor that a ghost was written into
             return args[0]
         if getattr(func, "__name__", "") in _WHOLE_READS and isinstance(args[0], Ghost):

@@ -20,7 +20,7 @@ from lightning_hybrid._torch_private import tree_map, user_lines_seen
 from lightning_hybrid.ghosts.contract import StateChange, StatePlace, StepContract
 from lightning_hybrid.ghosts.free_code import WrittenByUnits
 from lightning_hybrid.ghosts.ghost import Ghost
-from lightning_hybrid.ghosts.objects import Copy
+from lightning_hybrid.ghosts.objects import Copy, map_leaves
 from lightning_hybrid.ghosts.state import ModuleState
 from lightning_hybrid.ghosts.written import Statistic, WrittenTensors
 
@@ -225,6 +225,7 @@ class Learned:
         in_unit, written = bool(self._unit_of(place) and timeline.calls_that_change(place)), repeated.written(place)
         return StateChange(
             place=place,
+            form=map_leaves(lambda t: t.meta if isinstance(t, Ghost) else t, timeline.after[place].value),
             where=timeline.where.get(place, "the step"),
             in_unit=in_unit,
             written=written,

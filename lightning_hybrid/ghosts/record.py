@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
 import torch
 
-from lightning_hybrid._torch_private import TreeSpec
+from lightning_hybrid._torch_private import TreeSpec, flatten_fields
+from lightning_hybrid.ghosts.attributes import Attributes, LeftAttribute, left_attribute
 from lightning_hybrid.ghosts.contract import StepContract
 from lightning_hybrid.ghosts.free_code import FreeCall
-from lightning_hybrid.ghosts.ghost import is_differentiable
+from lightning_hybrid.ghosts.ghost import Ghost, is_differentiable
 from lightning_hybrid.ghosts.use import StepUse
 
+_CONSTANTS = (str, bytes, int, float, complex, type(None))
+"""Types of arguments that are no results if they are returned."""
 Source = tuple[str, Any, int]
 """The name of a tensor on all stages.
 
-`("arg", c, i)` is leaf i of the arguments of call c, `("out", j, i)` is leaf i of what call j returned, and
+`("arg", c, i)` is leaf i of the arguments of call c, `("out", j, i)` is leaf i of what call j returned, followed by its
+arguments with the lists and dictionaries that it has filled, and by what it has left in attributes, and
 `("free", f, i)` is leaf i of what the call f of a torch function outside units (a `FreeCall`) returned.
 """
 
@@ -64,7 +68,10 @@ class UnitCall:
     shapes: tuple[tuple[int, ...], ...] = ()
     """Shapes of the tensors among the arguments."""
     leaves: list[Any] = field(default_factory=list)
-    """How to rebuild the output without running the unit: `("in", i)`, `("ghost", meta)` or `("value", x)`."""
+    """How to rebuild the output without running the unit: `("in", i)`, `("ghost", meta)`, `("value", x)`, or
+    `("same", i)` for leaf i once more."""
+    left: list[LeftAttribute] = field(default_factory=list)
+    """Attributes of the unit's modules with tensors that it computes."""
     skippable: bool = True
     """False if the unit returns, or leaves in attributes, values that are neither None nor ghosts: numbers, or tensors
     computed from the batch. Stages without the unit run it on ghosts."""
@@ -74,6 +81,30 @@ class UnitCall:
     """True if the unit reads values of tensors."""
     concrete: bool = False
     """True if the unit ran on random values instead of ghosts, since its control flow depends on values (routing)."""
+
+    def describe_output(self, inputs: Sequence[Any], out: Any) -> None:
+        """Records how to rebuild the result `out` from the leaves of the arguments."""
+        leaves, self.spec = flatten_fields(out)
+        positions = {id(x): i for i, x in enumerate(inputs) if not isinstance(x, _CONSTANTS)}
+        returned: dict[int, int] = {}
+        for i, leaf in enumerate(leaves):
+            if id(leaf) in positions:
+                self.leaves.append(("in", positions[id(leaf)]))
+            elif not isinstance(leaf, Ghost):
+                self.skippable &= leaf is None
+                self.leaves.append(("value", leaf))
+            else:
+                first = returned.setdefault(id(leaf), i)
+                self.leaves.append(("ghost", leaf.meta) if first == i else ("same", first))
+        self.skippable &= self.concrete or not self.selects
+
+    def describe_attributes(self, known: list[Any], inputs: Sequence[Any], attributes: Attributes) -> None:
+        """Records how to rebuild attributes that the unit has changed, and adds their leaves to `known`."""
+        for module, key, value in attributes.changed():
+            left = left_attribute(module, key, value, known, inputs)
+            if left is not None:
+                self.left.append(left)
+                known += left.present()
 
 
 @dataclass(kw_only=True)
@@ -126,7 +157,8 @@ class Trace:
         for c in self.cuts.keys() & first.cuts.keys() & other.cuts.keys() & set(range(same)):
             shapes = [[value.shape for value in trace.cuts[c].values] for trace in (first, other)]
             if self.cuts[c].refusal is None and shapes[0] != shapes[1]:
-                different = next((pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]), ("", ""))
+                counts = tuple(f"{len(some)} tensors" for some in shapes)
+                different = next((pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]), counts)
                 refusal = (
                     "the shape of a tensor depends on values of the batch, such as those of a mask, at this point: "
                 )

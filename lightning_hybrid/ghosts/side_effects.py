@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lightning_hybrid._torch_private import tree_flatten
+from lightning_hybrid.ghosts.attributes import attributes_of_module
 from lightning_hybrid.ghosts.ghost import Ghost
 
-_OF_TORCH = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (dict, list, set, deque)
 _SCALARS = (str, bytes, int, float, complex)
 
@@ -32,7 +32,7 @@ class SideEffects:
     """
 
     def __init__(self, modules: Iterable[nn.Module], arguments: Any) -> None:
-        self._before = [(m, {k: (v, _content(v)) for k, v in _attributes(m)}) for m in modules]
+        self._before = [(m, {k: (v, _content(v)) for k, v in attributes_of_module(m)}) for m in modules]
         self._arguments = arguments
         self._leaves = tree_flatten(arguments)[0]
         self._ignored: type = Ghost
@@ -44,11 +44,17 @@ class SideEffects:
 
     def _changed(self) -> Iterator[bool]:
         for module, before in self._before:
-            for key, value in _attributes(module):
+            for key, value in attributes_of_module(module):
                 old, content = before.get(key, (None, None))
+                if value is not old and self._holds_tensors_only(value):
+                    continue  # see `LeftAttribute`
                 new = key not in before and not isinstance(value, self._ignored)
                 yield new or not self._same(old, value) or not self._same_content(content, _content(value))
         yield not self._same_content(self._leaves, tree_flatten(self._arguments)[0])
+
+    def _holds_tensors_only(self, value: Any) -> bool:
+        leaves = tree_flatten(value)[0]
+        return bool(leaves) and all(isinstance(leaf, self._ignored) for leaf in leaves)
 
     def _same_content(self, old: list[Any] | None, new: list[Any] | None) -> bool:
         return old is None or new is None or (len(old) == len(new) and all(map(self._same, old, new)))
@@ -57,10 +63,6 @@ class SideEffects:
         if old is new or isinstance(new, self._ignored):
             return True
         return type(old) is type(new) and isinstance(new, _SCALARS) and old == new
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((k, v) for k, v in vars(module).items() if k not in _OF_TORCH and not k.endswith("_hooks"))
 
 
 def _content(value: Any) -> list[Any] | None:

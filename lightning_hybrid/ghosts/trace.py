@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_hybrid._torch_private import (
     WATCHING,
+    flatten_fields,
     flops_of,
     is_mutable,
     is_plain,
@@ -31,6 +32,7 @@ from lightning_hybrid._torch_private import (
     tree_unflatten,
     user_location,
 )
+from lightning_hybrid.ghosts.attributes import Attributes
 from lightning_hybrid.ghosts.contract import StepContract
 from lightning_hybrid.ghosts.cuts import Source, Value, ValueFlow, find_cuts
 from lightning_hybrid.ghosts.free_code import FreeCall, FreeCalls, WrittenByUnits
@@ -43,7 +45,6 @@ from lightning_hybrid.ghosts.record import Trace, UnitCall, shapes_of
 from lightning_hybrid.ghosts.side_effects import SideEffects, modules_outside
 from lightning_hybrid.ghosts.written import Statistic, WrittenTensors
 
-_CONSTANTS = (str, bytes, int, float, complex, type(None))
 _DATA_DEPENDENT = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError)
 
 
@@ -257,6 +258,7 @@ class Tracer(GhostObserver):
         record.args, record.kwargs = pristine
         modules = [*self.root.get_submodule(name).modules(), *self._outside]
         effects = SideEffects(modules, (args, kwargs))
+        attributes = Attributes(self.root.get_submodule(name).modules())
         self.inside = True
         if self.timeline is not None:
             self.timeline.entered()
@@ -266,7 +268,7 @@ class Tracer(GhostObserver):
             self.inside = False
         if self.timeline is not None:
             self.timeline.left()
-        self._remember_output(record, len(self.calls) - 1, flat, out)
+        self._name_output(record, len(self.calls) - 1, flat, (out, args, kwargs), attributes)
         record.skippable &= not effects.any(tensors=not record.concrete)
         return out
 
@@ -299,6 +301,18 @@ class Tracer(GhostObserver):
         module = self.root.get_submodule(record.name)
         real = {id(g): _random_like(g) for g in flat if isinstance(g, Ghost)}
         back = {id(t): g for g in flat if isinstance(g, Ghost) for t in [real[id(g)]]}
+        inputs = {id(x) for x in flat if isinstance(x, torch.Tensor)}
+
+        def to_ghost(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor) or id(x) in inputs:
+                return x
+            if id(x) not in back:
+                kept.append(x)  # its id stays its own
+                back[id(x)] = ghost_like(x.detach(), self)
+                self.register(back[id(x)])
+            return back[id(x)]
+
+        kept: list[torch.Tensor] = []
         with ExitStack() as stack:
             for m in module.modules():
                 tables: list[Any] = [m.__dict__, own_parameters(m)]  # ghosts may be visible as parameters
@@ -313,37 +327,23 @@ class Tracer(GhostObserver):
                 if isinstance(ghost, Ghost):
                     self.consume(ghost)
             counter = stack.enter_context(FlopCounterMode(display=False))
+            attributes = Attributes(module.modules())
             with torch.no_grad():
                 out = call(*args, **kwargs)
+            attributes.replace_tensors(to_ghost)
         self.flops[self.interval] += counter.get_total_flops()
-        inputs = {id(x) for x in flat if isinstance(x, torch.Tensor)}
-
-        def to_ghost(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor) or id(x) in inputs:
-                return x
-            if id(x) in back:
-                return back[id(x)]
-            ghost = ghost_like(x.detach(), self)
-            self.register(ghost)
-            return ghost
-
         return tree_map(to_ghost, out)
 
-    def _remember_output(self, record: UnitCall, index: int, flat: list, out: Any) -> None:
-        leaves, record.spec = tree_flatten(out)
-        positions = {id(x): i for i, x in enumerate(flat) if not isinstance(x, _CONSTANTS)}
-        for i, leaf in enumerate(leaves):
-            if id(leaf) in positions:
-                record.leaves.append(("in", positions[id(leaf)]))
-            elif isinstance(leaf, Ghost):
-                record.leaves.append(("ghost", leaf.meta))
+    def _name_output(self, record: UnitCall, index: int, flat: list, seen: tuple, attributes: Attributes) -> None:
+        """Names the ghosts that a unit has returned, and left in its arguments (after the result) and attributes."""
+        record.describe_output(flat, seen[0])
+        known = flatten_fields(seen)[0]
+        record.describe_attributes(known, flat, attributes)
+        given = {id(x) for x in flat}
+        for i, leaf in enumerate(known):
+            if isinstance(leaf, Ghost) and id(leaf) not in given and leaf.uid in self.values:
                 self.names.setdefault(leaf.uid, ("out", index, i))
-                if leaf.uid in self.values:
-                    self.values[leaf.uid].inside_unit = False
-            else:
-                record.skippable &= leaf is None
-                record.leaves.append(("value", leaf))
-        record.skippable &= record.concrete or not record.selects
+                self.values[leaf.uid].inside_unit = False
 
     def _name_results(self, call: FreeCall, args: tuple, out: Any) -> Any:
         """Names the ghosts that the call of a torch function outside units has returned; returns its result."""

@@ -11,15 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
-from lightning_hybrid.ghosts.ghost import Ghost
-from lightning_hybrid.ghosts.trees import map_tensors, sorted_slots
+from lightning_hybrid.ghosts.trees import sorted_slots
 from lightning_hybrid.ghosts.use import StepUse
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.tensor_plan import ShardedParameter, TensorPlan, UnitPlan, one_of_many
-from lightning_hybrid.tensor.attributes import is_position
 from lightning_hybrid.tensor.numbers import Slot
 from lightning_hybrid.tensor.outside import (
     NotDivisible,
@@ -31,6 +28,7 @@ from lightning_hybrid.tensor.outside import (
 from lightning_hybrid.tensor.overrides import Overrides, parse_overrides
 from lightning_hybrid.tensor.probe import linear_dims
 from lightning_hybrid.tensor.regions import Constraints
+from lightning_hybrid.tensor.signature import signature_of
 from lightning_hybrid.tensor.unit import UnitFlow, infer_unit
 
 _WORTHWHILE = 0.01
@@ -156,7 +154,7 @@ class _Inference:
         for name, call in self.calls.items():
             module, constraints = self.root.get_submodule(name), self._constraints(name)
             rows = frozenset(self._relative(name, self.overrides.named("rowwise")))
-            key = _signature(module, call), rows, str(constraints)
+            key = signature_of(module, call), rows, str(constraints)
             signatures[name] = key
             if key not in known:
                 known[key] = infer_unit(module, call.args, call.kwargs, self.size, constraints, rows.__contains__)
@@ -328,32 +326,3 @@ def _in_several(root: nn.Module, units: Iterable[str]) -> set[nn.Module]:
     """Returns the modules that are inside of more than one of `units`."""
     counts = Counter(module for name in units for module in root.get_submodule(name).modules())
     return {module for module, count in counts.items() if count > 1}
-
-
-def _signature(module: nn.Module, call: RecordedCall) -> Any:
-    """Returns a key that is equal for units that can share one inference."""
-    modules: list[Any] = [type(module)]
-    for name, child in module.named_modules():
-        values = {
-            k: v if type(v) in (int, bool, str) else id(v) if k == "config" else None
-            for k, v in child.__dict__.items()
-            if not k.startswith("_") and k != "training" and not is_position(k)
-        }
-        modules.append((name, type(child), tuple(sorted((k, v) for k, v in values.items() if v is not None))))
-    modules += [(s.name, tuple(s.tensor.shape), s.tensor.dtype) for s in sorted_slots(module)]
-    described: list[Any] = []
-
-    def describe(path: Any, tensor: torch.Tensor) -> None:
-        derived = isinstance(tensor, Ghost) or tensor.requires_grad
-        described.append((path, tuple(tensor.shape), tensor.dtype, derived))
-
-    plain = map_tensors(describe, (call.args, call.kwargs))
-    return tuple(modules), tuple(described), _plain_repr(plain)
-
-
-def _plain_repr(tree: Any) -> str:
-    if isinstance(tree, dict):
-        return str({k: _plain_repr(v) for k, v in tree.items()})
-    if isinstance(tree, (list, tuple)):
-        return str([_plain_repr(v) for v in tree])
-    return repr(tree) if isinstance(tree, (int, float, bool, str, type(None))) else type(tree).__name__

@@ -1,4 +1,4 @@
-"""Hooks that make single modules tensor-parallel."""
+"""Hooks that make single modules tensor-parallel; those on outputs run before the hooks of the user."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add_row(module: nn.Module, group: dist.ProcessGroup, active: Active) -> Remo
     def after(_: nn.Module, args: tuple, output: torch.Tensor) -> Any:
         return sum_over_ranks(output, group) if active() else None
 
-    return module.register_forward_hook(after)
+    return module.register_forward_hook(after, prepend=True)
 
 
 def add_gather(module: nn.Module, group: dist.ProcessGroup, active: Active) -> RemovableHandle:
@@ -51,7 +51,7 @@ def add_gather(module: nn.Module, group: dist.ProcessGroup, active: Active) -> R
     def after(_: nn.Module, args: tuple, output: torch.Tensor) -> Any:
         return gather_from_ranks(output, dim, group) if active() else None
 
-    return module.register_forward_hook(after)
+    return module.register_forward_hook(after, prepend=True)
 
 
 def add_shared_output(
@@ -63,7 +63,7 @@ def add_shared_output(
     def after(_: nn.Module, args: tuple, output: torch.Tensor) -> Any:
         return copy_channels_to_ranks(output, index(output.device), group) if active() else None
 
-    return module.register_forward_hook(after)
+    return module.register_forward_hook(after, prepend=True)
 
 
 def add_selected_output(
@@ -75,7 +75,7 @@ def add_selected_output(
     def after(_: nn.Module, args: tuple, output: torch.Tensor) -> Any:
         return select_on_rank(output, -1, index(output.device), group) if active() else None
 
-    return module.register_forward_hook(after)
+    return module.register_forward_hook(after, prepend=True)
 
 
 def _index(channels: tuple[int, ...]) -> Callable[[torch.device], torch.Tensor]:
@@ -112,7 +112,7 @@ def add_embedding(module: nn.Embedding, group: dist.ProcessGroup, active: Active
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after),
+        module.register_forward_hook(after, prepend=True),
         module.register_forward_hook(always, always_call=True),
     ]
 

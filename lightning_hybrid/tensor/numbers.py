@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_hybrid._torch_private import flat_weight_names, own_buffers, recomputation_off
+from lightning_hybrid._torch_private import flat_weight_names, forward_hooks_of, own_buffers, recomputation_off
 from lightning_hybrid.ghosts.ghost import Ghost, Slot
-from lightning_hybrid.ghosts.preserve import preserved_module_state
+from lightning_hybrid.ghosts.preserve import preserved_module_state, preserved_objects
 from lightning_hybrid.ghosts.trees import map_tensors, sorted_slots, tensors_of
 from lightning_hybrid.rng.state import preserved_rng
 from lightning_hybrid.spec.tensor_plan import Path
@@ -111,11 +111,42 @@ class Numbers:
         by_place = {(id(s.module), s.key): parameters[s.name] for s in self.slots}
         return entries + flat_weights(self.module, by_place)
 
-    def call(self, arguments: dict[Path, torch.Tensor]) -> Any:
-        """Runs the unit on `arguments`, by path."""
+    def run(self, arguments: dict[Path, torch.Tensor]) -> list[torch.Tensor]:
+        """Runs the unit on `arguments`, by path; attributes of its modules are as before.
+
+        Returns:
+            The tensors that the unit has returned, and after them all others that code outside of it can see: in
+            lists and dictionaries among its arguments, in attributes of its modules, and in hooks of the user.
+        """
         args = map_tensors(lambda path, _: arguments[path], self.args, ("args",))
         kwargs = map_tensors(lambda path, _: arguments[path], self.kwargs, ("kwargs",))
-        return self.module(*args, **kwargs)
+        given = {id(tensor) for tensor in arguments.values()}
+        modules = list(self.module.modules())
+        with preserved_objects(modules), _seen_by_hooks(self.module) as seen:
+            before = [dict(vars(module)) for module in modules]
+            out = tensors_of(self.module(*args, **kwargs))
+            filled = [tensor for tensor in tensors_of((args, kwargs)) if id(tensor) not in given]
+            for module, attributes in zip(modules, before, strict=True):
+                changed = {k: v for k, v in vars(module).items() if k[0] != "_" and v is not attributes.get(k, ...)}
+                filled += tensors_of(changed)
+        return [*out, *filled, *seen]
+
+
+@contextmanager
+def _seen_by_hooks(unit: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects the tensors that forward hooks of the user see inside of `unit`."""
+    seen: list[torch.Tensor] = []
+
+    def note(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        seen.extend(tensors_of((args, kwargs, output)))
+
+    hooked = [module for module in unit.modules() if module is not unit and forward_hooks_of(module)]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in hooked]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def make_numbers(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lightning_hybrid._torch_private import own_parameters
-from lightning_hybrid.ghosts.trees import map_tensors, tensors_of
+from lightning_hybrid.ghosts.trees import map_tensors
 from lightning_hybrid.spec.tensor_plan import Path
 from lightning_hybrid.tensor.numbers import Numbers, is_float, shadowed
 
@@ -162,7 +162,7 @@ def run_trial(numbers: Numbers) -> Trial:
     try:
         torch.default_generator.manual_seed(0)
         with shadowed(numbers.entries(parameters, buffers)):
-            trial.results = tensors_of(numbers.call(arguments))
+            trial.results = numbers.run(arguments)
     finally:
         for handle in handles:
             handle.remove()

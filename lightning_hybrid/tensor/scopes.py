@@ -174,7 +174,8 @@ class Scopes:
             if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
                 continue  # not owned, or still sharded by `fully_shard`
             present = slot.module.__dict__.get(slot.key, ...)
-            if in_transform() and present is not ...:  # local since the step began
+            if (in_transform() or slot.then is None) and present is not ...:
+                # local since the step began: the tensor that `torch.autograd.grad` of the user is asked about
                 self._shadowed.setdefault((slot.module, slot.key), []).append(present)
                 continue
             to_local = parameter.to_local()

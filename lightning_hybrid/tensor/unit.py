@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_hybrid.spec.tensor_plan import UnitPlan
 from lightning_hybrid.tensor.attributes import candidates
+from lightning_hybrid.tensor.independence import check_independence
 from lightning_hybrid.tensor.numbers import make_numbers, probing, shorter_sizes
 from lightning_hybrid.tensor.probe import FORWARD_ERRORS, Probe, Trial, linear_dims, run_trial
 from lightning_hybrid.tensor.regions import Constraints, Rejection, propose
@@ -61,7 +62,9 @@ def infer_unit(
             try:
                 region = propose(row, probe, trials[0].numbers, ranks, constraints).plan(trials[0].numbers, ranks)
                 joined = _joined(plan, region)
-                plan = verify(candidates(joined, region, trials[0], ranks), trials[0], ranks)
+                verified = verify(candidates(joined, region, trials[0], ranks), trials[0], ranks)
+                check_independence(verified, trials[0], ranks)
+                plan = verified
             except (Rejection, Mismatch) as error:
                 reasons[row] = str(error)
     divided = {*plan.rowwise, *plan.colwise}

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_hybrid.ghosts.trees import tensors_of
 from lightning_hybrid.spec.tensor_plan import Path, ShardedParameter, UnitPlan
 from lightning_hybrid.tensor.attributes import attribute_entries
 from lightning_hybrid.tensor.numbers import Numbers, shadowed
@@ -47,7 +46,7 @@ def verify(candidates: Iterable[UnitPlan], trial: Trial, ranks: int) -> UnitPlan
             for rank in range(ranks):
                 _run_rank(candidate, trial, rank, ranks, total)
             for name, tensors in total.items():
-                _check_all(f"the sum of the outputs of `{name}`", tensors, trial.outputs[name])
+                check_all(f"the sum of the outputs of `{name}`", tensors, trial.outputs[name])
         except Mismatch as error:
             first = first or error
         else:
@@ -74,7 +73,7 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
         expected = trial.inputs[name][call]
         if name in plan.rowwise:
             expected = expected.chunk(ranks, -1)[rank]
-        _check(f"the input of `{name}`", given, expected)
+        check_values(f"the input of `{name}`", given, expected)
         if name in plan.selected_outputs:
             return output.index_select(-1, torch.tensor(plan.selected_outputs[name][rank]))
         if name not in plan.rowwise:
@@ -91,13 +90,13 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
         torch.default_generator.manual_seed(0)
         # With gradients, since some modules run other code without gradients in evaluation mode.
         with shadowed(entries):
-            result = tensors_of(numbers.call(_local_arguments(plan, numbers, rank, ranks)))
+            result = numbers.run(_local_arguments(plan, numbers, rank, ranks))
     except FORWARD_ERRORS as error:
         raise Mismatch(f"it does not run on a rank's part: {type(error).__name__}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
-    _check_all("the result of the block", trial.consumed(result), trial.results)
+    check_all("the result of the block", trial.consumed(result), trial.results)
 
 
 def _local_weights(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) -> tuple[dict, dict]:
@@ -122,14 +121,24 @@ def _local_arguments(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) ->
     return arguments
 
 
-def _check_all(where: str, values: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+def check_all(where: str, values: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Compares tensors with those of a recorded run.
+
+    Raises:
+        Mismatch: If their number, shapes or values differ.
+    """
     if len(values) != len(expected):
         raise Mismatch(f"{where} has {len(values)} tensors instead of {len(expected)}")
     for value, correct in zip(values, expected, strict=True):
-        _check(where, value, correct)
+        check_values(where, value, correct)
 
 
-def _check(where: str, value: Any, expected: torch.Tensor) -> None:
+def check_values(where: str, value: Any, expected: torch.Tensor) -> None:
+    """Compares a tensor with that of a recorded run.
+
+    Raises:
+        Mismatch: If their shapes or values differ.
+    """
     if value.shape != expected.shape:
         raise Mismatch(f"{where} has shape {tuple(value.shape)} instead of {tuple(expected.shape)}")
     value, expected = value.detach(), expected.detach()

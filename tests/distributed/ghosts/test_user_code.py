@@ -36,9 +36,16 @@ class Rows(Dataset):
 
 def fit(layout: str | None, kind: str, batch: int = 8, samples: int | None = None, **options: Any) -> dict[str, Any]:
     """Trains two epochs of three batches, or of `samples`; returns weights and logged values."""
+    return fit_class(layout, getattr(modules, kind), batch, samples, **options)
+
+
+def fit_class(
+    layout: str | None, kind: type[L.LightningModule], batch: int = 8, samples: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Trains a module of the class `kind`, as `fit` does."""
     quiet()
     L.seed_everything(7, verbose=False)
-    module = getattr(modules, kind)()
+    module = kind()
     trainer, replicas = verified_trainer_for(layout, max_epochs=2, **options)
     trainer.fit(module, DataLoader(Rows(samples or 3 * batch), batch_size=batch // replicas))
     return {"weights": weights(trainer, module), "logs": {k: float(v) for k, v in trainer.callback_metrics.items()}}
@@ -46,8 +53,13 @@ def fit(layout: str | None, kind: str, batch: int = 8, samples: int | None = Non
 
 def check(ranks: RankGroup, layout: str, kind: str, **options: Any) -> None:
     """Compares every rank's result with that of one process."""
-    expected = fit(None, kind, **options)
-    found = ranks.call(fit, layout, kind, **options)
+    compare(ranks, layout, getattr(modules, kind), **options)
+
+
+def compare(ranks: RankGroup, layout: str, kind: type[L.LightningModule], **options: Any) -> None:
+    """Compares every rank's result for a module of the class `kind` with that of one process."""
+    expected = fit_class(None, kind, **options)
+    found = ranks.call(fit_class, layout, kind, **options)
     for name, value in expected["weights"].items():
         torch.testing.assert_close(found[0]["weights"][name], value, rtol=1e-4, atol=1e-5, msg=name)
     for result in found:
