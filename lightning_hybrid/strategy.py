@@ -184,7 +184,7 @@ class HybridStrategy(StrategyOfEither):
 
         After a step without loss 1, since Lightning refuses it with more ranks, which might not agree.
         """
-        if self._left_out:
+        if self._left_out or self._stands_alone:
             return 1
         return self.mesh.layout.replicas if self._in_step else super().world_size
 
@@ -192,6 +192,8 @@ class HybridStrategy(StrategyOfEither):
     @override
     def global_rank(self) -> int:
         """This rank; in a step the index of its replica."""
+        if self._stands_alone:
+            return 0
         return self.mesh.replica if self._in_step else super().global_rank
 
     @property
@@ -202,6 +204,10 @@ class HybridStrategy(StrategyOfEither):
     @property
     def _in_step(self) -> bool:
         return self._run is not None and self._run.in_step > 0
+
+    @property
+    def _stands_alone(self) -> bool:
+        return self._run is not None and self._run.one_process
 
     @property
     def num_processes(self) -> int:
@@ -229,6 +235,8 @@ class HybridStrategy(StrategyOfEither):
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Returns `tensor` reduced over the replicas: ranks of `tp` and `pp` hold copies of the same value."""
+        if self._stands_alone:
+            return tensor
         if group is None and self._run is not None:
             group = self.mesh.replica_group
         return self._world.reduce(tensor, group, reduce_op)
@@ -238,6 +246,8 @@ class HybridStrategy(StrategyOfEither):
         """Returns the tensors of all replicas, stacked: ranks of `tp` and `pp` hold copies of the same value."""
         if group is not None and group is not torch.distributed.group.WORLD:
             return super().all_gather(tensor, group, sync_grads)
+        if self._stands_alone:
+            return tensor[None]
         group = self.mesh.replica_group if self._engine is None else self._engine.partition.step_group
         return gather_replicas(tensor, group, sync_grads=sync_grads, announce=self._announce)
 

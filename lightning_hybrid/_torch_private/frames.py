@@ -34,7 +34,12 @@ _COLLECTIVES = tuple(
         "distributed/nn/functional.py",
         "overrides.py",
     )
-) + (_DEPRECATED, warnings.__file__, str(Path(__file__).with_name("timing.py")))
+) + (
+    _DEPRECATED,
+    warnings.__file__,
+    str(Path(__file__).with_name("timing.py")),
+    str(_PACKAGE / "verification" / "randomness.py"),  # its mode calls each function
+)
 WATCHING = str(_TORCH.parent / "wandb")
 """Folder of the logger that watches weights, each rank its own, from a hook of the module's forward."""
 _WITHOUT_FILE = ("<string>", "<stdin>", "<python-input", "<ipython-input", "<console>", "<cell")

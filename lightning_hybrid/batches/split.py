@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_hybrid._torch_private import tree_leaves
-from lightning_hybrid.batches.values import SCALARS, attributes_of, children_of, is_opaque, is_record, tensors_in
+from lightning_hybrid.batches.values import (
+    LEAVES,
+    SCALARS,
+    attributes_of,
+    children_of,
+    is_opaque,
+    is_record,
+    tensors_in,
+)
 
 _FEW = 3
 """Up to this length, a batch that is a list of tensors is more likely one of inputs and targets than of samples."""
@@ -89,6 +98,19 @@ def split_batch(batch: Any, parts: int, known: int | None = None) -> list[Any]:
     count = find_samples(batch, known).count or 0
     size = count // parts
     return [_samples_of(batch, count, slice(i * size, (i + 1) * size), True) for i in range(parts)]
+
+
+def joined_batches(batches: Sequence[Any], known: int | None = None) -> Any:
+    """Returns one batch of the samples of several batches of equal structure.
+
+    Args:
+        batches: Batches for which `find_samples` has numbers of samples.
+        known: As for `find_samples`, of the first batch.
+
+    Raises:
+        ValueError: If they cannot be joined: values that belong to no sample differ, or the shapes of samples.
+    """
+    return _joined(batches, find_samples(batches[0], known).count or 0, True)
 
 
 def copied_batch(batch: Any) -> Any:
@@ -272,11 +294,48 @@ def _picked(values: Any, count: int, rows: slice | Tensor, is_batch: bool) -> An
         items = values[rows] if isinstance(rows, slice) else [values[i] for i in rows.tolist()]
     else:
         items = [_samples_of(v, count, rows) for v in values]
+    return _sequence_like(values, items)
+
+
+def _sequence_like(values: Any, items: Sequence[Any]) -> Any:
+    """Returns a list or tuple of the class of `values` with `items`, without attributes."""
     if isinstance(values, tuple):
         return tuple.__new__(type(values), items)
     part = list.__new__(type(values))
     list.extend(part, items)
     return part
+
+
+def _joined(values: Sequence[Any], count: int, is_batch: bool = False) -> Any:
+    first = values[0]
+    if any(type(v) is not type(first) for v in values):
+        raise ValueError("values of other classes")
+    if isinstance(first, (*LEAVES, set, frozenset)):
+        return _joined_leaves(values)
+    if is_record(first):
+        return type(first)(*(_joined(each, count) for each in zip(*values, strict=True)))
+    whole: Any = copy.copy(first)
+    if isinstance(first, list | tuple):
+        by_samples = _is_list_of_samples(first, count, is_batch)
+        items = chain(*values) if by_samples else (_joined(each, count) for each in zip(*values, strict=True))
+        whole = _sequence_like(first, list(items))
+    if isinstance(first, dict):
+        for key in first:
+            dict.__setitem__(whole, key, _joined([v[key] for v in values], count))
+    for name, _ in attributes_of(first):
+        object.__setattr__(whole, name, _joined([getattr(v, name) for v in values], count))
+    return whole
+
+
+def _joined_leaves(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if not isinstance(first, Tensor | np.ndarray) or not first.ndim:
+        if any(bool(v != first) for v in values):
+            raise ValueError("other values that belong to no sample")
+        return first
+    if any(v.shape[1:] != first.shape[1:] for v in values):
+        raise ValueError("samples of other shapes")
+    return torch.cat(list(values)) if isinstance(first, Tensor) else np.concatenate(values)
 
 
 def _rows_of(value: Any, rows: slice | Tensor) -> Any:

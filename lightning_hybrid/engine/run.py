@@ -54,6 +54,10 @@ class Run:
         self.data = ReplicaData(trainer, mesh, device, split=injects_sampler(trainer), run_padding=padding_step)
         self.in_step = 0
         """Larger than 0 in a step."""
+        self.one_process = False
+        """True while this rank runs steps on the global batch, as one process does: there are no other replicas."""
+        self.may_communicate = True
+        """False while the user's steps raise where they call collectives of `torch.distributed` themselves."""
         self.patches = ExitStack()
         """Stack of patches on the trainer, its loops and loggers; closed when the run ends, also after an error."""
 
@@ -90,7 +94,8 @@ class Run:
         self.patches.enter_context(ignored_warning(r".*WeightAveraging doesn't support sharding model layers.*"))
         if torch.distributed.get_world_size() > 1:
             layout, in_step = lambda: self.data.mesh.layout, lambda: self.in_step > 0
-            self.patches.enter_context(refused_collectives(layout, in_step))
+            allowed = lambda: self.may_communicate  # noqa: E731 -- as the others
+            self.patches.enter_context(refused_collectives(layout, in_step, allowed))
             self.patches.enter_context(self.world.preemption.installed(self.trainer))
             self.patches.enter_context(self.world.stopping.installed(self.trainer))
 

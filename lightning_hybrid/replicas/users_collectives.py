@@ -30,12 +30,15 @@ _COPIES = ("broadcast", "scatter", "alltoall", "alltoall_base", "all_to_all_sing
 
 
 @contextmanager
-def refused_collectives(layout: Callable[[], Layout], in_step: Callable[[], bool]) -> Iterator[None]:
+def refused_collectives(
+    layout: Callable[[], Layout], in_step: Callable[[], bool], allowed: Callable[[], bool]
+) -> Iterator[None]:
     """Refuses sums and gathers of the user's code over all ranks, and any collective in a step of a pipeline.
 
     Args:
         layout: Returns the present layout.
         in_step: Returns True while a step of the user runs, also in a dry run.
+        allowed: Returns False while all collectives are refused.
 
     Raises:
         PartitionError: At the call of the user, on each rank that makes it.
@@ -43,7 +46,7 @@ def refused_collectives(layout: Callable[[], Layout], in_step: Callable[[], bool
     kind: Any = dist.ProcessGroup
     originals = {name: vars(kind)[name] for name in (*_GATHERS, *_SUMS, *_COPIES) if name in vars(kind)}
     for name, original in originals.items():
-        setattr(kind, name, _checked(name, original, layout, in_step))
+        setattr(kind, name, _checked(name, original, layout, in_step, allowed))
     try:
         yield
     finally:
@@ -51,10 +54,14 @@ def refused_collectives(layout: Callable[[], Layout], in_step: Callable[[], bool
             setattr(kind, name, original)
 
 
-def _checked(name: str, original: Any, layout: Callable[[], Layout], in_step: Callable[[], bool]) -> Callable:
+def _checked(
+    name: str, original: Any, layout: Callable[[], Layout], in_step: Callable[[], bool], allowed: Callable[[], bool]
+) -> Callable:
     call = original.__get__(None, dist.ProcessGroup)
 
     def checked(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+        if not allowed() and is_users_collective():
+            raise PartitionError(f"{user_location()} communicates by `torch.distributed` ({name})")
         axes = [axis for axis in ("tp", "pp") if getattr(layout(), axis) > 1]
         on_one_stage = "pp" in axes and in_step()
         counts_copies = bool(axes) and group is dist.group.WORLD and _sums_or_gathers(name, args)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from lightning_hybrid._lightning_private import hands_out_its_iterator
 from lightning_hybrid._torch_private import default_group
@@ -63,10 +62,8 @@ class Comparison:
         self.bound = step_bound(engine)
         self.parts = 1
         self.how = Conditions()
-        self.loss: Tensor | None = None
-        """The loss of this replica's batch in one process."""
-        self.acts: str | None = None
-        """A line of the user's code that acts on gradients within the backward pass; None: there is none."""
+        self.whole = Outcome(loss=None, gradients={})
+        """The step on this replica's batch in one process."""
         self.mean_difference: float | None = None
         """The relative difference of the loss from the mean over parts of its batch, if the comparison shows it."""
         self.mean: Outcome | None = None
@@ -98,9 +95,12 @@ class Comparison:
             self.rows.append(mean_row(self.mean_difference, mean_bound(self.bound)))
             return
         check = MeanCheck(self.engine, weights, self.args, self.kwargs, self.how)
-        for what, result, message in check.run(self.loss, self.acts, self.bound, counts=self.measured.weight > 0):
-            self.rows.append((what, result))
-            self._warn([] if message is None else [message])
+        for row in check.run(self.whole, self.measured.weight, self.bound):
+            self.rows.append((row.what, row.result))
+            if row.message is not None and row.differs:
+                self._warn([row.message])
+            elif row.message is not None:
+                rank_zero_warn(row.message)
 
     def _obstacle(self) -> str | None:
         """Returns why a step of one process cannot run, the same on all ranks; None if it can."""
@@ -122,7 +122,7 @@ class Comparison:
             return problem
         if self._draws():  # where no rank of the layout does
             return self._compare(weights)
-        self.loss, self.acts = whole.loss, whole.acts
+        self.whole = whole
         found = self.measured.from_process(under, whole, weights)
         if not found.within(self.bound):
             with ComputedIn() as computed:  # the step may enter autocast itself, or cast weights

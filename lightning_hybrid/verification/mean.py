@@ -22,6 +22,7 @@ from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.batch_norm import has_batch_norm, normalizes_by_batch_only
 from lightning_hybrid.verification.differences import bound_of, differences, relative
+from lightning_hybrid.verification.global_batch import global_batch, mean_over_replicas, step_of_global_batch
 from lightning_hybrid.verification.steps import Conditions, Outcome, mean_in_one_process
 
 _BOUND = 1e-4
@@ -38,7 +39,9 @@ class Row(NamedTuple):
     what: str
     result: str
     message: str | None
-    """The message of a warning; None if the check has passed, or was not possible."""
+    """The message of a warning; None if the check has passed."""
+    differs: bool = True
+    """False if `message` says that the check was not possible."""
 
 
 class _Compared(NamedTuple):
@@ -69,39 +72,68 @@ class MeanCheck:
         self._engine, self._runner, self._weights = engine, engine.runner, weights
         self._args, self._kwargs, self._how = args, kwargs, how
 
-    def run(self, loss: Tensor | None, acts: str | None, bound: float, counts: bool) -> list[Row]:
+    def run(self, own: Outcome, weight: float, bound: float) -> list[Row]:
         """Returns what was checked. Collective over all ranks.
 
         Args:
-            loss: The loss of this replica's batch in one process.
-            acts: A line of the user's code that acts on gradients within the backward pass, if there is one.
+            own: The step on this replica's batch in one process.
+            weight: Weight of this replica's batch, 0 if it is padding.
             bound: Bound of relative differences for the precision of the run.
-            counts: False if this replica's batch is padding.
         """
-        line = next((found for found in gather_objects(acts) if found is not None), None)
+        line = next((found for found in gather_objects(own.acts) if found is not None), None)
         needs_gradients = line is not None or not self._runner.root.automatic_optimization
         parts, problem = equal_parts(self._engine, self._args)
         problem = first_problem(problem)
+        found = _Compared()
         if problem is None:
-            found, problem = self._attempt(lambda: self._of_parts(loss, parts, needs_gradients))
+            with patched(self._runner.root.trainer.strategy, all_gather=refused_gather):
+                found, problem = self._attempt(lambda: self._of_parts(own.loss, parts, needs_gradients))
         if problem is not None:
-            row = Row(_LOSS, f"not checked: {problem}", None)
-            if line is None:
-                return [row]
-            found, problem = self._attempt(self._of_scaled_losses)
-            if problem is not None:
-                return [row, Row(_GRADIENTS, f"not checked: {problem}", None)]
-            return [row, self._gradients(found, line, None, bound, counts)]
-        row = self._loss(found, len(parts), bound, counts)
+            return self._rows_of_replicas(own, weight, bound, line, problem)
+        on = f"on {len(parts)} parts of the first batch"
+        row = self._loss(found, on, bound, weight > 0)
         if line is None or row.message is not None:
             return [row]
-        return [row, self._gradients(found, line, len(parts), bound, counts)]
+        how = f"is the mean over {len(parts)} parts of the first batch"
+        return [row, self._gradients(found, line, how, bound, weight > 0)]
+
+    def _rows_of_replicas(self, own: Outcome, weight: float, bound: float, line: str | None, problem: str) -> list[Row]:
+        """Compares the mean over replicas with the global batch, where `problem` prevents the check of parts."""
+        args, obstacle = global_batch(self._engine, self._args)
+        found = _Compared()
+        if obstacle is None:
+            found, obstacle = self._attempt(lambda: self._of_global_batch(own, args, weight))
+        if obstacle is None:
+            row = self._loss(found, "on the samples of all replicas", bound, counts=True)
+            return [row] if row.message is not None else [row, self._gradients_of_replicas(found, bound)]
+        why = problem if problem == obstacle else f"{problem}; {obstacle}"
+        row = self._unchecked(why, weighted=own.weight is not None or self._shares(1) is not None)
+        if line is None:
+            return [row]
+        found, problem_of_scaled = self._attempt(self._of_scaled_losses)
+        if problem_of_scaled is not None:
+            return [row, Row(_GRADIENTS, f"not checked: {problem_of_scaled}", None)]
+        how = f"is divided by {self._engine.plan.layout.replicas}"
+        return [row, self._gradients(found, line, how, bound, weight > 0)]
+
+    def _unchecked(self, why: str, weighted: bool) -> Row:
+        """Returns the line for a loss that was not checked; `weighted` if user or data give its weight."""
+        message = (
+            f"{place_of(self._runner.root)}: whether its loss is a mean over samples could not be checked: {why}. If "
+            f"it is not, `layout='{self._engine.plan.layout}'` trains otherwise than one process, as "
+            "DistributedDataParallel does. Return `{'loss': ..., 'weight': number_of_tokens}` for a mean over tokens."
+        )
+        return Row(_LOSS, f"not checked: {why}", None if weighted else message, differs=False)
+
+    def _of_global_batch(self, own: Outcome, args: tuple, weight: float) -> _Compared:
+        whole = step_of_global_batch(self._engine, self._weights, args, self._kwargs, self._how)
+        return _Compared(whole, mean_over_replicas(self._engine, self._weights, own, own.weight or weight))
 
     def _attempt(self, run: Callable[[], _Compared]) -> tuple[_Compared, str | None]:
         """Returns the result of `run`, and why it has failed on any rank, or None. Collective."""
         found, problem = _Compared(), None
         try:
-            with patched(self._runner.root.trainer.strategy, all_gather=refused_gather):
+            with patched(self._engine.run, may_communicate=False):
                 found = run()
         except _Gathers:
             problem = "the step gathers values of other replicas itself"
@@ -109,7 +141,7 @@ class MeanCheck:
             problem = error_message(error)
         return found, first_problem(problem)
 
-    def _loss(self, found: _Compared, parts: int, bound: float, counts: bool) -> Row:
+    def _loss(self, found: _Compared, on: str, bound: float, counts: bool) -> Row:
         mean, whole = (0.0 if o.loss is None else float(o.loss) for o in (found.mean, found.whole))
         own = relative(mean, whole) if counts else 0.0
         difference, bound = self._worst(own), mean_bound(bound)
@@ -117,33 +149,51 @@ class MeanCheck:
             return Row(*mean_row(difference, bound), None)
         what = "mean over the samples" if self._shares(1) is None else "mean over the tokens"
         message = (
-            f"{place_of(self._runner.root)} computes a loss that is not the {what} of its batch: on {parts} parts of "
-            f"the first batch it is off by {difference:.1%}. Under `layout='{self._engine.plan.layout}'` each replica "
+            f"{place_of(self._runner.root)} computes a loss that is not the {what} of its batch: {on} it is off "
+            f"by {difference:.2g} of its value. Under `layout='{self._engine.plan.layout}'` each replica "
             "computes it on its own samples, as under DistributedDataParallel, which differs from one process by about "
             'as much. Return `{"loss": ..., "weight": number_of_tokens}` for a mean over tokens, gather the embeddings '
             "of a contrastive loss by `self.all_gather(..., sync_grads=True)`, or use a layout of `tp` and `pp`."
         )
-        return Row(_LOSS, f"differs by {difference:.1%}, see the warning", message)
+        return Row(_LOSS, f"differs by {difference:.2g} of its value, see the warning", message)
 
-    def _gradients(self, found: _Compared, line: str, parts: int | None, bound: float, counts: bool) -> Row:
+    def _largest(self, found: _Compared, counts: bool) -> tuple[float, str]:
+        """Returns the largest relative difference of a gradient on any rank, and its parameter. Collective."""
         mean, whole = found.mean.gradients, found.whole.gradients
         each = differences(mean, whole, dict.fromkeys([*whole, *mean])) if counts else {}
         name = max(each, key=lambda n: each[n], default="")
         own = each.get(name, 0.0)
-        difference, name = max(gather_objects((own if math.isfinite(own) else math.inf, name)))
+        return max(gather_objects((own if math.isfinite(own) else math.inf, name)))
+
+    def _gradients_of_replicas(self, found: _Compared, bound: float) -> Row:
+        """Compares the mean of the replicas' gradients with those of the global batch."""
+        difference, name = self._largest(found, counts=True)
+        if difference <= bound:
+            return Row(_GRADIENTS, f"largest relative difference {difference:.1e} (bound {bound:.0e})", None)
+        message = (
+            f"{place_of(self._runner.root)}: the loss is that of one process on the samples of all replicas, but the "
+            f"gradient of `{name}` is off by {difference:.2g} of its norm. Under "
+            f"`layout='{self._engine.plan.layout}'` each replica has the gradient of its own samples only, as under "
+            "DistributedDataParallel. Gather values by `self.all_gather(..., sync_grads=True)`, without scaling the "
+            "loss by the number of ranks, or use a layout of `tp` and `pp`."
+        )
+        return Row(_GRADIENTS, f"differ by {difference:.2g} of their norm, see the warning", message)
+
+    def _gradients(self, found: _Compared, line: str, how: str, bound: float, counts: bool) -> Row:
+        """Compares gradients where `line` acts on them, and says `how` the loss differs."""
+        difference, name = self._largest(found, counts)
         if difference <= bound:
             return Row(_GRADIENTS, f"largest relative difference {difference:.1e} (bound {bound:.0e})", None)
         replicas = self._engine.plan.layout.replicas
-        how = f"is divided by {replicas}" if parts is None else f"is the mean over {parts} parts of the first batch"
         message = (
             f"{line} acts on gradients within the backward pass, by their size or by other samples: if the loss {how}, "
-            f"the gradient of `{name}` is off by {difference:.1%}. Under `layout='{self._engine.plan.layout}'` it sees "
-            f"the gradients of a mean over the samples of one replica, {replicas} times as large as those of one "
-            "process, as under DistributedDataParallel, which differs from one process by about as much. Make it "
-            "proportional to the gradient of each sample, clip the gradients of weights "
-            "(`Trainer(gradient_clip_val=...)`), or use a layout of `tp` and `pp`."
+            f"the gradient of `{name}` is off by {difference:.2g} of its norm. Under "
+            f"`layout='{self._engine.plan.layout}'` it sees the gradients of a mean over the samples of one replica, "
+            f"{replicas} times as large as those of one process, as under DistributedDataParallel, which differs from "
+            "one process by about as much. Make it proportional to the gradient of each sample, clip the gradients of "
+            "weights (`Trainer(gradient_clip_val=...)`), or use a layout of `tp` and `pp`."
         )
-        return Row(_GRADIENTS, f"differ by {difference:.1%}, see the warning", message)
+        return Row(_GRADIENTS, f"differ by {difference:.2g} of their norm, see the warning", message)
 
     def _worst(self, own: float) -> float:
         worst = torch.tensor(own, dtype=torch.float64, device=self._engine.device).nan_to_num(nan=torch.inf)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_hybrid.batches import agreed_samples, find_samples, leaves_of, signature, split_batch
+from lightning_hybrid.batches import agreed_samples, find_samples, joined_batches, leaves_of, signature, split_batch
 from lightning_hybrid.dataloader.agreement import digest
 from lightning_hybrid.dataloader.peek import first_batch
 from lightning_hybrid.spec.errors import PartitionError
@@ -112,6 +112,28 @@ def test_what_belongs_to_samples_is_split_and_the_rest_is_in_every_part(name: st
 
 def _arrays(batch: Any) -> list[Any]:
     return [leaf for _, leaf in leaves_of(batch) if isinstance(leaf, torch.Tensor | np.ndarray) and leaf.ndim]
+
+
+@pytest.mark.parametrize("name", sorted(SPLIT.keys() - {"pictures"}))
+def test_parts_are_joined_to_the_batch(name: str):
+    batch = SPLIT[name]
+    parts = N if name == "constants" else 2  # of two samples, a pair of constants may be one for each
+    joined = joined_batches(split_batch(batch, parts, N), N // parts)
+    assert type(joined) is type(batch)
+    assert [path for path, _ in leaves_of(joined)] == [path for path, _ in leaves_of(batch)]
+    for mine, others in zip(_arrays(joined), _arrays(batch), strict=True):
+        assert np.array_equal(mine, others)
+
+
+def test_batches_that_cannot_be_joined():
+    x = rows(3)
+    for others, why in (
+        ({"x": rows(2), "scale": 1}, "samples of other shapes"),
+        ({"x": x, "scale": 2}, "other values that belong to no sample"),
+        (Named({"x": x, "scale": 1}), "values of other classes"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            joined_batches([{"x": x, "scale": 1}, others])
 
 
 def test_parts_keep_classes_attributes_and_constants():

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -230,6 +231,112 @@ def test_a_loss_that_is_no_mean_over_samples_warns(ranks2: RankGroup) -> None:
     assert "`self.all_gather(..., sync_grads=True)`" in ranks2.call(fit_contrastive, "dp2", "start")[0][2][0]
     with pytest.raises(RankError, match=r"`verify='strict'`: `Contrastive.training_step`"):
         ranks2.call(fit_contrastive, "dp2", "strict")
+
+
+class Normalized(Classifier):
+    """Whose loss compares features over the samples of a batch, which it normalizes first, as Barlow Twins does."""
+
+    def training_step(self, batch, batch_idx):
+        rows = nn.functional.batch_norm(self(batch["x"]), None, None, training=True)
+        return (rows.T @ rows.roll(1, 1) / len(rows) - torch.eye(rows.shape[1])).square().sum()
+
+
+class Variance(Classifier):
+    """Whose loss is 0 for one sample."""
+
+    def training_step(self, batch, batch_idx):
+        rows = self(batch["x"])
+        return (rows - rows.mean(0)).square().mean()
+
+
+class Gathered(Classifier):
+    """Whose loss compares samples with those of all replicas."""
+
+    differentiates = True
+
+    def training_step(self, batch, batch_idx):
+        rows, others = (nn.functional.normalize(self(batch["x"] + shift), dim=1) for shift in (0.0, 0.1))
+        all_others: Any = self.all_gather(others, sync_grads=self.differentiates)
+        positives = torch.arange(len(rows)) + len(rows) * self.global_rank
+        return nn.functional.cross_entropy(rows @ all_others.flatten(0, 1).T / 0.5, positives)
+
+
+class GatheredValues(Gathered):
+    """Whose gradient is that of this replica's samples only."""
+
+    differentiates = False
+
+
+class OwnCollective(Classifier):
+    """Which communicates itself: the strategy cannot run it as one process does."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        sum_of_all = loss.detach().clone()
+        dist.all_reduce(sum_of_all)
+        return loss * sum_of_all
+
+
+class OtherShapes(Classifier):
+    """Samples of several lengths, of which a replica has one."""
+
+    def training_step(self, batch, batch_idx):
+        return self(batch["x"][:, :16]).square().mean()
+
+
+class Lengths(Numbers):
+    """Rows that are padded within a batch."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return {"x": nn.functional.pad(item["x"], (0, index % 3))}
+
+
+def fit_replicas(
+    module: type, data: type, batch: int, verify: str = "start"
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """The rows of the verification, and the warnings that name the layout."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    trainer, replicas = verified_trainer_for("dp2", strategy_options={"verify": verify}, max_steps=1)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.fit(module(), DataLoader(data(), batch_size=batch // replicas))
+    strategy: Any = trainer.strategy
+    return strategy.verification[1:], [str(w.message) for w in found if "`layout='dp2'`" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("module", "batch", "row", "message"),
+    [
+        (Normalized, 16, "differs by", "on the samples of all replicas it is off by"),
+        (Variance, 2, "differs by", "on the samples of all replicas it is off by"),
+        (Classifier, 2, "relative difference", None),
+        (Gathered, 16, "relative difference", None),
+        (GatheredValues, 16, "relative difference", "all_gather(..., sync_grads=True)"),
+        (OwnCollective, 16, "not checked: ", "communicates by `torch.distributed` (allreduce)"),
+    ],
+)
+def test_the_global_batch_shows_what_parts_of_a_batch_do_not(
+    ranks2: RankGroup, module: type, batch: int, row: str, message: str | None
+) -> None:
+    rows, found = ranks2.call(fit_replicas, module, Numbers, batch)[0]
+    assert rows[0][0] == "loss as a mean over samples"
+    assert rows[0][1].startswith(row), rows
+    assert len(found) == (message is not None), found
+    if message is not None:
+        assert message in found[0]
+    if row == "relative difference":
+        assert rows[1][1].startswith("largest relative difference" if message is None else "differ by"), rows
+
+
+def test_a_loss_that_cannot_be_checked_is_said(ranks2: RankGroup) -> None:
+    rows, found = ranks2.call(fit_replicas, OtherShapes, Lengths, 2)[0]
+    assert (
+        rows[0][1] == "not checked: a replica has one sample; the batches of the replicas have samples of other shapes"
+    )
+    assert "could not be checked: a replica has one sample" in found[0]
+    ranks2.call(fit_replicas, OtherShapes, Lengths, 2, "strict")  # nothing differs
 
 
 class Summed(Classifier):
