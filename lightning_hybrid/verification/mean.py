@@ -105,7 +105,11 @@ class MeanCheck:
             found, obstacle = self._attempt(lambda: self._of_global_batch(own, args, weight))
         if obstacle is None:
             row = self._loss(found, "on the samples of all replicas", bound, counts=True)
-            return [row] if row.message is not None else [row, self._gradients_of_replicas(found, bound)]
+            if row.message is not None:
+                return [row]
+            if line is None:
+                return [row, self._gradients_of_replicas(found, bound)]
+            return [row, self._gradients(found, line, "is that of the samples of all replicas", bound, counts=True)]
         why = problem if problem == obstacle else f"{problem}; {obstacle}"
         row = self._unchecked(why, weighted=own.weight is not None or self._shares(1) is not None)
         if line is None:
