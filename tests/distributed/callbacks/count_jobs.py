@@ -76,12 +76,12 @@ class Shorter:
         return batch[:, : TIME - int(batch[0, 0]) % 3]
 
 
-def uneven(layout: str, samples: int, accumulate: int, cut: bool = False) -> dict[str, Any]:
-    """Trains four epochs with a last batch that is smaller; what was logged, and the counts of this rank."""
+def uneven(layout: str, samples: int, accumulate: int, every: int, cut: bool = False) -> dict[str, Any]:
+    """Trains six epochs with a last batch that is smaller; what was logged, and the counts of this rank."""
     start()
     counted, memory = Counted(), Memory()
     callbacks: list[L.Callback] = [counted, HybridMonitor()]
-    options: dict[str, Any] = {"max_epochs": 4, "log_every_n_steps": 2, "logger": memory, "callbacks": callbacks}
+    options: dict[str, Any] = {"max_epochs": 6, "log_every_n_steps": every, "logger": memory, "callbacks": callbacks}
     trainer, n = make_trainer(layout, accumulate_grad_batches=accumulate, **options)
     collate = Shorter() if cut else None
     trainer.fit(Words(), DataLoader(Tokens(samples), batch_size=16 // n, collate_fn=collate))

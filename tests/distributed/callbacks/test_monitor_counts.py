@@ -12,6 +12,15 @@ from tests.distributed.callbacks.monitor_jobs import TIME
 from tests.harness import RankGroup
 from tests.pairwise import quick
 
+EVERYWHERE = {
+    *(f"throughput/{unit}_per_second{per}" for unit in ("samples", "tokens") for per in ("", "_per_device")),
+    *(f"time/{part}" for part in ("step", "computation", "communication", "bubble", "data_wait", "other")),
+    *(f"memory/{peak}" for peak in ("peak_mib", "peak_mib_rank0", "peak_mib_rank1")),
+    *(f"events/{kind}" for kind in ("relayout", "phase", "batch_size", "rebalancing")),
+    *("gradient_norm", "batch/global_samples", "time/computation_slowest_rank", "throughput/steps_per_second"),
+}
+"""Keys that are logged in every layout."""
+
 
 def operations_of_a_token(experts: bool) -> int:
     """Multiplications and additions of a token in the forward and the backward pass of the quickstart's model.
@@ -43,9 +52,14 @@ def test_operations_of_the_quickstart(ranks2: RankGroup, layout: str) -> None:
     found = last["throughput/tflops_per_device"] * 2e12 / tokens
     assert found == pytest.approx(operations_of_a_token(experts=layout == "ep2"), rel=1e-6)
     assert last["throughput/mfu"] == pytest.approx(last["throughput/tflops_per_device"])  # of 1 TFLOP/s
+    assert last.keys() >= EVERYWHERE
+    assert [last[f"layout/{axis}"] for axis in ("dp", "fsdp", "tp", "pp", "ep")].count(2) == 1
+    assert last[f"layout/{layout[:-1]}"] == 2
+    assert ("bubble/measured" in last) == ("bubble/predicted" in last) == (layout == "pp2")
+    assert ("experts/max_over_mean" in last) == (layout == "ep2")
 
 
-def _logged(found: list[dict[str, Any]], replicas: int) -> list[dict[str, float]]:
+def _logged(found: list[dict[str, Any]], replicas: int, every: int) -> list[dict[str, float]]:
     """Shows that what was logged is what the loaders of the replicas gave; returns the lines."""
     ranks = found[:: len(found) // replicas]
     samples, tokens = ([sum(of_step) for of_step in zip(*(r[name] for r in ranks), strict=True)] for name in jobs.UNITS)
@@ -55,9 +69,9 @@ def _logged(found: list[dict[str, Any]], replicas: int) -> list[dict[str, float]
         assert line["batch/global_tokens"] == tokens[step]
     for line in found[0]["lines"][1:]:  # the first window begins after the steps that warm up
         step, steps = line["step"], line["throughput/steps_per_second"]
-        window = slice(step - 1, step + 1)
-        assert line["throughput/samples_per_second"] / steps * 2 == pytest.approx(sum(samples[window]))
-        assert line["throughput/tokens_per_second"] / steps * 2 == pytest.approx(sum(tokens[window]))
+        window = slice(step + 1 - every, step + 1)
+        assert line["throughput/samples_per_second"] / steps * every == pytest.approx(sum(samples[window]))
+        assert line["throughput/tokens_per_second"] / steps * every == pytest.approx(sum(tokens[window]))
         assert line["throughput/tokens_per_second_per_device"] * 2 == line["throughput/tokens_per_second"]
     return found[0]["lines"]
 
@@ -68,21 +82,22 @@ def _logged(found: list[dict[str, Any]], replicas: int) -> list[dict[str, float]
 )
 def test_tokens_of_uneven_batches(ranks2: RankGroup, layout: str, samples: int, accumulate: int) -> None:
     """Batches of 16, 16 and what is left; with 33 samples a replica of `dp2` has nothing left."""
-    found = ranks2.call(jobs.uneven, layout, samples, accumulate)
-    lines = _logged(found, replicas=2 if layout == "dp2" else 1)
+    every = accumulate + 1  # so that steps of one batch and of several are logged
+    found = ranks2.call(jobs.uneven, layout, samples, accumulate, every)
+    lines = _logged(found, 2 if layout == "dp2" else 1, every)
     batches = [16, 16, samples - 32]
-    of_steps = [sum(batches[i : i + accumulate]) for i in range(0, 3, accumulate)] * 4
-    assert len(lines) == len(of_steps) // 2
-    assert [line["batch/global_samples"] for line in lines] == [float(n) for n in of_steps[1::2]]
-    assert [line["batch/global_tokens"] for line in lines] == [float(n * TIME) for n in of_steps[1::2]]
-    assert sum(sum(rank["samples"]) for rank in found) == 4 * samples * (1 if layout == "dp2" else 2)
+    of_steps = [sum(batches[i : i + accumulate]) for i in range(0, 3, accumulate)] * 6
+    assert len(lines) == len(of_steps) // every
+    assert [line["batch/global_samples"] for line in lines] == [float(n) for n in of_steps[every - 1 :: every]]
+    assert [line["batch/global_tokens"] for line in lines] == [float(n * TIME) for n in of_steps[every - 1 :: every]]
+    assert sum(sum(rank["samples"]) for rank in found) == 6 * samples * (1 if layout == "dp2" else 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "tp2"])
 def test_tokens_of_batches_of_other_lengths(ranks2: RankGroup, layout: str) -> None:
-    found = ranks2.call(jobs.uneven, layout, 35, 1, cut=True)
-    lines = _logged(found, replicas=2 if layout == "dp2" else 1)
+    found = ranks2.call(jobs.uneven, layout, 35, 1, 2, cut=True)
+    lines = _logged(found, 2 if layout == "dp2" else 1, 2)
     lengths = {line["batch/global_tokens"] / line["batch/global_samples"] for line in lines}
     assert len(lengths) > 1
     assert all(math.isfinite(length) for length in lengths)
