@@ -92,9 +92,9 @@ def _is_generated(frame: FrameType) -> bool:
 
     The user's own code without a file, of `python -c`, a prompt or `exec`, runs in a module without a file.
     """
-    return frame.f_code.co_filename.startswith("<") and (
-        "__file__" in frame.f_globals or not frame.f_code.co_filename.startswith(_WITHOUT_FILE)
-    )
+    name, scope = frame.f_code.co_filename, frame.f_globals
+    of_named_tuple = str(scope.get("__name__")).startswith("namedtuple_")
+    return name.startswith("<") and ("__file__" in scope or of_named_tuple or not name.startswith(_WITHOUT_FILE))
 
 
 def location_of(function: Any) -> str:
