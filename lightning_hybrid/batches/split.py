@@ -43,6 +43,8 @@ class Samples:
     """The number of samples; None if the batch cannot be split."""
     obstacle: str = ""
     """The value because of which the batch cannot be split, and why."""
+    has_columns: bool = False
+    """True for tensors with as many rows as there are tensors: more likely inputs and targets than samples."""
 
 
 def find_samples(batch: Any, known: int | None = None) -> Samples:
@@ -64,7 +66,10 @@ def find_samples(batch: Any, known: int | None = None) -> Samples:
         if isinstance(batch, list | tuple) and len(batch) > 2 and len(batch) != count and _alike(batch):
             return Samples(count=None, obstacle=f"`batch` is a {type(batch).__name__} of {len(batch)} similar tensors")
     obstacle = _obstacle(batch, count, "batch", (), known is not None)
-    return Samples(count=None, obstacle=obstacle) if obstacle else Samples(count=count)
+    if not obstacle:
+        return Samples(count=count)
+    columns = isinstance(batch, list | tuple) and all(isinstance(v, Tensor) and v.shape[:1] == (count,) for v in batch)
+    return Samples(count=None, obstacle=obstacle, has_columns=columns and len(batch) <= _FEW)
 
 
 def count_samples(batch: Any) -> int:

@@ -386,6 +386,7 @@ class Pipeline:
                 copied_batch(args),
                 device=self.device,
                 context=self.precision,
+                gradients=name == "training_step",
             )
         bounds = stage_bounds(self.partition.plan, name, trace)
         prepared = _Prepared(self._programs(bounds, trace), trace.outline(), trace.contract, bounds)

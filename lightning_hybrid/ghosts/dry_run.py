@@ -47,6 +47,7 @@ def trace_step(
     use_of: Collection[str] | None = None,
     ready: Callable[[], AbstractContextManager] | None = None,
     learn_state: bool = True,
+    gradients: bool = True,
 ) -> Trace:
     """Runs `step(*args)` on ghosts and returns its data flow.
 
@@ -61,6 +62,7 @@ def trace_step(
         ready: If the step fails before training has begun: returns a context in which the trainer and the module are
             as at the first batch, and in which the step runs again. Its effects on the module are undone.
         learn_state: Whether to learn which state the step changes, which needs further runs of such a step.
+        gradients: Whether the step is one of training: user code may ask whether tensors require gradients.
 
     Raises:
         PartitionError: If the step fails.
@@ -68,7 +70,7 @@ def trace_step(
     contexts = [nullcontext] if ready is None else [nullcontext, ready]
     failure: Exception | None = None
     for begun in contexts:
-        dry = _DryRun(root, interceptor, step, args, device, context, use_of, begun, learn_state)
+        dry = _DryRun(root, interceptor, step, args, device, context, use_of, begun, learn_state, gradients)
         try:
             return dry.trace()
         except (PartitionError, torch.OutOfMemoryError):  # the memory probe wants to know
@@ -103,6 +105,7 @@ class _DryRun:
     use_of: Collection[str] | None
     begun: Callable[[], AbstractContextManager]
     learn_state: bool
+    gradients: bool
     reads: Reads = field(default_factory=Reads)
     written: set[FreeCall] = field(default_factory=set)
     """Calls outside units that create tensors into which units write; these tensors are ghosts."""
@@ -217,7 +220,7 @@ class _DryRun:
                 optimize_idly(root, idle, schedulers, idly)
                 stack.enter_context(patched(torch.autograd, backward=idly))  # `loss.backward()` calls it
             stack.enter_context(self.interceptor.handled_by(tracer))
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.set_grad_enabled(self.gradients))
             stack.enter_context(self.context())
             stack.enter_context(gradients_taken_by(tracer.gradients))
             stack.enter_context(parameters_listed(tracer.listed))

@@ -221,6 +221,7 @@ class _DryRun:
             use_of=watched,
             ready=lambda: as_at_first_batch(self.root, name, args[0]),
             learn_state=self.request.layout.pp > 1,
+            gradients=name == "training_step",
         )
 
 

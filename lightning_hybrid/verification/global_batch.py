@@ -34,8 +34,8 @@ def global_batch(engine: Engine, args: tuple) -> tuple[tuple, str | None]:
         problem = f"the samples of {replicas} replicas are too many for one rank"
     elif engine.run.data.batch_weights() is not None:
         problem = "replicas have other numbers of samples"
-    elif find_samples(args[0], known).count is None:
-        problem = "the batch cannot be split by samples"
+    elif (found := find_samples(args[0], known)).count is None and not found.has_columns:
+        problem = "the batch cannot be joined with those of other replicas"
     else:
         try:
             batch = pickle.dumps(to_host(args[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import lightning.pytorch as L
@@ -31,7 +32,9 @@ def fit(layout: str | None, kind: str, options: dict[str, Any] | None = None, **
     made = getattr(value_modules, kind)
     module = made()
     trainer, replicas = verified_trainer_for(layout, strategy_options=options, **{"max_epochs": 3, **trainer_options})
-    trainer.fit(module, loader_of(made, 8 // replicas))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*could not be checked: the batch cannot be split")  # with replicas
+        trainer.fit(module, loader_of(made, 8 // replicas))
     return {"weights": weights(trainer, module), "losses": module.losses}
 
 
