@@ -195,13 +195,14 @@ class Drawn(Plain):
 class Updated(Plain):
     """A bank that a module fills where it trains, which it sees by its input or by the mode of gradients."""
 
+    bank: Any
+
     def build(self):
         self.bank = Bank()
 
     def training_step(self, batch, batch_idx):
         out = self(batch[0])
-        bank: Any = self.bank
-        return F.mse_loss(out, batch[1]) + (bank(out) @ out.T).square().mean()
+        return F.mse_loss(out, batch[1]) + (self.bank(out) @ out.T).square().mean()
 
     def report(self):
         return [self.bank.rows.tolist(), int(self.bank.trained)]
