@@ -6,8 +6,6 @@ import sys
 
 from lightning_hybrid.cli import checkpoints
 from lightning_hybrid.cli.errors import ArgumentParser, UsageError, did_you_mean
-from lightning_hybrid.cli.training import make
-from lightning_hybrid.compare_layouts import verify
 from lightning_hybrid.spec.layout import Layout
 
 _TRAINER_OPTIONS = ("accelerator", "precision", "accumulate_grad_batches", "gradient_clip_val")
@@ -35,6 +33,9 @@ def run(name: str, args: list[str]) -> int | None:
         layouts = [Layout.parse(layout) for layout in own.layout]
     except ValueError as error:
         raise UsageError(str(error)) from None
+    from lightning_hybrid.cli.training import make  # imports take seconds, and wrong arguments are known before
+    from lightning_hybrid.compare_layouts import verify
+
     cli = make([*others, "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.logger=false"])
     options = {key: value for key in _TRAINER_OPTIONS if (value := cli.config["trainer"][key]) is not None}
     found = verify(cli.model, cli.datamodule, layouts, steps=own.steps, **options)

@@ -59,7 +59,10 @@ def _imported(*args: str) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["recipes", "ls"]], ids=" ".join)
+QUICK = ("--help", "--version", "recipes ls", "doctor --help", "check --help", "consolidate --help", "verify --help")
+
+
+@pytest.mark.parametrize("args", [args.split() for args in QUICK], ids=" ".join)
 def test_commands_without_a_model_import_neither_torch_nor_lightning(args: list[str]) -> None:
     imported = _imported(*args)
     assert "lightning_hybrid.cli.commands" in imported
