@@ -14,7 +14,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 
+from lightning_hybrid._lightning_private import can_start_again, forget_prompt, is_interactive
 from lightning_hybrid.launch.failures import RankFailed
 from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.table import table_text
@@ -65,11 +67,13 @@ def verify(
     """Compares training steps under each layout with those of one process on the same samples and weights.
 
     Each layout runs in its own processes, as many as it has devices, started by `multiprocessing`; therefore a script
-    calls this function under `if __name__ == "__main__":`. `module` is not changed.
+    calls this function under `if __name__ == "__main__":`. Where new processes cannot import the class of `module` (in
+    a notebook, at a prompt, or defined within a function), they are forked from this one, for CPUs. `module` is not
+    changed.
 
     Args:
-        module: The LightningModule; it is pickled.
-        data: A LightningDataModule or the training loader; it is pickled.
+        module: The LightningModule; it is pickled, unless the processes are forked.
+        data: A LightningDataModule or the training loader; likewise.
         layouts: The layouts, or one of them.
         steps: Number of training batches to compare.
         accelerator: Lightning's `accelerator`.
@@ -84,14 +88,36 @@ def verify(
         layouts = [layouts]
     if not layouts:
         raise ValueError("`layouts` must name at least one layout, such as 'dp2'. Got none.")
-    payload = pickle.dumps((module, data, steps, {"accelerator": accelerator, **trainer_options}))
+    payload = _payload((module, data, steps, {"accelerator": accelerator, **trainer_options}))
     parsed = [Layout.parse(layout) if isinstance(layout, str) else layout for layout in layouts]
     return VerifyReport(layouts=tuple(_run(layout, payload) for layout in parsed))
 
 
-def _run(layout: Layout, payload: bytes) -> LayoutReport:
+def _payload(values: tuple[Any, ...]) -> bytes | tuple[Any, ...]:
+    """Returns the arguments of the ranks, pickled; or as they are if only forked processes can have them.
+
+    Raises:
+        ValueError: If processes cannot be forked.
+    """
+    problem = "it is in a program that cannot be started again"
+    if can_start_again() and not is_interactive():
+        try:
+            return pickle.dumps(values)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            problem = str(error)
+    if torch.cuda.is_initialized():
+        raise ValueError(
+            "`module` and `data` must be picklable in a process that uses CUDA, from which others cannot be forked. "
+            f"Got {type(values[0]).__name__}: {problem}. Define its class at the top of a file."
+        )
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()  # of an earlier run of one rank; its threads would be missing in the ranks
+    return values
+
+
+def _run(layout: Layout, payload: bytes | tuple[Any, ...]) -> LayoutReport:
     """Runs the steps of one layout on new processes."""
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("spawn" if isinstance(payload, bytes) else "fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -129,7 +155,7 @@ def _first_report(layout: str, ends: list[Connection]) -> LayoutReport:
     return next(iter([*causes, *problems]), reports[0])
 
 
-def _rank(rank: int, layout: str, port: int, payload: bytes, end: Connection) -> None:
+def _rank(rank: int, layout: str, port: int, payload: bytes | tuple[Any, ...], end: Connection) -> None:
     """Runs the steps on one rank, and sends its report."""
     count = Layout.parse(layout).devices
     os.environ.update(
@@ -140,8 +166,11 @@ def _rank(rank: int, layout: str, port: int, payload: bytes, end: Connection) ->
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    module, data, steps, options = pickle.loads(payload)
+    forked = not isinstance(payload, bytes)
+    if forked:
+        forget_prompt()
+    torch.set_num_threads(1 if forked else max(1, torch.get_num_threads() // count))  # threads do not survive a fork
+    module, data, steps, options = payload if forked else pickle.loads(payload)
     strategy = HybridStrategy(layout, verify="every 1 steps")
     try:
         package = pl if isinstance(module, pl.LightningModule) else importlib.import_module("pytorch_lightning")

@@ -22,6 +22,8 @@ from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.call import _call_and_handle_interrupt
+from lightning.pytorch.trainer.connectors import accelerator_connector
+from pytorch_lightning.trainer.connectors import accelerator_connector as other_accelerator_connector
 from torch import Tensor
 
 from lightning_hybrid._lightning_private.packages import of_package
@@ -33,6 +35,14 @@ MultiProcessingLauncher = _MultiProcessingLauncher
 def is_interactive() -> bool:
     """Returns True in a notebook, or at the prompt of Python."""
     return _IS_INTERACTIVE
+
+
+def forget_prompt() -> None:
+    """Makes this process, forked from a notebook or a prompt, one that a launcher has started."""
+    global _IS_INTERACTIVE
+    _IS_INTERACTIVE = False
+    for connector in (accelerator_connector, other_accelerator_connector):
+        connector._IS_INTERACTIVE = False  # type: ignore[attr-defined] -- imported there
 
 
 def can_start_again() -> bool:

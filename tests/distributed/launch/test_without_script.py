@@ -20,7 +20,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from lightning_hybrid import HybridStrategy
+from lightning_hybrid import HybridStrategy, verify
 
 
 class Counter:
@@ -54,10 +54,14 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def loader():
+    inputs = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(inputs, (inputs.sum(1) > 0).long())
+    return torch.utils.data.DataLoader(data, batch_size=8)
+
+
 def run(layout, devices, **options):
     torch.manual_seed(0)
-    inputs = torch.randn(32, 8)
-    data = torch.utils.data.TensorDataset(inputs, (inputs.sum(1) > 0).long())
     model = Net(**options)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -69,13 +73,15 @@ def run(layout, devices, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=8))
+    trainer.fit(model, loader())
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def compare(layout):
     torch.set_num_threads(1)
     torch.testing.assert_close(run("dp1", 1), run(layout, 2))
+    report = verify(Net(), loader(), layout)
+    assert report.passed, report
     print(f"{layout} equals one process")
 '''
 PROGRAMS: dict[str, tuple[list[str], str | None]] = {
@@ -125,6 +131,23 @@ def test_classes_of_exec(layout: str, tmp_path: Path) -> None:
         sums += [float(found) for found in re.findall("sum of squares: (.*)", output)]
     assert len(sums) == 3
     assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
+
+
+VERIFY = """
+variables = {}
+exec(open("code.txt").read(), variables)
+if __name__ == "__main__":
+    print(variables["verify"](variables["Net"](), variables["loader"](), "pp2").passed)
+"""
+
+
+@pytest.mark.slow
+def test_layouts_are_compared_for_classes_that_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "code.txt").write_text(CODE)
+    script = tmp_path / "main.py"
+    script.write_text(VERIFY)
+    code, output = run_warm(str(script), processes=1, timeout_seconds=TIMEOUT_SECONDS, cwd=tmp_path)
+    assert (code, output.splitlines()[-1]) == (0, "True"), output[-3000:]
 
 
 @pytest.mark.slow
