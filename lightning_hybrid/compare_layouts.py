@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import multiprocessing
 import os
 import pickle
 import socket
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -15,9 +17,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning_utilities.core import rank_zero
 
 from lightning_hybrid._lightning_private import can_start_again, forget_prompt, is_interactive
 from lightning_hybrid.launch.failures import RankFailed
+from lightning_hybrid.launch.terminal import log_level
 from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.strategy import HybridStrategy
@@ -79,6 +83,10 @@ def verify(
         accelerator: Lightning's `accelerator`.
         **trainer_options: Further options of the Trainer, such as `precision` and `accumulate_grad_batches`.
 
+    Returns:
+        A report with a row per layout. On ranks above 0 of a run, which are further processes of the same script,
+        nothing is compared, and the report is empty: rank 0 has compared before it started them.
+
     Raises:
         ValueError: If `steps` is not positive, or there are no layouts.
     """
@@ -88,6 +96,8 @@ def verify(
         layouts = [layouts]
     if not layouts:
         raise ValueError("`layouts` must name at least one layout, such as 'dp2'. Got none.")
+    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) > 0:
+        return VerifyReport(layouts=())
     payload = _payload((module, data, steps, {"accelerator": accelerator, **trainer_options}))
     parsed = [Layout.parse(layout) if isinstance(layout, str) else layout for layout in layouts]
     return VerifyReport(layouts=tuple(_run(layout, payload) for layout in parsed))
@@ -171,21 +181,24 @@ def _rank(rank: int, layout: str, port: int, payload: bytes | tuple[Any, ...], e
         forget_prompt()
     torch.set_num_threads(1 if forked else max(1, torch.get_num_threads() // count))  # threads do not survive a fork
     module, data, steps, options = payload if forked else pickle.loads(payload)
+    rank_zero.rank_zero_only.rank = rank  # messages of the Trainer come from rank 0 only
     strategy = HybridStrategy(layout, verify="every 1 steps")
+    warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
     try:
         package = pl if isinstance(module, pl.LightningModule) else importlib.import_module("pytorch_lightning")
-        trainer = package.Trainer(
-            devices=count,
-            strategy=strategy,
-            limit_train_batches=steps,
-            max_epochs=1,
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **options,
-        )
+        with log_level(logging.WARNING, rank_zero.log):
+            trainer = package.Trainer(
+                devices=count,
+                strategy=strategy,
+                limit_train_batches=steps,
+                max_epochs=1,
+                limit_val_batches=0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                **options,
+            )
         trainer.fit(module, data)
         report = LayoutReport(layout=layout, checks=tuple(strategy.verification))
     except BaseException as error:  # noqa: BLE001 -- of the user's code, too

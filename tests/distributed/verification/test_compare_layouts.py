@@ -55,3 +55,10 @@ def test_arguments_are_checked() -> None:
         verify(Classifier(), None, ["dp2"], steps=0)
     with pytest.raises(ValueError, match="`layouts` must name at least one layout"):
         verify(Classifier(), None, [])
+
+
+def test_further_ranks_of_a_script_compare_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")  # Lightning has started the script again
+    report = verify(None, None, ["dp2"])  # type: ignore[arg-type]
+    assert report.passed
+    assert report.layouts == ()

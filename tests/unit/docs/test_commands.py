@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch.distributed.run
 
-from lightning_hybrid.cli import checkpoints, main, verify
+from lightning_hybrid import compare_layouts
+from lightning_hybrid.cli import checkpoints, main
 from lightning_hybrid.cli.commands import COMMANDS
 from lightning_hybrid.compare_layouts import VerifyReport
 from tests.documents import PAGES, ROOT, Block, blocks, commands, write_files
@@ -33,7 +34,7 @@ class _Understood(Exception):
 @pytest.fixture(autouse=True)
 def _nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons and checkpoints end once their arguments, modules and data are there."""
-    monkeypatch.setattr(verify, "verify", lambda *_, **__: VerifyReport(layouts=()))
+    monkeypatch.setattr(compare_layouts, "verify", lambda *_, **__: VerifyReport(layouts=()))
     monkeypatch.setattr(checkpoints, "_call", lambda *_: "")
     monkeypatch.setattr(sys, "argv", ["lightning-hybrid"])
     monkeypatch.setattr(sys, "path", list(sys.path))
