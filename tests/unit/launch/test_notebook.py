@@ -19,7 +19,7 @@ def _launcher(device: str) -> NotebookLauncher:
 
 def test_cuda_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with pytest.raises(RankError, match="uses CUDA already .* Restart the kernel"):
+    with pytest.raises(RankError, match="uses CUDA already .* Restart it \\(in a notebook, the kernel\\)"):
         _launcher("cuda").launch(print)
 
 
