@@ -137,6 +137,36 @@ def is_data_setter(function: Any) -> bool:
     return getattr(function, "__name__", "") == "__set__" and getattr(function, "__self__", None) is torch.Tensor.data
 
 
+class _Data:
+    """Takes the place of the attribute `torch.Tensor.data`; has what functions of torch have."""
+
+    __name__ = "data"
+
+    def __init__(self, setter: Callable[[torch.Tensor, torch.Tensor, Callable[..., None]], None]) -> None:
+        self._setter = setter
+        self._original: Any = torch.Tensor.data
+
+    def __get__(self, tensor: torch.Tensor | None, owner: Any = None) -> Any:
+        return self if tensor is None else self._original.__get__(tensor, owner)
+
+    def __set__(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        self._setter(tensor, value, self._original.__set__)
+
+
+@contextmanager
+def data_setter(setter: Callable[[torch.Tensor, torch.Tensor, Callable[..., None]], None]) -> Iterator[None]:
+    """Calls `setter(tensor, value, original)` for `tensor.data = value`, where torch would not look at `value`."""
+    before = vars(torch.Tensor).get("data")
+    torch.Tensor.data = _Data(setter)  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        if before is None:
+            del torch.Tensor.data  # that of its base class is seen again
+        else:
+            torch.Tensor.data = before  # type: ignore[misc]
+
+
 def is_plain(value: Any) -> bool:
     """Returns True for a dense tensor or parameter with memory, of no other subclass."""
     return (

@@ -20,6 +20,7 @@ from lightning_hybrid.engine.run import Run
 from lightning_hybrid.engine.step import StepRunner
 from lightning_hybrid.engine.user_clipping import clipping_of_parts
 from lightning_hybrid.ghosts.deferred_init import DeferredInit
+from lightning_hybrid.ghosts.ghost import ghosts_not_assigned
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.hook_logs import HookLogs
 from lightning_hybrid.metrics.step_logs import seen_before_step
@@ -154,6 +155,8 @@ class Engine:
         self.patches.callback(self.runner.gradients.release)
         self.patches.enter_context(clipping_of_parts(self.partition, self.device))
         self.patches.enter_context(whole_scalars())
+        if self.plan.layout.pp > 1:
+            self.patches.enter_context(ghosts_not_assigned())
         for part in (self.hook_logs, self.metrics, self.optimizers):
             part.install()
             self.patches.callback(part.remove)

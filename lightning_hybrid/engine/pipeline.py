@@ -28,7 +28,7 @@ from lightning_hybrid.engine.stage import StageProgram, StageRun, StopStage
 from lightning_hybrid.engine.stage_bounds import stage_bounds
 from lightning_hybrid.ghosts.contract import StepContract
 from lightning_hybrid.ghosts.dry_run import failure_of_step, trace_step
-from lightning_hybrid.ghosts.ghost import Ghost, GhostReadError, GhostWriteError
+from lightning_hybrid.ghosts.ghost import Ghost, GhostReadError, GhostWriteError, parameter_slots
 from lightning_hybrid.ghosts.record import CrossingValue, Trace
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.outputs import NOT_JOINED, NotJoinedError, extras, join
@@ -241,6 +241,7 @@ class Pipeline:
         observer = self.partition.parameters.observer
         observer.allowed_writes = program.trace.ghost_writes
         run = StageRun(program, inputs, self.device, self._metrics, observer)
+        run.whole_batch, run.has_weights = self.parts == 1, self._has_weights
         self._carried.begin_stage()
         self._rng.begin(index)
         method = getattr(self.root, name)
@@ -271,6 +272,9 @@ class Pipeline:
         if name != "training_step":
             return out
         step.extras[index] = extras(out)
+        found = loss_of(out)
+        if run.differs and isinstance(found, Ghost) and found.received is None:
+            raise PartitionError(run.differs)
         loss, weight = self._loss(out, step), weight_of(out)
         if weight is not None:
             step.loss_weights[index] = weight
@@ -280,6 +284,9 @@ class Pipeline:
             loss = loss * step.weights[index]
         step.losses.append(loss.detach())
         return loss
+
+    def _has_weights(self, unit: str) -> bool:
+        return not any(isinstance(slot.tensor, Ghost) for slot in parameter_slots(self.root.get_submodule(unit)))
 
     def after_backward(self, stage: int) -> None:
         """Separates the gradients that the first of several backward passes of a stage has made."""

@@ -21,6 +21,7 @@ from lightning_hybrid._torch_private import (
     tree_flatten,
     tree_leaves,
     tree_unflatten,
+    user_location,
 )
 from lightning_hybrid.ghosts.free_code import FreeCall, FreeCalls
 from lightning_hybrid.ghosts.ghost import Ghost, ghost_like, unit_of_other_stage
@@ -78,9 +79,15 @@ class StageRun:
     metrics: Metrics
     observer: StageObserver
     """Observes the ghosts of this rank; answers reads in code that earlier stages run with values."""
+    has_weights: Callable[[str], bool] = lambda name: False
+    """Returns True for a unit whose weights this rank has."""
+    whole_batch: bool = False
+    """True if the step runs on one microbatch."""
     calls: int = 0
     own: bool = False
     """True from the entry of the stage's first unit on; code of the user then belongs to this stage."""
+    differs: str = ""
+    """How the last stage calls other units than the dry run, if it does."""
     _inside: bool = False
     """True while a unit runs."""
     _outputs: dict[tuple[str, Any, int], Any] = field(default_factory=dict)
@@ -138,16 +145,16 @@ class StageRun:
         index, program = self.calls, self.program
         recorded = program.trace.calls
         if index >= len(recorded) or recorded[index].name != name:
-            expected = f"`{recorded[index].name}`" if index < len(recorded) else "no further module"
-            raise PartitionError(
-                f"A pipeline needs the same modules to be called in every microbatch. Call {index} was {expected} in "
-                f"the dry run and is `{name}` now. Use `tp`, `dp` or `fsdp`, which allow any control flow."
-            )
+            if not self._may_differ:
+                self._refuse_call(name)
+            self.differs = self.differs or self._other_call(name)
         if index == program.first and index > 0:
             args, kwargs = self._enter(args, kwargs)
         if index == program.stop:
             self._leave(args, kwargs)
         self.calls += 1
+        if self.differs:
+            self._check_weights(name)
         if index > program.first > 0 and not all(type(x) in _PLAIN for x in (*args, *kwargs.values())):
             # autograd functions of blocks accept tensors only, not ghosts with received tensors
             args, kwargs = replace_in_place(_received, (args, kwargs))
@@ -161,6 +168,29 @@ class StageRun:
         if index in self._wanted:
             self._keep_outputs(index, out, (args, kwargs))
         return out
+
+    @property
+    def _may_differ(self) -> bool:
+        """True in the last stage behind its first call, with the whole batch: nothing else depends on what it calls."""
+        return self.whole_batch and self.program.stop is None and self.calls > self.program.first
+
+    def _other_call(self, name: str) -> str:
+        recorded = self.program.trace.calls
+        expected = f"`{recorded[self.calls].name}`" if self.calls < len(recorded) else "no further module"
+        return (
+            f"A pipeline needs the same modules to be called in every microbatch. Call {self.calls} was {expected} in "
+            f"the dry run and is `{name}` now ({user_location()}). Use `tp`, `dp` or `fsdp`, which allow any control "
+            "flow."
+        )
+
+    def _refuse_call(self, name: str) -> None:
+        raise PartitionError(self._other_call(name))
+
+    def _check_weights(self, name: str) -> None:
+        """Checks that this stage has the weights of a unit that the dry run did not call here."""
+        if not self.has_weights(name):
+            self.calls -= 1
+            self._refuse_call(name)
 
     def _keep_outputs(self, index: int, out: Any, arguments: tuple) -> None:
         """Keeps what a call has returned, and left in lists and dictionaries among its arguments, and in attributes."""

@@ -54,6 +54,8 @@ class StepContract:
     """Weights that the step writes, each with the line of the user's code."""
     indivisible: str | None = None
     """Why parts of a batch do not run as the whole does: they call other modules, or fail; None: they do."""
+    decided_at: str | None = None
+    """The line that reads a value computed from the whole batch, and decides by it what the step computes."""
     caches: frozenset[StatePlace] = frozenset()
     """State that the step changes only once, to the same whatever the batch holds."""
 

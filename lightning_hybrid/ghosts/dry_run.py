@@ -122,7 +122,7 @@ class _DryRun:
         """
         tracer = self.reads.until_it_runs(self._run)
         use, changes_state = self._use, self._changes_state
-        if tracer.reads_between_units:
+        if tracer.reads_at:
             self.reads.find_deciding(lambda: self._run().summary, tracer.summary)
         trace = tracer.result()
         trace.use, trace.followers = use, self._followers
@@ -161,7 +161,7 @@ class _DryRun:
         state = ModuleState(self.root)
         before = state.copies() if self.learn_state else {}
         out = self._step(tracer, self.args)
-        if tracer.reads_between_units:
+        if tracer.reads_at:
             tracer.summary.add("result", out)
             tracer.summary.add_state(self.root.modules())
         if not self.learn_state:

@@ -9,8 +9,8 @@ list or local variable of the user's code, use the received tensor.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from lightning_hybrid._torch_private import (
     READ_SCALAR,
     TO_COPY,
     called_by_torch,
+    data_setter,
     disable_torch_function,
     is_data_setter,
     is_mutable,
@@ -225,6 +226,20 @@ class Ghost(torch.Tensor):
         observer.made(func, meta_args, meta_kwargs, out, new)
         observer.ran(func, args, kwargs or {}, wrapped)
         return wrapped
+
+
+def ghosts_not_assigned() -> AbstractContextManager:
+    """Returns a context in which `tensor.data = ghost` is a write of a ghost; torch would take its missing memory."""
+
+    def assign(tensor: torch.Tensor, value: torch.Tensor, original: Callable[..., None]) -> None:
+        if not isinstance(value, Ghost) or isinstance(tensor, Ghost):
+            original(tensor, value)
+        elif value.received is not None:
+            original(tensor, value.received)
+        else:
+            value.observer.written(_aten.copy_, tensor)
+
+    return data_setter(assign)
 
 
 def _truth_of(func: Any, ghost: Ghost) -> Ghost:

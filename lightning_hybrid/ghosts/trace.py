@@ -363,22 +363,19 @@ class Tracer(GhostObserver):
 
     # ---- result
 
-    @property
-    def reads_between_units(self) -> bool:
-        """Returns True if a value was read where a later stage has only a ghost."""
-        return any(interval < len(self.calls) - 1 for interval, _ in self.reads_at)
-
     def result(self) -> Trace:
         """Returns the trace of the step, after its end."""
         places, deciding = self.reads.places, self.reads.deciding
         cuts = range(1, len(self.calls))
         contract = StepContract() if self.learned is None else self.learned.contract
+        decided = [(interval, places[place].location) for interval, place in self.reads_at if place in deciding]
+        decided_at = next((location for _, location in decided), None)
         flow = ValueFlow(
             names=[call.name for call in self.calls],
             values=list(self.values.values()),
             sources=self.names,
             arguments=self.arg_leaves,
-            reads=[(interval, places[place].location) for interval, place in self.reads_at if place in deciding],
+            reads=decided,
             told={i: call.name for i, call in enumerate(self.calls) if call.reads and not call.skippable},
             refusals={c: refusal for c in cuts if (refusal := self._refusal_of_state(c)) is not None},
             kept={} if self.learned is None else {c: self.learned.kept(c) for c in cuts},
@@ -393,7 +390,7 @@ class Tracer(GhostObserver):
             answers=self.reads.answers(),
             free_counts=self.free.counts.copy(),
             written=self.to_ghosts,
-            contract=replace(contract, weights=tuple(self.weight_writes.items())),
+            contract=replace(contract, weights=tuple(self.weight_writes.items()), decided_at=decided_at),
             lists_parameters=self.lists_parameters,
             ghost_writes=frozenset(self.written_tensors.places),
         )

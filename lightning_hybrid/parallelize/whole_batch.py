@@ -33,6 +33,8 @@ def whole_batch_reason(root: nn.Module, contract: StepContract) -> str | None:
         return f"{contract.of_batch[0]}, once for the whole batch{f' (and {more} more)' if more else ''}"
     if contract.indivisible is not None:
         return contract.indivisible
+    if contract.decided_at is not None:
+        return f"{contract.decided_at} decides by a value of the batch what the step computes"
     if contract.weights:
         name, where = contract.weights[0]
         return f"{where} writes the weight `{name}`, once for the whole batch"

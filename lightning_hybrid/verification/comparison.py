@@ -24,6 +24,7 @@ from lightning_hybrid.replicas.batch_norm import has_batch_norm
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.table import table_text
 from lightning_hybrid.spec.verify import Verify
+from lightning_hybrid.verification.bounds import BoundCheck
 from lightning_hybrid.verification.differences import (
     ComputedIn,
     Differences,
@@ -80,6 +81,8 @@ class Comparison:
         if problem is None:
             weights = gather_weights(self.partition)
             problem = self._compare(weights)
+            if problem is None and self.parts > 1:
+                problem = self._check_bounds(weights)
             if problem is None and self.layout.replicas > 1:
                 self._check_mean(weights)
         if problem is not None:
@@ -88,6 +91,24 @@ class Comparison:
             headings = (("verified on the first batch", False), ("result", False))
             print(f"{table_text('', headings, self.rows)}\n", end="", file=sys.stderr)  # noqa: T201 -- beside the plan
         return self.rows
+
+    def _check_bounds(self, weights: Weights) -> str | None:
+        """Checks that larger values than those of the batch leave its loss a mean over microbatches. Collective."""
+        parts = self.parts
+        difference = BoundCheck(self.engine, weights, self.args, self.kwargs, self.how, parts).run()
+        if difference <= mean_bound(self.bound):
+            return None
+        where = place_of(self.runner.root)
+        text = (
+            f"{where} computes a loss that is not the mean over the samples of its batch if some of them have large "
+            f"values: with {parts} microbatches it is then off by {difference:.1%}"
+        )
+        if self.runner.microbatches != "auto":
+            self._warn([f"`microbatches={self.runner.microbatches}`: {text}. Use `microbatches=1` or 'auto'."])
+            return None
+        self._undivide(f"1 instead of {parts}: with large values in some samples the loss is off by {difference:.1%}")
+        self.mean_difference = None
+        return self._compare(weights)
 
     def _check_mean(self, weights: Weights) -> None:
         """Checks that the loss is a mean over samples, unless the comparison has shown it. Collective."""

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 
 from tests.distributed.ghosts import left_modules
-from tests.distributed.ghosts.test_user_code import compare
-from tests.harness import RankGroup
+from tests.distributed.ghosts.test_user_code import compare, fit_class
+from tests.harness import RankError, RankGroup
 
 LEFT = "values that blocks leave in lists, dictionaries and attributes"
 OBJECTS = "dataclasses and named tuples between blocks"
 SEEN = "user code: values of all channels in hooks, attributes, and behind bounds"
 WRITTEN = "user code: the step writes into its batch"
 FOLLOWS = "user code: the step assigns `parameter.data`"
+DECIDES = "user code: values that decide which modules the last stage calls"
 SLOW = pytest.mark.slow
 
 
@@ -41,6 +42,8 @@ def case(kind: str, layout: str, feature: str, *marks: Any) -> Any:
         case("WrittenBatch", "tp2", WRITTEN, SLOW),
         case("Follows", "pp2", FOLLOWS),
         case("Follows", "tp2", FOLLOWS, SLOW),
+        case("Adaptive", "pp2", DECIDES),
+        case("Adaptive", "tp2", DECIDES, SLOW),
         case("Bounded", "tp2", SEEN),
         case("Different", "tp2", SEEN),
         case("Hooked", "tp2", SEEN),
@@ -55,3 +58,8 @@ def test_equals_one_process(ranks2: RankGroup, kind: str, layout: str) -> None:
 @pytest.mark.feature(LEFT)
 def test_equals_one_process_on_four_ranks(ranks4: RankGroup, kind: str) -> None:
     compare(ranks4, "tp2-pp2", getattr(left_modules, kind))
+
+
+def test_data_of_another_stage_is_not_assigned(ranks2: RankGroup) -> None:
+    with pytest.raises(RankError, match=r"(?s)PartitionError.*left_modules.py:\d+ \(optimizer_step\) writes a value"):
+        ranks2.call(fit_class, "pp2", left_modules.Assigns)
