@@ -60,8 +60,11 @@ class Scopes:
         self.root: list[Slot] = []
         """Parameters outside the units."""
         self.units: dict[str, list[Slot]] = {}
-        self._shadowed: dict[tuple[nn.Module, str], list[Any]] = {}
-        """For each local parameter: the values it replaced in `__dict__`, outermost scope first (`...` for none)."""
+        self._shadowed: dict[tuple[nn.Module, str], list[tuple[Any, Any]]] = {}
+        """For each local parameter: the values it replaced in `__dict__`, outermost scope first (`...` for none), each
+        with the parameter that it is part of."""
+        self._shown: dict[tuple[nn.Module, str], Any] = {}
+        """The parameters that the present local ones are parts of; `functional_call` replaces parameters."""
         self._calls: list[_UnitCall] = []
 
     def active(self) -> bool:
@@ -78,6 +81,7 @@ class Scopes:
         for module, key in self._shadowed:
             module.__dict__.pop(key, None)
         self._shadowed.clear()
+        self._shown.clear()
         self._calls.clear()
         for slots in (self.root, *self.units.values()):
             _refresh_flat_weights(slots)
@@ -173,13 +177,14 @@ class Scopes:
             parameter = own_parameters(slot.module).get(slot.key)
             if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
                 continue  # not owned, or still sharded by `fully_shard`
-            present = slot.module.__dict__.get(slot.key, ...)
-            if (in_transform() or slot.then is None) and present is not ...:
+            place = slot.module, slot.key
+            present, of = slot.module.__dict__.get(slot.key, ...), self._shown.get(place)
+            self._shadowed.setdefault(place, []).append((present, of))
+            if present is not ... and (in_transform() or (slot.then is None and of is parameter)):
                 # local since the step began: the tensor that `torch.autograd.grad` of the user is asked about
-                self._shadowed.setdefault((slot.module, slot.key), []).append(present)
                 continue
             to_local = parameter.to_local()
-            self._shadowed.setdefault((slot.module, slot.key), []).append(present)
+            self._shown[place] = parameter
             slot.module.__dict__[slot.key] = to_local if slot.then is None else slot.then(to_local)
         _refresh_flat_weights(slots)
 
@@ -188,7 +193,7 @@ class Scopes:
             before = self._shadowed.get((slot.module, slot.key))
             if not before:
                 continue
-            value = before.pop()
+            value, self._shown[slot.module, slot.key] = before.pop()
             if value is ...:
                 slot.module.__dict__.pop(slot.key, None)
             else:

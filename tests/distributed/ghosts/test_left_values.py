@@ -41,7 +41,6 @@ def case(kind: str, layout: str, feature: str, *marks: Any) -> Any:
         case("WrittenBatch", "pp2", WRITTEN),
         case("WrittenBatch", "tp2", WRITTEN, SLOW),
         case("Follows", "pp2", FOLLOWS),
-        case("Follows", "tp2", FOLLOWS, SLOW),
         case("Adaptive", "pp2", DECIDES),
         case("Adaptive", "tp2", DECIDES, SLOW),
         case("Bounded", "tp2", SEEN),
