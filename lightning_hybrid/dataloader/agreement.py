@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from lightning_hybrid.batches import SCALARS, dense_parts, leaves_of
 from lightning_hybrid.collectives import gather_objects
@@ -18,14 +19,28 @@ from lightning_hybrid.dataloader.sharding import BatchWeights
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.spec.errors import PartitionError
 
+SHARDED = (
+    "Shard by `trainer.strategy.distributed_sampler_kwargs`, which has the number and the index of the replica, and "
+    "not by the rank or the world size."
+)
+SEEDED = (
+    "Make the same data on every rank: call `seed_everything(0)` before random data and `random_split`, or give them a "
+    "seeded `generator`."
+)
+
 
 def replicas_of(mesh: Mesh, by_rank: list[Any]) -> list[list[Any]]:
     """Returns, for each replica, the values of its ranks."""
     return [[by_rank[rank] for rank in members] for members in mesh.ranks_by_replica()]
 
 
-def all_read_the_same(own: int | None, mesh: Mesh) -> bool:
+def all_read_the_same(own: int | None, mesh: Mesh, remedy: str = SHARDED) -> bool:
     """Returns True if all replicas have the same first batch. Collective.
+
+    Args:
+        own: The digest of this rank's batch.
+        mesh: The mesh.
+        remedy: What to do about different batches, for the error.
 
     Raises:
         PartitionError: If ranks of one replica have different first batches.
@@ -34,18 +49,42 @@ def all_read_the_same(own: int | None, mesh: Mesh) -> bool:
     by_replica = replicas_of(mesh, digests)
     for number, of_replica in enumerate(by_replica):
         if len(set(of_replica)) > 1:
-            raise PartitionError(different_data(mesh, "different first batches", number))
+            raise PartitionError(different_data(mesh, "different first batches", number, remedy))
     return len(set(digests)) == 1
 
 
-def different_data(mesh: Mesh, what: str, number: int) -> str:
-    """Returns the message of the error for ranks of replica `number` that read `what`."""
+def check_dataset(dataset: Any, mesh: Mesh) -> None:
+    """Checks that all ranks have the same dataset, as far as classes of torch show it. Collective.
+
+    Raises:
+        PartitionError: If ranks have different datasets.
+    """
+    forms = gather_objects(_form_of(dataset))
+    other = next((rank for rank, form in enumerate(forms) if form != forms[0]), None)
+    if other is not None:
+        raise PartitionError(
+            f"`layout='{mesh.layout}'`: the ranks 0 and {other} have different datasets ({type(dataset).__name__}), of "
+            f"which each replica would take a part: other samples, or another order of `random_split`. {SEEDED}"
+        )
+
+
+def _form_of(dataset: Any) -> Any:
+    """Returns what a dataset shows without reading samples of the user's classes."""
+    if isinstance(dataset, Subset):
+        return "Subset", digest(np.asarray(dataset.indices)), _form_of(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return tuple(map(_form_of, dataset.datasets))
+    if isinstance(dataset, TensorDataset):
+        return [(tuple(t.shape), digest([t[:1], t[-1:]])) for t in dataset.tensors]
+    return type(dataset).__name__
+
+
+def different_data(mesh: Mesh, what: str, number: int, remedy: str = SHARDED) -> str:
+    """Returns the message of the error for ranks of replica `number` that read `what`, and the `remedy`."""
     ranks = replicas_of(mesh, list(range(dist.get_world_size())))[number]
     return (
         f"`layout='{mesh.layout}'`: the ranks {', '.join(map(str, ranks))} of one replica must read the same data, "
-        f"since `tp` and `pp` divide the model. They read {what}. Shard by "
-        "`trainer.strategy.distributed_sampler_kwargs`, "
-        "which has the number and the index of the replica, and not by the rank or the world size."
+        f"since `tp` and `pp` divide the model. They read {what}. {remedy}"
     )
 
 

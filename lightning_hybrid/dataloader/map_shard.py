@@ -64,6 +64,7 @@ class MapShard:
         limit: For predictions: Lightning's `limit_predict_batches`, which counts batches of a single process.
         run_padding: For predictions: runs a step on a padding batch, whose result is discarded.
         on_yield: Called with the weights of every batch before it is yielded.
+        check: Called with the first batch.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class MapShard:
         limit: int | float | None = None,
         run_padding: Callable[[Any, BatchWeights], None] | None = None,
         on_yield: Callable[[BatchWeights | None], None] = lambda _: None,
+        check: Callable[[Any], None] | None = None,
     ) -> None:
         self._source, self._kind, self._replica, self._replicas = source, kind, replica, replicas
         self._batch_size, self._drop_last = batch_size, drop_last
         self.division: Division | None = None
         """Division of global batches among replicas; None: round-robin."""
         self._trainer, self._limit, self._run_padding, self._on_yield = training, limit, run_padding, on_yield
+        self._check = check
         self.history: deque[BatchWeights | None] = deque(maxlen=8)
         self.sizes: deque[int | None] = deque(maxlen=8)
         self._pending: deque[tuple[BatchWeights | None, int | None]] = deque()
@@ -182,6 +185,9 @@ class MapShard:
             batch = next(iterator, _END)
             if batch is _END:
                 return
+            if self._check is not None:
+                self._check(batch)
+                self._check = None
             batch_weights, size = self._pending.popleft()
             if self._run_padding is not None and batch_weights is not None and batch_weights.padding(self._replica):
                 self._run_padding(batch, batch_weights)

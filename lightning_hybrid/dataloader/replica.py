@@ -34,7 +34,13 @@ from lightning_hybrid._lightning_private import (
 )
 from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.dataloader import sharding
-from lightning_hybrid.dataloader.agreement import CheckedShard
+from lightning_hybrid.dataloader.agreement import (
+    SEEDED,
+    CheckedShard,
+    all_read_the_same,
+    check_dataset,
+    digest,
+)
 from lightning_hybrid.dataloader.map_shard import MapShard, ShardedSampler
 from lightning_hybrid.dataloader.sharding import BatchWeights, ByShares, Division
 from lightning_hybrid.dataloader.stream_shard import StreamShard
@@ -121,7 +127,9 @@ class ReplicaData:
     def _samples(self, loader: DataLoader) -> tuple[MapShard, dict[str, Any]]:
         batches: Any = behind_index_batches(loader.batch_sampler)
         standard = type(batches) is BatchSampler and not self._predicting
-        options: dict[str, Any] = {"training": self._training, "on_yield": self._note}
+        check_dataset(loader.dataset, self.mesh)
+        check = self._check_first if self.mesh.layout.devices > self.mesh.layout.replicas else None
+        options: dict[str, Any] = {"training": self._training, "on_yield": self._note, "check": check}
         if self._predicting:
             options |= {"limit": self._trainer.limit_predict_batches, "run_padding": self._run_padding}
         place = (self.mesh.replica, self.mesh.layout.replicas)
@@ -140,6 +148,9 @@ class ReplicaData:
             getattr(batches, "drop_last", loader.drop_last),
         )
         return shard, {"batch_sampler": recorded_indices(self._trainer, sampler) if self._predicting else sampler}
+
+    def _check_first(self, batch: Any) -> None:
+        all_read_the_same(digest(batch), self.mesh, SEEDED)
 
     # ---- the running step
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset, random_split
 
 from tests.distributed.dataloader import data_jobs, loader_jobs
+from tests.distributed.jobs import Classifier, quiet, trainer_for
 from tests.distributed.reference import reference
 from tests.harness import RankError, RankGroup
 from tests.pairwise import quick, slow
@@ -156,3 +159,59 @@ def test_batches_of_any_size(ranks2: RankGroup, layout):
     assert_trained(results[0], expected)
     assert [len(step) for step in results[0]["steps"][:4]] == [5, 4, 2, 6]
     assert [len(step) for step in results[1]["steps"][:3]] == [3, 4, 7]
+
+
+class Drawn(Dataset):
+    """Samples that the process has drawn itself."""
+
+    def __init__(self, rank: int) -> None:
+        generator = torch.Generator().manual_seed(rank)
+        self.x, self.y = torch.randn(16, 16, generator=generator), torch.randint(0, 4, (16,), generator=generator)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[index], "y": self.y[index]}
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def fit_own_data(layout: str, kind: str, differs: bool) -> None:
+    """Trains on data that differ between ranks, as without a seed."""
+    quiet()
+    rank = int(os.environ["RANK"]) if differs else 0
+    data: Any = Drawn(rank)
+    if kind == "split":
+        data = random_split(Drawn(0), [12, 4], torch.Generator().manual_seed(rank))[0]
+    if kind == "tensors":
+        data = ConcatDataset([TensorDataset(data.x, data.y)])
+    trainer, replicas = trainer_for(layout, max_steps=1)
+    loader = DataLoader(data, batch_size=4 // replicas)
+    trainer.fit(OnPairs() if kind == "tensors" else Classifier(), loader)
+
+
+class OnPairs(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step({"x": batch[0], "y": batch[1]}, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "message"),
+    [
+        ("dp2", "split", r"ranks 0 and 1 have different datasets \(Subset\).*seed_everything"),
+        ("fsdp2", "tensors", r"ranks 0 and 1 have different datasets \(ConcatDataset\).*seed_everything"),
+        (
+            "tp2",
+            "samples",
+            "ranks 0, 1 of one replica must read the same data.*different first batches.*seed_everything",
+        ),
+        (
+            "pp2",
+            "samples",
+            "ranks 0, 1 of one replica must read the same data.*different first batches.*seed_everything",
+        ),
+    ],
+)
+def test_data_that_differ_between_ranks_are_refused(ranks2: RankGroup, layout: str, kind: str, message: str) -> None:
+    with pytest.raises(RankError, match=message):
+        ranks2.call(fit_own_data, layout, kind, differs=True)
+    ranks2.call(fit_own_data, layout, kind, differs=False)
