@@ -230,6 +230,7 @@ class HybridStrategy(StrategyOfEither):
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
+        self._announce("sends an object to the other ranks")
         return self._world.broadcast(obj, src)
 
     @override
@@ -239,6 +240,7 @@ class HybridStrategy(StrategyOfEither):
             return tensor
         if group is None and self._run is not None:
             group = self.mesh.replica_group
+        self._announce(f"reduces a value over the replicas by {reduce_op!r}")
         return self._world.reduce(tensor, group, reduce_op)
 
     @override
@@ -259,6 +261,7 @@ class HybridStrategy(StrategyOfEither):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        self._announce("votes with the other ranks")
         return self._world.vote(decision, self.root_device, all=all)
 
     # ---- start
@@ -323,6 +326,7 @@ class HybridStrategy(StrategyOfEither):
         if self.sequence_length is not None:
             runner.rows_per_sample = (positions_of(args[0]) or 0) // self.sequence_length
             args = (split_sequences(args[0], self.sequence_length), *args[1:])
+        self._announce("has a training batch")
         self._verifier.before_step(self.engine, args, kwargs)
         out = runner.training_step(*args, **kwargs)
         self._left_out = out is None  # on all replicas: `CollectiveOrder` has compared
@@ -342,10 +346,12 @@ class HybridStrategy(StrategyOfEither):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._verifier.before_logging_step(self.engine, "validation_step", args)
         return self.engine.runner.evaluate("validation_step", *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._verifier.before_logging_step(self.engine, "test_step", args)
         return self.engine.runner.evaluate("test_step", *args, **kwargs)
 
     @override
@@ -358,8 +364,18 @@ class HybridStrategy(StrategyOfEither):
 
     def on_train_end(self) -> None:
         """Synchronizes the weights of replicas that step independently (DiLoCo)."""
+        self._announce("ends the training")
+        self._verifier.after_epoch(self.engine, "training_step")
         if self.engine.diloco is not None:
             self.engine.diloco.agree()
+
+    def on_validation_end(self) -> None:
+        """Checks what the validation has logged."""
+        self._verifier.after_epoch(self.engine, "validation_step")
+
+    def on_test_end(self) -> None:
+        """Checks what the test has logged."""
+        self._verifier.after_epoch(self.engine, "test_step")
 
     def on_predict_start(self) -> None:
         """Refuses loaders for which predictions would not be complete."""
@@ -406,6 +422,7 @@ class HybridStrategy(StrategyOfEither):
         if self._world.unsavable:
             self._world.monitor.note_unsaved(filepath)
         else:
+            self._announce("saves a checkpoint")
             with self.engine.divided():
                 self.checkpoints.save(self.engine, {**checkpoint, "verified": self._verifier.state_dict()}, filepath)
 

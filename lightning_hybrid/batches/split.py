@@ -118,6 +118,11 @@ def joined_batches(batches: Sequence[Any], known: int | None = None) -> Any:
     return _joined(batches, find_samples(batches[0], known).count or 0, True)
 
 
+def samples_of_batch(batch: Any, count: int, samples: slice) -> Any:
+    """Returns some consecutive samples of a batch of `count` samples, as `find_samples` counts them."""
+    return _samples_of(batch, count, samples, True)
+
+
 def copied_batch(batch: Any) -> Any:
     """Returns a copy of a batch, for a run of the step that must not change the batch.
 

@@ -8,7 +8,7 @@ optimizer and checkpoints have the old one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.hook_view import HookView
 from lightning_hybrid.ghosts.ghost import GhostReadError, GhostWriteError
 from lightning_hybrid.ghosts.parameters import Place
+from lightning_hybrid.ghosts.preserve import preserved_user_state
 from lightning_hybrid.parallelize.describe import refused_addition
 from lightning_hybrid.patching import patched
 from lightning_hybrid.spec.errors import PartitionError
@@ -97,7 +98,7 @@ def _seeing_all(
         before = parameters.registered()
         view = HookView(partial(whole_model, engine, weights), lambda: bool(ended))
         try:
-            with patched(engine, hook_view=view), view, _registrations_noted() as added:
+            with patched(engine, hook_view=view), view, _padding_unseen(engine, hook), _registrations_noted() as added:
                 out = hook(*args, **kwargs)
         except AssertionError as error:
             if "does not support deepcopy" not in str(error):
@@ -121,6 +122,14 @@ def _seeing_all(
         return out
 
     return run
+
+
+def _padding_unseen(engine: Engine, hook: Callable[..., Any]) -> AbstractContextManager:
+    """Returns a context that undoes what a hook keeps of an evaluated batch, if that is padding on this replica."""
+    if hook.__name__ not in ("on_validation_batch_end", "on_test_batch_end") or not engine.runner.padding:
+        return nullcontext()
+    owner = getattr(hook, "__self__", engine.root)
+    return preserved_user_state(engine.root, *([] if owner is engine.root else [owner]))
 
 
 class _Addition(NamedTuple):

@@ -71,6 +71,8 @@ class ReplicaData:
     ) -> None:
         self._trainer, self.mesh, self._device, self._split = trainer, mesh, device, split
         self._run_padding = run_padding
+        self.announce: Callable[[str], object] = lambda what: None
+        """Called before a collective with what this replica does: the others may not do it."""
         self._recent_weights: deque[BatchWeights | None] = deque(maxlen=16)
         """Weights of the last batches of all loaders."""
         self._any_uneven = False
@@ -87,7 +89,7 @@ class ReplicaData:
             return loader
         shard = self._stream(loader) if self._split else CheckedShard(self.mesh, self._note)
         resumes = self._training is not None and (self._split or keeps_its_place(loader))
-        return (ResumableStream if resumes else BatchStream)(loader, shard)
+        return (ResumableStream if resumes else BatchStream)(loader, shard, self._announce)
 
     def _data_loader(self, loader: DataLoader) -> DataLoader:
         parts: dict[str, Any] = {}
@@ -95,12 +97,15 @@ class ReplicaData:
             # Lightning would seed per rank; the ranks of a replica must read the same data
             parts["worker_init_fn"] = partial(pl_worker_init_function, rank=self.mesh.replica)
         if not self._split or _is_distributed(loader):
-            return sharded_loader(loader, CheckedShard(self.mesh, self._note), resumable=False, **parts)
+            return sharded_loader(loader, CheckedShard(self.mesh, self._note), self._announce, resumable=False, **parts)
         resumes = self._training is not None and not keeps_its_place(loader)
         if has_iterable_dataset(loader):
-            return sharded_loader(loader, self._stream(loader), resumable=resumes, **parts)
+            return sharded_loader(loader, self._stream(loader), self._announce, resumable=resumes, **parts)
         shard, own = self._samples(loader)
-        return sharded_loader(loader, shard, resumable=resumes, **own, **parts)
+        return sharded_loader(loader, shard, self._announce, resumable=resumes, **own, **parts)
+
+    def _announce(self, what: str) -> None:
+        self.announce(what)
 
     @property
     def _predicting(self) -> bool:

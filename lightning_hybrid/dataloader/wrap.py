@@ -40,11 +40,19 @@ class Shard(Protocol):
         ...
 
 
+Announce = Callable[[str], object]
+"""Called before a collective with what this replica does: the others may not do it."""
+
+_BEGINS = "begins to read a loader"
+
+
 class _ShardedLoader(DataLoader):
     replica_shard: Shard
     users_loader: DataLoader
+    announce: Announce
 
     def __iter__(self) -> Any:
+        self.announce(_BEGINS)
         return self.replica_shard.iterate(self, super().__iter__)
 
     def __len__(self) -> int:
@@ -59,12 +67,15 @@ class _ResumableLoader(_ShardedLoader):
         self.replica_shard.load_state_dict(state)
 
 
-def sharded_loader(loader: DataLoader, shard: Shard, *, resumable: bool, **parts: Any) -> DataLoader:
+def sharded_loader(
+    loader: DataLoader, shard: Shard, announce: Announce, *, resumable: bool, **parts: Any
+) -> DataLoader:
     """Returns a copy of `loader`, of a subclass of the user's class, that iterates over `shard`.
 
     Args:
         loader: The user's loader, which is not changed.
         shard: This replica's shard.
+        announce: Called when a pass begins.
         resumable: Whether checkpoints hold the position.
         **parts: Attributes of the copy, such as another `batch_sampler`.
     """
@@ -72,7 +83,7 @@ def sharded_loader(loader: DataLoader, shard: Shard, *, resumable: bool, **parts
     base = _ResumableLoader if resumable else _ShardedLoader
     kind: Any = type(loader)
     copied.__class__ = types.new_class(kind.__name__, (base,) if kind is DataLoader else (base, kind))
-    replace_parts(copied, **parts, replica_shard=shard, users_loader=loader)
+    replace_parts(copied, **parts, replica_shard=shard, users_loader=loader, announce=announce)
     if "in_order" in copied.__dict__:
         copied.__dict__["in_order"] = True
     return copied
@@ -88,10 +99,11 @@ def users_loader(loader: Any) -> Any:
 class BatchStream:
     """Iterates over this replica's shard of any other iterable of batches."""
 
-    def __init__(self, loader: Any, shard: Shard) -> None:
-        self.loader, self.replica_shard = loader, shard
+    def __init__(self, loader: Any, shard: Shard, announce: Announce) -> None:
+        self.loader, self.replica_shard, self.announce = loader, shard, announce
 
     def __iter__(self) -> Iterator[Any]:
+        self.announce(_BEGINS)
         return self.replica_shard.iterate(self.loader, lambda: iter(self.loader))
 
     def __len__(self) -> int:

@@ -77,7 +77,10 @@ class Engine:
             partition.tensor.use_rng(self.rng)
         for reader in (partition, self.metrics, self.hook_logs):
             reader.padding = lambda: self.runner.padding
+        self.metrics.factor = lambda: self.runner.mean_factor
         self.metrics.in_step = lambda: run.in_step > 0
+        self.hook_logs.samples_in = lambda step: self.runner.samples[step]
+        self.metrics.announce = self.hook_logs.announce = self.runner.announce
         partition.alone = lambda: self.runner.predicts
         partition.on_remove = self.runner.gradients.release
         self.hook_view: HookView | None = None
@@ -153,6 +156,7 @@ class Engine:
         self.is_running = True
         self.runner.gradients.resume()
         self.patches.callback(self.runner.gradients.release)
+        self.patches.enter_context(patched(self.run.data, announce=self.runner.announce))
         self.patches.enter_context(clipping_of_parts(self.partition, self.device))
         self.patches.enter_context(whole_scalars())
         if self.plan.layout.pp > 1:

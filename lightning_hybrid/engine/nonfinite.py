@@ -19,6 +19,8 @@ from lightning_hybrid.engine.clipping import clips_untouched_gradients
 from lightning_hybrid.engine.exchange import StepExchange
 from lightning_hybrid.engine.gradient_noise import GradientNoise
 from lightning_hybrid.engine.norms import local_square, norms_by_id
+from lightning_hybrid.engine.options import check_options, option_numbers
+from lightning_hybrid.metrics.reduction import as_numbers
 from lightning_hybrid.parallelize.apply import Partition
 from lightning_hybrid.spec.errors import NonFiniteError
 
@@ -106,7 +108,7 @@ class NonFiniteCheck:
             total = total + loss
         exact = self._partition.plan.gradient_sync.kind != "diloco"
         clips = exact and clips_untouched_gradients(trainer)
-        suspects, norm = self._agree(~torch.isfinite(total), clips, optimizer, norms)
+        suspects, norm = self._agree(~torch.isfinite(total), clips, optimizer, norms, trainer)
         if not suspects:
             return norm
         findings = self._look_closer(optimizer, loss)
@@ -125,29 +127,34 @@ class NonFiniteCheck:
         optimizer.zero_grad()
         raise SkipStep
 
-    def exchange_unchecked(self, optimizer: Optimizer) -> None:
+    def exchange_unchecked(self, optimizer: Optimizer, trainer: pl.Trainer) -> None:
         """Runs the all-reduce of a step without the check, which a loss scaler does. Collective over all ranks."""
         noise = self._measuring
-        numbers = None if noise is None else noise.local_numbers(optimizer, norms_by_id(optimizer))
-        sums, _ = self._exchange.run(numbers)
+        numbers = as_numbers(option_numbers(optimizer), self._device)
         if noise is not None:
-            noise.set_sums(sums, dist.get_world_size())
+            numbers = torch.cat([numbers, noise.local_numbers(optimizer, norms_by_id(optimizer))])
+        (code, squares, *noise_sums), _ = self._exchange.run(numbers)
+        check_options((code, squares), optimizer, trainer, self._partition.plan.layout)
+        if noise is not None:
+            noise.set_sums(noise_sums, dist.get_world_size())
 
     @property
     def _measuring(self) -> GradientNoise | None:
         return self.noise if self.noise is not None and self.noise.measures else None
 
     def _agree(
-        self, suspect: Tensor, clips: bool, optimizer: Optimizer, norms: Mapping[int, Tensor]
+        self, suspect: Tensor, clips: bool, optimizer: Optimizer, norms: Mapping[int, Tensor], trainer: pl.Trainer
     ) -> tuple[bool, Tensor | None]:
         """Returns True if gradients of any rank are suspect, and the norm of all gradients if all ranks clip by it."""
-        noise, numbers = self._measuring, torch.zeros(3, dtype=torch.float64, device=self._device)
-        numbers[0], numbers[1] = suspect, not clips
+        noise = self._measuring
+        numbers = as_numbers([0.0, float(not clips), 0.0, *option_numbers(optimizer)], self._device)
+        numbers[0] = suspect
         if clips or self.keeps_norms:
             numbers[2] = local_square(self._partition, norms, self._device) / self._partition.plan.layout.dp
         if noise is not None:
             numbers = torch.cat([numbers, noise.local_numbers(optimizer, norms)])
-        (suspects, others, _, *noise_sums), sums = self._exchange.run(numbers)
+        (suspects, others, _, code, squares, *noise_sums), sums = self._exchange.run(numbers)
+        check_options((code, squares), optimizer, trainer, self._partition.plan.layout)
         if noise is not None:
             noise.set_sums(noise_sums, dist.get_world_size())
         if self.keeps_norms:

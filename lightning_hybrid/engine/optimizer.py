@@ -124,7 +124,7 @@ class OptimizerWrapper:
         if self._scaler is None:  # a scaler expects infinite gradients, and skips the step on all ranks
             self._known_norm = self.nonfinite.check(optimizer, model.trainer)
         else:
-            self.nonfinite.exchange_unchecked(optimizer)
+            self.nonfinite.exchange_unchecked(optimizer, model.trainer)
         try:
             self._after_closure(model, optimizer)
         finally:

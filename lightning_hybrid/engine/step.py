@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -11,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_hybrid._lightning_private import evaluation_batch, training_batch
+from lightning_hybrid._lightning_private import evaluation_batch, running_batch, training_batch
 from lightning_hybrid._torch_private import FlopCount, location_of, persistent_buffers
 from lightning_hybrid.batches import count_samples
 from lightning_hybrid.collectives import to_local
@@ -28,6 +29,7 @@ from lightning_hybrid.engine.pipeline import Pipeline
 from lightning_hybrid.engine.raw_backward import unweighted_backward_refused, weighted_backward
 from lightning_hybrid.engine.run import Run
 from lightning_hybrid.ghosts.ghost import Ghost
+from lightning_hybrid.ghosts.preserve import preserved_user_state
 from lightning_hybrid.ghosts.trace import Tracer
 from lightning_hybrid.metrics.logs import LogRecorder, leave_out
 from lightning_hybrid.metrics.outputs import NOT_JOINED, NotJoinedError
@@ -79,9 +81,12 @@ class StepRunner:
         self.context: StepContext | None = None
         """Context of the running step, or else of the last step."""
         self._steps = 0
+        self.samples: Counter[str] = Counter()
+        """Samples of this replica in the present epoch, without padding, by name of the step."""
         self.rng, self.metrics = rng, metrics
         logs = StepLogs(self.root, self.mesh, run.device, metrics)
         self.order = collective_order(partition, run.world)
+        self.order.in_step = lambda: self.run.in_step > 0
         self.exchange = StepExchange(run.device, logs, run.world, partition.missing, self.order)
         self.stage_outputs: StageOutputs | None = None
         self.pipeline: Pipeline | None = None
@@ -145,6 +150,12 @@ class StepRunner:
         return self.context is not None and self.context.padding
 
     @property
+    def mean_factor(self) -> float:
+        """The factor on this replica's mean over the batch of the running step, in the mean over replicas."""
+        weights = None if self.context is None else self.context.weights
+        return 1.0 if weights is None else weights.factor(self.mesh.replica)
+
+    @property
     def predicts(self) -> bool:
         """True if the running step, or else the last step, is one of prediction, which replicas run independently."""
         return self.context is not None and self.context.name == "predict_step"
@@ -193,11 +204,18 @@ class StepRunner:
         with self.run.during("training_step"):
             unit = self.loss_weights.unit(args[0] if args else None)
             samples = self.known_samples()
+            self._count_samples("training_step", running_batch(self.root.trainer), weights, args)
             with self._counted():
                 out = self.weighted_step(weights, share, *args, weight_unit=unit, samples=samples, **kwargs)
             if self.context is not None:
                 self.loss_weights.take(self.context, self.run.world.any_rank)
             return out
+
+    def _count_samples(self, name: str, number: int, weights: BatchWeights | None, args: tuple) -> None:
+        """Counts the samples of a step, where `number` is that of the batch in its epoch."""
+        own = count_samples(args[0]) if weights is None and args else 0
+        before = self.samples[name] if number else 0
+        self.samples[name] = before + (own if weights is None else weights.counts[self.mesh.replica])
 
     def weighted_step(
         self,
@@ -345,8 +363,10 @@ class StepRunner:
 
     def evaluate(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Runs the step `name` of the user on a batch of the trainer's loop; all ranks stop here after a SIGTERM."""
-        with self.run.world.monitor.during(name, evaluation_batch(self.root.trainer) - 1):
-            out = self._evaluation_step(name, self.run.data.batch_weights(), *args, **kwargs)
+        number, weights = evaluation_batch(self.root.trainer) - 1, self.run.data.batch_weights()
+        self._count_samples(name, number, weights, args)
+        with self.run.world.monitor.during(name, number):
+            out = self._evaluation_step(name, weights, *args, **kwargs)
             self.run.world.preemption.agree(self.root.trainer)
             return out
 
@@ -376,6 +396,8 @@ class StepRunner:
         """
         step: Callable[..., Any] = getattr(self.root, name)
         sharded = self.mesh.layout.fsdp > 1
+        if not sharded and name != "predict_step":
+            self.order.begin(name)
         with nullcontext() if sharded else self.order.paused():  # without shards, replicas evaluate independently
             return self._evaluated(name, step, weights, *args, **kwargs)
 
@@ -383,7 +405,9 @@ class StepRunner:
         self, name: str, step: Callable[..., Any], weights: BatchWeights | None, *args: Any, **kwargs: Any
     ) -> Any:
         context = self._begin(name, weights)
-        with self.rng.evaluation(name, evaluation_batch(self.root.trainer)):
+        # what the step keeps of padding would count twice; the padding of a training step changes counters as all do
+        unseen = preserved_user_state(self.root) if context.padding else nullcontext()
+        with unseen, self.rng.evaluation(name, evaluation_batch(self.root.trainer)):
             if self.pipeline is not None:
                 out = self.pipeline.evaluate(context, args)
             else:

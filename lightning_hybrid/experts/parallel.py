@@ -189,6 +189,14 @@ class ExpertParallel:
         """Returns the modules of experts on this rank."""
         return [self._root.get_submodule(name) for name in self._divided]
 
+    def own(self, owner: str) -> bool:
+        """Returns True if `owner` names a divided module, one inside of it, or a class of one (see `StatePlace`)."""
+        inside = any(f"{owner}.".startswith(f"{name}.") for name in self.plans)
+        kinds = {
+            kind for name in self.plans for m in self._root.get_submodule(name).modules() for kind in type(m).__mro__
+        }
+        return inside or owner in {f"class {kind.__module__}.{kind.__qualname__}" for kind in kinds}
+
     def dry_forwards(self) -> list[tuple[nn.Module, Callable]]:
         """Returns the modules of experts with their `forward` for a dry run."""
         return [(self._root.get_submodule(name), divided.dry) for name, divided in self._divided.items()]

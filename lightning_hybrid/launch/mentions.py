@@ -31,6 +31,13 @@ def mentions(objects: Iterable[Any], name: str) -> bool:
     return False
 
 
+def functions_that_mention(objects: Iterable[Any], *names: str) -> list[Any]:
+    """Returns the functions of the user's classes of `objects` that mention one of `names` themselves."""
+    functions = [f for cls in dict.fromkeys(map(type, objects)) for f in _functions_of_class(cls)]
+    codes = [(f, getattr(getattr(f, "__wrapped__", f), "__code__", None)) for f in functions]
+    return [f for f, code in codes if code is not None and not _names(code).isdisjoint(names)]
+
+
 def _functions_of_class(cls: type) -> list[Any]:
     """Returns the functions of a class by the user, and of its bases."""
     return [

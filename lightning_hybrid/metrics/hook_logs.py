@@ -13,16 +13,25 @@ from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
 from lightning_hybrid._lightning_private import fabric_of, of_package, running_hook, samples_of_running_batch
+from lightning_hybrid._torch_private import user_location
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import LogRecorder, by_name, leave_out, replay
 from lightning_hybrid.metrics.reduction import reduce_over_replicas
 from lightning_hybrid.patching import patched
 
+STEP_BEFORE = {
+    "on_train_epoch_end": "training_step",
+    "on_validation_epoch_end": "validation_step",
+    "on_test_epoch_end": "test_step",
+}
+"""Hooks that log what steps of an epoch have kept."""
+
 
 class HookLogs:
     """Handles `self.log` and `self.log_dict` outside the steps, in hooks of the module and of callbacks.
 
-    Lightning requires every rank to call them. Values are reduced over the replicas, regardless of `sync_dist`.
+    Lightning requires every rank to call them. Values are reduced over the replicas, regardless of `sync_dist`; at the
+    end of an epoch by the number of samples of each replica, since that of the last batch may differ.
     """
 
     def __init__(self, root: pl.LightningModule, mesh: Mesh, device: torch.device) -> None:
@@ -30,6 +39,12 @@ class HookLogs:
         self._patches = ExitStack()
         self.padding: Callable[[], bool] = lambda: False
         """Returns True if this replica's samples of the running batch are padding."""
+        self.announce: Callable[[str], object] = lambda what: None
+        """Called before a collective with what this replica does: the others may not do it."""
+        self.samples_in: Callable[[str], float] = lambda step: 1.0
+        """Returns the number of samples on which this replica has run a step in the present epoch, without padding."""
+        self.differing: dict[str, set[str]] = {}
+        """Names of logged values that differed between replicas, by hook, the same on all ranks."""
 
     def install(self) -> None:
         """Starts intercepting the calls of the LightningModule, if there are several replicas."""
@@ -55,7 +70,8 @@ class HookLogs:
 
     def _log_all(self, calls: list[dict[str, Any]]) -> None:
         recorder = LogRecorder(self._root)
-        samples = samples_of_running_batch(self._root.trainer)
+        samples, hook = samples_of_running_batch(self._root.trainer), running_hook(self._root) or "no hook"
+        seen = self.samples_in(STEP_BEFORE[hook]) if hook in STEP_BEFORE else 1.0
         weighed = {}
         for i, call in enumerate(calls):
             if isinstance(call["value"], Metric) or call.get("rank_zero_only", False):
@@ -63,15 +79,16 @@ class HookLogs:
                 own_log(self._root, **{k: v for k, v in call.items() if k != "sync_dist"})
                 continue
             weighed[0, call["name"], i] = samples is not None or call.get("batch_size") is not None
-            recorder.record(samples or 1, (0, call["name"], i), 0, **call)
+            recorder.record(samples or seen, (0, call["name"], i), 0, **call)
         if not recorder.calls:
             return
         entries = recorder.reduced()
         if self.padding() and samples is not None:
             leave_out(entries)
-        reduce_over_replicas(entries, self._mesh, self._device, running_hook(self._root) or "no hook")
+        self.announce(f"logs {', '.join(f'`{e.name}`' for e in entries)} in `{hook}` ({user_location()})")
+        self.differing.setdefault(hook, set()).update(reduce_over_replicas(entries, self._mesh, self._device, hook))
         for key, entry in recorder.calls.items():
-            if not weighed[key]:  # between batches each rank's value counts once, as in one process
+            if not weighed[key]:  # between batches a value counts once, as in one process
                 entry.value = entry.value / entry.weight if entry.reduction == "mean" else entry.value
                 entry.weight = 1.0
         replay(self._root, entries)

@@ -10,9 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hybrid._torch_private import user_location
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import LogEntry
+from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.layout import Layout
 
+_EQUAL = 1e-9
+"""Relative variance of values that are equal, up to rounding. Empirical."""
 _CAPACITY = 64
 """Numbers that fit into the first all-reduce of a hook; a hook that logs more needs a second all-reduce."""
 
@@ -84,8 +89,11 @@ def as_numbers(values: Sequence[float | Tensor], device: torch.device, size: int
     return torch.nn.functional.pad(torch.stack(tensors), (0, size - len(values)))
 
 
-def reduce_over_replicas(entries: list[LogEntry], mesh: Mesh, device: torch.device, hook: str = "") -> None:
+def reduce_over_replicas(entries: list[LogEntry], mesh: Mesh, device: torch.device, hook: str = "") -> set[str]:
     """Reduces `entries` to those of the global batch. Collective over the replicas, which must log the same keys.
+
+    Returns:
+        The names of entries whose values differ between replicas, the same on all of them.
 
     Args:
         entries: This rank's entries, in order.
@@ -98,31 +106,38 @@ def reduce_over_replicas(entries: list[LogEntry], mesh: Mesh, device: torch.devi
     """
     replicas = mesh.layout.replicas
     if replicas == 1:
-        return
+        return set()
     entries = [e for e in entries if e.everywhere]
     keys = [f"{hook}: {e.name}" if hook else e.name for e in entries]
     text = "\n".join(f"{k} {e.reduction}" for k, e in zip(keys, entries, strict=True))
     code = zlib.crc32(text.encode()) % 1_000_003
     weights, values = pack(entries, mesh.replica, replicas)
     own = [*weights, *values]
+    compared = [e for e in entries if e.reduction != "metric"]
+    logged = [e.value / ((e.weight or 1.0) if e.reduction == "mean" else 1.0) for e in compared]
+    own += [number for value in logged for number in (value, value * value)]
     head = as_numbers([float(code), float(code * code), *own[:_CAPACITY]], device, 2 + _CAPACITY)
     dist.all_reduce(head, group=mesh.log_group)
     codes, squares, *numbers = head.tolist()
     if codes != code * replicas or squares != code * code * replicas:
         gathered: list[Any] = [None] * replicas
         dist.all_gather_object(gathered, keys, group=mesh.log_group)
-        raise different_keys(gathered)
+        raise different_keys(gathered, user_location(), mesh.layout)
     sums = head[2:]
     if len(own) > _CAPACITY:
         rest = as_numbers(own[_CAPACITY:], device, len(own) - _CAPACITY)
         dist.all_reduce(rest, group=mesh.log_group)
         sums, numbers = torch.cat([sums, rest]), numbers + rest.tolist()
     unpack(entries, numbers[: len(weights)], sums[len(weights) :], mesh.replica, replicas)
+    moments = numbers[len(own) - 2 * len(compared) : len(own)]
+    pairs = zip(compared, moments[::2], moments[1::2], strict=True)
+    return {e.name for e, total, squares in pairs if replicas * squares - total * total > _EQUAL * squares}
 
 
-def different_keys(by_replica: list[list[str]]) -> ValueError:
-    """Returns the error for replicas that have logged different keys."""
-    return ValueError(
-        f"`self.log` must be called with the same keys on every replica, in the same order. Got {by_replica}. "
-        "Log a key on all of them or on none, or with `rank_zero_only=True`."
+def different_keys(by_replica: list[list[str]], where: str, layout: Layout) -> PartitionError:
+    """Returns the error for replicas that have logged different keys; `where` is the place in the user's code."""
+    return PartitionError(
+        f"`layout='{layout}'`: `self.log` must be called with the same keys on every replica, in the same order "
+        f"({where}). Got {by_replica}. Log a key on all of them or on none, or with `rank_zero_only=True`, or log a "
+        "`torchmetrics.Metric` if some batches have no value."
     )

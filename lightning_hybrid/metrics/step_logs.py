@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import as_hook, is_overridden
+from lightning_hybrid._torch_private import location_of
 from lightning_hybrid.collectives import gather_objects
 from lightning_hybrid.mesh import Mesh
 from lightning_hybrid.metrics.logs import LogEntry, replay
@@ -194,7 +195,8 @@ class StepLogs:
             of_stage = [(place, content) for place, content in by_place if place.pp == stage]
             by_replica = sorted(of_stage, key=lambda of: (of[0].tp, of[0].replica(layout)))
             if any(content.keys != by_replica[0][1].keys for _, content in by_replica):
-                raise different_keys([[name for name, _ in content.keys] for _, content in by_replica])
+                keys = [[name for name, _ in content.keys] for _, content in by_replica]
+                raise different_keys(keys, location_of(getattr(self._root, self._step)), layout)
             own = (self._mesh.place.tp, self._mesh.replica)
             row.append(next(c for place, c in by_replica if (place.tp, place.replica(layout)) == own))
             needed = [tuple(map(len, pack(c.entries, 0, layout.replicas))) for _, c in by_replica]

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
 from lightning_hybrid._lightning_private import (
@@ -55,8 +55,12 @@ class Metrics:
         self._inside = False
         self.padding: Callable[[], bool] = lambda: False
         """Returns True if this replica's samples of the running step are padding."""
+        self.factor: Callable[[], float] = lambda: 1.0
+        """Returns the factor on a mean over this replica's batch, in the mean over replicas."""
         self.in_step: Callable[[], bool] = lambda: False
         """Returns True while a step of the user runs."""
+        self.announce: Callable[[str], object] = lambda what: None
+        """Called before a collective with what this replica does: the others may not do it."""
         self._undo: Callable[[], None] | None = None
 
     def install(self) -> None:
@@ -93,6 +97,8 @@ class Metrics:
             return self._call_for_result(metric, kind, call, args, kwargs)
         if not isinstance(metric, Metric):
             return call(*args, **kwargs)  # a collection calls its metrics one by one
+        if type(metric) is MeanMetric and len(args) == 1 and not kwargs and torch.as_tensor(args[0]).numel() == 1:
+            args = (*args, self.factor())  # the mean over a batch of which replicas have different numbers of samples
         with self._within():
             if kind == "forward" and id(metric) in self._names:
                 self._copy_for_step(self._names[id(metric)], metric).update(*args, **kwargs)
@@ -211,6 +217,8 @@ class Metrics:
         if layout.pp > 1 and owner is not None and not self._inside:  # inside a step only the owner runs this
             states = share_object(states, owner, self._mesh.log_stage_group, metric.device)
         if layout.replicas > 1:
+            name = self._names.get(id(metric))
+            self.announce(f"computes the value of {f'a {type(metric).__name__}' if name is None else f'`{name}`'}")
             gathered: list[Any] = [None] * layout.replicas
             dist.all_gather_object(gathered, to_host(states), group=self._mesh.log_group)
             by_replica = to_device(gathered, metric.device)

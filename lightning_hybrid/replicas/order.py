@@ -8,13 +8,16 @@ the replica stops with an error; the others, which wait in a collective, are end
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning_hybrid._torch_private import in_backward, user_location
 from lightning_hybrid.launch.questions import Difference, Place, Questions
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.spec.layout import Layout
+
+LOGS = "logs "
+"""Begins the event of a hook that logs values."""
 
 
 class CollectiveOrder:
@@ -29,6 +32,8 @@ class CollectiveOrder:
 
     def __init__(self, questions: Questions | None, layout: Layout, ranks: Sequence[int], replica: int) -> None:
         self._questions, self._layout, self._ranks, self._replica = questions, layout, list(ranks), replica
+        self.in_step: Callable[[], bool] = lambda: True
+        """Returns True while a step of the user runs; hooks follow it."""
         self._expected: dict[str, list[str]] = {}
         self._made: list[str] = []
         self._kind = ""
@@ -76,19 +81,23 @@ class CollectiveOrder:
         self._questions.at(Place(self._step, number + 1))
 
     def _message(self, event: str, where: str | None, difference: Difference, expected: list[str]) -> str:
+        when = "in" if where is not None or in_backward() or self.in_step() else "after"
+        step = f"{when} `{self._kind.partition(':')[0]}`, " if self._kind else ""
         where = "in the backward pass" if in_backward() else f"at {where or user_location()}"
         if difference.rank in self._ranks:
             other = f"replica {self._ranks.index(difference.rank)} {difference.answer or (expected or ['goes on'])[0]}"
         else:
             other = "other replicas have not come to the same place"
         layout = self._layout
-        advice = ""
-        if layout.fsdp > 1:
+        advice = " What one replica only has to log can be logged with `rank_zero_only=True` on rank 0."
+        if not event.startswith(LOGS):
+            advice = ""
+        if layout.fsdp > 1 and when == "in":
             advice = (
                 f" Or use `layout='{layout.moved('fsdp', 'dp')}'`, under which replicas may call different modules."
             )
         return (
-            f"`layout='{layout}'`: in `{self._kind.partition(':')[0]}`, {where}, replica {self._replica} {event}, but "
+            f"`layout='{layout}'`: {step}{where}, replica {self._replica} {event}, but "
             f"{other}. All replicas must do this in the same order, since they do it together. Make the choice alike "
             f"on all replicas: by `batch_idx`, the epoch, or a random generator with the same seed.{advice}"
         )

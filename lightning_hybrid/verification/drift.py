@@ -32,6 +32,8 @@ from lightning_hybrid.verification.state import differing, leaves_of
 from lightning_hybrid.verification.steps import Conditions, Outcome, run_in_one_process, run_under_layout
 from lightning_hybrid.verification.whole import memory_problem
 
+_SETTLED = 16
+"""Update from which on state without effect on a step is not looked at again; by then it may have grown large."""
 _SAME_ORDER = 0.01
 """Part of the bound for steps that compute in another order that holds for those that do it in the same; empirical."""
 
@@ -110,7 +112,7 @@ class ReplicaState:
         for place, *own in zip(names, *replicas, strict=True):
             unequal = differing([leaves for leaves in own if leaves is not None])
             if unequal:
-                rows = all(samples in leaf.shape[:2] for leaf in unequal)
+                rows = all(samples in leaf.shape[: 2 if len(leaf.shape) > 2 else 1] for leaf in unequal)
                 found.append(_Found(place, all(leaf.pooled for leaf in unequal), rows))
         return found
 
@@ -121,15 +123,14 @@ class ReplicaState:
         with self._lines(others, where):
             own = self._run(args, kwargs)
         influence = self._influence(own, others, args, kwargs)
-        if not influence.any:
+        if not influence.any and self._updates >= _SETTLED:
             self._judged |= {f.place for f in found}
         if not influence.large:
             return  # it may grow
         single = {f: self._influence(own, {f.place: others[f.place]}, args, kwargs) for f in found}
         guilty = [f for f in found if single[f].large] or list(found)
         if all(f.rows for f in guilty) and self._follow_rows(guilty, args, kwargs):
-            self._judged |= {f.place for f in guilty}
-            return
+            return  # unless it grows, as a pool of earlier samples that has those of one batch so far
         message = self._reported(guilty[0].place, influence, where)
         if self._strict or not all(f.pooled for f in guilty):
             raise PartitionError(message)

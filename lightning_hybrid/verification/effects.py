@@ -16,7 +16,7 @@ from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.spec.errors import PartitionError
 from lightning_hybrid.verification.differences import of_written
 from lightning_hybrid.verification.reported import unequal_logs, unequal_returned
-from lightning_hybrid.verification.state import largest_difference
+from lightning_hybrid.verification.state import State, largest_difference
 from lightning_hybrid.verification.steps import Outcome
 
 _OF_LOGS = "Log a `torchmetrics.Metric`, or sums with `reduce_fx='sum'`."
@@ -53,11 +53,14 @@ class Effects:
         Raises:
             PartitionError: On all ranks, if it differs on any.
         """
-        if self._layout.ep > 1:
-            return  # the experts of a rank see other tokens than those of one process
         shared = whole.state.keys() if under.shared is None else under.shared
         expected = {place: leaves for place, leaves in whole.state.items() if place in shared}
-        self._refuse(*largest_difference(under.state, expected))
+        self._refuse(*largest_difference(self._comparable(under.state), self._comparable(expected)))
+
+    def _comparable(self, state: State) -> State:
+        """Returns the state without that of divided experts: those of a rank see tokens of all ranks of `ep`."""
+        experts = self._engine.partition.experts
+        return state if experts is None else {p: leaves for p, leaves in state.items() if not experts.own(p.owner)}
 
     def compare_written(self, under: Outcome, whole: Outcome, weights: Weights) -> None:
         """Compares the weights that the step writes. Collective.
@@ -91,8 +94,6 @@ class Effects:
 
     def unequal(self, found: Outcome, expected: Outcome) -> Unequal:
         """Returns how the reported values differ, the same on all ranks. Collective."""
-        if self._layout.ep > 1:
-            return Unequal({}, {})  # as for state
         compared = (found.reported, expected.reported, self._bound)
         own = unequal_returned(*compared), unequal_logs(*compared)
         merged: Unequal = Unequal({}, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +92,16 @@ def relative_of(found: Leaf, expected: Leaf) -> float:
     return max(abs(a - b) for a, b in zip(found.sums[:2], expected.sums[:2], strict=True)) / scale
 
 
+def _code(item: Any) -> float:
+    """Returns a number for an item of a set, equal on all ranks for equal numbers and texts; 0 for other items."""
+    if isinstance(item, int | float):
+        return float(item)
+    return float(zlib.crc32(str(item).encode())) if isinstance(item, str | tuple) else 0.0
+
+
 def _as_tensor(leaf: Any) -> Tensor | None:
+    if isinstance(leaf, set | frozenset):
+        return torch.tensor(sorted(_code(item) for item in leaf), dtype=torch.float64)
     if isinstance(leaf, bool) or not isinstance(leaf, int | float | np.ndarray | Tensor):
         return None
     if isinstance(leaf, Ghost):

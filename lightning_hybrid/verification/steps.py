@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -110,7 +110,7 @@ def run_under_layout(runner: StepRunner, args: tuple, kwargs: dict[str, Any], ho
         stack.callback(runner.gradients.release)
         optimizers = [] if root.automatic_optimization else root.trainer.optimizers
         values = stack.enter_context(preserved_training_state(list(local.values()), optimizers))
-        outputs = stack.enter_context(_conditions(runner, how))
+        outputs = stack.enter_context(compared_conditions(runner, how))
         if runner.noise is not None:
             runner.noise.measures = False
             runner.noise = None
@@ -187,7 +187,7 @@ def run_in_one_process(
     with ExitStack() as stack:
         replicas = stack.enter_context(replicas_of(runner, share))
         whole = stack.enter_context(whole_module(runner.partition, weights))
-        outputs = stack.enter_context(_conditions(runner, how))
+        outputs = stack.enter_context(compared_conditions(runner, how))
 
         lines = stack.enter_context(gradient_code(runner))
         values = KeptValues(whole.values())
@@ -268,7 +268,7 @@ def mean_in_one_process(
             with _added_to(sums, whole, share / scale):
                 runner.precision.backward(loss * scale, runner.root, None, *args, **kwargs)
 
-    with whole_module(runner.partition, weights) as whole, _conditions(runner, how), ExitStack() as stack:
+    with whole_module(runner.partition, weights) as whole, compared_conditions(runner, how), ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(scale is not None))
         stack.enter_context(patched(runner.partition, alone=lambda: True))  # replicas may have other numbers of parts
         for module in runner.root.modules():
@@ -332,6 +332,13 @@ def _undone(runner: StepRunner, weights: KeptValues) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def step_of_one_process_undone(runner: StepRunner, weights: Iterable[Tensor]) -> Iterator[None]:
+    """Restores everything after steps of the whole module, whose parameters are `weights`."""
+    with _undone(runner, KeptValues(weights)):
+        yield
+
+
 def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Runs the user's step with the whole module."""
     root = runner.root
@@ -341,7 +348,7 @@ def _forward(runner: StepRunner, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _conditions(runner: StepRunner, how: Conditions) -> Iterator[Outputs]:
+def compared_conditions(runner: StepRunner, how: Conditions) -> Iterator[Outputs]:
     """The conditions that all compared steps share: random numbers, no compilation; records outputs of units."""
     interceptor, found = runner.partition.interceptor, Outputs()
     calls: dict[str, int] = {}

@@ -16,6 +16,7 @@ from lightning_hybrid.verification.differences import step_bound
 from lightning_hybrid.verification.drift import ReplicaState
 from lightning_hybrid.verification.fingerprint import fingerprint
 from lightning_hybrid.verification.gradient_code import hook_lines
+from lightning_hybrid.verification.logged import LoggedValues
 
 
 class Verifier:
@@ -32,6 +33,7 @@ class Verifier:
         self._kinds: BatchKinds | None = None
         self._resumed_kinds: list[int] | None = None
         self._batches = 0
+        self._logged: LoggedValues | None = None
         self.verified: str | None = None
         """The fingerprint of the last verified step; that of the checkpoint in a resumed run."""
         self.rows: list[tuple[str, str]] = []
@@ -51,6 +53,7 @@ class Verifier:
         self._batches += 1
         again = self._verify.every is not None and self._batches % self._verify.every == 0
         new, self._engine = engine is not self._engine, engine
+        self.before_logging_step(engine, "training_step", args)
         if dist.get_world_size() == 1 or not args:
             return
         self._compare_replicas(engine, new, args, kwargs)
@@ -67,6 +70,33 @@ class Verifier:
                 self._kinds.known = self._resumed_kinds
         if self._kinds is not None:
             self._kinds.note(args, kwargs)
+
+    def before_logging_step(self, engine: Engine, name: str, args: tuple) -> None:
+        """Notes the batch of a step whose logged values, and those of hooks, are checked. Collective over all ranks."""
+        logged = self._logged_of(engine)
+        if logged is not None:
+            if name == "training_step":
+                logged.after_epoch(name)
+            logged.before_step(name, args)
+
+    def after_epoch(self, engine: Engine, name: str) -> None:
+        """Checks what the steps `name` of an epoch and hooks have logged, if it is due. Collective over all ranks.
+
+        Raises:
+            PartitionError: On all ranks with `verify="strict"`, if a value depends on how samples are divided.
+        """
+        logged = self._logged_of(engine)
+        if logged is not None:
+            logged.after_epoch(name)
+
+    def _logged_of(self, engine: Engine) -> LoggedValues | None:
+        """Returns the check of logged values; None if nothing is checked."""
+        checks = self._verify.at_start and engine.plan.layout.replicas > 1 and engine.diloco is None
+        if not checks or hands_out_its_iterator(engine.runner.root.trainer):
+            return None
+        if self._logged is None or self._logged.engine is not engine:
+            self._logged = LoggedValues(engine, strict=self._verify.strict, bound=step_bound(engine))
+        return self._logged
 
     def _run(self, engine: Engine, args: tuple, kwargs: dict[str, Any]) -> None:
         with engine.run.told("verify", "Comparing the training step with that of one process"):

@@ -123,6 +123,34 @@ class Pool(Base):
         return loss
 
 
+class Growing(Base):
+    """Earlier outputs in a tensor, which after the first step has as many rows as the batch."""
+
+    def build(self):
+        self.memory = torch.zeros(0, 4)
+
+    def training_step(self, batch, batch_idx):
+        out = self(batch[0])
+        loss = F.mse_loss(out, batch[1])
+        if len(self.memory):
+            loss = loss + (out @ self.memory.T).square().mean()
+        self.memory = torch.cat([self.memory, out.detach()])[-16:]
+        return loss
+
+
+class Chosen(Base):
+    """Samples that validation has found, in a set."""
+
+    def build(self):
+        self.chosen: set[int] = set()
+
+    def training_step(self, batch, batch_idx):
+        codes = [int(x * 1e4) for x in batch[0][:, 0]]
+        weights = torch.tensor([1.0 + sum(code > other for other in self.chosen) for code in codes])
+        self.chosen |= set(codes)
+        return (F.mse_loss(self(batch[0]), batch[1], reduction="none").mean(1) * weights).mean()
+
+
 class OnlyShown(Base):
     """What hooks and logs read: nothing that a step computes with."""
 
@@ -172,10 +200,12 @@ REFUSED = {
     "InBuffer": r"drift_jobs.py:\d+ \(keep\) computes `kept`",
     "InArray": r"drift_jobs.py:\d+ \(keep\) computes `kept`",
     "Recent": r"drift_jobs.py:\d+ \(training_step\) computes `recent`",
+    "Growing": r"computes `memory` from the samples of a replica",
+    "Chosen": r"computes `chosen` from the samples of a replica",
 }
 EXACT = ("Agreed", "OnlyShown", "Rows", "OfRank")
 MODULES |= {kind.__name__: kind for kind in (Smoothed, InHook, Agreed, Shift, InBuffer, InArray, Recent, Pool)}
-MODULES |= {kind.__name__: kind for kind in (OnlyShown, Rows, OfRank)}
+MODULES |= {kind.__name__: kind for kind in (OnlyShown, Rows, OfRank, Growing, Chosen)}
 
 
 def fit(layout: str | None, kind: str, **options: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tests.pairwise import quick
 
 @pytest.mark.feature("state of replicas in attributes")
 @pytest.mark.parametrize("layout", ["dp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", quick(list(REFUSED), "Shift", "InHook"))
+@pytest.mark.parametrize("kind", quick(list(REFUSED), "Shift", "InHook", "Growing", "Chosen"))
 def test_what_a_replica_computes_from_its_samples_is_refused(ranks2: RankGroup, layout: str, kind: str) -> None:
     with pytest.raises(RankError, match=REFUSED[kind]) as caught:
         ranks2.call(fit, layout, kind)
