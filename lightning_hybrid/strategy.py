@@ -337,6 +337,7 @@ class HybridStrategy(StrategyOfEither):
         engine = self.engine
         loss = engine.runner.scaled_for_backward(closure_loss)
         engine.optimizers.nonfinite.saw_loss(loss)
+        engine.runner.exchange.saw_loss(closure_loss)
         # hooks are outside of the step, also with manual optimization
         with engine.run.during("backward"), engine.runner.backward(), patched(engine.run, in_step=0):
             loss = super().backward(loss, optimizer, *args, **kwargs)

@@ -42,6 +42,11 @@ class StepExchange:
         self.kinds: BatchKinds | None = None
         """Kinds of values of batches; None: not noted."""
 
+    def saw_loss(self, loss: Tensor) -> None:
+        """Notes the operations that lead to a loss of the running step."""
+        if self.kinds is not None:
+            self.kinds.saw_loss(loss)
+
     def run(self, numbers: Tensor | None = None) -> tuple[list[float], Tensor]:
         """Sums `numbers` over all ranks, and replays pending logs. Collective.
 

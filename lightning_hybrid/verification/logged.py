@@ -24,7 +24,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hybrid._lightning_private import as_hook, is_overridden, users_callbacks
-from lightning_hybrid._torch_private import location_of
+from lightning_hybrid._torch_private import BatchNorm, location_of
 from lightning_hybrid.batches import copied_batch, count_samples, find_samples, samples_of_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.engine.engine import Engine
@@ -32,8 +32,12 @@ from lightning_hybrid.ghosts.preserve import preserved_objects
 from lightning_hybrid.metrics.logs import LogRecorder, by_name
 from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.patching import patched
+from lightning_hybrid.replicas.batch_norm import normalizes_by_batch_only
+from lightning_hybrid.replicas.users_collectives import refused_collectives
 from lightning_hybrid.spec.errors import PartitionError
+from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.verification.effects import listed
+from lightning_hybrid.verification.mean import refused_gather
 from lightning_hybrid.verification.reported import Reported, reported, unequal_logs
 from lightning_hybrid.verification.steps import Conditions, compared_conditions, step_of_one_process_undone
 from lightning_hybrid.verification.whole import gather_weights, memory_problem, whole_module
@@ -115,7 +119,7 @@ class LoggedValues:
             return
         self._checked.add((name, uneven))
         self._judged[name, uneven] |= keys
-        if memory_problem(self.engine) is None:
+        if not normalizes_by_batch_only(self._runner.root) and memory_problem(self.engine) is None:
             with self.engine.run.told("verify", "Comparing logged values with another division of the samples"):
                 self._check(name, keys, uneven, steps=steps)
 
@@ -218,6 +222,9 @@ class LoggedValues:
             stack.enter_context(compared_conditions(self._runner, Conditions(equal_rows=True)))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self._runner.order.paused())
+            stack.enter_context(patched(self.engine.partition, alone=lambda: True))  # of statistics of all replicas
+            for module in (m for m in root.modules() if isinstance(m, BatchNorm)):
+                stack.enter_context(patched(module, training=False))
             for index, batches in enumerate(parts):
                 with step_of_one_process_undone(self._runner, whole.values()), _without_effects(trainer):
                     logs = _Logs(recorders, root, index)
@@ -226,7 +233,7 @@ class LoggedValues:
                     for number, args in batches:
                         logs.samples, logs.batch = count_samples(args[0]), number
                         rng = self._runner.rng.evaluation(name, number)
-                        with logs.recording(hooks=False), self._runner.run.step_context(), rng:
+                        with logs.recording(hooks=False), self._runner.run.step_context(), rng, self._by_itself():
                             self._runner.rng.begin(0)
                             out = step(*copied_batch(args))
                         batch, *place = (*args, number) if len(args) == 1 else args
@@ -235,6 +242,15 @@ class LoggedValues:
                     self._call(owners, _HOOKS[name].ends, logs)
         of_steps, of_hooks = (reported([None], [1], recorder.reduced()) for recorder in recorders)
         return of_steps, of_hooks
+
+    @contextmanager
+    def _by_itself(self) -> Iterator[None]:
+        """Refuses what depends on the samples of other replicas: values of steps are right with it, and not checked."""
+        with ExitStack() as stack:
+            stack.enter_context(patched(self._runner.root.trainer.strategy, all_gather=refused_gather))
+            stack.enter_context(patched(self.engine.metrics, announce=refused_gather))
+            stack.enter_context(refused_collectives(lambda: Layout(pp=2), lambda: True))
+            yield
 
     def _call(self, owners: Sequence[Any], hook: str, logs: _Logs, *args: Any) -> None:
         root = self._runner.root

@@ -83,6 +83,24 @@ class Averaged(Kept):
         return
 
 
+class Gathers(Kept):
+    """Values of a step from the samples of all replicas, and a metric computed in the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error = MeanSquaredError()
+
+    def validation_step(self, batch, batch_idx):
+        out = self(batch["x"])
+        every: Any = self.all_gather(out[:, 0])
+        self.error.update(out[:, 0], batch["y"].float())
+        self.log("spread", every.var())
+        self.log("error", self.error.compute().sqrt())
+
+    def on_validation_epoch_end(self):
+        self.error.reset()
+
+
 class Losses(Kept):
     """The mean of the losses of batches: exact for batches of equal sizes only."""
 
@@ -181,7 +199,7 @@ class OfTraining(Kept):
 
 
 EXACT: dict[str, type[Kept]] = {k.__name__: k for k in (Kept, Sums, Meter, Averaged)}
-EVEN: dict[str, type[Kept]] = {k.__name__: k for k in (Losses, ConstantSize)}
+EVEN: dict[str, type[Kept]] = {k.__name__: k for k in (Losses, ConstantSize, Gathers)}
 WARNED: dict[str, type[Kept]] = {
     k.__name__: k for k in (Macro, Deviation, Perplexity, AfterBatch, OfCallback, OfTraining)
 }

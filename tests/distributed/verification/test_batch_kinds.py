@@ -46,6 +46,30 @@ class Weighted(Tokens):
         return {"loss": super().training_step(batch, batch_idx), "weight": (batch[1] != -100).sum()}
 
 
+class Hardest(Tokens):
+    """The tokens with the largest losses, from the second epoch on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = self.embedding(batch[0])
+        for block in self.blocks:
+            x = block(x)
+        losses = F.cross_entropy(self.head(x).flatten(0, 1), batch[1].flatten(), reduction="none")
+        return losses.topk(4).values.mean() if self.current_epoch else losses.mean()
+
+
+def fit_hardest(layout: str, epochs: int) -> list[str]:
+    """Trains on the hardest tokens from the second epoch on; the texts of warnings."""
+    quiet()
+    L.seed_everything(7, verbose=False)
+    trainer, replicas = verified_trainer_for(layout, max_epochs=epochs)
+    tokens = torch.randint(0, 9, (BATCHES * SAMPLES, TOKENS), generator=torch.Generator().manual_seed(3))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        data = DataLoader(TensorDataset(tokens, tokens.roll(-1, 1)), batch_size=SAMPLES // replicas)
+        trainer.fit(Hardest(), data)
+    return [text for w in seen if "mean over the samples" in (text := str(w.message))]
+
+
 def fit(layout: str, ignored: str, weighted: bool = False, **options: Any) -> list[str]:
     """Trains on labels of which some are ignored from the third batch on; the texts of all warnings."""
     quiet()
@@ -74,6 +98,14 @@ def test_ignored_labels_that_come_later_warn(ranks2: RankGroup, layout: str, tex
     (message,) = ranks2.call(fit, layout, "unequal")[0]
     assert text in message
     assert ranks2.call(fit, layout, "unequal", weighted=True)[0] == []
+
+
+@pytest.mark.feature("a loss that is computed in another way from an epoch on")
+@pytest.mark.parametrize("layout", ["dp2", slow("fsdp2")])
+def test_another_loss_that_comes_later_warns(ranks2: RankGroup, layout: str) -> None:
+    assert ranks2.call(fit_hardest, layout, 1)[0] == []
+    (message,) = ranks2.call(fit_hardest, layout, 2)[0]
+    assert "`Hardest.training_step`" in message
 
 
 @pytest.mark.slow

