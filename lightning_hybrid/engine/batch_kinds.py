@@ -23,7 +23,9 @@ _SLOTS = 8
 _KINDS = 4
 """Kinds of values of a tensor."""
 _LINES = 32
-"""Groups of lines of the user's code that define hooks, and of names of operations, by their hash."""
+"""Groups of lines of the user's code that define hooks, by their hash."""
+_NAMES = 1024
+"""Groups of pairs of operations, by two hashes each: with 60 known pairs, 1 % of new ones are taken for known."""
 _OPERATIONS = 500
 """Operations that are looked at, from the loss on; the code of a loss comes last. They take less than a millisecond."""
 _ALL_UNTIL, _EVERY = 16, 4
@@ -43,7 +45,7 @@ class BatchKinds:
     def __init__(self, device: torch.device, hooks: Callable[[], Iterable[str]]) -> None:
         self._device, self._hooks, self._batches = device, hooks, 0
         self._operations: set[str] = set()
-        """Names of the operations that lead to the losses of the noted step."""
+        """Pairs of operations, one on the result of the other, that lead to the losses of the noted step."""
         self._noted: tuple[tuple, dict[str, Any]] | None = None
         self.known: list[int] | None = None
         """The kinds of all verified batches, and of hooks; None before the first one."""
@@ -62,23 +64,25 @@ class BatchKinds:
             return
         seen, found = {loss.grad_fn}, [loss.grad_fn]
         for node in found:  # grows
-            new = {n for n, _ in node.next_functions if n is not None} - seen
-            if len(found) + len(new) > _OPERATIONS:
-                break
-            seen |= new
-            found += new
-        self._operations |= {f"operation {type(node).__name__}" for node in found}
+            for before in (n for n, _ in node.next_functions if n is not None):
+                self._operations.add(f"{type(node).__name__} {type(before).__name__}")
+                if before not in seen and len(found) < _OPERATIONS:
+                    seen.add(before)
+                    found.append(before)
 
     def numbers(self) -> Tensor:
-        """Returns a positive number for each kind that the noted step has, of shape (64,), float64, on the device."""
+        """Returns a positive number for each kind that the noted step has, of shape (1088,), float64, on the device."""
         found = torch.zeros(_SLOTS, _KINDS, dtype=torch.float64, device=self._device)
         for path, value in leaves_of(self._noted[0][0]) if self._noted is not None else ():
             if isinstance(value, Tensor) and _may_mask(value):
                 found[zlib.crc32(path.encode()) % _SLOTS] += _kinds_of(value)
         lines = torch.zeros(_LINES, dtype=torch.float64)
-        for line in (*self._hooks(), *self._operations) if self._noted is not None else ():
+        for line in self._hooks() if self._noted is not None else ():
             lines[zlib.crc32(line.encode()) % _LINES] = 1.0
-        return torch.cat([found.flatten(), lines.to(self._device)])
+        names = torch.zeros(_NAMES, dtype=torch.float64)
+        for name in self._operations:
+            names[zlib.crc32(name.encode()) % _NAMES] = names[zlib.adler32(name.encode()) % _NAMES] = 1.0
+        return torch.cat([found.flatten(), torch.cat([lines, names]).to(self._device)])
 
     def hear(self, sums: list[float]) -> None:
         """Takes the sums of `numbers` over all ranks."""

@@ -109,6 +109,12 @@ class ReplicaReducer:
         self._next = 0
         self._queued = self._finished = self._waits = False
         self._hooks: list[RemovableHandle] = []
+        self._divides_again = dist.get_world_size(group) != replicas
+        """True if reducing a mean again does not give the same mean."""
+        self._reduced: dict[nn.Parameter, Tensor | None] = {}
+        """The gradients after the last reduction, which later backward passes add to."""
+        self._earlier: dict[nn.Parameter, Tensor] = {}
+        """Reduced gradients, to which those of the running backward pass are added at its end."""
 
     def overlap(self) -> None:
         """Overlaps with the backward pass: reduces each bucket as soon as its gradients are complete."""
@@ -138,6 +144,15 @@ class ReplicaReducer:
                 could meet these where replicas use different parameters.
         """
         self._finished, self._waits = False, not overlap
+        if self.enabled and self._divides_again:
+            self._set_reduced_aside()
+
+    def _set_reduced_aside(self) -> None:
+        for parameter in self._bucket_of:
+            gradient = parameter.grad
+            if gradient is not None and gradient is self._reduced.get(parameter):
+                self._earlier[parameter] = gradient.clone()  # whose memory is that of a bucket
+                parameter.grad = None
 
     def end_backward(self) -> None:
         """Reduces after a backward pass that has reached no parameter on this replica: others may have gradients."""
@@ -170,6 +185,11 @@ class ReplicaReducer:
         with self.waiting():
             for bucket in self._buckets:
                 bucket.collect()
+        for parameter, gradient in self._earlier.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self._earlier.clear()
+        if self._divides_again:
+            self._reduced = {p: p.grad for p in self._bucket_of}
 
 
 def in_buckets(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:

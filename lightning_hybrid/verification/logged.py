@@ -187,7 +187,7 @@ class LoggedValues:
             uneven: True if the second part has one sample fewer, as a replica may.
         """
         whole, first, second, numbers = _Batches(), _Batches(), _Batches(), itertools.count()
-        for kept in self._kept[name].values():
+        for kept in filter(None, self._kept[name].values()):
             rows = [find_samples(args[0]).count for args in kept]
             if all(count is None or count == 1 for count in rows) and not uneven:
                 for one, other in zip(kept[::2], kept[1::2], strict=False):  # replicas take turns with whole batches

@@ -80,6 +80,7 @@ class Mixture(L.LightningModule):
         blocks: Number of blocks.
         manual: Manual optimization.
         chosen: Experts of each token.
+        accumulates: Batches per step with manual optimization.
     """
 
     stem: Any
@@ -95,10 +96,11 @@ class Mixture(L.LightningModule):
         blocks: int = 4,
         manual: bool = False,
         chosen: int = CHOSEN,
+        accumulates: int = 1,
     ) -> None:
         super().__init__()
         self.stem, self._options = None, (favorite, _EXPERTS[experts], blocks, chosen)
-        self.adamw, self.automatic_optimization = adamw, not manual
+        self.adamw, self.automatic_optimization, self.accumulates = adamw, not manual, accumulates
         if not lazy:
             self._build()
 
@@ -125,9 +127,11 @@ class Mixture(L.LightningModule):
         self.log("loss", loss, on_step=True, on_epoch=True)
         if not self.automatic_optimization:
             optimizer: Any = self.optimizers()
-            optimizer.zero_grad()
+            if batch_idx % self.accumulates == 0:
+                optimizer.zero_grad()
             self.manual_backward(loss)
-            optimizer.step()
+            if batch_idx % self.accumulates == self.accumulates - 1:
+                optimizer.step()
         return loss
 
     def validation_step(self, batch, batch_idx):

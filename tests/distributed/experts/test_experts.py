@@ -53,6 +53,12 @@ def test_equal_to_one_process(request: pytest.FixtureRequest, layout: str, setti
     check(results[0], reference(jobs.fit, None, module_options, **options))
 
 
+@pytest.mark.parametrize("layout", ["ep2", slow("fsdp2-ep2"), slow("dp2-ep2")])
+def test_manual_optimization_of_accumulated_batches(request: pytest.FixtureRequest, layout: str) -> None:
+    options = {"manual": True, "accumulates": 3}
+    check(group_of(request, layout).call(jobs.fit, layout, options)[0], reference(jobs.fit, None, options))
+
+
 @pytest.mark.parametrize("layout", ["ep2", slow("fsdp2-ep2")])
 def test_manual_optimization(request: pytest.FixtureRequest, layout: str) -> None:
     check(
