@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_hybrid._lightning_private import (
@@ -76,7 +77,31 @@ class _LoadsWholeWeights:
         """Loads this rank's part of the whole weights in `state_dict`."""
         if self._engine.root.__dict__.get(ENGINE) is not self._engine:  # no longer partitioned by this engine
             return nn.Module.load_state_dict(self._engine.root, state_dict, strict, assign)
-        return load_state_dict(self._engine, state_dict, strict)
+        whole = _WholeOnDemand(state_dict, self._engine.full_tensor)
+        with self._engine.divided():
+            return load_state_dict(self._engine, whole, strict)
+
+
+class _WholeOnDemand(Mapping[str, Any]):
+    """Weights by name, of which divided ones, as hooks see and keep them, are gathered one at a time."""
+
+    def __init__(self, state: Mapping[str, Any], full_tensor: Callable[[Tensor], Tensor]) -> None:
+        self._state, self._full_tensor = state, full_tensor
+        self._last: tuple[str, Any] = ("", None)
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._state[name]
+        if not isinstance(value, DTensor):
+            return value
+        if self._last[0] != name:
+            self._last = name, self._full_tensor(value.detach())
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def local_averages(trainer: pl.Trainer) -> list[LocalWeights]:
