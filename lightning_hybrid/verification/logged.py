@@ -249,7 +249,7 @@ class LoggedValues:
         with ExitStack() as stack:
             stack.enter_context(patched(self._runner.root.trainer.strategy, all_gather=refused_gather))
             stack.enter_context(patched(self.engine.metrics, announce=refused_gather))
-            stack.enter_context(refused_collectives(lambda: Layout(pp=2), lambda: True))
+            stack.enter_context(refused_collectives(lambda: Layout(pp=2), lambda: True, lambda: False))
             yield
 
     def _call(self, owners: Sequence[Any], hook: str, logs: _Logs, *args: Any) -> None:
