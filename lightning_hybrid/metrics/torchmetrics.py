@@ -97,7 +97,7 @@ class Metrics:
             return self._call_for_result(metric, kind, call, args, kwargs)
         if not isinstance(metric, Metric):
             return call(*args, **kwargs)  # a collection calls its metrics one by one
-        if type(metric) is MeanMetric and len(args) == 1 and not kwargs and torch.as_tensor(args[0]).numel() == 1:
+        if type(metric) is MeanMetric and len(args) == 1 and not kwargs and torch.as_tensor(args[0]).ndim == 0:
             args = (*args, self.factor())  # the mean over a batch of which replicas have different numbers of samples
         with self._within():
             if kind == "forward" and id(metric) in self._names:
