@@ -207,7 +207,7 @@ class HybridStrategy(StrategyOfEither):
 
     @property
     def _stands_alone(self) -> bool:
-        return self._run is not None and self._run.one_process
+        return self._run is not None and self._run.gathered_alone is not None
 
     @property
     def num_processes(self) -> int:
@@ -248,8 +248,8 @@ class HybridStrategy(StrategyOfEither):
         """Returns the tensors of all replicas, stacked: ranks of `tp` and `pp` hold copies of the same value."""
         if group is not None and group is not torch.distributed.group.WORLD:
             return super().all_gather(tensor, group, sync_grads)
-        if self._stands_alone:
-            return tensor[None]
+        if self._run is not None and self._run.gathered_alone is not None:
+            return self._run.gathered_alone(tensor)
         group = self.mesh.replica_group if self._engine is None else self._engine.partition.step_group
         return gather_replicas(tensor, group, sync_grads=sync_grads, announce=self._announce)
 

@@ -54,8 +54,8 @@ class Run:
         self.data = ReplicaData(trainer, mesh, device, split=injects_sampler(trainer), run_padding=padding_step)
         self.in_step = 0
         """Larger than 0 in a step."""
-        self.one_process = False
-        """True while this rank runs steps on the global batch, as one process does: there are no other replicas."""
+        self.gathered_alone: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """Set while this rank runs steps on the global batch, as one process does: what `all_gather` returns then."""
         self.may_communicate = True
         """False while the user's steps raise where they call collectives of `torch.distributed` themselves."""
         self.patches = ExitStack()

@@ -54,7 +54,7 @@ def global_batch(engine: Engine, args: tuple) -> tuple[tuple, str | None]:
 
 
 def step_of_global_batch(
-    engine: Engine, weights: Weights, args: tuple, kwargs: dict[str, Any], how: Conditions
+    engine: Engine, weights: Weights, args: tuple, kwargs: dict[str, Any], how: Conditions, *, stacked: bool
 ) -> Outcome:
     """Runs a step on the global batch, without other replicas. Collective.
 
@@ -64,8 +64,9 @@ def step_of_global_batch(
         args: Arguments of `training_step` with the samples of all replicas.
         kwargs: Keyword arguments of `training_step`.
         how: The conditions of the compared steps.
+        stacked: Whether `all_gather` returns a tensor with a dimension of one replica, or as in one process as it is.
     """
-    with patched(engine.run, one_process=True):
+    with patched(engine.run, gathered_alone=lambda tensor: tensor[None] if stacked else tensor):
         return run_in_one_process(engine.runner, weights, [args], kwargs, how)
 
 

@@ -29,6 +29,7 @@ _BOUND = 1e-4
 """Bound of the relative difference of a loss from the mean over parts of its batch, in single precision; empirical."""
 
 
+_GATHERED = "the step gathers values of other replicas itself"
 _LOSS = "loss as a mean over samples"
 _GRADIENTS = "gradients as means over samples"
 
@@ -102,7 +103,11 @@ class MeanCheck:
         args, obstacle = global_batch(self._engine, self._args)
         found = _Compared()
         if obstacle is None:
-            found, obstacle = self._attempt(lambda: self._of_global_batch(own, args, weight))
+            found, obstacle = self._attempt(lambda: self._of_global_batch(own, args, weight, stacked=False))
+            if problem == _GATHERED and (obstacle is not None or self._loss_difference(found) > mean_bound(bound)):
+                # the step may expect a dimension of replicas, which one process does not have
+                again, failure = self._attempt(lambda: self._of_global_batch(own, args, weight, stacked=True))
+                found, obstacle = (again, None) if failure is None else (found, obstacle)
         if obstacle is None:
             row = self._loss(found, "on the samples of all replicas", bound, counts=True)
             if row.message is not None:
@@ -129,8 +134,8 @@ class MeanCheck:
         )
         return Row(_LOSS, f"not checked: {why}", None if weighted else message, differs=False)
 
-    def _of_global_batch(self, own: Outcome, args: tuple, weight: float) -> _Compared:
-        whole = step_of_global_batch(self._engine, self._weights, args, self._kwargs, self._how)
+    def _of_global_batch(self, own: Outcome, args: tuple, weight: float, *, stacked: bool) -> _Compared:
+        whole = step_of_global_batch(self._engine, self._weights, args, self._kwargs, self._how, stacked=stacked)
         return _Compared(whole, mean_over_replicas(self._engine, self._weights, own, own.weight or weight))
 
     def _attempt(self, run: Callable[[], _Compared]) -> tuple[_Compared, str | None]:
@@ -140,15 +145,13 @@ class MeanCheck:
             with patched(self._engine.run, may_communicate=False):
                 found = run()
         except _Gathers:
-            problem = "the step gathers values of other replicas itself"
+            problem = _GATHERED
         except Exception as error:  # noqa: BLE001 -- of the user's step with a part of the batch
             problem = error_message(error)
         return found, first_problem(problem)
 
     def _loss(self, found: _Compared, on: str, bound: float, counts: bool) -> Row:
-        mean, whole = (0.0 if o.loss is None else float(o.loss) for o in (found.mean, found.whole))
-        own = relative(mean, whole) if counts else 0.0
-        difference, bound = self._worst(own), mean_bound(bound)
+        difference, bound = self._loss_difference(found, counts), mean_bound(bound)
         if difference <= bound:
             return Row(*mean_row(difference, bound), None)
         what = "mean over the samples" if self._shares(1) is None else "mean over the tokens"
@@ -198,6 +201,11 @@ class MeanCheck:
             "weights (`Trainer(gradient_clip_val=...)`), or use a layout of `tp` and `pp`."
         )
         return Row(_GRADIENTS, f"differ by {difference:.2g} of their norm, see the warning", message)
+
+    def _loss_difference(self, found: _Compared, counts: bool = True) -> float:
+        """Returns the largest relative difference of a loss on any rank. Collective."""
+        mean, whole = (0.0 if o.loss is None else float(o.loss) for o in (found.mean, found.whole))
+        return self._worst(relative(mean, whole) if counts else 0.0)
 
     def _worst(self, own: float) -> float:
         worst = torch.tensor(own, dtype=torch.float64, device=self._engine.device).nan_to_num(nan=torch.inf)
