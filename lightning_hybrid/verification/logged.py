@@ -28,6 +28,7 @@ from lightning_hybrid._torch_private import BatchNorm, location_of
 from lightning_hybrid.batches import copied_batch, count_samples, find_samples, samples_of_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.engine.engine import Engine
+from lightning_hybrid.engine.loss_weights import weight_of
 from lightning_hybrid.ghosts.preserve import preserved_objects
 from lightning_hybrid.metrics.logs import LogRecorder, by_name
 from lightning_hybrid.parallelize.whole import Weights
@@ -174,7 +175,8 @@ class LoggedValues:
     def _where(self, place: str) -> str:
         root = self._runner.root
         owners = [root, *users_callbacks(root.trainer)]  # type: ignore[arg-type]
-        found = [getattr(type(o), place) for o in owners if place in _HOOKS or is_overridden(place, o)]
+        having = [o for o in owners if hasattr(o, place)]  # callbacks have no steps
+        found = [getattr(type(o), place) for o in having if place in _HOOKS or is_overridden(place, o)]
         return f"`{place}` ({', '.join(map(location_of, dict.fromkeys(found[:2])))})" if found else f"`{place}`"
 
     # ---- another division
@@ -216,6 +218,7 @@ class LoggedValues:
         """
         root, trainer = self._runner.root, self._runner.root.trainer
         recorders = LogRecorder(root), LogRecorder(root)
+        of_loss: list[float | None] = []  # the weight that each step returns
         step: Callable[..., Any] = getattr(root, name)
         with ExitStack() as stack:
             whole = stack.enter_context(whole_module(self.engine.partition, weights))
@@ -231,17 +234,19 @@ class LoggedValues:
                     owners = _owners(root) if with_hooks else []
                     self._call(owners, _HOOKS[name].begins, logs)
                     for number, args in batches:
-                        logs.samples, logs.batch = count_samples(args[0]), number
+                        logs.samples, logs.batch, logs.part = count_samples(args[0]), number, len(of_loss)
                         rng = self._runner.rng.evaluation(name, number)
                         with logs.recording(hooks=False), self._runner.run.step_context(), rng, self._by_itself():
                             self._runner.rng.begin(0)
                             out = step(*copied_batch(args))
+                        of_loss.append(weight_of(out))
                         batch, *place = (*args, number) if len(args) == 1 else args
                         self._call(owners, _HOOKS[name].after_batch, logs, _output(name, out), batch, *place)
                     logs.samples, logs.batch = sum(count_samples(args[0]) for _, args in batches), _NO_BATCH
                     self._call(owners, _HOOKS[name].ends, logs)
-        of_steps, of_hooks = (reported([None], [1], recorder.reduced()) for recorder in recorders)
-        return of_steps, of_hooks
+        weighted = [weight or 0.0 for weight in of_loss] if any(w is not None for w in of_loss) else None
+        of_steps, of_hooks = (r.reduced(w) for r, w in zip(recorders, (weighted, None), strict=True))
+        return reported([None], [1], of_steps), reported([None], [1], of_hooks)
 
     @contextmanager
     def _by_itself(self) -> Iterator[None]:
@@ -282,7 +287,7 @@ class _Logs:
     """Records `self.log` calls of steps and of hooks for one part of the samples."""
 
     def __init__(self, recorders: tuple[LogRecorder, LogRecorder], root: Any, part: int) -> None:
-        self._recorders, self._root, self._part = recorders, root, part
+        self._recorders, self._root, self.part = recorders, root, part
         self._seen: Counter[tuple[bool, int, str]] = Counter()
         self.batch = _NO_BATCH
         """Number of the running batch."""
@@ -298,7 +303,7 @@ class _Logs:
             key = hooks, self.batch, options["name"]
             call = self.batch, options["name"], self._seen[key]
             self._seen[key] += 1
-            self._recorders[hooks].record(self.samples, call, self._part, **options)
+            self._recorders[hooks].record(self.samples, call, self.part, **options)
 
         with patched(self._root, log=log):
             yield

@@ -116,7 +116,8 @@ class MeanCheck:
                 return [row, self._gradients_of_replicas(found, bound)]
             return [row, self._gradients(found, line, "is that of the samples of all replicas", bound, counts=True)]
         why = problem if problem == obstacle else f"{problem}; {obstacle}"
-        row = self._unchecked(why, weighted=own.weight is not None or self._shares(1) is not None)
+        silent = own.weight is not None or self._shares(1) is not None or self._runner.root.trainer.global_step > 0
+        row = self._unchecked(why, silent)
         if line is None:
             return [row]
         found, problem_of_scaled = self._attempt(self._of_scaled_losses)
@@ -125,14 +126,14 @@ class MeanCheck:
         how = f"is divided by {self._engine.plan.layout.replicas}"
         return [row, self._gradients(found, line, how, bound, weight > 0)]
 
-    def _unchecked(self, why: str, weighted: bool) -> Row:
-        """Returns the line for a loss that was not checked; `weighted` if user or data give its weight."""
+    def _unchecked(self, why: str, silent: bool) -> Row:
+        """Returns the line for a loss that was not checked; `silent` if its weight is given, or training has begun."""
         message = (
             f"{place_of(self._runner.root)}: whether its loss is a mean over samples could not be checked: {why}. If "
             f"it is not, `layout='{self._engine.plan.layout}'` trains otherwise than one process, as "
             "DistributedDataParallel does. Return `{'loss': ..., 'weight': number_of_tokens}` for a mean over tokens."
         )
-        return Row(_LOSS, f"not checked: {why}", None if weighted else message, differs=False)
+        return Row(_LOSS, f"not checked: {why}", None if silent else message, differs=False)
 
     def _of_global_batch(self, own: Outcome, args: tuple, weight: float, *, stacked: bool) -> _Compared:
         whole = step_of_global_batch(self._engine, self._weights, args, self._kwargs, self._how, stacked=stacked)

@@ -63,7 +63,7 @@ class Tagger(L.LightningModule):
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log("tokens", count.float(), reduce_fx="sum", on_step=False, on_epoch=True)
         self.log("by tokens", loss.detach(), batch_size=int(count), on_step=False, on_epoch=True)
-        return {"loss": loss, "weight": count, "seen": len(batch["x"])}
+        return {"loss": loss, "weight": count, "rows": batch["y"]}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
         loss, count = self.loss(batch)
