@@ -22,7 +22,7 @@ from tests.harness import RankGroup
 from tests.pairwise import in_turn, quick
 
 WIDTH, BATCH = 64, 64
-SMALL = 2048
+SMALL = 1536
 """Collectives of more elements carry gradients, weights or activations."""
 WARM_UP = 5
 """Steps in which ranks still agree on what they log; before the fifth one, replicas compare their state."""
