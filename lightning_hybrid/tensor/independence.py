@@ -8,12 +8,11 @@ ranks only later, when training has started. Here the channels of other ranks ge
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from lightning_hybrid.spec.tensor_plan import UnitPlan
 from lightning_hybrid.tensor.numbers import is_float, shadowed
-from lightning_hybrid.tensor.probe import FORWARD_ERRORS, Trial, linear_dims
-from lightning_hybrid.tensor.verify import Mismatch, check_all, check_values
+from lightning_hybrid.tensor.probe import FORWARD_ERRORS, Trial
+from lightning_hybrid.tensor.verify import check_all, check_values, watched_linears
 
 _FAR = (1e6, -1e6)
 """Values of the channels of other ranks: beyond the bounds in models, with squares that float32 can add. Empirical."""
@@ -42,15 +41,8 @@ def _run(plan: UnitPlan, trial: Trial, rank: int, ranks: int, value: float) -> N
         Mismatch: If the part of `rank`, or anything outside of the regions, is not as recorded.
     """
     numbers = trial.numbers
-    calls: dict[str, int] = {}
-    names = {module: name for name, module in numbers.module.named_modules()}
 
-    def check_linear(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
-        name = names[module]
-        call = calls[name] = calls.get(name, -1) + 1
-        given = args[0] if args else kwargs["input"]
-        if call >= len(trial.inputs[name]):
-            raise Mismatch(f"`{name}` is called more often if channels of other ranks have large values")
+    def check_linear(name: str, call: int, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         expected = trial.inputs[name][call]
         if name in plan.rowwise:
             given, expected = (t.chunk(ranks, -1)[rank] for t in (given, expected))
@@ -62,18 +54,15 @@ def _run(plan: UnitPlan, trial: Trial, rank: int, ranks: int, value: float) -> N
         own = torch.tensor(plan.parameters[f"{name}.weight"].part(rank, ranks))
         return torch.full_like(output, value).index_copy(-1, own, output.index_select(-1, own))
 
-    handles = [m.register_forward_hook(check_linear, with_kwargs=True) for m in names if linear_dims(m) is not None]
+    linears = watched_linears(trial, check_linear, "if channels of other ranks have large values")
     arguments = {id(v): v.clone() for v in numbers.arguments.values()}  # a tensor passed twice stays one
     try:
         torch.default_generator.manual_seed(0)
         # With gradients, since some modules run other code without gradients in evaluation mode.
         weights = {n: v.detach().requires_grad_(is_float(v)) for n, v in numbers.parameters.items()}
-        with shadowed(numbers.entries(weights, numbers.buffers)):
+        with linears, shadowed(numbers.entries(weights, numbers.buffers)):
             result = numbers.run({path: arguments[id(v)] for path, v in numbers.arguments.items()})
     except FORWARD_ERRORS:
         return  # a check of the user's code on the values
-    finally:
-        for handle in handles:
-            handle.remove()
     where = "with large values in channels of other ranks, the result of the block"
     check_all(where, trial.consumed(result), trial.results)

@@ -7,11 +7,13 @@ result must be what they were, and the outputs of a rowwise linear must add up o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_hybrid.spec.tensor_plan import Path, ShardedParameter, UnitPlan
 from lightning_hybrid.tensor.attributes import attribute_entries
@@ -61,19 +63,12 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
         Mismatch: If a value is wrong or the unit does not run.
     """
     numbers = trial.numbers
-    calls: dict[str, int] = {}
-    names = {module: name for name, module in numbers.module.named_modules()}
 
-    def check_linear(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
-        name = names[module]
-        call = calls[name] = calls.get(name, -1) + 1
-        given = widen(args[0] if args else kwargs["input"])
-        if call >= len(trial.inputs[name]):
-            raise Mismatch(f"`{name}` is called more often on rank {rank} than in the whole block")
+    def check_linear(name: str, call: int, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         expected = trial.inputs[name][call]
         if name in plan.rowwise:
             expected = expected.chunk(ranks, -1)[rank]
-        check_values(f"the input of `{name}`", given, expected)
+        check_values(f"the input of `{name}`", widen(given), expected)
         if name in plan.selected_outputs:
             return output.index_select(-1, torch.tensor(plan.selected_outputs[name][rank]))
         if name not in plan.rowwise:
@@ -83,13 +78,14 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
 
     entries = numbers.entries(*_local_weights(plan, numbers, rank, ranks))
     entries += attribute_entries(numbers.module, plan.attributes)
-    handles = [m.register_forward_hook(check_linear, with_kwargs=True) for m in names if linear_dims(m) is not None]
-    for name, width in plan.widths.items():
-        handles += add_narrowing(numbers.module.get_submodule(name), width, ranks)
+    linears = watched_linears(trial, check_linear, f"on rank {rank} than in the whole block")
+    handles = list[RemovableHandle]()
     try:
         torch.default_generator.manual_seed(0)
         # With gradients, since some modules run other code without gradients in evaluation mode.
-        with shadowed(entries):
+        with linears, shadowed(entries):
+            for name, width in plan.widths.items():  # of what the checks have returned
+                handles += add_narrowing(numbers.module.get_submodule(name), width, ranks)
             result = numbers.run(_local_arguments(plan, numbers, rank, ranks))
     except FORWARD_ERRORS as error:
         raise Mismatch(f"it does not run on a rank's part: {type(error).__name__}: {error}") from error
@@ -97,6 +93,38 @@ def _run_rank(plan: UnitPlan, trial: Trial, rank: int, ranks: int, total: dict[s
         for handle in handles:
             handle.remove()
     check_all("the result of the block", trial.consumed(result), trial.results)
+
+
+@contextmanager
+def watched_linears(
+    trial: Trial, check: Callable[[str, int, torch.Tensor, torch.Tensor], torch.Tensor | None], when: str
+) -> Iterator[None]:
+    """Calls `check` after each linear of the unit that runs in the context.
+
+    Args:
+        trial: The recorded run of the whole unit.
+        check: Gets the name, the number of earlier calls, the input and the output; what it returns is the output.
+        when: Ends the message for a linear that is called more often than recorded.
+
+    Raises:
+        Mismatch: In the run, if a linear is called more often.
+    """
+    calls: dict[str, int] = {}
+    names = {module: name for name, module in trial.numbers.module.named_modules()}
+
+    def called(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+        name = names[module]
+        call = calls[name] = calls.get(name, -1) + 1
+        if call >= len(trial.inputs[name]):
+            raise Mismatch(f"`{name}` is called more often {when}")
+        return check(name, call, args[0] if args else kwargs["input"], output)
+
+    handles = [m.register_forward_hook(called, with_kwargs=True) for m in names if linear_dims(m) is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _local_weights(plan: UnitPlan, numbers: Numbers, rank: int, ranks: int) -> tuple[dict, dict]:

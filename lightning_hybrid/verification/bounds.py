@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from lightning_hybrid.batches import find_samples, split_batch
 from lightning_hybrid.collectives import gather_objects
-from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.ghosts.trees import map_tensors
-from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.patching import patched
 from lightning_hybrid.verification.differences import relative
-from lightning_hybrid.verification.steps import Conditions, mean_in_one_process
+from lightning_hybrid.verification.whole_step import WholeStep
 
 _OF_BATCH, _OF_UNITS = 300.0, 30.0
 """Factors on half of the samples, of the batch and of each unit's result. Empirical: beyond bounds in models, and
@@ -34,23 +32,16 @@ class BoundCheck:
     """Compares the loss of a batch with the mean over its microbatches where half of the samples have large values.
 
     Args:
-        engine: The engine of the layout.
-        weights: The whole weights.
-        args: Arguments of `training_step`, the batch first.
-        kwargs: Keyword arguments of `training_step`.
-        how: The conditions of the steps that run.
+        step: The step on this replica's batch.
         parts: Number of microbatches.
     """
 
-    def __init__(
-        self, engine: Engine, weights: Weights, args: tuple, kwargs: dict[str, Any], how: Conditions, parts: int
-    ) -> None:
-        self._engine, self._weights, self._args, self._kwargs = engine, weights, args, kwargs
-        self._how, self._parts = how, parts
+    def __init__(self, step: WholeStep, parts: int) -> None:
+        self._step, self._parts = step, parts
 
     def run(self) -> float:
         """Returns the largest relative difference of the two losses on any rank. Collective."""
-        batch, known = self._args[0], self._engine.runner.known_samples()
+        batch, known = self._step.args[0], self._step.engine.runner.known_samples()
         own, samples = 0.0, find_samples(batch, known).count or 0
         for of_batch, of_units in ((_OF_BATCH, 1.0), (1.0, _OF_UNITS)) if samples else ():
             scaled = apply_to_collection(batch, Tensor, _times, _rows(samples, of_batch))
@@ -62,16 +53,13 @@ class BoundCheck:
 
     def _loss(self, batches: list[Any], rows: Tensor) -> float | None:
         """Returns the mean loss of `batches`; None if the step fails on such values, or if it is not finite."""
-        weights = self._engine.run.data.batch_weights()
-        tokens = None if weights is None else weights.tokens
-        shares = [1.0] * len(batches) if tokens is None else tokens.weights(len(batches))
-        arguments = [(batch, *self._args[1:]) for batch in batches]
-        step = (self._engine.runner, self._weights, arguments, self._kwargs, self._how, shares)
-        root, units = self._engine.runner.root, self._engine.partition.interceptor.units.names
+        step, engine = self._step, self._step.engine
+        shares = step.shares(len(batches)) or [1.0] * len(batches)
+        root, units = engine.runner.root, engine.partition.interceptor.units.names
         larger = _larger_results(root, [root.get_submodule(unit) for unit in units], rows.chunk(len(batches)))
         with larger if bool((rows != 1).any()) else nullcontext():
             try:
-                loss = mean_in_one_process(*step, scale=None).loss
+                loss = step.mean([(batch, *step.args[1:]) for batch in batches], shares).loss
             except Exception:  # noqa: BLE001 -- checks of the user's step, which has not seen such values
                 return None
         return None if loss is None or not math.isfinite(float(loss)) else float(loss)

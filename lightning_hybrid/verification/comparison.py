@@ -43,6 +43,7 @@ from lightning_hybrid.verification.steps import (
     run_under_layout,
 )
 from lightning_hybrid.verification.whole import gather_weights, memory_problem
+from lightning_hybrid.verification.whole_step import WholeStep
 
 
 class Comparison:
@@ -95,7 +96,7 @@ class Comparison:
     def _check_bounds(self, weights: Weights) -> str | None:
         """Checks that larger values than those of the batch leave its loss a mean over microbatches. Collective."""
         parts = self.parts
-        difference = BoundCheck(self.engine, weights, self.args, self.kwargs, self.how, parts).run()
+        difference = BoundCheck(self._whole_step(weights), parts).run()
         if difference <= mean_bound(self.bound):
             return None
         where = place_of(self.runner.root)
@@ -115,13 +116,16 @@ class Comparison:
         if self.mean_difference is not None:
             self.rows.append(mean_row(self.mean_difference, mean_bound(self.bound)))
             return
-        check = MeanCheck(self.engine, weights, self.args, self.kwargs, self.how)
+        check = MeanCheck(self._whole_step(weights))
         for row in check.run(self.whole, self.measured.weight, self.bound):
             self.rows.append((row.what, row.result))
             if row.message is not None and row.differs:
                 self._warn([row.message])
             elif row.message is not None:
                 rank_zero_warn(row.message)
+
+    def _whole_step(self, weights: Weights) -> WholeStep:
+        return WholeStep(engine=self.engine, weights=weights, args=self.args, kwargs=self.kwargs, how=self.how)
 
     def _obstacle(self) -> str | None:
         """Returns why a step of one process cannot run, the same on all ranks; None if it can."""

@@ -34,9 +34,7 @@ from lightning_hybrid.metrics.logs import LogRecorder, by_name
 from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.batch_norm import normalizes_by_batch_only
-from lightning_hybrid.replicas.users_collectives import refused_collectives
 from lightning_hybrid.spec.errors import PartitionError
-from lightning_hybrid.spec.layout import Layout
 from lightning_hybrid.verification.effects import listed
 from lightning_hybrid.verification.mean import refused_gather
 from lightning_hybrid.verification.reported import Reported, reported, unequal_logs
@@ -254,7 +252,7 @@ class LoggedValues:
         with ExitStack() as stack:
             stack.enter_context(patched(self._runner.root.trainer.strategy, all_gather=refused_gather))
             stack.enter_context(patched(self.engine.metrics, announce=refused_gather))
-            stack.enter_context(refused_collectives(lambda: Layout(pp=2), lambda: True, lambda: False))
+            stack.enter_context(patched(self.engine.run, may_communicate=False))
             yield
 
     def _call(self, owners: Sequence[Any], hook: str, logs: _Logs, *args: Any) -> None:

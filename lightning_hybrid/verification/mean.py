@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ from lightning_hybrid.batches import find_samples, split_batch
 from lightning_hybrid.collectives import error_message, first_problem, gather_objects
 from lightning_hybrid.engine.engine import Engine
 from lightning_hybrid.engine.loss_weights import place_of
-from lightning_hybrid.parallelize.whole import Weights
 from lightning_hybrid.patching import patched
 from lightning_hybrid.replicas.batch_norm import has_batch_norm, normalizes_by_batch_only
 from lightning_hybrid.verification.differences import bound_of, differences, relative
 from lightning_hybrid.verification.global_batch import global_batch, mean_over_replicas, step_of_global_batch
-from lightning_hybrid.verification.steps import Conditions, Outcome, mean_in_one_process
+from lightning_hybrid.verification.steps import Outcome
+from lightning_hybrid.verification.whole_step import WholeStep
 
 _BOUND = 1e-4
 """Bound of the relative difference of a loss from the mean over parts of its batch, in single precision; empirical."""
@@ -62,16 +63,11 @@ class MeanCheck:
     """Checks one step.
 
     Args:
-        engine: The engine of the layout.
-        weights: The whole weights.
-        args: Arguments of `training_step`, the batch first.
-        kwargs: Keyword arguments of `training_step`.
-        how: The conditions of the steps that run.
+        step: The step on this replica's batch.
     """
 
-    def __init__(self, engine: Engine, weights: Weights, args: tuple, kwargs: dict[str, Any], how: Conditions) -> None:
-        self._engine, self._runner, self._weights = engine, engine.runner, weights
-        self._args, self._kwargs, self._how = args, kwargs, how
+    def __init__(self, step: WholeStep) -> None:
+        self._step, self._engine, self._runner = step, step.engine, step.engine.runner
 
     def run(self, own: Outcome, weight: float, bound: float) -> list[Row]:
         """Returns what was checked. Collective over all ranks.
@@ -83,7 +79,7 @@ class MeanCheck:
         """
         line = next((found for found in gather_objects(own.acts) if found is not None), None)
         needs_gradients = line is not None or not self._runner.root.automatic_optimization
-        parts, problem = equal_parts(self._engine, self._args)
+        parts, problem = equal_parts(self._engine, self._step.args)
         problem = first_problem(problem)
         found = _Compared()
         if problem is None:
@@ -96,11 +92,11 @@ class MeanCheck:
         if line is None or row.message is not None:
             return [row]
         how = f"is the mean over {len(parts)} parts of the first batch"
-        return [row, self._gradients(found, line, how, bound, weight > 0)]
+        return [row, self._gradients(found, bound, partial(self._by_line, line, how), counts=weight > 0)]
 
     def _rows_of_replicas(self, own: Outcome, weight: float, bound: float, line: str | None, problem: str) -> list[Row]:
         """Compares the mean over replicas with the global batch, where `problem` prevents the check of parts."""
-        args, obstacle = global_batch(self._engine, self._args)
+        args, obstacle = global_batch(self._step)
         found = _Compared()
         if obstacle is None:
             found, obstacle = self._attempt(lambda: self._of_global_batch(own, args, weight, stacked=False))
@@ -112,11 +108,11 @@ class MeanCheck:
             row = self._loss(found, "on the samples of all replicas", bound, counts=True)
             if row.message is not None:
                 return [row]
-            if line is None:
-                return [row, self._gradients_of_replicas(found, bound)]
-            return [row, self._gradients(found, line, "is that of the samples of all replicas", bound, counts=True)]
+            how = "is that of the samples of all replicas"
+            message = self._by_replica if line is None else partial(self._by_line, line, how)
+            return [row, self._gradients(found, bound, message)]
         why = problem if problem == obstacle else f"{problem}; {obstacle}"
-        silent = own.weight is not None or self._shares(1) is not None or self._runner.root.trainer.global_step > 0
+        silent = own.weight is not None or self._step.shares(1) is not None or self._runner.root.trainer.global_step > 0
         row = self._unchecked(why, silent)
         if line is None:
             return [row]
@@ -124,7 +120,7 @@ class MeanCheck:
         if problem_of_scaled is not None:
             return [row, Row(_GRADIENTS, f"not checked: {problem_of_scaled}", None)]
         how = f"is divided by {self._engine.plan.layout.replicas}"
-        return [row, self._gradients(found, line, how, bound, weight > 0)]
+        return [row, self._gradients(found, bound, partial(self._by_line, line, how), counts=weight > 0)]
 
     def _unchecked(self, why: str, silent: bool) -> Row:
         """Returns the line for a loss that was not checked; `silent` if its weight is given, or training has begun."""
@@ -136,8 +132,8 @@ class MeanCheck:
         return Row(_LOSS, f"not checked: {why}", None if silent else message, differs=False)
 
     def _of_global_batch(self, own: Outcome, args: tuple, weight: float, *, stacked: bool) -> _Compared:
-        whole = step_of_global_batch(self._engine, self._weights, args, self._kwargs, self._how, stacked=stacked)
-        return _Compared(whole, mean_over_replicas(self._engine, self._weights, own, own.weight or weight))
+        whole = step_of_global_batch(self._step, args, stacked=stacked)
+        return _Compared(whole, mean_over_replicas(self._step, own, own.weight or weight))
 
     def _attempt(self, run: Callable[[], _Compared]) -> tuple[_Compared, str | None]:
         """Returns the result of `run`, and why it has failed on any rank, or None. Collective."""
@@ -155,7 +151,7 @@ class MeanCheck:
         difference, bound = self._loss_difference(found, counts), mean_bound(bound)
         if difference <= bound:
             return Row(*mean_row(difference, bound), None)
-        what = "mean over the samples" if self._shares(1) is None else "mean over the tokens"
+        what = "mean over the samples" if self._step.shares(1) is None else "mean over the tokens"
         message = (
             f"{place_of(self._runner.root)} computes a loss that is not the {what} of its batch: {on} it is off "
             f"by {difference:.2g} of its value. Under `layout='{self._engine.plan.layout}'` each replica "
@@ -173,27 +169,29 @@ class MeanCheck:
         own = each.get(name, 0.0)
         return max(gather_objects((own if math.isfinite(own) else math.inf, name)))
 
-    def _gradients_of_replicas(self, found: _Compared, bound: float) -> Row:
-        """Compares the mean of the replicas' gradients with those of the global batch."""
-        difference, name = self._largest(found, counts=True)
+    def _gradients(
+        self, found: _Compared, bound: float, message: Callable[[float, str], str], counts: bool = True
+    ) -> Row:
+        """Compares gradients; `message` makes the warning of the largest difference and its parameter."""
+        difference, name = self._largest(found, counts)
         if difference <= bound:
             return Row(_GRADIENTS, f"largest relative difference {difference:.1e} (bound {bound:.0e})", None)
-        message = (
+        return Row(_GRADIENTS, f"differ by {difference:.2g} of their norm, see the warning", message(difference, name))
+
+    def _by_replica(self, difference: float, name: str) -> str:
+        """Returns the warning for gradients that are not those of the global batch, whose loss is right."""
+        return (
             f"{place_of(self._runner.root)}: the loss is that of one process on the samples of all replicas, but the "
             f"gradient of `{name}` is off by {difference:.2g} of its norm. Under "
             f"`layout='{self._engine.plan.layout}'` each replica has the gradient of its own samples only, as under "
             "DistributedDataParallel. Gather values by `self.all_gather(..., sync_grads=True)`, without scaling the "
             "loss by the number of ranks, or use a layout of `tp` and `pp`."
         )
-        return Row(_GRADIENTS, f"differ by {difference:.2g} of their norm, see the warning", message)
 
-    def _gradients(self, found: _Compared, line: str, how: str, bound: float, counts: bool) -> Row:
-        """Compares gradients where `line` acts on them, and says `how` the loss differs."""
-        difference, name = self._largest(found, counts)
-        if difference <= bound:
-            return Row(_GRADIENTS, f"largest relative difference {difference:.1e} (bound {bound:.0e})", None)
+    def _by_line(self, line: str, how: str, difference: float, name: str) -> str:
+        """Returns the warning for gradients on which `line` acts; `how` says how the loss differs."""
         replicas = self._engine.plan.layout.replicas
-        message = (
+        return (
             f"{line} acts on gradients within the backward pass, by their size or by other samples: if the loss {how}, "
             f"the gradient of `{name}` is off by {difference:.2g} of its norm. Under "
             f"`layout='{self._engine.plan.layout}'` it sees the gradients of a mean over the samples of one replica, "
@@ -201,7 +199,6 @@ class MeanCheck:
             "one process by about as much. Make it proportional to the gradient of each sample, clip the gradients of "
             "weights (`Trainer(gradient_clip_val=...)`), or use a layout of `tp` and `pp`."
         )
-        return Row(_GRADIENTS, f"differ by {difference:.2g} of their norm, see the warning", message)
 
     def _loss_difference(self, found: _Compared, counts: bool = True) -> float:
         """Returns the largest relative difference of a loss on any rank. Collective."""
@@ -216,25 +213,18 @@ class MeanCheck:
     def _of_parts(self, loss: Tensor | None, parts: list[tuple], gradients: bool) -> _Compared:
         """Returns the results of this replica's batch, and the means of those of its parts by their weights."""
         scale = 1.0 if gradients else None
-        mean = self._mean(parts, self._shares(len(parts)) or [1.0] * len(parts), scale)
+        step, whole = self._step, [self._step.args]
+        mean = step.mean(parts, step.shares(len(parts)) or [1.0] * len(parts), scale)
         if gradients or has_batch_norm(self._runner.root):
             # the parts are compared without statistics of the batch, so the whole has to be, too
-            return _Compared(self._mean([self._args], [1.0], scale), mean)
+            return _Compared(step.mean(whole, [1.0], scale), mean)
         return _Compared(Outcome(loss=loss, gradients={}), mean)
 
     def _of_scaled_losses(self) -> _Compared:
         """Returns the results of this replica's batch, and those with the loss of its share in the global batch."""
-        scaled = self._mean([self._args], [1.0], 1.0 / self._engine.plan.layout.replicas)
-        return _Compared(self._mean([self._args], [1.0], 1.0), scaled)
-
-    def _mean(self, batches: list[tuple], shares: list[float], scale: float | None) -> Outcome:
-        runner, weights = self._runner, self._weights
-        return mean_in_one_process(runner, weights, batches, self._kwargs, self._how, shares, scale=scale)
-
-    def _shares(self, parts: int) -> list[float] | None:
-        """Returns the weights of parts of the batch by tokens, if the data says how many; None: by samples."""
-        weights = self._engine.run.data.batch_weights()
-        return None if weights is None or weights.tokens is None else weights.tokens.weights(parts)
+        whole = [self._step.args]
+        scaled = self._step.mean(whole, [1.0], 1.0 / self._engine.plan.layout.replicas)
+        return _Compared(self._step.mean(whole, [1.0], 1.0), scaled)
 
 
 def mean_bound(bound: float) -> float:

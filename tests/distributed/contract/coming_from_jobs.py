@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as L
@@ -130,22 +131,8 @@ def _model() -> torch.nn.Module:
 def torch_ddp() -> list[float]:
     """Trains in a loop with torch's DDP."""
     model = DDP(_model())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loader = _in_order(2)
-    found, own = [], 0.0
-    for index, batch in enumerate(loader, 1):
-        steps = index % ACCUMULATE == 0
-        model.require_backward_grad_sync = steps  # as `with model.no_sync()` for the others
-        loss = F.cross_entropy(model(batch["x"]), batch["y"])
-        (loss / ACCUMULATE).backward()
-        own += loss.item() / ACCUMULATE
-        if steps:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-            found.append(_mean(own))
-            own = 0.0
-    return found
+    # as `with model.no_sync()` for the batches without an update
+    return _losses_of(model, lambda updates: setattr(model, "require_backward_grad_sync", updates))
 
 
 def torch_fsdp() -> list[float]:
@@ -155,14 +142,20 @@ def torch_fsdp() -> list[float]:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return _losses_of(model)
+
+
+def _losses_of(model: Any, begin: Callable[[bool], None] = lambda updates: None) -> list[float]:
+    """Trains in a loop; the loss of each update. `begin` is told before each batch whether an update follows."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loader = _in_order(2)
     found, own = [], 0.0
-    for index, batch in enumerate(loader, 1):
+    for index, batch in enumerate(_in_order(2), 1):
+        updates = index % ACCUMULATE == 0
+        begin(updates)
         loss = F.cross_entropy(model(batch["x"]), batch["y"])
         (loss / ACCUMULATE).backward()
         own += loss.item() / ACCUMULATE
-        if index % ACCUMULATE == 0:
+        if updates:
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
