@@ -70,7 +70,7 @@ class SlowBlock(nn.Module):
 
 
 class Words(L.LightningModule):
-    """Predicts tokens; its last block is slow on the ranks that it is told, or the first and the last stage are."""
+    """Predicts tokens. Given ranks run the last block slowly, or all ranks run the first and the last stage slowly."""
 
     def __init__(
         self,

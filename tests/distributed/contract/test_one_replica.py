@@ -1,4 +1,4 @@
-"""What one replica does alone in a hook is refused, where it would wait for the others, or drift apart."""
+"""Refuses collectives and changes of options that a hook of one replica only makes: the others would hang or differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user reads in a session: each line of the output has a purpose, and is written once."""
+"""Counts the lines of a session that tell a user nothing: each line has a purpose, and is written once."""
 
 from __future__ import annotations
 

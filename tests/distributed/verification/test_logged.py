@@ -1,4 +1,4 @@
-"""What steps of evaluation and hooks log is that of one process, or a warning says that it depends on the division."""
+"""Values logged by evaluation steps and hooks equal those of one process, or a warning says that they do not."""
 
 from __future__ import annotations
 

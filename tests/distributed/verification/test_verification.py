@@ -47,7 +47,7 @@ class Random(Classifier):
 
 def fit(
     layout: str | None, verify: str, module: type = Classifier, strategy: Mapping = {}, **options: Any
-) -> dict[str, Any]:  # noqa: B006
+) -> dict[str, Any]:  # noqa: B006 -- not changed
     """Trains the module; weights, logs, rows of the last verification."""
     quiet()
     L.seed_everything(7, verbose=False)

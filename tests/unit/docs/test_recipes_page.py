@@ -1,4 +1,4 @@
-"""What docs/recipes.md and README.md say of the recipes of applications is what their files say."""
+"""Compares docs/recipes.md and README.md with the files of the recipes."""
 
 from __future__ import annotations
 
